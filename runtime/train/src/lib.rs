@@ -1,1 +1,6 @@
-//! Written next.
+//! Owns the trainer: model, data, predictors, stages, checkpoints, reports, and the memory arena.
+//! It must never know how a kernel is written or tuned: layers see only the ops of
+//! [`engine::Engine`], and no op allocates or waits for the device.
+//! Start with `engine/mod.rs` (the ops), then `model.rs` (the layers), then `train.rs` (the step).
+
+pub mod engine;

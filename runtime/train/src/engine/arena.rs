@@ -1,0 +1,192 @@
+//! Handles into one device arena, and the pure planner that lays the arena out before it exists.
+
+use std::fmt;
+
+/// Storage type of a buffer.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    /// The engine's compute type: bf16 on a GPU, f32 on the CPU (f64 in gradient tests).
+    Act,
+    /// Statistics, modulation, gradients of weights and master weights: f32 (f64 in gradient tests).
+    F32,
+    /// Indices, counts and keys.
+    I32,
+}
+
+/// How wide an engine's types are; decides the bytes of every [`Dtype`].
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// Compute in bf16, accumulate and keep statistics in f32.
+    Bf16,
+    /// Everything in f32.
+    F32,
+    /// Everything in f64: gradient tests.
+    F64,
+}
+
+impl Precision {
+    /// Bytes of one element of `dtype`.
+    pub const fn bytes(self, dtype: Dtype) -> usize {
+        match (self, dtype) {
+            (_, Dtype::I32) => 4,
+            (Precision::Bf16, Dtype::Act) => 2,
+            (Precision::F64, _) => 8,
+            _ => 4,
+        }
+    }
+}
+
+/// A typed range of the engine's arena. It is a number, not memory: copying it is free, and only
+/// the engine that reserved the arena can follow it.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Buf {
+    offset: usize,
+    len: usize,
+    dtype: Dtype,
+    elem_bytes: u8,
+}
+
+impl Buf {
+    /// Byte offset from the arena's start (a whole allocation is aligned to [`ALIGN_BYTES`]).
+    pub fn offset_bytes(&self) -> usize {
+        self.offset
+    }
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+    /// True for a buffer of no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+    /// Bytes of one element.
+    pub fn elem_bytes(&self) -> usize {
+        self.elem_bytes as usize
+    }
+    /// Bytes of the whole range.
+    pub fn bytes(&self) -> usize {
+        self.len * self.elem_bytes()
+    }
+    /// Storage type.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+    /// The elements `start..start + len` of this buffer.
+    ///
+    /// # Panics
+    /// If the range leaves the buffer.
+    pub fn slice(&self, start: usize, len: usize) -> Buf {
+        assert!(start + len <= self.len, "slice {start}..{} of a buffer of {}", start + len, self.len);
+        Buf { offset: self.offset + start * self.elem_bytes(), len, ..*self }
+    }
+    /// True when the two ranges share a byte.
+    pub fn overlaps(&self, other: &Buf) -> bool {
+        self.offset < other.offset + other.bytes() && other.offset < self.offset + self.bytes()
+    }
+}
+
+/// Every allocation starts at a multiple of this many bytes (TMA and 128-bit loads need 16; 256 is
+/// what `cuMemAlloc` gives).
+pub const ALIGN_BYTES: usize = 256;
+
+/// One named range of the plan, for the memory report.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Allocation {
+    /// What it is for, grouped by the part before the first `/`.
+    pub label: String,
+    /// Bytes including padding to [`ALIGN_BYTES`].
+    pub bytes: usize,
+}
+
+/// Lays an arena out: pure arithmetic, so memory is known before anything is allocated.
+#[derive(Clone, Debug)]
+pub struct ArenaPlan {
+    precision: Precision,
+    end: usize,
+    allocations: Vec<Allocation>,
+}
+
+impl ArenaPlan {
+    /// An empty plan for an engine of this precision.
+    pub fn new(precision: Precision) -> Self {
+        ArenaPlan { precision, end: 0, allocations: Vec::new() }
+    }
+    /// The precision the plan was made for.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+    /// Reserves `len` elements of `dtype` under `label` (`component/name`).
+    pub fn alloc(&mut self, label: &str, dtype: Dtype, len: usize) -> Buf {
+        let elem_bytes = self.precision.bytes(dtype);
+        let bytes = (len * elem_bytes).next_multiple_of(ALIGN_BYTES);
+        let buf = Buf { offset: self.end, len, dtype, elem_bytes: elem_bytes as u8 };
+        self.end += bytes;
+        self.allocations.push(Allocation { label: label.to_string(), bytes });
+        buf
+    }
+    /// Shorthand for an [`Dtype::Act`] buffer.
+    pub fn act(&mut self, label: &str, len: usize) -> Buf {
+        self.alloc(label, Dtype::Act, len)
+    }
+    /// Shorthand for an [`Dtype::F32`] buffer.
+    pub fn f32(&mut self, label: &str, len: usize) -> Buf {
+        self.alloc(label, Dtype::F32, len)
+    }
+    /// Shorthand for an [`Dtype::I32`] buffer.
+    pub fn i32(&mut self, label: &str, len: usize) -> Buf {
+        self.alloc(label, Dtype::I32, len)
+    }
+    /// Bytes of the whole arena.
+    pub fn total_bytes(&self) -> usize {
+        self.end
+    }
+    /// Every allocation in order.
+    pub fn allocations(&self) -> &[Allocation] {
+        &self.allocations
+    }
+    /// Bytes by component (the part of the label before the first `/`), in order of first use.
+    pub fn by_component(&self) -> Vec<(String, usize)> {
+        let mut sums: Vec<(String, usize)> = Vec::new();
+        for a in &self.allocations {
+            let key = a.label.split('/').next().unwrap_or("");
+            match sums.iter_mut().find(|(k, _)| k == key) {
+                Some((_, bytes)) => *bytes += a.bytes,
+                None => sums.push((key.to_string(), a.bytes)),
+            }
+        }
+        sums
+    }
+}
+
+impl fmt::Display for ArenaPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (component, bytes) in self.by_component() {
+            writeln!(f, "{component:<24} {:>12.3} MiB", bytes as f64 / (1 << 20) as f64)?;
+        }
+        write!(f, "{:<24} {:>12.3} MiB", "total", self.end as f64 / (1 << 20) as f64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn allocations_are_aligned_and_disjoint() {
+        let mut plan = ArenaPlan::new(Precision::Bf16);
+        let a = plan.act("x/a", 3);
+        let b = plan.f32("x/b", 65);
+        let c = plan.i32("y/c", 1);
+        assert_eq!((a.offset_bytes(), b.offset_bytes(), c.offset_bytes()), (0, 256, 256 + 512));
+        assert_eq!((a.elem_bytes(), b.elem_bytes(), c.elem_bytes()), (2, 4, 4));
+        assert!(!a.overlaps(&b) && !b.overlaps(&c) && b.overlaps(&b.slice(64, 1)));
+        assert_eq!(plan.by_component(), vec![("x".into(), 768), ("y".into(), 256)]);
+        assert_eq!(plan.total_bytes(), 1024);
+    }
+
+    #[test]
+    #[should_panic(expected = "slice 2..4")]
+    fn a_slice_cannot_leave_its_buffer() {
+        ArenaPlan::new(Precision::F32).f32("x", 3).slice(2, 2);
+    }
+}

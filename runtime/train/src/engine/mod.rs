@@ -1,0 +1,733 @@
+//! The operations a layer may use, and nothing else: one trait, implemented once per device.
+//!
+//! Rules every engine keeps:
+//! * **Handles.** A [`Buf`] names a range of one arena. Ops take handles, return nothing, and may
+//!   run asynchronously in the order they were issued. Only `write_*`, `read_*` and
+//!   [`Engine::sync`] wait for the device.
+//! * **No allocation.** After [`Engine::reserve`] nothing is allocated. What an engine needs beside
+//!   the buffers it is given comes from its own scratch range, whose size it states in
+//!   [`Engine::scratch_bytes`] for the largest problem of the run.
+//! * **Rounding.** Products accumulate in f32 (f64 in gradient tests) and are rounded once, when
+//!   stored in the dtype of the destination handle. Pointwise ops read their operands, compute in
+//!   f32, and round once per stored value. Sums over tokens (`bias_grad`, modulation gradients,
+//!   norms) accumulate in f32 and store f32.
+//! * **Aliasing.** Outputs never overlap inputs unless an op's text says "in place".
+//! * **Layout.** Row-major, innermost index contiguous. `rows = batch * seqlen`, tokens in the
+//!   contract's order. Attention operands are [`View`]s with strides in elements.
+//! * **Wrong shapes** are programming errors and panic at issue time. Errors of the device
+//!   (allocation, launch, an error flag raised by a kernel) are reported by the next `Result`.
+
+pub mod arena;
+
+pub use arena::{Allocation, ArenaPlan, Buf, Dtype, Precision};
+
+use thiserror::Error;
+
+/// What can go wrong on a device.
+#[derive(Debug, Error)]
+pub enum EngineError {
+    /// The arena does not fit.
+    #[error(
+        "cannot reserve an arena of {needed_bytes} bytes: {reason}\n  smaller: --set train.batch_size=1, or fewer tokens (data.frames, data.height, data.width)\n  see every component: dsv-train plan"
+    )]
+    Reserve {
+        /// Bytes asked for.
+        needed_bytes: usize,
+        /// What the device said.
+        reason: String,
+    },
+    /// A kernel raised the device error flag.
+    #[error("device error flag raised by {op}: {reason}")]
+    Flag {
+        /// The op, or the list of ops since the last sync.
+        op: String,
+        /// Decoded flag.
+        reason: String,
+    },
+    /// Anything else the device reported.
+    #[error("device: {0}")]
+    Device(String),
+}
+
+/// Which operand of a product is transposed (all row-major).
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum GemmLayout {
+    /// `c[m,n] = sum_k a[m,k] b[k,n]`: gradient of an input, `d_x = d_y w`.
+    NN,
+    /// `c[m,n] = sum_k a[m,k] b[n,k]`: forward, `y = x w^T` with `w [out, in]`.
+    NT,
+    /// `c[m,n] = sum_k a[k,m] b[k,n]`: gradient of a weight, `d_w = d_y^T x`.
+    TN,
+}
+
+/// What happens to a product before it is stored.
+#[derive(Copy, Clone, Debug, PartialEq)]
+pub enum Epilogue {
+    /// Nothing.
+    None,
+    /// Store `pre = product + bias` in `pre [m,n]` (same dtype as `c`) and `c = gelu_tanh(pre)`.
+    Gelu {
+        /// Pre-activation, kept for the backward.
+        pre: Buf,
+    },
+}
+
+/// One matrix product. `a` and `b` have dtype `Act`; `c` has `Act` or `F32`.
+#[derive(Copy, Clone, Debug)]
+pub struct Gemm {
+    /// Which operand is transposed.
+    pub layout: GemmLayout,
+    /// Rows of `c`.
+    pub m: usize,
+    /// Columns of `c`.
+    pub n: usize,
+    /// Length of the sums.
+    pub k: usize,
+    /// Left operand, `m*k` elements.
+    pub a: Buf,
+    /// Right operand, `k*n` elements.
+    pub b: Buf,
+    /// Result, `m*n` elements.
+    pub c: Buf,
+    /// `[n]` of dtype `Act`, added to every row.
+    pub bias: Option<Buf>,
+    /// `c += product` rather than `c = product` (the sum is formed in f32, then rounded once).
+    pub accumulate: bool,
+    /// Applied last; not together with `accumulate`.
+    pub epilogue: Epilogue,
+}
+
+impl Gemm {
+    /// A product that overwrites `c`, without bias or epilogue.
+    pub fn new(layout: GemmLayout, m: usize, n: usize, k: usize, a: Buf, b: Buf, c: Buf) -> Self {
+        Gemm { layout, m, n, k, a, b, c, bias: None, accumulate: false, epilogue: Epilogue::None }
+    }
+    /// Adds `bias [n]` to every row.
+    pub fn bias(mut self, bias: Buf) -> Self {
+        self.bias = Some(bias);
+        self
+    }
+    /// Adds to `c` rather than overwriting it.
+    pub fn accumulate(mut self) -> Self {
+        self.accumulate = true;
+        self
+    }
+    /// Applies GELU, keeping the pre-activation in `pre`.
+    pub fn gelu(mut self, pre: Buf) -> Self {
+        self.epilogue = Epilogue::Gelu { pre };
+        self
+    }
+}
+
+/// A `[batch, seqlen, heads, head_dim]` operand inside a buffer; strides in elements, innermost 1.
+#[derive(Copy, Clone, Debug, PartialEq)]
+pub struct View {
+    /// Begins at the first element of batch 0, token 0, head 0.
+    pub buf: Buf,
+    /// Elements between batch elements.
+    pub batch_stride: usize,
+    /// Elements between tokens.
+    pub seq_stride: usize,
+    /// Elements between heads.
+    pub head_stride: usize,
+}
+
+impl View {
+    /// A contiguous `[B, S, H, D]` buffer.
+    pub fn bshd(buf: Buf, seqlen: usize, heads: usize, dim: usize) -> Self {
+        Self::packed(buf, 1, 0, seqlen, heads, dim)
+    }
+    /// Part `part` of a packed `[B, S, parts, H, D]` buffer (for example V inside QKV).
+    pub fn packed(buf: Buf, parts: usize, part: usize, seqlen: usize, heads: usize, dim: usize) -> Self {
+        let width = heads * dim;
+        let start = part * width;
+        View {
+            buf: buf.slice(start, buf.len() - start),
+            batch_stride: seqlen * parts * width,
+            seq_stride: parts * width,
+            head_stride: dim,
+        }
+    }
+}
+
+/// Sizes and scale of one attention call. Query head `h` uses KV head `h` (multi-head).
+#[derive(Copy, Clone, Debug, PartialEq)]
+pub struct AttnShape {
+    /// Batch.
+    pub batch: usize,
+    /// Heads of Q, K and V.
+    pub heads: usize,
+    /// Query tokens.
+    pub seqlen_q: usize,
+    /// Key/value tokens.
+    pub seqlen_kv: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Factor of the logits, usually `head_dim^-0.5`.
+    pub scale: f32,
+}
+
+/// Sizes of a set of KV lists; see style.md section 3.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct ListShape {
+    /// Batch.
+    pub batch: usize,
+    /// Heads.
+    pub heads: usize,
+    /// Tokens of the self-attention.
+    pub seqlen: usize,
+    /// Queries sharing one list.
+    pub query_group: usize,
+    /// Tokens per selectable KV block.
+    pub kv_block: usize,
+    /// Width of a list: the only list number the host knows.
+    pub max_selected: usize,
+}
+
+impl ListShape {
+    /// Query groups, `ceil(seqlen / query_group)`.
+    pub fn groups(&self) -> usize {
+        self.seqlen.div_ceil(self.query_group)
+    }
+    /// KV blocks, `ceil(seqlen / kv_block)`.
+    pub fn kv_blocks(&self) -> usize {
+        self.seqlen.div_ceil(self.kv_block)
+    }
+    /// Reserves the buffers of one set, with the inverse where the engine's backward reads it.
+    pub fn reserve(self, plan: &mut ArenaPlan, label: &str, inverse: bool) -> Lists {
+        let bh = self.batch * self.heads;
+        let entries = bh * self.groups() * self.max_selected;
+        Lists {
+            shape: self,
+            q2k_index: plan.i32(label, entries),
+            q2k_count: plan.i32(label, bh * self.groups()),
+            inverse: inverse
+                .then(|| (plan.i32(label, bh * (self.kv_blocks() + 1)), plan.i32(label, entries))),
+        }
+    }
+}
+
+/// KV lists on the device, kept from a block's forward to its backward. Layers pass it on; only
+/// engines look inside.
+#[derive(Copy, Clone, Debug, PartialEq)]
+pub struct Lists {
+    /// Sizes.
+    pub shape: ListShape,
+    /// `[B,H,G,max_selected]`, ascending and unique in the first `count` entries.
+    pub q2k_index: Buf,
+    /// `[B,H,G]`.
+    pub q2k_count: Buf,
+    /// `k2q_offset [B,H,N+1]` and `k2q_index [B,H,G*max_selected]`, when
+    /// [`Engine::needs_inverse_lists`].
+    pub inverse: Option<(Buf, Buf)>,
+}
+
+/// Layer normalisation without affine weights, then `(1 + scale_b) * n + shift_b`.
+#[derive(Copy, Clone, Debug)]
+pub struct NormMod {
+    /// Batch.
+    pub batch: usize,
+    /// Tokens per batch element.
+    pub seqlen: usize,
+    /// Width of a token.
+    pub dim: usize,
+    /// Input `[B,S,dim]`, `Act`.
+    pub x: Buf,
+    /// Modulation `[B, chunks, dim]`, `F32`.
+    pub modulation: Buf,
+    /// Chunks of `modulation` per batch element (6 in a block, 2 in the final layer).
+    pub chunks: usize,
+    /// Which chunk is the shift.
+    pub shift: usize,
+    /// Which chunk is the scale.
+    pub scale: usize,
+    /// Added to the variance.
+    pub eps: f32,
+    /// `[B*S]`, `F32`: written by the forward, read by the backward.
+    pub mean: Buf,
+    /// `[B*S]`, `F32`: `1 / sqrt(var + eps)`, population variance.
+    pub rstd: Buf,
+}
+
+/// Gated residual: `out = x + gate_b * y`, or `x + y` without a gate.
+#[derive(Copy, Clone, Debug)]
+pub struct Residual {
+    /// Batch.
+    pub batch: usize,
+    /// Tokens per batch element.
+    pub seqlen: usize,
+    /// Width of a token.
+    pub dim: usize,
+    /// Modulation `[B, chunks, dim]` `F32`, its chunks per element, and which chunk is the gate.
+    pub gate: Option<(Buf, usize, usize)>,
+}
+
+/// Splitting packed QKV, RMS normalisation of Q and K with a learned weight, 3D RoPE.
+#[derive(Copy, Clone, Debug)]
+pub struct QkPrep {
+    /// Batch.
+    pub batch: usize,
+    /// Tokens.
+    pub seqlen: usize,
+    /// Heads.
+    pub heads: usize,
+    /// Elements of a head, even.
+    pub head_dim: usize,
+    /// Packed `[B,S,3,H,D]`, `Act`. V is used in place through [`View::packed`].
+    pub qkv: Buf,
+    /// RMS weight of Q, `[D]`, `Act`.
+    pub q_weight: Buf,
+    /// RMS weight of K, `[D]`, `Act`.
+    pub k_weight: Buf,
+    /// Cosines `[S, D/2]`, `F32`, in token order: pair `i` rotates elements `i` and `i + D/2`.
+    pub cos: Buf,
+    /// Sines `[S, D/2]`, `F32`.
+    pub sin: Buf,
+    /// `1 / sqrt(mean(q^2) + eps)`, `[B,S,H]`, `F32`: written by the forward.
+    pub q_rstd: Buf,
+    /// The same for K.
+    pub k_rstd: Buf,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// Rotary embedding of a packed low-rank projection (`dsv.predictor_rope`).
+#[derive(Copy, Clone, Debug)]
+pub struct Rope {
+    /// Batch.
+    pub batch: usize,
+    /// Tokens.
+    pub seqlen: usize,
+    /// Rotated vectors of a token (parts times heads).
+    pub vectors: usize,
+    /// Elements of a vector, even: pair `i` rotates elements `i` and `i + dim/2`.
+    pub dim: usize,
+    /// Cosines `[S, dim/2]`, `F32`.
+    pub cos: Buf,
+    /// Sines `[S, dim/2]`, `F32`.
+    pub sin: Buf,
+}
+
+/// Attention forward operands.
+#[derive(Copy, Clone, Debug)]
+pub struct AttnFwd {
+    /// Sizes.
+    pub shape: AttnShape,
+    /// Queries.
+    pub q: View,
+    /// Keys.
+    pub k: View,
+    /// Values.
+    pub v: View,
+    /// `None` for dense; else self-attention over these lists.
+    pub lists: Option<Lists>,
+    /// Output.
+    pub out: View,
+    /// Natural log-sum-exp of scaled logits, `[B,H,seqlen_q]` `F32`; `-inf` for an empty row.
+    pub lse: Buf,
+}
+
+/// Attention backward operands.
+#[derive(Copy, Clone, Debug)]
+pub struct AttnBwd {
+    /// What the forward was given and wrote; `out` and `lse` are read.
+    pub fwd: AttnFwd,
+    /// Gradient of `out`.
+    pub d_out: View,
+    /// Gradient of Q, overwritten.
+    pub d_q: View,
+    /// Gradient of K, overwritten.
+    pub d_k: View,
+    /// Gradient of V, overwritten.
+    pub d_v: View,
+}
+
+/// Activation of the MLP.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum MlpAct {
+    /// `out[r,j] = pre[r,j] * gelu_tanh(pre[r, hidden + j])`; `pre [rows, 2*hidden]`.
+    GeGlu,
+    /// `out = gelu_tanh(pre)`; `pre [rows, hidden]`.
+    Gelu,
+}
+
+impl MlpAct {
+    /// Columns of the pre-activation for `hidden` columns of output.
+    pub fn pre_width(self, hidden: usize) -> usize {
+        match self {
+            MlpAct::GeGlu => 2 * hidden,
+            MlpAct::Gelu => hidden,
+        }
+    }
+}
+
+/// A latent video cut into patches.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct PatchShape {
+    /// Batch.
+    pub batch: usize,
+    /// Latent channels.
+    pub channels: usize,
+    /// Latent frames, height, width.
+    pub latent: [usize; 3],
+    /// Patch extents in t, h, w; each divides its `latent` side.
+    pub patch: [usize; 3],
+}
+
+impl PatchShape {
+    /// Patches along t, h, w.
+    pub fn grid(&self) -> [usize; 3] {
+        [self.latent[0] / self.patch[0], self.latent[1] / self.patch[1], self.latent[2] / self.patch[2]]
+    }
+    /// Tokens per batch element.
+    pub fn tokens(&self) -> usize {
+        self.grid().iter().product()
+    }
+    /// Values of one token, `channels * patch volume`, ordered `[channel, t, h, w]`.
+    pub fn width(&self) -> usize {
+        self.channels * self.patch.iter().product::<usize>()
+    }
+    /// Latent values per batch element.
+    pub fn latent_len(&self) -> usize {
+        self.channels * self.latent.iter().product::<usize>()
+    }
+}
+
+/// Patches, flow-matching noise and target in one pass.
+///
+/// `x0` is the patchified latent, `noise` the standard normal below, then
+/// `x_t = (1 - t_b) x0 + t_b noise` and `target = noise - x0`.
+///
+/// Noise value `e` of batch element `b` (`e = token * width + column`, tokens in contract order):
+/// Philox4x32-10 with key `(keys[b,0], keys[b,1])` and counter `(e / 4, 0, 0, 0)` gives
+/// `r0..r3`; with `u(r) = (r + 0.5) * 2^-32` rounded to f32, `e % 4` = 0, 1 take
+/// `sqrt(-2 ln u(r0)) * (cos, sin)(2 pi u(r1))` and 2, 3 the same of `r2, r3`.
+#[derive(Copy, Clone, Debug)]
+pub struct FlowPrepare {
+    /// Sizes.
+    pub shape: PatchShape,
+    /// Latents `[B, C, T, H, W]`, `F32`.
+    pub latents: Buf,
+    /// Token -> raster patch index, `[S]` `I32` (a permutation).
+    pub order: Buf,
+    /// Time of each batch element, `[B]` `F32`, 0 = data, 1 = noise.
+    pub t: Buf,
+    /// Philox keys, `[B,2]` `I32` (bit patterns of u32).
+    pub keys: Buf,
+    /// Noised tokens `[B,S,width]`, `Act`.
+    pub x_t: Buf,
+    /// Target velocity `[B,S,width]`, `F32`.
+    pub target: Buf,
+}
+
+/// Mean squared error of the velocity and its gradient.
+#[derive(Copy, Clone, Debug)]
+pub struct FlowLoss {
+    /// Batch.
+    pub batch: usize,
+    /// `S * width`: values per batch element.
+    pub per_element: usize,
+    /// Predicted velocity `[B, per_element]`, `Act`.
+    pub pred: Buf,
+    /// Target velocity `[B, per_element]`, `F32`.
+    pub target: Buf,
+    /// `[B]` `F32`, overwritten: mean over the element's values of `(pred - target)^2`.
+    pub loss: Buf,
+    /// Gradient of `weight * mean_b(loss_b)` with respect to `pred`, `Act`; `None` for evaluation.
+    pub d_pred: Option<Buf>,
+    /// Factor of the gradient (1 / accumulation steps).
+    pub weight: f32,
+}
+
+/// Which low-rank query stands for its group.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Proxy {
+    /// Token `floor(len/2)` of the group's valid tokens.
+    Centre,
+    /// Mean of the group's valid tokens.
+    Mean,
+}
+
+/// Critical-KV selection from low-rank scores (paper.md, "Critical-KV estimation").
+///
+/// Score of (group, KV block) = max over the block's keys of `<q_proxy, k_lr>`; per (batch, head,
+/// group) the `top_k[h]` largest, ties to the smaller index, ids ascending; `top_k` is clamped to
+/// the number of blocks, and more than `max_selected` raises the error flag.
+#[derive(Copy, Clone, Debug)]
+pub struct KvSelect {
+    /// Low-rank queries `[B,S,H,d_lr]`.
+    pub q_lr: View,
+    /// Low-rank keys `[B,S,H,d_lr]`.
+    pub k_lr: View,
+    /// Elements of a low-rank head.
+    pub d_lr: usize,
+    /// `[H]` `I32`.
+    pub top_k: Buf,
+    /// Stand-in query of a group.
+    pub proxy: Proxy,
+    /// Written: lists, counts and, where present, the inverse.
+    pub lists: Lists,
+}
+
+/// Predictor loss and its gradient in the Gram closed form, over all queries and keys.
+///
+/// Per (batch, head, query): `a = K_lr q_lr`, `b = K q`, both centred over the keys;
+/// `loss = 0.95 (1 - cos(a,b)) + 0.05 (|a|/|b| - 1)^2`, a query with `|a|` or `|b|` below 1e-12
+/// contributing nothing. Q and K are constants.
+#[derive(Copy, Clone, Debug)]
+pub struct GramLoss {
+    /// Sizes of the full queries and keys (`seqlen_q == seqlen_kv`).
+    pub shape: AttnShape,
+    /// Elements of a low-rank head.
+    pub d_lr: usize,
+    /// Full queries, after normalisation and RoPE.
+    pub q: View,
+    /// Full keys.
+    pub k: View,
+    /// Packed `[B,S,2,H,d_lr]`, `Act`: low-rank queries, then keys.
+    pub lowrank: Buf,
+    /// `[H]` `F32`, overwritten: mean of the loss over batch and queries.
+    pub loss: Buf,
+    /// Same shape as `lowrank`, overwritten: gradient of `weight * mean over heads of loss`.
+    pub d_lowrank: Buf,
+    /// Factor of the gradient.
+    pub weight: f32,
+}
+
+/// Sparsity profile on sampled queries (paper.md, "Profiler").
+#[derive(Copy, Clone, Debug)]
+pub struct Profile {
+    /// Sizes.
+    pub shape: AttnShape,
+    /// Queries.
+    pub q: View,
+    /// Keys.
+    pub k: View,
+    /// Token ids of the sampled queries, `I32`; every sample serves every batch element and head.
+    pub samples: Buf,
+    /// Share of the softmax mass that counts as critical (0.9).
+    pub theta: f32,
+    /// `[H]` `F32`, overwritten: mean share of the keys needed to hold `theta` of the mass.
+    pub needed: Buf,
+    /// Lists whose covered mass is wanted, and `[H]` `F32`, overwritten: mean over samples of the
+    /// mass that the sample's list holds.
+    pub covered: Option<(Lists, Buf)>,
+}
+
+/// AdamW over flat arrays; `p *= 1 - lr * weight_decay` before the step, bias-corrected.
+#[derive(Copy, Clone, Debug)]
+pub struct AdamW {
+    /// Master weights, `F32`, updated in place.
+    pub master: Buf,
+    /// Gradients, `F32`.
+    pub grad: Buf,
+    /// First moment, `F32`, updated in place.
+    pub m: Buf,
+    /// Second moment, `F32`, updated in place.
+    pub v: Buf,
+    /// Compute copy, `Act`: overwritten with the rounded master weights.
+    pub copy: Buf,
+    /// Learning rate.
+    pub lr: f32,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to the root of the second moment.
+    pub eps: f32,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+    /// Number of this step from 1, for the bias correction.
+    pub step: u64,
+    /// `[norm, factor]` from [`GradNorm`]: gradients are multiplied by `factor`; a factor that is
+    /// not finite leaves master, moments and copy untouched (the step is skipped on the device).
+    pub clip: Buf,
+}
+
+/// Norm of a flat gradient, the clip factor, and the first tensor that is not finite.
+#[derive(Copy, Clone, Debug)]
+pub struct GradNorm {
+    /// Flat gradients, `F32`.
+    pub grad: Buf,
+    /// `I32 [n + 1]`, ascending: tensor `i` is `grad[segments[i]..segments[i+1]]`.
+    pub segments: Buf,
+    /// Largest norm allowed; infinite for no clipping.
+    pub max_norm: f32,
+    /// `F32 [2]`, overwritten: the L2 norm (non-finite if any gradient is), and
+    /// `min(1, max_norm / (norm + 1e-6))`, NaN when the norm is not finite.
+    pub clip: Buf,
+    /// `I32 [1]`, overwritten: smallest tensor id holding a non-finite gradient, or -1.
+    pub culprit: Buf,
+}
+
+/// Caption drop-out: replace a text by the learned null embedding.
+#[derive(Copy, Clone, Debug)]
+pub struct TextSelect {
+    /// Batch.
+    pub batch: usize,
+    /// `text tokens * text width`: values per batch element.
+    pub per_element: usize,
+    /// `[B]` `I32`: non-zero drops the caption.
+    pub drop: Buf,
+}
+
+/// The largest problem of a run: what an engine sizes its scratch by.
+#[derive(Copy, Clone, Debug, PartialEq)]
+pub struct Dims {
+    /// Batch (twice the sampler's batch if guidance runs both branches at once).
+    pub batch: usize,
+    /// Video tokens.
+    pub seqlen: usize,
+    /// Text tokens.
+    pub text_tokens: usize,
+    /// Width of the model.
+    pub dim: usize,
+    /// Heads.
+    pub heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Elements of a low-rank head.
+    pub d_lr: usize,
+    /// Columns of the widest MLP buffer.
+    pub mlp_width: usize,
+    /// Number of profiled queries.
+    pub samples: usize,
+    /// Flat parameters.
+    pub params: usize,
+    /// Lists, when sparse attention may run.
+    pub lists: Option<ListShape>,
+}
+
+/// Attention speeds an engine can state without running the model, for the dispatcher.
+#[derive(Copy, Clone, Debug, PartialEq)]
+pub struct SparseCost {
+    /// Share of KV skipped above which selection + sparse forward + backward beats dense;
+    /// more than 1 when sparse never does.
+    pub crossover_sparsity: f32,
+    /// Whether the number comes from a dispatch table, a measurement or a default.
+    pub source: &'static str,
+}
+
+/// A device that runs the trainer's ops. See the module's text for the rules.
+pub trait Engine {
+    /// Name for logs: device and precision.
+    fn name(&self) -> String;
+    /// Width of the engine's types.
+    fn precision(&self) -> Precision;
+    /// Whether the attention backward reads the inverse lists.
+    fn needs_inverse_lists(&self) -> bool;
+    /// Whether two runs of the same ops on the same inputs agree bit for bit.
+    fn deterministic(&self) -> bool;
+    /// Bytes of private scratch for a run whose largest problem is `dims`; reserved by the engine
+    /// itself beside the arena, in [`Engine::reserve`].
+    fn scratch_bytes(&self, dims: &Dims) -> usize;
+    /// Bytes the device has free for [`Engine::reserve`], `None` when not known.
+    fn free_bytes(&self) -> Option<usize>;
+    /// Allocates the arena (zeroed) and the scratch; validates that every kernel the run needs
+    /// exists. Called once, before any op.
+    fn reserve(&mut self, plan: &ArenaPlan, dims: &Dims) -> Result<(), EngineError>;
+    /// What the engine knows of sparse against dense attention for this shape and block size.
+    fn sparse_cost(&self, shape: &AttnShape, query_group: usize, kv_block: usize) -> Option<SparseCost>;
+
+    /// Waits for all ops and reports the device error flag.
+    fn sync(&mut self) -> Result<(), EngineError>;
+    /// Copies host values into `buf` (`Act` or `F32`, rounded to it). `data.len() == buf.len()`.
+    fn write_f32(&mut self, buf: Buf, data: &[f32]) -> Result<(), EngineError>;
+    /// Copies host values into an `I32` buffer.
+    fn write_i32(&mut self, buf: Buf, data: &[i32]) -> Result<(), EngineError>;
+    /// Waits, then copies an `Act` or `F32` buffer to the host as f32.
+    fn read_f32(&mut self, buf: Buf) -> Result<Vec<f32>, EngineError>;
+    /// Waits, then copies an `I32` buffer to the host.
+    fn read_i32(&mut self, buf: Buf) -> Result<Vec<i32>, EngineError>;
+
+    /// Every element becomes `value` (any dtype; converted).
+    fn fill(&mut self, dst: Buf, value: f32);
+    /// `dst = src`, converting between `Act` and `F32`. Same length.
+    fn copy(&mut self, src: Buf, dst: Buf);
+    /// `y += alpha * x`, `x` and `y` each `Act` or `F32`. Same length; `x` may equal `y`.
+    fn axpy(&mut self, alpha: f32, x: Buf, y: Buf);
+    /// `out[r, :] = a[r, :] + b` for `rows` rows of `b.len()` values; `a`, `b`, `out` each `Act` or
+    /// `F32`. `out` may be `a` (in place).
+    fn add_rows(&mut self, rows: usize, a: Buf, b: Buf, out: Buf);
+    /// `dst[c] += sum_r src[r, c]` over `rows` rows of `dst.len()` values; `dst` is `F32`, `src`
+    /// `Act` or `F32`. Gradient of a bias or of a row that was broadcast.
+    fn sum_rows(&mut self, rows: usize, src: Buf, dst: Buf);
+
+    /// A matrix product.
+    fn gemm(&mut self, gemm: &Gemm);
+
+    /// `out = LN(x) (1 + scale) + shift`, `[B,S,dim]` `Act`; writes `mean` and `rstd`.
+    fn norm_mod_fwd(&mut self, args: &NormMod, out: Buf);
+    /// Adds the gradient of `x` to `d_x` `Act` (rounded once after the sum) and overwrites the
+    /// shift and scale chunks of `d_modulation` (shape of `modulation`, `F32`).
+    fn norm_mod_bwd(&mut self, args: &NormMod, d_out: Buf, d_x: Buf, d_modulation: Buf);
+    /// `out = x + gate y`; all `[B,S,dim]` `Act`. `out` may be `x` (in place).
+    fn residual_fwd(&mut self, args: &Residual, x: Buf, y: Buf, out: Buf);
+    /// `d_y = gate d_out` and overwrites the gate chunk of `d_modulation` with
+    /// `sum_s d_out y`. The gradient of `x` is `d_out` itself. Only called with a gate.
+    fn residual_bwd(&mut self, args: &Residual, y: Buf, d_out: Buf, d_y: Buf, d_modulation: Buf);
+
+    /// Writes rotated `q` and `k`, `[B,S,H,D]` `Act`, and the `rstd`s.
+    fn qk_prep_fwd(&mut self, args: &QkPrep, q: Buf, k: Buf);
+    /// From the gradients of rotated `q` and `k`: overwrites the Q and K parts of `d_qkv`
+    /// (`[B,S,3,H,D]`; the V part is left alone) and *adds* to `d_q_weight`, `d_k_weight` `[D]` `F32`.
+    fn qk_prep_bwd(
+        &mut self,
+        args: &QkPrep,
+        d_q: Buf,
+        d_k: Buf,
+        d_qkv: Buf,
+        d_q_weight: Buf,
+        d_k_weight: Buf,
+    );
+
+    /// Attention forward, dense or over lists.
+    fn attn_fwd(&mut self, args: &AttnFwd);
+    /// Attention backward.
+    fn attn_bwd(&mut self, args: &AttnBwd);
+
+    /// `pre [rows, pre_width] -> out [rows, hidden]`, both `Act`.
+    fn mlp_act_fwd(&mut self, act: MlpAct, rows: usize, hidden: usize, pre: Buf, out: Buf);
+    /// Gradient of `pre`; `d_pre` may be `pre` (in place).
+    fn mlp_act_bwd(&mut self, act: MlpAct, rows: usize, hidden: usize, pre: Buf, d_out: Buf, d_pre: Buf);
+    /// `out = x * sigmoid(x)`; `x` and `out` each `Act` or `F32`.
+    fn silu_fwd(&mut self, x: Buf, out: Buf);
+    /// `d_x = d_out * silu'(x)` (overwrites); each `Act` or `F32`; `d_x` may be `d_out`.
+    fn silu_bwd(&mut self, x: Buf, d_out: Buf, d_x: Buf);
+
+    /// Sinusoidal embedding of `1000 t`: `out[b, i] = cos(1000 t_b w_i)`, `out[b, half + i] = sin(..)`,
+    /// `w_i = 10000^(-i/half)`, `half = width/2`; `t [B]` `F32`, `out [B, width]` `Act`.
+    fn time_embed(&mut self, t: Buf, width: usize, out: Buf);
+    /// Patches, noise and target.
+    fn flow_prepare(&mut self, args: &FlowPrepare);
+    /// Loss and gradient.
+    fn flow_loss(&mut self, args: &FlowLoss);
+    /// Standard normal values in `dst` (`F32`): the noise of [`FlowPrepare`] for `keys [1,2]`, `e` =
+    /// position in `dst`.
+    fn normal(&mut self, keys: Buf, dst: Buf);
+    /// Tokens `[B,S,width]` (`F32`) back to latents `[B,C,T,H,W]` (`F32`); inverse of the patching in
+    /// [`FlowPrepare`].
+    fn unpatchify(&mut self, shape: &PatchShape, order: Buf, tokens: Buf, latents: Buf);
+
+    /// `out[b] = drop[b] ? null : text[b]`; `text`, `null`, `out` `Act`.
+    fn text_select_fwd(&mut self, args: &TextSelect, text: Buf, null: Buf, out: Buf);
+    /// `d_null += sum over dropped b of d_out[b]`; `d_out` `Act` or `F32`, `d_null` `F32`.
+    fn text_select_bwd(&mut self, args: &TextSelect, d_out: Buf, d_null: Buf);
+
+    /// Rotates `x [B,S,vectors,dim]` `Act` in place; by the negative angles when `inverse` (which is
+    /// the backward).
+    fn rope(&mut self, args: &Rope, x: Buf, inverse: bool);
+    /// Lists from low-rank scores; writes the inverse too where `lists.inverse` is there.
+    fn kv_select(&mut self, args: &KvSelect);
+    /// Predictor loss and gradient.
+    fn gram_loss(&mut self, args: &GramLoss);
+    /// Sparsity profile.
+    fn profile(&mut self, args: &Profile);
+
+    /// Gradient norm, clip factor, culprit.
+    fn grad_norm(&mut self, args: &GradNorm);
+    /// One AdamW update.
+    fn adamw(&mut self, args: &AdamW);
+    /// `ema = decay * ema + (1 - decay) * master`, both `F32`.
+    fn ema(&mut self, decay: f32, master: Buf, ema: Buf);
+}
