@@ -1,0 +1,335 @@
+use crate::error::SpecError;
+use crate::facts::{attn_smem_bytes, limits};
+use crate::types::{Arch, Deterministic, Dtype, tokens};
+use serde::{Deserialize, Serialize};
+
+tokens! {
+    /// The kernels of attention.
+    AttnOp {
+        /// out and LSE from Q, K, V.
+        Fwd = "attn_fwd",
+        /// delta = rowsum(out * d_out) - d_lse, LSE in base 2, zeroed dQ accumulator.
+        BwdPrep = "attn_bwd_prep",
+        /// dK, dV and the f32 accumulator of dQ.
+        Bwd = "attn_bwd",
+        /// dQ in the input dtype from its accumulator.
+        BwdPost = "attn_bwd_post",
+    }
+}
+
+/// Which keys a query sees: all of them, or those its group's list names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Lists {
+    /// Every key (`qg0_kb0` in names).
+    Dense,
+    /// Each group of `query_group` consecutive tokens lists KV blocks of `kv_block` consecutive tokens.
+    Blocks {
+        /// Tokens sharing one list.
+        query_group: u16,
+        /// Tokens of one selectable KV unit; 1 means single tokens.
+        kv_block: u16,
+    },
+}
+
+impl Lists {
+    /// `(query_group, kv_block)`; `(0, 0)` when dense.
+    pub const fn block_size(self) -> (u16, u16) {
+        match self {
+            Lists::Dense => (0, 0),
+            Lists::Blocks { query_group, kv_block } => (query_group, kv_block),
+        }
+    }
+
+    /// From `(query_group, kv_block)`, where `(0, 0)` is dense.
+    pub const fn from_block_size(query_group: u16, kv_block: u16) -> Lists {
+        if kv_block == 0 { Lists::Dense } else { Lists::Blocks { query_group, kv_block } }
+    }
+
+    /// Whether every key is seen.
+    pub const fn is_dense(self) -> bool {
+        matches!(self, Lists::Dense)
+    }
+}
+
+/// Percent of KV a kernel is specialised for skipping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Sparsity {
+    /// The text serves any sparsity (`spany`).
+    Any,
+    /// The text is specialised for this percentage (`sp90`); `sp0` is dense.
+    Percent(u8),
+}
+
+tokens! {
+    /// How CTAs take work.
+    Schedule {
+        /// One tile a CTA, tiles of a head adjacent in launch order so that its K and V stay in L2.
+        Grid = "grid",
+        /// One CTA a multiprocessor slot, tiles taken from a longest-first queue.
+        Queue = "queue",
+    }
+}
+
+/// The tunable shape of one attention kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct AttnTile {
+    /// Query rows a CTA works on at once.
+    pub block_m: u16,
+    /// KV rows a CTA works on at once.
+    pub block_n: u16,
+    /// Query groups a CTA serves.
+    pub groups: u8,
+    /// Consumer warpgroups of 128 threads (sm80: warps / 4).
+    pub consumers: u8,
+    /// Buffers of the streamed operand pair (forward: K and V; backward: Q and dO).
+    pub stages: u8,
+    /// CTAs of a cluster.
+    pub cluster: u8,
+    /// How CTAs take work.
+    pub schedule: Schedule,
+}
+
+/// Everything baked into one attention kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AttnSpec {
+    op: AttnOp,
+    dtype: Dtype,
+    head_dim: u16,
+    lists: Lists,
+    sparsity: Sparsity,
+    tile: AttnTile,
+    deterministic: Deterministic,
+    arch: Arch,
+}
+
+/// Head dims an attention kernel can be written for.
+const HEAD_DIMS: [u16; 4] = [64, 96, 128, 256];
+/// Query groups the contract knows.
+const QUERY_GROUPS: [u16; 3] = [64, 128, 256];
+/// KV blocks the contract knows.
+const KV_BLOCKS: [u16; 5] = [1, 8, 16, 64, 128];
+/// Sparsities a text may be specialised for.
+const SPARSITIES: [u8; 8] = [0, 50, 75, 80, 85, 90, 95, 98];
+
+impl AttnSpec {
+    /// The only constructor: a spec that exists is feasible for its architecture.
+    ///
+    /// # Errors
+    /// The first rule the fields break: the field, its value, what is allowed and why.
+    pub fn new(
+        op: AttnOp,
+        dtype: Dtype,
+        head_dim: u16,
+        lists: Lists,
+        sparsity: Sparsity,
+        tile: AttnTile,
+        deterministic: Deterministic,
+        arch: Arch,
+    ) -> Result<AttnSpec, SpecError> {
+        let spec = AttnSpec { op, dtype, head_dim, lists, sparsity, tile, deterministic, arch };
+        spec.check()?;
+        Ok(spec)
+    }
+
+    fn check(&self) -> Result<(), SpecError> {
+        let AttnTile { block_m, block_n, groups, consumers, stages, cluster, .. } = self.tile;
+        if self.dtype == Dtype::F32 {
+            return Err(SpecError::new("dtype", self.dtype, "bf16 or f16, the tensor cores' 16-bit types"));
+        }
+        if !HEAD_DIMS.contains(&self.head_dim) {
+            return Err(SpecError::new("head_dim", self.head_dim, "64, 96, 128 or 256"));
+        }
+        if let Lists::Blocks { query_group, kv_block } = self.lists {
+            if !QUERY_GROUPS.contains(&query_group) {
+                return Err(SpecError::new("query_group", query_group, "64, 128 or 256"));
+            }
+            if !KV_BLOCKS.contains(&kv_block) {
+                return Err(SpecError::new("kv_block", kv_block, "1, 8, 16, 64, 128, or dense"));
+            }
+        }
+        match self.sparsity {
+            Sparsity::Percent(p) if !SPARSITIES.contains(&p) => {
+                return Err(SpecError::new("sparsity", p, "0, 50, 75, 80, 85, 90, 95, 98 or any"));
+            }
+            Sparsity::Percent(p) if (p == 0) != self.lists.is_dense() => {
+                return Err(SpecError::new("sparsity", p, "0 for dense and only for dense"));
+            }
+            Sparsity::Any if self.lists.is_dense() => {
+                return Err(SpecError::new("sparsity", "any", "0 for dense"));
+            }
+            _ => {}
+        }
+        if groups == 0 || consumers == 0 || cluster == 0 {
+            return Err(SpecError::new("tile", format!("{:?}", self.tile), "counts of at least 1"));
+        }
+        if self.op != AttnOp::Bwd && self.deterministic == Deterministic::No {
+            return Err(SpecError::new(
+                "deterministic",
+                self.deterministic,
+                "det: only attn_bwd reduces in any order",
+            ));
+        }
+        match self.op {
+            AttnOp::Fwd | AttnOp::Bwd => self.check_matmul(),
+            AttnOp::BwdPrep | AttnOp::BwdPost => {
+                if !self.lists.is_dense() {
+                    return Err(SpecError::new(
+                        "lists",
+                        format!("{:?}", self.lists),
+                        "dense: the text does not depend on lists",
+                    ));
+                }
+                if block_m != limits::BWD_BLOCK_M || block_n != 0 || stages != 0 {
+                    return Err(SpecError::new(
+                        "tile",
+                        format!("m{block_m}n{block_n}s{stages}"),
+                        "m64n0 with 0 stages: rows of the backward's query tile",
+                    ));
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn check_matmul(&self) -> Result<(), SpecError> {
+        let AttnTile { block_m, block_n, groups, consumers, stages, cluster, schedule } = self.tile;
+        if self.arch != Arch::Sm90a {
+            return Err(SpecError::new("arch", self.arch, "sm90a: the only attention templates so far"));
+        }
+        if self.head_dim % 64 != 0 || self.head_dim > 128 {
+            return Err(SpecError::new(
+                "head_dim",
+                self.head_dim,
+                "64 or 128 with the sm90a templates (whole 128-byte swizzle columns, accumulators in registers)",
+            ));
+        }
+        if cluster != 1 {
+            return Err(SpecError::new("cluster", cluster, "1 with the sm90a templates"));
+        }
+        if schedule != Schedule::Grid {
+            return Err(SpecError::new("schedule", schedule, "grid with the sm90a templates"));
+        }
+        if groups != 1 {
+            return Err(SpecError::new("groups", groups, "1 with the sm90a templates"));
+        }
+        if !(1..=4).contains(&stages) {
+            return Err(SpecError::new("stages", stages, "1 to 4"));
+        }
+        if consumers > 3 {
+            return Err(SpecError::new(
+                "consumers",
+                consumers,
+                "1 to 3: four consumers and a producer leave under 104 registers a thread",
+            ));
+        }
+        if !(block_n as u32).is_multiple_of(16) || !(16..=256).contains(&block_n) {
+            return Err(SpecError::new(
+                "block_n",
+                block_n,
+                "a multiple of 16 from 16 to 256 (wgmma N, and K of the second product)",
+            ));
+        }
+        let rows = 64 * consumers as u16;
+        match self.op {
+            AttnOp::Fwd => {
+                if block_m != rows {
+                    return Err(SpecError::new(
+                        "block_m",
+                        block_m,
+                        format!("{rows}: 64 rows for each of {consumers} consumers"),
+                    ));
+                }
+                if let Lists::Blocks { query_group, kv_block } = self.lists {
+                    if !query_group.is_multiple_of(block_m) {
+                        return Err(SpecError::new(
+                            "block_m",
+                            block_m,
+                            format!("a divisor of query_group {query_group}"),
+                        ));
+                    }
+                    if !kv_block.is_multiple_of(block_n) {
+                        return Err(SpecError::new(
+                            "block_n",
+                            block_n,
+                            format!("a divisor of kv_block {kv_block}"),
+                        ));
+                    }
+                }
+            }
+            AttnOp::Bwd => {
+                if block_n != rows {
+                    return Err(SpecError::new(
+                        "block_n",
+                        block_n,
+                        format!("{rows}: 64 KV rows for each of {consumers} consumers"),
+                    ));
+                }
+                if block_m != limits::BWD_BLOCK_M {
+                    return Err(SpecError::new("block_m", block_m, "64: the layout of dQ's accumulator"));
+                }
+                if let Lists::Blocks { query_group, kv_block } = self.lists {
+                    if kv_block != block_n {
+                        return Err(SpecError::new("block_n", block_n, format!("kv_block {kv_block}")));
+                    }
+                    if !query_group.is_multiple_of(block_m) {
+                        return Err(SpecError::new(
+                            "block_m",
+                            block_m,
+                            format!("a divisor of query_group {query_group}"),
+                        ));
+                    }
+                }
+                if self.deterministic == Deterministic::Yes {
+                    return Err(SpecError::new(
+                        "deterministic",
+                        self.deterministic,
+                        "nondet with the sm90a template: dQ is reduced by atomics",
+                    ));
+                }
+            }
+            AttnOp::BwdPrep | AttnOp::BwdPost => unreachable!("checked by the caller"),
+        }
+        let smem = attn_smem_bytes(self);
+        if smem > limits::SMEM_BYTES_PER_CTA {
+            return Err(SpecError::new(
+                "shared memory",
+                smem,
+                format!("at most {} bytes a CTA", limits::SMEM_BYTES_PER_CTA),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Which kernel of attention.
+    pub const fn op(&self) -> AttnOp {
+        self.op
+    }
+    /// Element type of Q, K, V, out and their gradients.
+    pub const fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+    /// Columns of Q, K and V.
+    pub const fn head_dim(&self) -> u16 {
+        self.head_dim
+    }
+    /// Dense, or the block size.
+    pub const fn lists(&self) -> Lists {
+        self.lists
+    }
+    /// The sparsity the text is specialised for.
+    pub const fn sparsity(&self) -> Sparsity {
+        self.sparsity
+    }
+    /// The tunable shape.
+    pub const fn tile(&self) -> AttnTile {
+        self.tile
+    }
+    /// Whether sums have a fixed order.
+    pub const fn deterministic(&self) -> Deterministic {
+        self.deterministic
+    }
+    /// The architecture.
+    pub const fn arch(&self) -> Arch {
+        self.arch
+    }
+}

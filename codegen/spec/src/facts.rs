@@ -1,0 +1,134 @@
+use crate::attn::{AttnOp, AttnSpec, AttnTile};
+use crate::params;
+use crate::select::SelectSpec;
+use crate::{KernelSpec, ListOp};
+
+/// Hardware limits and layout constants, each named once.
+pub mod limits {
+    /// Shared memory one CTA may ask for on sm90 (227 KB).
+    pub const SMEM_BYTES_PER_CTA: u32 = 232_448;
+    /// Shared memory of one sm90 multiprocessor (228 KB), of which each CTA takes 1 KB more than it asks for.
+    pub const SMEM_BYTES_PER_SM: u32 = 233_472;
+    /// Rows of the backward's query tile: the unit of dQ's f32 accumulator and of the padded row statistics.
+    pub const BWD_BLOCK_M: u16 = 64;
+    /// 32-bit registers of one multiprocessor.
+    pub const REGISTERS_PER_SM: u32 = 65_536;
+}
+
+/// Every number derived from a spec, computed once for validation, emission and launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// Threads of a CTA.
+    pub threads: u32,
+    /// CTAs meant to share a multiprocessor (the second value of `__launch_bounds__`).
+    pub ctas_per_sm: u32,
+    /// Dynamic shared memory of a CTA in bytes, alignment slack included; 0 when it depends on the problem.
+    pub smem_bytes: u32,
+    /// Bytes of the op's `Params`.
+    pub params_bytes: u32,
+    /// Registers a consumer thread may use after `setmaxnreg`; 0 when the kernel does not change them.
+    pub consumer_registers: u32,
+    /// Registers a producer thread keeps after `setmaxnreg`; 0 when the kernel does not change them.
+    pub producer_registers: u32,
+}
+
+impl Facts {
+    pub(crate) fn of(spec: &KernelSpec) -> Facts {
+        match spec {
+            KernelSpec::Attn(s) => Facts::of_attn(s),
+            KernelSpec::Select(s) => Facts::of_select(s),
+            KernelSpec::List(s) => Facts {
+                threads: 256,
+                ctas_per_sm: 1,
+                smem_bytes: 0,
+                params_bytes: match s.op {
+                    ListOp::Invert => size_of::<params::KvInvert>() as u32,
+                    ListOp::Validate => size_of::<params::KvValidate>() as u32,
+                },
+                consumer_registers: 0,
+                producer_registers: 0,
+            },
+            KernelSpec::Pointwise(s) => Facts {
+                threads: 256,
+                ctas_per_sm: 1,
+                smem_bytes: 0,
+                params_bytes: s.op.params_bytes(),
+                consumer_registers: 0,
+                producer_registers: 0,
+            },
+        }
+    }
+
+    fn of_attn(spec: &AttnSpec) -> Facts {
+        let consumers = spec.tile().consumers as u32;
+        let params_bytes = match spec.op() {
+            AttnOp::Fwd => size_of::<params::AttnFwd>(),
+            AttnOp::BwdPrep => size_of::<params::AttnBwdPrep>(),
+            AttnOp::Bwd => size_of::<params::AttnBwd>(),
+            AttnOp::BwdPost => size_of::<params::AttnBwdPost>(),
+        } as u32;
+        match spec.op() {
+            AttnOp::BwdPrep | AttnOp::BwdPost => Facts {
+                threads: 256,
+                ctas_per_sm: 2,
+                smem_bytes: 0,
+                params_bytes,
+                consumer_registers: 0,
+                producer_registers: 0,
+            },
+            AttnOp::Fwd | AttnOp::Bwd => {
+                let smem_bytes = attn_smem_bytes(spec);
+                // One consumer: a lone producer warp beside it, several CTAs a multiprocessor. More: a producer
+                // warpgroup that hands its registers over.
+                let (threads, consumer_registers, producer_registers) = match consumers {
+                    1 => (160, 0, 0),
+                    2 => (384, 240, 24),
+                    _ => (512, 160, 32),
+                };
+                let by_smem = limits::SMEM_BYTES_PER_SM / (smem_bytes + 1024);
+                // A forward consumer of 64x64 lives in 128 registers; the backward's holds dK, dV, S and dP.
+                let by_registers = match (consumers, spec.op()) {
+                    (1, AttnOp::Fwd) => 3,
+                    (1, _) => 2,
+                    _ => 1,
+                };
+                Facts {
+                    threads,
+                    ctas_per_sm: by_smem.min(by_registers).max(1),
+                    smem_bytes,
+                    params_bytes,
+                    consumer_registers,
+                    producer_registers,
+                }
+            }
+        }
+    }
+
+    fn of_select(spec: &SelectSpec) -> Facts {
+        Facts {
+            threads: 32 * spec.tile().warps as u32,
+            ctas_per_sm: 1,
+            smem_bytes: 0,
+            params_bytes: size_of::<params::KvSelect>() as u32,
+            consumer_registers: 0,
+            producer_registers: 0,
+        }
+    }
+}
+
+/// Dynamic shared memory of an attention CTA: the tiles, 1 KB for barriers and row statistics' alignment, and
+/// 1 KB of slack to align the swizzle atoms.
+pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
+    let AttnTile { block_m, block_n, stages, .. } = spec.tile();
+    let (m, n, stages) = (block_m as u32, block_n as u32, stages as u32);
+    let (d, bytes) = (spec.head_dim() as u32, spec.dtype().bytes());
+    let tiles = match spec.op() {
+        // Q (its room serves out in the epilogue), then the ring of K and V.
+        AttnOp::Fwd => m * d * bytes + stages * 2 * n * d * bytes,
+        // K and V (their room serves dK and dV in the epilogue), the ring of Q and dO with LSE and delta, and two
+        // buffers of dS.
+        AttnOp::Bwd => 2 * n * d * bytes + stages * (2 * m * d * bytes + 2 * m * 4) + 2 * n * m * bytes,
+        AttnOp::BwdPrep | AttnOp::BwdPost => 0,
+    };
+    tiles + 2048
+}

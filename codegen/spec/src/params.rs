@@ -1,0 +1,301 @@
+//! What the host hands a kernel: one `#[repr(C)]` struct per op, mirrored in the op's template as `struct Params`
+//! and asserted equal in size on both sides. Pointers are device addresses.
+
+/// A TMA descriptor (`CUtensorMap`), opaque to everything but the driver that encodes it.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TensorMap(pub [u64; 16]);
+
+impl Default for TensorMap {
+    fn default() -> Self {
+        TensorMap([0; 16])
+    }
+}
+
+/// A [batch, seq, head, head_dim] tensor in device memory; strides in elements, innermost stride 1.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TensorView {
+    /// Address of element (0, 0, 0, 0).
+    pub ptr: u64,
+    /// Elements between batches.
+    pub stride_batch: i64,
+    /// Elements between tokens.
+    pub stride_seq: i64,
+    /// Elements between heads.
+    pub stride_head: i64,
+}
+
+/// Bits of the device error flag (contract: kernels clamp what they read and raise the flag).
+pub mod error_bits {
+    /// A list names a KV block outside the sequence.
+    pub const INDEX_OUT_OF_RANGE: i32 = 1;
+    /// A count is negative or larger than `max_selected`.
+    pub const COUNT_OUT_OF_RANGE: i32 = 2;
+    /// A list is not ascending and unique.
+    pub const LIST_NOT_ASCENDING: i32 = 4;
+    /// A selection score is NaN.
+    pub const SCORE_IS_NAN: i32 = 8;
+    /// A top-k budget is negative or larger than `max_selected`.
+    pub const TOP_K_OUT_OF_RANGE: i32 = 16;
+}
+
+/// The sizes every attention kernel reads.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AttnSizes {
+    /// Sequences.
+    pub batch: i32,
+    /// Query heads H.
+    pub num_heads: i32,
+    /// KV heads; divides `num_heads`.
+    pub num_kv_heads: i32,
+    /// Query tokens.
+    pub seqlen_q: i32,
+    /// KV tokens.
+    pub seqlen_kv: i32,
+    /// Query tokens rounded up to 64: rows of `lse_log2`, `delta` and of dQ's accumulator.
+    pub seqlen_q_padded: i32,
+    /// G = ceil(seqlen_q / query_group); 0 when dense.
+    pub num_groups: i32,
+    /// N = ceil(seqlen_kv / kv_block); 0 when dense.
+    pub num_kv_blocks: i32,
+    /// Width of the lists; 0 when dense.
+    pub max_selected: i32,
+    /// Logit scale.
+    pub scale: f32,
+    /// scale * log2(e).
+    pub scale_log2: f32,
+    /// Keeps the struct's size a multiple of 8.
+    pub reserved: i32,
+}
+
+/// Launch parameters of `attn_fwd`.
+///
+/// The tensor maps are 5-D: (64 columns, seq, head_dim / 64, head, batch), box (64, rows, head_dim / 64, 1, 1),
+/// 128-byte swizzle. Box rows: q and o 64 (one consumer's rows), k and v block_n.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AttnFwd {
+    /// Q, box of 64 rows.
+    pub map_q: TensorMap,
+    /// K, box of block_n rows.
+    pub map_k: TensorMap,
+    /// V, box of block_n rows.
+    pub map_v: TensorMap,
+    /// out, box of 64 rows.
+    pub map_o: TensorMap,
+    /// f32 [B, H, seqlen_q]: LSE out.
+    pub lse: u64,
+    /// i32 [B, H, G, max_selected].
+    pub q2k_index: u64,
+    /// i32 [B, H, G].
+    pub q2k_count: u64,
+    /// i32 [1]: OR of [`error_bits`].
+    pub error_flag: u64,
+    /// Sizes.
+    pub sizes: AttnSizes,
+}
+
+/// Launch parameters of `attn_bwd_prep`. Grid: (seqlen_q_padded / 64, H, B).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AttnBwdPrep {
+    /// out of the forward.
+    pub o: TensorView,
+    /// Gradient of out.
+    pub d_o: TensorView,
+    /// f32 [B, H, seqlen_q]: LSE of the forward.
+    pub lse: u64,
+    /// f32 [B, H, seqlen_q]: gradient of LSE; 0 when there is none.
+    pub d_lse: u64,
+    /// f32 [B, H, seqlen_q_padded] out: LSE * log2(e); +inf for empty rows and padding, so that P is 0.
+    pub lse_log2: u64,
+    /// f32 [B, H, seqlen_q_padded] out: rowsum(out * d_out) - d_lse; 0 for padding.
+    pub delta: u64,
+    /// f32 [B, H, seqlen_q_padded, D] out: zeroed accumulator of dQ.
+    pub dq_accum: u64,
+    /// Sizes.
+    pub sizes: AttnSizes,
+}
+
+/// Launch parameters of `attn_bwd`. Grid: (ceil(seqlen_kv / block_n), num_kv_heads, B).
+///
+/// Tensor maps as in [`AttnFwd`]; box rows: q and do 64, k and v block_n, dk and dv 64.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AttnBwd {
+    /// Q, box of 64 rows.
+    pub map_q: TensorMap,
+    /// Gradient of out, box of 64 rows.
+    pub map_do: TensorMap,
+    /// K, box of block_n rows.
+    pub map_k: TensorMap,
+    /// V, box of block_n rows.
+    pub map_v: TensorMap,
+    /// dK, box of 64 rows.
+    pub map_dk: TensorMap,
+    /// dV, box of 64 rows.
+    pub map_dv: TensorMap,
+    /// f32 [B, H, seqlen_q_padded].
+    pub lse_log2: u64,
+    /// f32 [B, H, seqlen_q_padded].
+    pub delta: u64,
+    /// f32 [B, H, seqlen_q_padded / 64, 64 * D] in the kernel's own order; only `attn_bwd_post` reads it.
+    pub dq_accum: u64,
+    /// i32 [B, H, N + 1], relative to the (b, h) slab of `k2q_index`.
+    pub k2q_offset: u64,
+    /// i32 [B, H, G * max_selected]: group ids, ascending within a KV block.
+    pub k2q_index: u64,
+    /// i32 [1].
+    pub error_flag: u64,
+    /// Sizes.
+    pub sizes: AttnSizes,
+}
+
+/// Launch parameters of `attn_bwd_post`. Grid: (seqlen_q_padded / 64, H, B).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AttnBwdPost {
+    /// dQ out.
+    pub dq: TensorView,
+    /// f32 accumulator of `attn_bwd`.
+    pub dq_accum: u64,
+    /// Sizes.
+    pub sizes: AttnSizes,
+}
+
+/// Launch parameters of `kv_select`. Grid: (ceil(G / 16), H, B); dynamic shared memory
+/// `16 * num_kv_blocks_padded * 4` bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct KvSelect {
+    /// Low-rank queries [B, seqlen_q, H, rank].
+    pub q_lr: TensorView,
+    /// Low-rank keys [B, seqlen_kv, H, rank].
+    pub k_lr: TensorView,
+    /// i32 [H]: KV blocks to keep per head; clamped to N.
+    pub top_k: u64,
+    /// i32 [B, H, G, max_selected] out.
+    pub q2k_index: u64,
+    /// i32 [B, H, G] out.
+    pub q2k_count: u64,
+    /// f32 [B, H, G, N] out, for tests; 0 when not wanted.
+    pub scores: u64,
+    /// i32 [1].
+    pub error_flag: u64,
+    /// Sequences.
+    pub batch: i32,
+    /// Heads.
+    pub num_heads: i32,
+    /// Query tokens.
+    pub seqlen_q: i32,
+    /// KV tokens.
+    pub seqlen_kv: i32,
+    /// G.
+    pub num_groups: i32,
+    /// N.
+    pub num_kv_blocks: i32,
+    /// N rounded up to 32, plus 4: the row stride of the scores in shared memory, in floats.
+    pub score_stride: i32,
+    /// Width of the lists.
+    pub max_selected: i32,
+}
+
+/// Launch parameters of `kv_invert`. Grid: (ceil(N / 64), H, B); dynamic shared memory
+/// `64 * ceil(G / 32) * 4` bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct KvInvert {
+    /// i32 [B, H, G, max_selected].
+    pub q2k_index: u64,
+    /// i32 [B, H, G].
+    pub q2k_count: u64,
+    /// i32 [B, H, N + 1] out.
+    pub k2q_offset: u64,
+    /// i32 [B, H, G * max_selected] out.
+    pub k2q_index: u64,
+    /// i32 [1].
+    pub error_flag: u64,
+    /// Sequences.
+    pub batch: i32,
+    /// Heads.
+    pub num_heads: i32,
+    /// G.
+    pub num_groups: i32,
+    /// N.
+    pub num_kv_blocks: i32,
+    /// Width of the lists.
+    pub max_selected: i32,
+    /// Keeps the struct's size a multiple of 8.
+    pub reserved: i32,
+}
+
+/// Launch parameters of `kv_validate`. Grid: (ceil(G / 8), H, B): one warp a group.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct KvValidate {
+    /// i32 [B, H, G, max_selected].
+    pub q2k_index: u64,
+    /// i32 [B, H, G].
+    pub q2k_count: u64,
+    /// i32 [1].
+    pub error_flag: u64,
+    /// Sequences.
+    pub batch: i32,
+    /// Heads.
+    pub num_heads: i32,
+    /// G.
+    pub num_groups: i32,
+    /// N.
+    pub num_kv_blocks: i32,
+    /// Width of the lists.
+    pub max_selected: i32,
+    /// Keeps the struct's size a multiple of 8.
+    pub reserved: i32,
+}
+
+/// Launch parameters of `adamw`. Grid: any; threads stride over `count / vector`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AdamW {
+    /// f32 [count]: master weights, updated.
+    pub master: u64,
+    /// f32 [count]: first moment, updated.
+    pub moment1: u64,
+    /// f32 [count]: second moment, updated.
+    pub moment2: u64,
+    /// f32 [count]: gradient.
+    pub grad: u64,
+    /// Compute-dtype [count] out: the weights the products read.
+    pub weight: u64,
+    /// f32 [1]: factor on the gradient (clipping), on the device.
+    pub grad_factor: u64,
+    /// Elements.
+    pub count: i64,
+    /// Learning rate.
+    pub lr: f32,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to the root of the second moment.
+    pub eps: f32,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+    /// 1 - beta1^step.
+    pub bias_correction1: f32,
+    /// 1 - beta2^step.
+    pub bias_correction2: f32,
+    /// Keeps the struct's size a multiple of 8.
+    pub reserved: i32,
+}
+
+impl crate::PointwiseOp {
+    /// Bytes of the op's launch parameters.
+    pub(crate) const fn params_bytes(self) -> u32 {
+        match self {
+            crate::PointwiseOp::AdamW => size_of::<AdamW>() as u32,
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! The shipped kernels and the tuner's candidates: the one place to edit to serve more shapes.
+
+use crate::attn::{AttnOp, AttnSpec, AttnTile, Lists, Schedule, Sparsity};
+use crate::lists::{ListOp, ListSpec};
+use crate::select::{BlockScore, GroupRule, SelectSpec, SelectTile};
+use crate::types::{Arch, Deterministic, Dtype};
+use crate::{KernelSpec, PointwiseOp, PointwiseSpec};
+
+/// Head dims the shipped attention kernels serve.
+pub const SHIPPED_HEAD_DIMS: [u16; 2] = [64, 128];
+/// Block sizes (query_group, kv_block) the shipped kernels serve, beside dense.
+pub const SHIPPED_BLOCK_SIZES: [(u16, u16); 2] = [(64, 64), (128, 128)];
+/// Dtypes the shipped attention kernels serve.
+pub const SHIPPED_DTYPES: [Dtype; 1] = [Dtype::Bf16];
+
+/// Dense and every shipped block size.
+pub fn shipped_lists() -> impl Iterator<Item = Lists> {
+    std::iter::once(Lists::Dense).chain(
+        SHIPPED_BLOCK_SIZES
+            .into_iter()
+            .map(|(query_group, kv_block)| Lists::Blocks { query_group, kv_block }),
+    )
+}
+
+/// The feasible tiles of one kernel, best guess first; the tuner times them all.
+pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: Arch) -> Vec<AttnSpec> {
+    let tile = |block_m, block_n, consumers, stages| AttnTile {
+        block_m,
+        block_n,
+        groups: 1,
+        consumers,
+        stages,
+        cluster: 1,
+        schedule: Schedule::Grid,
+    };
+    let tiles: Vec<AttnTile> = match op {
+        AttnOp::Fwd => [
+            (128, 128, 2, 2),
+            (192, 128, 3, 2),
+            (128, 176, 2, 2),
+            (128, 64, 2, 3),
+            (128, 64, 2, 4),
+            (192, 96, 3, 2),
+            (64, 64, 1, 2),
+            (64, 64, 1, 3),
+            (64, 128, 1, 2),
+        ]
+        .map(|(m, n, c, s)| tile(m, n, c, s))
+        .into(),
+        AttnOp::Bwd => [(64, 128, 2, 2), (64, 64, 1, 2), (64, 128, 2, 3), (64, 64, 1, 1), (64, 64, 1, 3)]
+            .map(|(m, n, c, s)| tile(m, n, c, s))
+            .into(),
+        AttnOp::BwdPrep | AttnOp::BwdPost => vec![tile(64, 0, 1, 0)],
+    };
+    let sparsity = if lists.is_dense() { Sparsity::Percent(0) } else { Sparsity::Any };
+    let deterministic = if op == AttnOp::Bwd { Deterministic::No } else { Deterministic::Yes };
+    tiles
+        .into_iter()
+        .filter_map(|tile| {
+            AttnSpec::new(op, dtype, head_dim, lists, sparsity, tile, deterministic, arch).ok()
+        })
+        .collect()
+}
+
+/// The kernel taken where no table answers: the first candidate.
+pub fn default_attn(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: Arch) -> Option<AttnSpec> {
+    // The helpers' text does not depend on lists.
+    let lists = if matches!(op, AttnOp::Fwd | AttnOp::Bwd) { lists } else { Lists::Dense };
+    candidates(op, dtype, head_dim, lists, arch).into_iter().next()
+}
+
+/// The shipped selection kernel of a block size.
+pub fn default_select(
+    query_group: u16,
+    kv_block: u16,
+    group_rule: GroupRule,
+    arch: Arch,
+) -> Option<SelectSpec> {
+    let tile = SelectTile { groups: 16, warps: 8 };
+    SelectSpec::new(Dtype::Bf16, 16, query_group, kv_block, group_rule, BlockScore::Max, tile, arch).ok()
+}
+
+/// Every committed kernel of an architecture, sorted by name: defaults, and what the committed tables name.
+pub fn shipped(arch: Arch) -> Vec<KernelSpec> {
+    let mut specs = Vec::new();
+    for dtype in SHIPPED_DTYPES {
+        for head_dim in SHIPPED_HEAD_DIMS {
+            for op in [AttnOp::Fwd, AttnOp::Bwd] {
+                for lists in shipped_lists() {
+                    specs.extend(default_attn(op, dtype, head_dim, lists, arch).map(KernelSpec::Attn));
+                }
+            }
+            for op in [AttnOp::BwdPrep, AttnOp::BwdPost] {
+                specs.extend(default_attn(op, dtype, head_dim, Lists::Dense, arch).map(KernelSpec::Attn));
+            }
+        }
+        specs.extend(
+            PointwiseSpec::new(PointwiseOp::AdamW, dtype, 0, 4, arch).ok().map(KernelSpec::Pointwise),
+        );
+    }
+    for (query_group, kv_block) in SHIPPED_BLOCK_SIZES {
+        for &rule in GroupRule::ALL {
+            specs.extend(default_select(query_group, kv_block, rule, arch).map(KernelSpec::Select));
+        }
+    }
+    specs.extend(ListOp::ALL.iter().map(|&op| KernelSpec::List(ListSpec { op, arch })));
+    specs.sort_by_key(|s| s.to_string());
+    specs.dedup();
+    specs
+}
