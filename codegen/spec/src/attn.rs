@@ -196,7 +196,7 @@ impl AttnSpec {
         if self.arch != Arch::Sm90a {
             return Err(SpecError::new("arch", self.arch, "sm90a: the only attention templates so far"));
         }
-        if self.head_dim % 64 != 0 || self.head_dim > 128 {
+        if !self.head_dim.is_multiple_of(64) || self.head_dim > 128 {
             return Err(SpecError::new(
                 "head_dim",
                 self.head_dim,

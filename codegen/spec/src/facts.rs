@@ -125,9 +125,12 @@ pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
     let tiles = match spec.op() {
         // Q (its room serves out in the epilogue), then the ring of K and V.
         AttnOp::Fwd => m * d * bytes + stages * 2 * n * d * bytes,
-        // K and V (their room serves dK and dV in the epilogue), the ring of Q and dO with LSE and delta, and two
-        // buffers of dS.
-        AttnOp::Bwd => 2 * n * d * bytes + stages * (2 * m * d * bytes + 2 * m * 4) + 2 * n * m * bytes,
+        // K and V (their room serves dK and dV in the epilogue), the ring of Q and dO with LSE and delta, and dS:
+        // two buffers where warpgroups exchange it, one where a lone warpgroup keeps it to itself.
+        AttnOp::Bwd => {
+            let ds_buffers = if n == 64 { 1 } else { 2 };
+            2 * n * d * bytes + stages * (2 * m * d * bytes + 2 * m * 4) + ds_buffers * n * m * bytes
+        }
         AttnOp::BwdPrep | AttnOp::BwdPost => 0,
     };
     tiles + 2048

@@ -4,13 +4,9 @@
 /// A TMA descriptor (`CUtensorMap`), opaque to everything but the driver that encodes it.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Default)]
 pub struct TensorMap(pub [u64; 16]);
 
-impl Default for TensorMap {
-    fn default() -> Self {
-        TensorMap([0; 16])
-    }
-}
 
 /// A [batch, seq, head, head_dim] tensor in device memory; strides in elements, innermost stride 1.
 #[repr(C)]
