@@ -1,0 +1,384 @@
+//! Selection of KV blocks from low-rank scores: one proxy query a group, the maximum over a block's keys, the
+//! top-k blocks of each group.
+//!
+//! `score[b, h, g, n] = max over keys j of block n of <proxy(g), k_lr(j)>`, with `q_lr`, `k_lr [B, S, H, rank]`
+//! per query head (no grouped heads). Blocks are ranked by score, ties by the smaller id, and listed ascending.
+
+use crate::attention::{AttnError, View};
+use crate::element::{Element, Precision};
+use crate::lists::{KvListsBuf, ListDims};
+use crate::matrix::{Mat, MatMut, multiply};
+use rayon::prelude::*;
+
+/// Which query speaks for its group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Proxy {
+    /// The valid query at index floor(len / 2).
+    Centre,
+    /// The mean of the valid queries.
+    Mean,
+}
+
+/// Why a selection is refused.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum SelectError {
+    /// A tensor or size does not fit.
+    #[error(transparent)]
+    Input(#[from] AttnError),
+    /// One top-k a head is needed.
+    #[error(
+        "top_k has {found} entries\n  needed: {num_heads} (one a query head)\n  \
+         next: repeat the number for every head"
+    )]
+    TopKLength {
+        /// Entries found.
+        found: usize,
+        /// Query heads.
+        num_heads: usize,
+    },
+    /// A top-k is negative or, after clamping to the number of blocks, wider than the lists.
+    #[error(
+        "top_k of head {head} is {top_k}\n  allowed: 0..={max_selected} (max_selected; more only where a sequence \
+         has fewer blocks)\n  next: widen max_selected or lower top_k"
+    )]
+    TopK {
+        /// Query head.
+        head: usize,
+        /// The number found.
+        top_k: i32,
+        /// Width of a list.
+        max_selected: usize,
+    },
+    /// A score is not a number.
+    #[error(
+        "score[{batch}, {head}, {group}, {block}] is NaN\n  allowed: any number, infinities included\n  \
+         next: look for NaN in q_lr, k_lr (predictor weights or its input)"
+    )]
+    Nan {
+        /// Sequence.
+        batch: usize,
+        /// Query head.
+        head: usize,
+        /// Query group.
+        group: usize,
+        /// KV block.
+        block: usize,
+    },
+    /// A scores buffer has the wrong length.
+    #[error(
+        "scores hold {found} entries\n  needed: {expected} (batch * num_heads * groups * blocks)\n  \
+         next: compute them with the same ListDims"
+    )]
+    ScoresLength {
+        /// Entries found.
+        found: usize,
+        /// Entries needed.
+        expected: usize,
+    },
+}
+
+fn check<T>(dims: &ListDims, rank: usize, q_lr: &View<'_, T>, k_lr: &View<'_, T>) -> Result<(), SelectError> {
+    for (name, size) in [
+        ("batch", dims.batch),
+        ("num_heads", dims.num_heads),
+        ("seqlen_q", dims.seqlen_q),
+        ("seqlen_kv", dims.seqlen_kv),
+        ("query_group", dims.query_group),
+        ("kv_block", dims.kv_block),
+        ("rank", rank),
+    ] {
+        if size == 0 {
+            return Err(AttnError::ZeroSize { name }.into());
+        }
+    }
+    q_lr.check("q_lr", dims.batch, dims.seqlen_q, dims.num_heads, rank)?;
+    k_lr.check("k_lr", dims.batch, dims.seqlen_kv, dims.num_heads, rank)?;
+    Ok(())
+}
+
+/// The definition, in f64: scores [B, H, G, N]. With `rounding`, inputs and the mean proxy are rounded to that
+/// dtype first, as a kernel that reads and multiplies in it does.
+pub fn scores_f64<T: Element>(
+    dims: &ListDims,
+    rank: usize,
+    q_lr: &View<'_, T>,
+    k_lr: &View<'_, T>,
+    proxy: Proxy,
+    rounding: Option<Precision>,
+) -> Result<Vec<f64>, SelectError> {
+    check(dims, rank, q_lr, k_lr)?;
+    let round = |x: f64| rounding.map_or(x, |precision| f64::from(precision.round(x as f32)));
+    let row = |view: &View<'_, T>, b: usize, token: usize, h: usize| -> Vec<f64> {
+        view.row(b, token, h, rank).iter().map(|x| round(x.to_f64())).collect()
+    };
+    let (groups, blocks) = (dims.groups(), dims.blocks());
+    let mut scores = vec![f64::NEG_INFINITY; dims.lists() * blocks];
+    scores.par_chunks_mut(groups * blocks).enumerate().for_each(|(slab, scores)| {
+        let (b, h) = (slab / dims.num_heads, slab % dims.num_heads);
+        for group in 0..groups {
+            let rows = dims.group_rows(group);
+            let query: Vec<f64> = match proxy {
+                Proxy::Centre => row(q_lr, b, dims.centre_row(group), h),
+                Proxy::Mean => {
+                    let mut mean = vec![0.0; rank];
+                    for token in rows.clone() {
+                        for (sum, x) in mean.iter_mut().zip(row(q_lr, b, token, h)) {
+                            *sum += x;
+                        }
+                    }
+                    mean.iter().map(|sum| round(sum / rows.len() as f64)).collect()
+                }
+            };
+            for block in 0..blocks {
+                for key in dims.block_keys(block) {
+                    let score: f64 = query.iter().zip(row(k_lr, b, key, h)).map(|(q, k)| q * k).sum();
+                    keep_larger(&mut scores[group * blocks + block], score);
+                }
+            }
+        }
+    });
+    Ok(scores)
+}
+
+/// The same in f32 with `gemm`, for the trainer: scores [B, H, G, N].
+pub fn scores_f32(
+    dims: &ListDims,
+    rank: usize,
+    q_lr: &View<'_, f32>,
+    k_lr: &View<'_, f32>,
+    proxy: Proxy,
+) -> Result<Vec<f32>, SelectError> {
+    check(dims, rank, q_lr, k_lr)?;
+    // Keys scored at once: whole blocks, about a thousand keys.
+    let tile_keys = 1024usize.div_ceil(dims.kv_block) * dims.kv_block;
+    let (groups, blocks) = (dims.groups(), dims.blocks());
+    let mut scores = vec![f32::NEG_INFINITY; dims.lists() * blocks];
+    scores.par_chunks_mut(groups * blocks).enumerate().for_each(|(slab, scores)| {
+        let (b, h) = (slab / dims.num_heads, slab % dims.num_heads);
+        let mut proxies = vec![0.0f32; groups * rank];
+        for (group, query) in proxies.chunks_exact_mut(rank).enumerate() {
+            let rows = dims.group_rows(group);
+            match proxy {
+                Proxy::Centre => query.copy_from_slice(q_lr.row(b, dims.centre_row(group), h, rank)),
+                Proxy::Mean => {
+                    let len = rows.len() as f32;
+                    for token in rows {
+                        let row = q_lr.row(b, token, h, rank);
+                        query.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+                    }
+                    query.iter_mut().for_each(|x| *x /= len);
+                }
+            }
+        }
+        let mut products = vec![0.0f32; groups * tile_keys.min(dims.seqlen_kv)];
+        let mut first = 0;
+        while first < dims.seqlen_kv {
+            let keys = tile_keys.min(dims.seqlen_kv - first);
+            let products = &mut products[..groups * keys];
+            multiply(
+                MatMut::packed(products, groups, keys),
+                1.0,
+                Mat::packed(&proxies, groups, rank),
+                Mat::new(k_lr.from(b, first, h), keys, rank, k_lr.layout.seq).t(),
+            );
+            for (products, scores) in products.chunks_exact(keys).zip(scores.chunks_exact_mut(blocks)) {
+                let blocks = products.chunks(dims.kv_block).zip(&mut scores[first / dims.kv_block..]);
+                for (products, score) in blocks {
+                    products.iter().for_each(|&product| keep_larger(score, product));
+                }
+            }
+            first += keys;
+        }
+    });
+    Ok(scores)
+}
+
+/// Maximum in which NaN wins, so that it is noticed.
+fn keep_larger<T: PartialOrd + Copy>(best: &mut T, score: T) {
+    let is_nan = |x: T| x.partial_cmp(&x).is_none();
+    if !is_nan(*best) && (score > *best || is_nan(score)) {
+        *best = score;
+    }
+}
+
+/// Lists the `top_k[h]` best blocks (at most all) of each group from scores [B, H, G, N].
+pub fn top_k<T: PartialOrd + Copy + Sync>(
+    dims: &ListDims,
+    scores: &[T],
+    top_k: &[i32],
+) -> Result<KvListsBuf, SelectError> {
+    let (groups, blocks) = (dims.groups(), dims.blocks());
+    let expected = dims.lists() * blocks;
+    if scores.len() != expected {
+        return Err(SelectError::ScoresLength { found: scores.len(), expected });
+    }
+    if top_k.len() != dims.num_heads {
+        return Err(SelectError::TopKLength { found: top_k.len(), num_heads: dims.num_heads });
+    }
+    for (head, &top_k) in top_k.iter().enumerate() {
+        if top_k < 0 || (top_k as usize).min(blocks) > dims.max_selected {
+            return Err(SelectError::TopK { head, top_k, max_selected: dims.max_selected });
+        }
+    }
+    if let Some(at) = scores.iter().position(|s| s.partial_cmp(s).is_none()) {
+        let list = at / blocks;
+        return Err(SelectError::Nan {
+            batch: list / (dims.num_heads * groups),
+            head: list / groups % dims.num_heads,
+            group: list % groups,
+            block: at % blocks,
+        });
+    }
+    let chosen: Vec<Vec<i32>> = (0..dims.lists())
+        .into_par_iter()
+        .map(|list| {
+            let scores = &scores[list * blocks..][..blocks];
+            let kept = (top_k[list / groups % dims.num_heads] as usize).min(blocks);
+            let mut ids: Vec<i32> = (0..blocks as i32).collect();
+            if kept < blocks && kept > 0 {
+                ids.select_nth_unstable_by(kept - 1, |&a, &b| {
+                    let order = scores[b as usize].partial_cmp(&scores[a as usize]);
+                    order.unwrap_or(std::cmp::Ordering::Equal).then(a.cmp(&b))
+                });
+            }
+            ids.truncate(kept);
+            ids.sort_unstable();
+            ids
+        })
+        .collect();
+    Ok(KvListsBuf::from_fn(*dims, |b, h, g| chosen[(b * dims.num_heads + h) * groups + g].clone()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::Layout;
+    use crate::rng::SplitMix64;
+
+    fn dims() -> ListDims {
+        ListDims {
+            batch: 2,
+            num_heads: 3,
+            seqlen_q: 77,
+            seqlen_kv: 1100,
+            query_group: 16,
+            kv_block: 8,
+            max_selected: 40,
+        }
+    }
+
+    #[test]
+    fn scores_follow_the_rule_and_f32_agrees() {
+        let d = dims();
+        let mut rng = SplitMix64::new(1);
+        let q = rng.normals(2 * 77 * 3 * 16, 1.0);
+        let k = rng.normals(2 * 1100 * 3 * 16, 1.0);
+        let (q, k) =
+            (View::new(&q[..], Layout::bshd(77, 3, 16)), View::new(&k[..], Layout::bhsd(1100, 3, 16)));
+        for proxy in [Proxy::Centre, Proxy::Mean] {
+            let exact = scores_f64(&d, 16, &q, &k, proxy, None).unwrap();
+            let single = scores_f32(&d, 16, &q, &k, proxy).unwrap();
+            let worst = exact.iter().zip(&single).map(|(a, &b)| (a - f64::from(b)).abs()).fold(0.0, f64::max);
+            assert!(worst < 1e-5, "{worst:e}");
+            // By hand: batch 1, head 2, last group (5 queries: 64+8..77 is 13 rows), last block (4 keys).
+            let rows = d.group_rows(4);
+            assert_eq!(rows, 64..77);
+            let query: Vec<f64> = (0..16)
+                .map(|c| match proxy {
+                    Proxy::Centre => f64::from(q.row(1, 70, 2, 16)[c]),
+                    Proxy::Mean => rows.clone().map(|i| f64::from(q.row(1, i, 2, 16)[c])).sum::<f64>() / 13.0,
+                })
+                .collect();
+            let by_hand = (1096..1100)
+                .map(|j| query.iter().zip(k.row(1, j, 2, 16)).map(|(a, &b)| a * f64::from(b)).sum::<f64>())
+                .fold(f64::NEG_INFINITY, f64::max);
+            let at = (((1 * 3 + 2) * 5 + 4) * 138) + 137;
+            assert!((exact[at] - by_hand).abs() < 1e-12);
+            assert_eq!(exact.len(), at + 1);
+        }
+        let rounded = scores_f64(&d, 16, &q, &k, Proxy::Mean, Some(Precision::Bf16)).unwrap();
+        let exact = scores_f64(&d, 16, &q, &k, Proxy::Mean, None).unwrap();
+        let worst = exact.iter().zip(&rounded).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(worst > 1e-4 && worst < 0.1, "{worst:e}");
+    }
+
+    #[test]
+    fn top_k_is_the_head_of_a_full_sort() {
+        let d = dims();
+        let mut rng = SplitMix64::new(2);
+        // Few distinct values, so that ties straddle the threshold.
+        let scores: Vec<f32> = (0..d.lists() * d.blocks()).map(|_| rng.below(6) as f32 - 3.0).collect();
+        let lists = top_k(&d, &scores, &[0, 17, 40]).unwrap();
+        lists.validate().unwrap();
+        for list in 0..d.lists() {
+            let scores = &scores[list * d.blocks()..][..d.blocks()];
+            let mut order: Vec<usize> = (0..d.blocks()).collect();
+            order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
+            let mut wanted: Vec<i32> =
+                order[..[0, 17, 40][list / d.groups() % 3]].iter().map(|&n| n as i32).collect();
+            wanted.sort_unstable();
+            assert_eq!(lists.view().blocks_of(list), wanted);
+        }
+    }
+
+    #[test]
+    fn adversarial_scores() {
+        let d = ListDims {
+            batch: 1,
+            num_heads: 1,
+            seqlen_q: 64,
+            seqlen_kv: 640,
+            query_group: 64,
+            kv_block: 64,
+            max_selected: 4,
+        };
+        let select = |scores: &[f32], k: i32| top_k(&d, scores, &[k]).unwrap().view().blocks_of(0).to_vec();
+        assert_eq!(select(&[1.0; 10], 4), [0, 1, 2, 3]);
+        assert_eq!(select(&[f32::NEG_INFINITY; 10], 3), [0, 1, 2]);
+        let mut giant = [0.0f32; 10];
+        giant[9] = 1e30;
+        assert_eq!(select(&giant, 1), [9]);
+        assert_eq!(select(&giant, 3), [0, 1, 9]);
+        let mut signed_zero = [-0.0f32; 10];
+        signed_zero[5] = 0.0;
+        assert_eq!(select(&signed_zero, 2), [0, 1], "-0 and +0 tie");
+        giant[3] = f32::INFINITY;
+        assert_eq!(select(&giant, 2), [3, 9]);
+        assert_eq!(select(&giant, 0), []);
+        // k is clamped to the blocks there are before it is compared with the width.
+        let narrow = ListDims { seqlen_kv: 130, ..d };
+        assert_eq!(top_k(&narrow, &[2.0, 1.0, 3.0], &[100]).unwrap().count, [3]);
+    }
+
+    #[test]
+    fn faults_are_named() {
+        let d = dims();
+        let mut scores = vec![0.0f64; d.lists() * d.blocks()];
+        assert_eq!(
+            top_k(&d, &scores, &[1, 41, 1]).unwrap_err(),
+            SelectError::TopK { head: 1, top_k: 41, max_selected: 40 }
+        );
+        assert!(matches!(top_k(&d, &scores, &[1, -1, 1]), Err(SelectError::TopK { top_k: -1, .. })));
+        assert!(matches!(top_k(&d, &scores, &[1]), Err(SelectError::TopKLength { found: 1, num_heads: 3 })));
+        scores[138 * 7 + 5] = f64::NAN;
+        assert_eq!(
+            top_k(&d, &scores, &[1; 3]).unwrap_err(),
+            SelectError::Nan { batch: 0, head: 1, group: 2, block: 5 }
+        );
+        assert!(matches!(top_k(&d, &scores[1..], &[1; 3]), Err(SelectError::ScoresLength { .. })));
+        // A NaN in k_lr reaches the scores of its block.
+        let q = vec![1.0f32; 2 * 77 * 3 * 4];
+        let mut k = vec![1.0f32; 2 * 1100 * 3 * 4];
+        k[4] = f32::NAN;
+        let (q, k) = (View::new(&q[..], Layout::bshd(77, 3, 4)), View::new(&k[..], Layout::bshd(1100, 3, 4)));
+        let error = SelectError::Nan { batch: 0, head: 1, group: 0, block: 0 };
+        let exact = scores_f64(&d, 4, &q, &k, Proxy::Centre, None).unwrap();
+        assert_eq!(top_k(&d, &exact, &[1; 3]).unwrap_err(), error);
+        let single = scores_f32(&d, 4, &q, &k, Proxy::Centre).unwrap();
+        assert_eq!(top_k(&d, &single, &[1; 3]).unwrap_err(), error);
+        assert!(matches!(
+            scores_f32(&d, 5, &q, &k, Proxy::Centre),
+            Err(SelectError::Input(AttnError::TooShort { name: "q_lr", .. }))
+        ));
+    }
+}
