@@ -1,0 +1,1216 @@
+//! What a training run is, as a TOML file: sections, defaults, presets and the checks that reject an
+//! impossible run before anything is allocated.
+//!
+//! A run's values come from a preset (`preset = "tiny"` in the file, or the command line), then the file,
+//! then `--set section.key=value`. Unknown keys are errors. [`Config::documented_toml`] prints every key with
+//! its value and meaning.
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+/// Presets that [`Config::preset`] knows, smallest first.
+pub const PRESETS: [&str; 4] = ["tiny", "0.8b", "2.7b", "30b"];
+
+/// Head dims the generated kernels serve.
+pub const CUDA_HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
+/// Query groups the generated kernels serve (tokens that share one list).
+pub const CUDA_QUERY_GROUPS: [usize; 3] = [64, 128, 256];
+/// KV blocks the generated kernels serve (tokens selected together).
+pub const CUDA_KV_BLOCKS: [usize; 5] = [1, 8, 16, 64, 128];
+
+/// Every key, in file order, with what it means. The one list behind unknown-key errors and the documented
+/// TOML; a test compares it with the structs.
+pub const KEYS: &[(&str, &[(&str, &str)])] = &[
+    (
+        "model",
+        &[
+            ("layers", "transformer blocks"),
+            ("heads", "attention heads of a block; the width is heads * head_dim"),
+            ("head_dim", "channels of a head; the kernels serve 64, 96, 128, 256, the CPU any even number"),
+            ("mlp", "\"geglu\" or \"gelu\" (tanh form)"),
+            ("mlp_ratio", "inner width of the MLP over the model's width"),
+            ("text_dim", "channels of a text token"),
+            ("text_tokens", "text tokens of a clip"),
+            ("patch", "latents folded into one token, as [time, height, width]"),
+            ("latent_channels", "channels of a latent; Haar latents have 3 * 8^levels (24, 192)"),
+            ("rope_base", "base of the 3D rotary frequencies"),
+            ("norm_eps", "epsilon of LayerNorm and QK RMSNorm"),
+        ],
+    ),
+    (
+        "data",
+        &[
+            (
+                "kind",
+                "\"procedural\" (built in, nothing to download) or \"shards\" (dsv-train prepare, or a VAE's)",
+            ),
+            ("path", "folder of shards, for kind = \"shards\""),
+            ("frames", "latent frames of a clip"),
+            ("height", "latent rows"),
+            ("width", "latent columns"),
+            ("clips", "clips of an epoch, for kind = \"procedural\""),
+            ("batch_size", "clips of one micro-batch"),
+            ("seed", "seed of the shuffle, and of the procedural scenes"),
+            ("validation", "clips held out of training for eval"),
+        ],
+    ),
+    (
+        "train",
+        &[
+            ("steps", "optimizer steps of the whole run, both stages"),
+            ("lr", "peak learning rate"),
+            ("warmup_steps", "steps of linear warm-up"),
+            ("decay", "\"cosine\", \"linear\" or \"constant\" after the warm-up"),
+            ("final_lr_factor", "learning rate at the last step over the peak, where it decays"),
+            ("grad_clip", "largest norm of the gradient; 0 = off"),
+            ("grad_accumulation", "micro-batches of one step"),
+            ("weight_decay", "AdamW's decoupled weight decay"),
+            ("betas", "AdamW's two decay rates"),
+            ("eps", "AdamW's epsilon"),
+            ("ema_decay", "decay of the averaged weights that eval and sample use; 0 = off"),
+            ("caption_dropout", "share of clips trained with the empty caption"),
+            ("seed", "seed of weights, timesteps, noise and caption drop-out"),
+            ("deterministic", "same bits on every run and after a resume, at some speed"),
+            ("checkpoint_every", "steps between checkpoints; 0 = only the last"),
+            ("keep_checkpoints", "newest checkpoints kept on disk; 0 = all"),
+            ("eval_every", "steps between validation losses; 0 = only the last"),
+            ("log_every", "steps between metric lines"),
+            (
+                "recompute",
+                "recompute a block in its backward, keeping only attention's output, LSE and lists",
+            ),
+        ],
+    ),
+    (
+        "flow",
+        &[
+            ("logit_mean", "mean of the logit-normal timestep"),
+            ("logit_std", "standard deviation of the logit-normal timestep"),
+            ("shift", "s in t' = s t / (1 + (s - 1) t); 1 = none, more = noisier"),
+        ],
+    ),
+    (
+        "dsv",
+        &[
+            ("enabled", "false = full attention throughout, no predictors (the baseline)"),
+            ("query_group", "tokens that share one KV list"),
+            ("kv_block", "tokens selected together"),
+            ("rank", "d_lr, the low-rank width of a head's predicted scores"),
+            ("predictor_lr", "learning rate of the predictors in stage 1"),
+            ("predictor_lr_stage2_factor", "multiplies predictor_lr in stage 2"),
+            ("predictor_rope", "rotate the low-rank queries and keys as well"),
+            ("group_rule", "query that decides for its group: \"centre\" or \"mean\""),
+            ("theta", "share of the softmax mass that critical KV hold"),
+            ("profile_every", "steps between profiles in stage 1"),
+            ("profile_every_stage2", "steps between profiles in stage 2"),
+            ("profile_queries", "queries sampled for each head and profile"),
+            ("switch", "end of stage 1: a step (100) or a loss (\"loss < 0.01\")"),
+            ("force_sparse", "optional: share of blocks made sparse in stage 2 whatever the dispatcher says"),
+            ("keep", "optional: share of KV blocks each group keeps; absent = from the profile"),
+            ("max_keep", "widest list, as a share of the KV blocks; sizes the index buffers"),
+            ("min_sparsity", "sparsity from which sparse is assumed faster where no table says"),
+            ("memory_budget_gb", "device memory the dispatcher may plan with, in GiB; 0 = what is free"),
+            ("dispatch_every", "steps between the dispatcher's decisions in stage 2"),
+        ],
+    ),
+    (
+        "device",
+        &[
+            ("kind", "\"cpu\", \"cuda\" or \"auto\" (cuda where there is one)"),
+            ("index", "which GPU"),
+            ("table", "optional: dispatch table; absent = the shipped one of this GPU"),
+        ],
+    ),
+    (
+        "sample",
+        &[
+            ("steps", "solver steps"),
+            ("guidance", "classifier-free guidance; 1 = none"),
+            ("solver", "\"euler\" or \"heun\""),
+            ("fps", "frames a second of the GIF"),
+        ],
+    ),
+    ("out", &[("dir", "folder of checkpoints, metrics, report and samples")]),
+];
+
+/// One whole run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The preset the values started from, one of [`PRESETS`].
+    pub preset: String,
+    /// `[model]`
+    pub model: Model,
+    /// `[data]`
+    pub data: Data,
+    /// `[train]`
+    pub train: Train,
+    /// `[flow]`
+    pub flow: Flow,
+    /// `[dsv]`
+    pub dsv: Dsv,
+    /// `[device]`
+    pub device: Device,
+    /// `[sample]`
+    pub sample: Sample,
+    /// `[out]`
+    pub out: Out,
+}
+
+/// `[model]`: the DiT's shape.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    /// Transformer blocks.
+    pub layers: usize,
+    /// Attention heads of a block.
+    pub heads: usize,
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Form of the MLP.
+    pub mlp: Mlp,
+    /// Inner width of the MLP over the model's width.
+    pub mlp_ratio: usize,
+    /// Channels of a text token.
+    pub text_dim: usize,
+    /// Text tokens of a clip.
+    pub text_tokens: usize,
+    /// Latents folded into one token, `[time, height, width]`.
+    pub patch: [usize; 3],
+    /// Channels of a latent.
+    pub latent_channels: usize,
+    /// Base of the rotary frequencies.
+    pub rope_base: f64,
+    /// Epsilon of the norms.
+    pub norm_eps: f64,
+}
+
+/// Form of the MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mlp {
+    /// `up(x)[..n] * gelu(up(x)[n..])`
+    Geglu,
+    /// `gelu(up(x))`, tanh form.
+    Gelu,
+}
+
+/// `[data]`: clips and batches.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Data {
+    /// Where clips come from.
+    pub kind: DataKind,
+    /// Folder of shards; used by [`DataKind::Shards`].
+    pub path: PathBuf,
+    /// Latent frames of a clip.
+    pub frames: usize,
+    /// Latent rows.
+    pub height: usize,
+    /// Latent columns.
+    pub width: usize,
+    /// Clips of an epoch of [`DataKind::Procedural`].
+    pub clips: usize,
+    /// Clips of one micro-batch.
+    pub batch_size: usize,
+    /// Seed of the shuffle and of procedural scenes.
+    pub seed: u64,
+    /// Clips held out of training.
+    pub validation: usize,
+}
+
+/// Where clips come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DataKind {
+    /// Scenes rendered from their index.
+    Procedural,
+    /// Safetensors shards of latents and text embeddings.
+    Shards,
+}
+
+/// `[train]`: optimisation and housekeeping.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Train {
+    /// Optimizer steps of the whole run.
+    pub steps: u64,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Steps of linear warm-up.
+    pub warmup_steps: u64,
+    /// Shape after the warm-up.
+    pub decay: Decay,
+    /// Last learning rate over the peak.
+    pub final_lr_factor: f64,
+    /// Largest gradient norm; 0 = off.
+    pub grad_clip: f64,
+    /// Micro-batches of one step.
+    pub grad_accumulation: usize,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// AdamW's decay rates.
+    pub betas: [f64; 2],
+    /// AdamW's epsilon.
+    pub eps: f64,
+    /// Decay of the averaged weights; 0 = off.
+    pub ema_decay: f64,
+    /// Share of clips trained with the empty caption.
+    pub caption_dropout: f64,
+    /// Seed of weights, timesteps, noise and caption drop-out.
+    pub seed: u64,
+    /// Same bits on every run.
+    pub deterministic: bool,
+    /// Steps between checkpoints; 0 = only the last.
+    pub checkpoint_every: u64,
+    /// Newest checkpoints kept; 0 = all.
+    pub keep_checkpoints: usize,
+    /// Steps between validation losses; 0 = only the last.
+    pub eval_every: u64,
+    /// Steps between metric lines.
+    pub log_every: u64,
+    /// Recompute blocks in the backward.
+    pub recompute: bool,
+}
+
+/// Learning rate after the warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Decay {
+    /// Half a cosine down to `final_lr_factor`.
+    Cosine,
+    /// A straight line down to `final_lr_factor`.
+    Linear,
+    /// No decay.
+    Constant,
+}
+
+/// `[flow]`: the distribution of timesteps.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Flow {
+    /// Mean of the normal under the logistic.
+    pub logit_mean: f64,
+    /// Its standard deviation.
+    pub logit_std: f64,
+    /// `s` in `t' = s t / (1 + (s - 1) t)`.
+    pub shift: f64,
+}
+
+/// `[dsv]`: predictors, profiler, stages and dispatcher (the paper's two-stage training).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Dsv {
+    /// False = full attention throughout.
+    pub enabled: bool,
+    /// Tokens that share one list.
+    pub query_group: usize,
+    /// Tokens selected together.
+    pub kv_block: usize,
+    /// `d_lr`.
+    pub rank: usize,
+    /// Predictors' learning rate in stage 1.
+    pub predictor_lr: f64,
+    /// Multiplies `predictor_lr` in stage 2.
+    pub predictor_lr_stage2_factor: f64,
+    /// Rotate low-rank queries and keys.
+    pub predictor_rope: bool,
+    /// Query that decides for its group.
+    pub group_rule: GroupRule,
+    /// Share of the mass that critical KV hold.
+    pub theta: f64,
+    /// Steps between profiles in stage 1.
+    pub profile_every: u64,
+    /// Steps between profiles in stage 2.
+    pub profile_every_stage2: u64,
+    /// Queries sampled for each head and profile.
+    pub profile_queries: usize,
+    /// What ends stage 1.
+    pub switch: Switch,
+    /// Share of blocks forced sparse in stage 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub force_sparse: Option<f64>,
+    /// Share of KV blocks each group keeps; `None` = from the profile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep: Option<f64>,
+    /// Widest list as a share of the KV blocks.
+    pub max_keep: f64,
+    /// Sparsity from which sparse is assumed faster where no table says.
+    pub min_sparsity: f64,
+    /// Device memory to plan with, GiB; 0 = what is free.
+    pub memory_budget_gb: f64,
+    /// Steps between the dispatcher's decisions.
+    pub dispatch_every: u64,
+}
+
+/// Query that decides for its group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GroupRule {
+    /// The token at `floor(len / 2)` of the group's valid tokens.
+    #[serde(alias = "center")]
+    Centre,
+    /// The mean of the group's valid tokens.
+    Mean,
+}
+
+/// What ends stage 1.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Switch {
+    /// Stage 2 begins with this step.
+    Step(u64),
+    /// Stage 2 begins once the mean predictor loss over all blocks is below this.
+    Loss(f64),
+}
+
+impl Serialize for Switch {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Switch::Step(n) => s.serialize_u64(*n),
+            Switch::Loss(x) => s.serialize_str(&format!("loss < {x}")),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Switch {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Raw {
+            Step(i64),
+            Text(String),
+            Other(serde::de::IgnoredAny),
+        }
+        let allowed = "allowed: a step number from 0 (switch = 100) or a loss (switch = \"loss < 0.01\")";
+        match Raw::deserialize(d)? {
+            Raw::Step(n) if n >= 0 => Ok(Switch::Step(n as u64)),
+            Raw::Step(n) => Err(serde::de::Error::custom(format!("dsv.switch is {n}; {allowed}"))),
+            Raw::Text(t) => t
+                .trim()
+                .strip_prefix("loss")
+                .and_then(|r| r.trim_start().strip_prefix('<'))
+                .and_then(|r| r.trim().parse::<f64>().ok())
+                .filter(|x| x.is_finite() && *x > 0.0)
+                .map(Switch::Loss)
+                .ok_or_else(|| serde::de::Error::custom(format!("dsv.switch is {t:?}; {allowed}"))),
+            Raw::Other(_) => Err(serde::de::Error::custom(format!("dsv.switch has another type; {allowed}"))),
+        }
+    }
+}
+
+/// `[device]`: where to run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Device {
+    /// Kind of device.
+    pub kind: DeviceKind,
+    /// Which GPU.
+    pub index: usize,
+    /// Dispatch table; `None` = the shipped one of this GPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub table: Option<PathBuf>,
+}
+
+/// Kind of device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceKind {
+    /// The CPU reference, f32.
+    Cpu,
+    /// Generated kernels, bf16.
+    Cuda,
+    /// Cuda where there is one.
+    Auto,
+}
+
+/// `[sample]`: how `dsv-train sample` integrates the flow.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sample {
+    /// Solver steps.
+    pub steps: usize,
+    /// Classifier-free guidance; 1 = none.
+    pub guidance: f64,
+    /// Solver.
+    pub solver: Solver,
+    /// Frames a second of the GIF.
+    pub fps: u16,
+}
+
+/// Solver of the flow's ODE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Solver {
+    /// First order, one evaluation a step.
+    Euler,
+    /// Second order, two evaluations a step.
+    Heun,
+}
+
+/// `[out]`: where results go.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Out {
+    /// Folder of everything the run writes.
+    pub dir: PathBuf,
+}
+
+/// What is wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error(
+        "cannot read the config {path}: {source}\n  next: dsv-train plan --preset tiny > {path}   (writes every key with its default)"
+    )]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Not TOML, or a value of the wrong type.
+    #[error(
+        "{origin} is not a valid config\n{detail}\n  next: dsv-train plan --preset tiny   (prints every key, its default and its meaning)"
+    )]
+    Parse {
+        /// File or `--set`.
+        origin: String,
+        /// The parser's words, with line and column.
+        detail: String,
+    },
+    /// Keys nobody reads.
+    #[error("{}", .0.join("\n"))]
+    UnknownKeys(
+        /// One message for each key.
+        Vec<String>,
+    ),
+    /// A preset nobody knows.
+    #[error("unknown preset {found:?}\n  presets: {}\n  next: dsv-train plan --preset tiny", PRESETS.join(", "))]
+    Preset {
+        /// What was asked for.
+        found: String,
+    },
+    /// Values that make no run. Every problem is listed.
+    #[error("the config describes no possible run ({} problem{})\n{}\n  next: correct the keys above, then dsv-train plan CONFIG.toml", .0.len(), if .0.len() == 1 { "" } else { "s" }, .0.iter().map(|p| format!("  - {p}")).collect::<Vec<_>>().join("\n"))]
+    Impossible(
+        /// One sentence for each problem.
+        Vec<String>,
+    ),
+}
+
+impl Config {
+    /// A preset by name: `tiny` (CPU, minutes), or a row of the paper's model table.
+    pub fn preset(name: &str) -> Result<Config, ConfigError> {
+        let large = |layers, heads, head_dim, mlp| Config {
+            preset: name.to_string(),
+            model: Model {
+                layers,
+                heads,
+                head_dim,
+                mlp,
+                mlp_ratio: 4,
+                text_dim: 4096,
+                text_tokens: 120,
+                patch: [1, 2, 2],
+                latent_channels: 16,
+                rope_base: 10_000.0,
+                norm_eps: 1e-6,
+            },
+            data: Data {
+                kind: DataKind::Shards,
+                path: "latents".into(),
+                frames: 32,
+                height: 64,
+                width: 64,
+                clips: 4096,
+                batch_size: 1,
+                seed: 1,
+                validation: 32,
+            },
+            train: Train {
+                steps: 100_000,
+                lr: 1e-4,
+                warmup_steps: 1000,
+                decay: Decay::Constant,
+                final_lr_factor: 0.1,
+                grad_clip: 1.0,
+                grad_accumulation: 1,
+                weight_decay: 0.01,
+                betas: [0.9, 0.99],
+                eps: 1e-8,
+                ema_decay: 0.0,
+                caption_dropout: 0.1,
+                seed: 1,
+                deterministic: false,
+                checkpoint_every: 1000,
+                keep_checkpoints: 3,
+                eval_every: 1000,
+                log_every: 1,
+                recompute: true,
+            },
+            flow: Flow { logit_mean: 0.0, logit_std: 1.0, shift: 3.0 },
+            dsv: Dsv {
+                enabled: true,
+                query_group: 64,
+                kv_block: 64,
+                rank: 16,
+                predictor_lr: 1e-3,
+                predictor_lr_stage2_factor: 0.1,
+                predictor_rope: false,
+                group_rule: GroupRule::Centre,
+                theta: 0.9,
+                profile_every: 50,
+                profile_every_stage2: 1000,
+                profile_queries: 64,
+                switch: Switch::Loss(0.01),
+                force_sparse: None,
+                keep: None,
+                max_keep: 0.5,
+                min_sparsity: 0.6,
+                memory_budget_gb: 0.0,
+                dispatch_every: 100,
+            },
+            device: Device { kind: DeviceKind::Auto, index: 0, table: None },
+            sample: Sample { steps: 40, guidance: 4.0, solver: Solver::Euler, fps: 12 },
+            out: Out { dir: format!("runs/{name}").into() },
+        };
+        match name {
+            "0.8b" => Ok(large(28, 12, 96, Mlp::Geglu)),
+            "2.7b" => Ok(large(32, 16, 128, Mlp::Geglu)),
+            "30b" => Ok(large(42, 24, 256, Mlp::Gelu)),
+            "tiny" => {
+                let mut c = large(3, 2, 32, Mlp::Geglu);
+                c.model.text_dim = 64;
+                c.model.text_tokens = 8;
+                c.model.latent_channels = 24;
+                c.data.kind = DataKind::Procedural;
+                c.data.path = PathBuf::new();
+                c.data.frames = 8;
+                c.data.height = 16;
+                c.data.width = 16;
+                c.data.clips = 1024;
+                c.data.batch_size = 2;
+                c.data.validation = 8;
+                c.train.steps = 200;
+                c.train.lr = 2e-3;
+                c.train.warmup_steps = 10;
+                c.train.decay = Decay::Cosine;
+                c.train.deterministic = true;
+                c.train.checkpoint_every = 100;
+                c.train.eval_every = 50;
+                c.flow.shift = 1.0;
+                c.dsv.query_group = 8;
+                c.dsv.kv_block = 8;
+                c.dsv.predictor_lr = 5e-3;
+                c.dsv.profile_every = 5;
+                c.dsv.profile_every_stage2 = 25;
+                c.dsv.profile_queries = 32;
+                c.dsv.switch = Switch::Step(100);
+                c.dsv.min_sparsity = 0.5;
+                c.dsv.dispatch_every = 10;
+                c.sample.steps = 12;
+                c.sample.guidance = 2.0;
+                c.sample.fps = 8;
+                Ok(c)
+            }
+            other => Err(ConfigError::Preset { found: other.to_string() }),
+        }
+    }
+
+    /// A run from a file and overrides, checked.
+    ///
+    /// `file` is TOML with any subset of the keys; what it lacks comes from `preset`, else from the file's own
+    /// `preset = "..."`, else from `tiny`. `sets` are `section.key=value` strings, applied last; a value that is
+    /// not TOML is taken as a string, and `none` removes an optional key.
+    pub fn load(file: Option<&Path>, preset: Option<&str>, sets: &[String]) -> Result<Config, ConfigError> {
+        let text = match file {
+            Some(path) => std::fs::read_to_string(path)
+                .map_err(|source| ConfigError::Read { path: path.to_path_buf(), source })?,
+            None => String::new(),
+        };
+        let origin = file.map_or_else(|| "the config".to_string(), |p| p.display().to_string());
+        Config::from_toml(&text, &origin, preset, sets)
+    }
+
+    /// As [`Config::load`], from text; `origin` names it in errors.
+    pub fn from_toml(
+        text: &str,
+        origin: &str,
+        preset: Option<&str>,
+        sets: &[String],
+    ) -> Result<Config, ConfigError> {
+        let user: toml::Table = toml::from_str(text)
+            .map_err(|e| ConfigError::Parse { origin: origin.to_string(), detail: indent(&e.to_string()) })?;
+        let mut unknown = unknown_keys(&user, origin, text);
+        let name = match (preset, user.get("preset")) {
+            (Some(p), _) => p.to_string(),
+            (None, Some(toml::Value::String(p))) => p.clone(),
+            (None, Some(v)) => return Err(ConfigError::Preset { found: v.to_string() }),
+            (None, None) => "tiny".to_string(),
+        };
+        let base = Config::preset(&name)?;
+        let mut merged =
+            toml::Table::try_from(&base).expect("a preset serialises: every field has a TOML form");
+        for (section, value) in user {
+            match (merged.get_mut(&section), value) {
+                (Some(toml::Value::Table(into)), toml::Value::Table(from)) => into.extend(from),
+                (_, value) => {
+                    merged.insert(section, value);
+                }
+            }
+        }
+        merged.insert("preset".into(), toml::Value::String(name));
+        for set in sets {
+            unknown.extend(apply_set(&mut merged, set)?);
+        }
+        if !unknown.is_empty() {
+            return Err(ConfigError::UnknownKeys(unknown));
+        }
+        // From text, not from the table: only then does an error know where the value stands.
+        let printed = toml::to_string(&merged).expect("a table prints as TOML");
+        let config: Config = toml::from_str(&printed).map_err(|e| ConfigError::Parse {
+            origin: origin.to_string(),
+            detail: wrong_value(&e, &printed, text),
+        })?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// The run as TOML, every key with its meaning beside it. Parsing the text gives the same run.
+    pub fn documented_toml(&self) -> String {
+        let table = toml::Table::try_from(self).expect("a config serialises: every field has a TOML form");
+        let mut out = format!("preset = {:?}  # {}\n", self.preset, PRESETS.join(", "));
+        for (section, keys) in KEYS {
+            let _ = writeln!(out, "\n[{section}]");
+            for (key, meaning) in *keys {
+                match table.get(*section).and_then(|s| s.get(key)) {
+                    Some(value) => {
+                        let _ = writeln!(out, "{:<44}# {meaning}", format!("{key} = {value}"));
+                    }
+                    None => {
+                        let _ = writeln!(out, "{:<44}# {meaning}", format!("# {key} ="));
+                    }
+                }
+            }
+        }
+        out
+    }
+
+    /// Checks that the values make a run, reporting every problem.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let mut bad = Vec::new();
+        let Config { model, data, train, flow, dsv, device, sample, .. } = self;
+        for (key, value) in [
+            ("model.layers", model.layers),
+            ("model.heads", model.heads),
+            ("model.head_dim", model.head_dim),
+            ("model.mlp_ratio", model.mlp_ratio),
+            ("model.text_dim", model.text_dim),
+            ("model.text_tokens", model.text_tokens),
+            ("model.patch[0]", model.patch[0]),
+            ("model.patch[1]", model.patch[1]),
+            ("model.patch[2]", model.patch[2]),
+            ("model.latent_channels", model.latent_channels),
+            ("data.frames", data.frames),
+            ("data.height", data.height),
+            ("data.width", data.width),
+            ("data.batch_size", data.batch_size),
+            ("train.steps", train.steps as usize),
+            ("train.grad_accumulation", train.grad_accumulation),
+            ("train.log_every", train.log_every as usize),
+            ("dsv.query_group", dsv.query_group),
+            ("dsv.kv_block", dsv.kv_block),
+            ("dsv.rank", dsv.rank),
+            ("dsv.profile_every", dsv.profile_every as usize),
+            ("dsv.profile_every_stage2", dsv.profile_every_stage2 as usize),
+            ("dsv.profile_queries", dsv.profile_queries),
+            ("dsv.dispatch_every", dsv.dispatch_every as usize),
+            ("sample.steps", sample.steps),
+            ("sample.fps", sample.fps as usize),
+        ] {
+            if value == 0 {
+                bad.push(format!("{key} is 0; allowed: 1 and more"));
+            }
+        }
+        for (key, size, patch) in [
+            ("frames", data.frames, model.patch[0]),
+            ("height", data.height, model.patch[1]),
+            ("width", data.width, model.patch[2]),
+        ] {
+            if patch != 0 && size % patch != 0 {
+                bad.push(format!(
+                    "data.{key} is {size}, which the patch {patch} (model.patch = {:?}) does not divide; nearest allowed: {}",
+                    model.patch,
+                    multiples_near(size, patch)
+                ));
+            }
+        }
+        if model.head_dim % 2 != 0 {
+            bad.push(format!("model.head_dim is {}; RoPE rotates pairs, so it must be even", model.head_dim));
+        } else if model.head_dim > 0 && model.head_dim < 6 {
+            bad.push(format!(
+                "model.head_dim is {}; 3D RoPE needs a pair for each of three axes, so 6 and more",
+                model.head_dim
+            ));
+        }
+        if data.kind == DataKind::Procedural {
+            match self.haar_levels() {
+                Some(_) => {}
+                None => bad.push(format!(
+                    "model.latent_channels is {}, but procedural clips have Haar latents; allowed: 24 (1 level), 192 (2 levels)",
+                    model.latent_channels
+                )),
+            }
+            if data.clips <= data.validation {
+                bad.push(format!(
+                    "data.clips is {} and data.validation {}; at least one clip must be left to train on",
+                    data.clips, data.validation
+                ));
+            }
+        } else if data.path.as_os_str().is_empty() {
+            bad.push(
+                "data.path is empty, but data.kind is \"shards\"; make shards with: dsv-train prepare --help"
+                    .to_string(),
+            );
+        }
+        let mut range = |key: &str, value: f64, allowed: &str, ok: bool| {
+            if !ok || !value.is_finite() {
+                bad.push(format!("{key} is {value}; allowed: {allowed}"));
+            }
+        };
+        range("model.rope_base", model.rope_base, "more than 1", model.rope_base > 1.0);
+        range("model.norm_eps", model.norm_eps, "more than 0", model.norm_eps > 0.0);
+        range("train.lr", train.lr, "0 and more", train.lr >= 0.0);
+        range("train.grad_clip", train.grad_clip, "0 (off) and more", train.grad_clip >= 0.0);
+        range("train.weight_decay", train.weight_decay, "0 and more", train.weight_decay >= 0.0);
+        range(
+            "train.final_lr_factor",
+            train.final_lr_factor,
+            "0 to 1",
+            (0.0..=1.0).contains(&train.final_lr_factor),
+        );
+        range("train.betas[0]", train.betas[0], "0 to less than 1", (0.0..1.0).contains(&train.betas[0]));
+        range("train.betas[1]", train.betas[1], "0 to less than 1", (0.0..1.0).contains(&train.betas[1]));
+        range("train.eps", train.eps, "more than 0", train.eps > 0.0);
+        range(
+            "train.ema_decay",
+            train.ema_decay,
+            "0 (off) to less than 1",
+            (0.0..1.0).contains(&train.ema_decay),
+        );
+        range(
+            "train.caption_dropout",
+            train.caption_dropout,
+            "0 to 1",
+            (0.0..=1.0).contains(&train.caption_dropout),
+        );
+        range("flow.logit_mean", flow.logit_mean, "a finite number", true);
+        range("flow.logit_std", flow.logit_std, "more than 0", flow.logit_std > 0.0);
+        range("flow.shift", flow.shift, "more than 0", flow.shift > 0.0);
+        range("dsv.predictor_lr", dsv.predictor_lr, "0 and more", dsv.predictor_lr >= 0.0);
+        range(
+            "dsv.predictor_lr_stage2_factor",
+            dsv.predictor_lr_stage2_factor,
+            "0 and more",
+            dsv.predictor_lr_stage2_factor >= 0.0,
+        );
+        range("dsv.theta", dsv.theta, "more than 0, less than 1", dsv.theta > 0.0 && dsv.theta < 1.0);
+        range(
+            "dsv.max_keep",
+            dsv.max_keep,
+            "more than 0, up to 1",
+            dsv.max_keep > 0.0 && dsv.max_keep <= 1.0,
+        );
+        range("dsv.min_sparsity", dsv.min_sparsity, "0 to 1", (0.0..=1.0).contains(&dsv.min_sparsity));
+        range(
+            "dsv.memory_budget_gb",
+            dsv.memory_budget_gb,
+            "0 (what is free) and more",
+            dsv.memory_budget_gb >= 0.0,
+        );
+        if let Some(f) = dsv.force_sparse {
+            range("dsv.force_sparse", f, "0 to 1, or absent", (0.0..=1.0).contains(&f));
+        }
+        if let Some(k) = dsv.keep {
+            range("dsv.keep", k, "more than 0, up to dsv.max_keep, or absent", k > 0.0 && k <= dsv.max_keep);
+        }
+        range("sample.guidance", sample.guidance, "0 and more", sample.guidance >= 0.0);
+        let (g, n) = (dsv.query_group, dsv.kv_block);
+        if g > 0 && n > 0 && g.max(n) % g.min(n) != 0 {
+            bad.push(format!(
+                "dsv.query_group is {g} and dsv.kv_block {n}; token cubes nest, so one must be a multiple of the other"
+            ));
+        }
+        if device.kind == DeviceKind::Cuda {
+            let mut listed = |key: &str, value: usize, allowed: &[usize]| {
+                if !allowed.contains(&value) {
+                    let list = allowed.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+                    bad.push(format!(
+                        "{key} is {value}, which no kernel serves on cuda; available: {list} (any on cpu)"
+                    ));
+                }
+            };
+            listed("model.head_dim", model.head_dim, &CUDA_HEAD_DIMS);
+            if dsv.enabled {
+                listed("dsv.query_group", g, &CUDA_QUERY_GROUPS);
+                listed("dsv.kv_block", n, &CUDA_KV_BLOCKS);
+                listed("dsv.rank", dsv.rank, &[16]);
+            }
+        }
+        if bad.is_empty() { Ok(()) } else { Err(ConfigError::Impossible(bad)) }
+    }
+
+    /// Width of the model: `heads * head_dim`.
+    pub fn dim(&self) -> usize {
+        self.model.heads * self.model.head_dim
+    }
+
+    /// Tokens along time, height and width.
+    pub fn grid(&self) -> [usize; 3] {
+        let p = self.model.patch;
+        [self.data.frames / p[0], self.data.height / p[1], self.data.width / p[2]]
+    }
+
+    /// Video tokens of a clip.
+    pub fn tokens(&self) -> usize {
+        self.grid().iter().product()
+    }
+
+    /// Shape of a clip's latents, `[channels, frames, height, width]`.
+    pub fn latent_shape(&self) -> [usize; 4] {
+        [self.model.latent_channels, self.data.frames, self.data.height, self.data.width]
+    }
+
+    /// Values of one token before the patch embedding.
+    pub fn patch_dim(&self) -> usize {
+        self.model.latent_channels * self.model.patch.iter().product::<usize>()
+    }
+
+    /// Query groups of a clip, the last possibly short.
+    pub fn groups(&self) -> usize {
+        self.tokens().div_ceil(self.dsv.query_group)
+    }
+
+    /// KV blocks of a clip, the last possibly short.
+    pub fn kv_blocks(&self) -> usize {
+        self.tokens().div_ceil(self.dsv.kv_block)
+    }
+
+    /// Width of the lists: the most KV blocks a group may keep.
+    pub fn max_selected(&self) -> usize {
+        let n = self.kv_blocks();
+        ((n as f64 * self.dsv.max_keep).ceil() as usize).clamp(1, n.max(1))
+    }
+
+    /// Levels of the Haar transform whose latents have `model.latent_channels` channels (`3 * 8^levels`), if any.
+    pub fn haar_levels(&self) -> Option<u32> {
+        (1..=2).find(|&l| 3 * 8usize.pow(l) == self.model.latent_channels)
+    }
+
+    /// Learning rate of a step counted from 0: warm-up, then the decay.
+    pub fn lr_at(&self, step: u64) -> f64 {
+        let t = &self.train;
+        if step < t.warmup_steps {
+            return t.lr * (step + 1) as f64 / t.warmup_steps as f64;
+        }
+        let span = t.steps.saturating_sub(t.warmup_steps).saturating_sub(1).max(1) as f64;
+        let x = ((step - t.warmup_steps) as f64 / span).min(1.0);
+        let down = match t.decay {
+            Decay::Constant => 1.0,
+            Decay::Linear => 1.0 - x,
+            Decay::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * x).cos()),
+        };
+        t.lr * (t.final_lr_factor + (1.0 - t.final_lr_factor) * down).min(1.0)
+    }
+
+    /// blake3 (hex) of what the weights' shapes and the data order depend on: `[model]`, `[data]` without its
+    /// path, and `dsv.rank`. A checkpoint of another fingerprint cannot be resumed.
+    pub fn fingerprint(&self) -> String {
+        let mut data = self.data.clone();
+        data.path = PathBuf::new();
+        let what = serde_json::json!({ "model": self.model, "data": data, "rank": self.dsv.rank });
+        blake3::hash(what.to_string().as_bytes()).to_hex().to_string()
+    }
+
+    /// `section.key: here -> there` for every key in which two runs differ.
+    pub fn differences(&self, other: &Config) -> Vec<String> {
+        let table = |c: &Config| toml::Table::try_from(c).expect("a config serialises");
+        let (a, b) = (table(self), table(other));
+        let show = |t: &toml::Table, section: &str, key: &str| {
+            t.get(section).and_then(|s| s.get(key)).map_or("none".to_string(), |v| v.to_string())
+        };
+        let mut out = Vec::new();
+        for (section, keys) in KEYS {
+            for (key, _) in *keys {
+                let (x, y) = (show(&a, section, key), show(&b, section, key));
+                if x != y {
+                    out.push(format!("{section}.{key}: {x} -> {y}"));
+                }
+            }
+        }
+        out
+    }
+}
+
+fn multiples_near(size: usize, unit: usize) -> String {
+    let below = size / unit * unit;
+    if below == 0 { unit.to_string() } else { format!("{below} or {}", below + unit) }
+}
+
+fn indent(text: &str) -> String {
+    text.trim_end().lines().map(|l| format!("  {l}")).collect::<Vec<_>>().join("\n")
+}
+
+/// An error in the merged text, told with the user's own line where the value is theirs.
+fn wrong_value(error: &toml::de::Error, merged: &str, text: &str) -> String {
+    let start = error.span().map_or(0, |s| s.start).min(merged.len());
+    let before = &merged[..start];
+    let section = before.rfind("\n[").and_then(|i| before[i + 2..].split(']').next());
+    let line_start = before.rfind('\n').map_or(0, |i| i + 1);
+    let line = merged[line_start..].lines().next().unwrap_or("");
+    let key = line.split('=').next().unwrap_or("").trim();
+    let at = line_of(text, section, key).map_or(String::new(), |l| format!("line {l}: "));
+    let section = section.map_or(String::new(), |s| format!("[{s}] "));
+    format!("  {at}{section}{line}\n{}", indent(error.message()))
+}
+
+/// A message for each key of `table` that no section has.
+fn unknown_keys(table: &toml::Table, origin: &str, text: &str) -> Vec<String> {
+    let mut out = Vec::new();
+    for (section, value) in table {
+        if section == "preset" {
+            continue;
+        }
+        let Some((_, keys)) = KEYS.iter().find(|(s, _)| s == section) else {
+            let at = line_of(text, None, section).map_or(String::new(), |l| format!(" line {l}"));
+            let sections: Vec<&str> = std::iter::once("preset").chain(KEYS.iter().map(|(s, _)| *s)).collect();
+            out.push(unknown(&format!("{origin}{at}"), section, "sections", &sections));
+            continue;
+        };
+        if let toml::Value::Table(inner) = value {
+            for key in inner.keys() {
+                if !keys.iter().any(|(k, _)| k == key) {
+                    let at =
+                        line_of(text, Some(section), key).map_or(String::new(), |l| format!(" line {l}"));
+                    let allowed: Vec<&str> = keys.iter().map(|(k, _)| *k).collect();
+                    out.push(unknown(
+                        &format!("{origin}{at}"),
+                        &format!("{section}.{key}"),
+                        &format!("keys of [{section}]"),
+                        &allowed,
+                    ));
+                }
+            }
+        }
+    }
+    out
+}
+
+fn unknown(place: &str, key: &str, what: &str, allowed: &[&str]) -> String {
+    let last = key.rsplit('.').next().unwrap_or(key);
+    let near = allowed.iter().map(|a| (edit_distance(a, last), *a)).min().filter(|(d, _)| *d <= 2);
+    let hint = near.map_or(String::new(), |(_, a)| format!("\n  did you mean: {a}"));
+    format!(
+        "{place}: unknown key {key:?}\n  {what}: {}{hint}\n  next: dsv-train plan --preset tiny   (prints every key, its default and its meaning)",
+        allowed.join(", ")
+    )
+}
+
+fn edit_distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, ca) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, cb) in b.iter().enumerate() {
+            let swap = diagonal + usize::from(ca != *cb);
+            diagonal = row[j + 1];
+            row[j + 1] = swap.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+/// Line (from 1) where `key` is set in `section`, or where the section itself starts.
+fn line_of(text: &str, section: Option<&str>, key: &str) -> Option<usize> {
+    let mut current = String::new();
+    for (i, line) in text.lines().enumerate() {
+        let line = line.trim();
+        if let Some(name) = line.strip_prefix('[').and_then(|l| l.split(']').next()) {
+            current = name.trim().to_string();
+            if section.is_none() && current == key {
+                return Some(i + 1);
+            }
+        } else if let Some((k, _)) = line.split_once('=') {
+            let k = k.trim();
+            let plain = k == key && current == section.unwrap_or("");
+            let dotted = current.is_empty() && section.is_some_and(|s| k == format!("{s}.{key}"));
+            if plain || dotted {
+                return Some(i + 1);
+            }
+        }
+    }
+    None
+}
+
+/// Applies one `section.key=value`; an unknown key comes back as its message.
+fn apply_set(table: &mut toml::Table, set: &str) -> Result<Option<String>, ConfigError> {
+    let form = |detail: String| ConfigError::Parse { origin: format!("--set {set}"), detail };
+    let (path, value) = set
+        .split_once('=')
+        .ok_or_else(|| form("  no '='; the form is section.key=value, as in train.steps=50".into()))?;
+    let (section, key) = path
+        .trim()
+        .split_once('.')
+        .ok_or_else(|| form("  no section; the form is section.key=value, as in train.steps=50".into()))?;
+    let value = value.trim();
+    let parsed = toml::from_str::<toml::Table>(&format!("v = {value}"))
+        .ok()
+        .and_then(|mut t| t.remove("v"))
+        .unwrap_or_else(|| toml::Value::String(value.to_string()));
+    let mut one = toml::Table::new();
+    one.insert(key.to_string(), parsed.clone());
+    let mut whole = toml::Table::new();
+    whole.insert(section.to_string(), toml::Value::Table(one));
+    if let Some(message) = unknown_keys(&whole, &format!("--set {set}"), "").pop() {
+        return Ok(Some(message));
+    }
+    if let Some(toml::Value::Table(inner)) = table.get_mut(section) {
+        if value == "none" {
+            inner.remove(key);
+        } else {
+            inner.insert(key.to_string(), parsed);
+        }
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(text: &str) -> String {
+        Config::from_toml(text, "a.toml", None, &[]).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn presets_are_valid_and_round_trip() {
+        for name in PRESETS {
+            let c = Config::preset(name).unwrap();
+            c.validate().unwrap();
+            let again = Config::from_toml(&c.documented_toml(), "printed", None, &[]).unwrap();
+            assert_eq!(c, again, "{name}");
+        }
+        let c = Config::preset("2.7b").unwrap();
+        assert_eq!((c.dim(), c.grid(), c.tokens()), (2048, [32, 32, 32], 32768));
+        assert_eq!((c.groups(), c.kv_blocks(), c.max_selected()), (512, 512, 256));
+    }
+
+    #[test]
+    fn the_key_list_is_the_structs() {
+        let mut c = Config::preset("tiny").unwrap();
+        c.dsv.force_sparse = Some(0.9);
+        c.dsv.keep = Some(0.2);
+        c.device.table = Some("t.json".into());
+        let table = toml::Table::try_from(&c).unwrap();
+        for (section, keys) in KEYS {
+            let have: std::collections::BTreeSet<&str> =
+                table[*section].as_table().unwrap().keys().map(String::as_str).collect();
+            let listed: std::collections::BTreeSet<&str> = keys.iter().map(|(k, _)| *k).collect();
+            assert_eq!(have, listed, "[{section}]");
+        }
+        assert_eq!(table.len(), KEYS.len() + 1);
+        assert_eq!(Config::from_toml(&c.documented_toml(), "p", None, &[]).unwrap(), c);
+    }
+
+    #[test]
+    fn unknown_keys_name_the_key_the_allowed_ones_and_the_next_command() {
+        insta::assert_snapshot!(error("[model]\nlyers = 2\n[smaple]\nsteps = 3\n"), @r#"
+        a.toml line 2: unknown key "model.lyers"
+          keys of [model]: layers, heads, head_dim, mlp, mlp_ratio, text_dim, text_tokens, patch, latent_channels, rope_base, norm_eps
+          did you mean: layers
+          next: dsv-train plan --preset tiny   (prints every key, its default and its meaning)
+        a.toml line 3: unknown key "smaple"
+          sections: preset, model, data, train, flow, dsv, device, sample, out
+          did you mean: sample
+          next: dsv-train plan --preset tiny   (prints every key, its default and its meaning)
+        "#);
+    }
+
+    #[test]
+    fn impossible_shapes_are_all_reported() {
+        let text = "[model]\nhead_dim = 33\n[data]\nheight = 15\nclips = 4\n[dsv]\nquery_group = 12\nkeep = 0.9\n[device]\nkind = \"cuda\"";
+        insta::assert_snapshot!(error(text), @r#"
+        the config describes no possible run (7 problems)
+          - data.height is 15, which the patch 2 (model.patch = [1, 2, 2]) does not divide; nearest allowed: 14 or 16
+          - model.head_dim is 33; RoPE rotates pairs, so it must be even
+          - data.clips is 4 and data.validation 8; at least one clip must be left to train on
+          - dsv.keep is 0.9; allowed: more than 0, up to dsv.max_keep, or absent
+          - dsv.query_group is 12 and dsv.kv_block 8; token cubes nest, so one must be a multiple of the other
+          - model.head_dim is 33, which no kernel serves on cuda; available: 64, 96, 128, 256 (any on cpu)
+          - dsv.query_group is 12, which no kernel serves on cuda; available: 64, 128, 256 (any on cpu)
+          next: correct the keys above, then dsv-train plan CONFIG.toml
+        "#);
+    }
+
+    #[test]
+    fn wrong_types_and_words_say_where() {
+        insta::assert_snapshot!(error("[dsv]\nswitch = \"soon\"\n"), @r#"
+        a.toml is not a valid config
+          line 2: [dsv] switch = "soon"
+          dsv.switch is "soon"; allowed: a step number from 0 (switch = 100) or a loss (switch = "loss < 0.01")
+          next: dsv-train plan --preset tiny   (prints every key, its default and its meaning)
+        "#);
+        insta::assert_snapshot!(error("[train]\ndecay = \"exp\"\n"), @r#"
+        a.toml is not a valid config
+          line 2: [train] decay = "exp"
+          unknown variant `exp`, expected one of `cosine`, `linear`, `constant`
+          next: dsv-train plan --preset tiny   (prints every key, its default and its meaning)
+        "#);
+        assert!(error("preset = \"3b\"").contains("presets: tiny, 0.8b, 2.7b, 30b"));
+        assert!(error("[model\n").contains("line 1"), "{}", error("[model\n"));
+    }
+
+    #[test]
+    fn sets_override_the_file() {
+        let sets =
+            ["train.steps=7", "dsv.switch=loss < 0.5", "dsv.keep=0.25", "out.dir=x/y", "model.patch=[2,2,2]"];
+        let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+        let c = Config::from_toml("[train]\nsteps = 9\nlr = 0.5\n", "f", Some("tiny"), &sets).unwrap();
+        assert_eq!((c.train.steps, c.train.lr, c.dsv.keep), (7, 0.5, Some(0.25)));
+        assert_eq!((c.dsv.switch, c.out.dir.as_path()), (Switch::Loss(0.5), Path::new("x/y")));
+        assert_eq!(c.model.patch, [2, 2, 2]);
+        let base = Config::preset("tiny").unwrap();
+        assert_eq!(base.differences(&c).len(), 6);
+        let bad = Config::from_toml("", "f", None, &["train.stpes=7".into()]).unwrap_err().to_string();
+        assert!(
+            bad.contains("--set train.stpes=7: unknown key \"train.stpes\"")
+                && bad.contains("did you mean: steps")
+        );
+        let none = Config::from_toml("[dsv]\nkeep = 0.2", "f", None, &["dsv.keep=none".into()]).unwrap();
+        assert_eq!(none.dsv.keep, None);
+    }
+
+    #[test]
+    fn learning_rate_warms_up_and_decays() {
+        let mut c = Config::preset("tiny").unwrap();
+        (c.train.steps, c.train.warmup_steps, c.train.lr, c.train.final_lr_factor) = (110, 10, 1.0, 0.1);
+        assert!((c.lr_at(0) - 0.1).abs() < 1e-12 && (c.lr_at(9) - 1.0).abs() < 1e-12);
+        assert!((c.lr_at(10) - 1.0).abs() < 1e-12 && (c.lr_at(109) - 0.1).abs() < 1e-12);
+        assert!(c.lr_at(50) < c.lr_at(40));
+        c.train.decay = Decay::Constant;
+        assert_eq!(c.lr_at(109), 1.0);
+    }
+
+    #[test]
+    fn fingerprint_sees_shapes_only() {
+        let a = Config::preset("tiny").unwrap();
+        let mut b = a.clone();
+        b.train.lr = 1.0;
+        b.data.path = "elsewhere".into();
+        assert_eq!(a.fingerprint(), b.fingerprint());
+        b.model.layers += 1;
+        assert_ne!(a.fingerprint(), b.fingerprint());
+    }
+}
