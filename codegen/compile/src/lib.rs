@@ -4,6 +4,7 @@
 //! Start at [`Compiler`]; [`CompileJob`] goes in, [`Compiled`] comes out, and [`Compiled::check`] is the gate every
 //! shipped kernel passes.
 
+mod bundle;
 mod cache;
 mod error;
 mod nvrtc;
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+pub use bundle::{Bundle, BundleError, BundledKernel, write_bundle};
 pub use error::CompileError;
 pub use nvrtc::{NVDISASM_WHEEL, NVRTC_WHEEL, fetch_nvrtc, find_nvrtc, oldest_driver};
 pub use report::{ResourceReport, SpillList};
