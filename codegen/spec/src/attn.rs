@@ -232,6 +232,23 @@ impl AttnSpec {
         let rows = 64 * consumers as u16;
         match self.op {
             AttnOp::Fwd => {
+                // O, S and P in registers, with about 40 more.
+                let registers = self.head_dim / 2 + block_n / 2 + block_n / 4 + 40;
+                let budget = if consumers == 3 { 160 } else { 240 };
+                if registers > budget {
+                    return Err(SpecError::new(
+                        "registers",
+                        registers,
+                        format!("at most {budget} a thread with {consumers} consumers"),
+                    ));
+                }
+                if ![64, 96, 128, 176].contains(&block_n) {
+                    return Err(SpecError::new(
+                        "block_n",
+                        block_n,
+                        "64, 96, 128 or 176, the products listed in wgmma_shapes.cuh",
+                    ));
+                }
                 if block_m != rows {
                     return Err(SpecError::new(
                         "block_m",

@@ -78,23 +78,22 @@ impl Facts {
             },
             AttnOp::Fwd | AttnOp::Bwd => {
                 let smem_bytes = attn_smem_bytes(spec);
-                // One consumer: a lone producer warp beside it, several CTAs a multiprocessor. More: a producer
-                // warpgroup that hands its registers over.
-                let (threads, consumer_registers, producer_registers) = match consumers {
-                    1 => (160, 0, 0),
-                    2 => (384, 240, 24),
-                    _ => (512, 160, 32),
+                // A producer warpgroup hands registers over to the consumers (setmaxnreg moves whole warpgroups). With
+                // one consumer, two or three CTAs share a multiprocessor; with more, one CTA fills it.
+                let small_forward = spec.op() == AttnOp::Fwd && spec.head_dim() == 64;
+                let (ctas, consumer_registers, producer_registers) = match (consumers, spec.op()) {
+                    (1, AttnOp::Fwd) if small_forward => (3, 136, 24),
+                    (1, AttnOp::Fwd) => (2, 232, 24),
+                    (1, _) => (2, 224, 32),
+                    (2, AttnOp::Fwd) => (1, 240, 24),
+                    (2, _) => (1, 232, 40),
+                    _ => (1, 160, 32),
                 };
+                let threads = 128 * (consumers + 1);
                 let by_smem = limits::SMEM_BYTES_PER_SM / (smem_bytes + 1024);
-                // A forward consumer of 64x64 lives in 128 registers; the backward's holds dK, dV, S and dP.
-                let by_registers = match (consumers, spec.op()) {
-                    (1, AttnOp::Fwd) => 3,
-                    (1, _) => 2,
-                    _ => 1,
-                };
                 Facts {
                     threads,
-                    ctas_per_sm: by_smem.min(by_registers).max(1),
+                    ctas_per_sm: by_smem.min(ctas).max(1),
                     smem_bytes,
                     params_bytes,
                     consumer_registers,

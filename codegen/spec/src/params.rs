@@ -3,10 +3,8 @@
 
 /// A TMA descriptor (`CUtensorMap`), opaque to everything but the driver that encodes it.
 #[repr(C, align(64))]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[derive(Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct TensorMap(pub [u64; 16]);
-
 
 /// A [batch, seq, head, head_dim] tensor in device memory; strides in elements, innermost stride 1.
 #[repr(C)]

@@ -1,0 +1,46 @@
+#pragma once
+// Copy-engine transfers. Tensor maps are 5-D: (64 columns, seq, head_dim / 64, head, batch) with a box of
+// (64, rows, head_dim / 64, 1, 1) and 128-byte swizzle: a tile lands as head_dim / 64 slabs of [rows][64 columns].
+#include "dsv/mbarrier.cuh"
+#include "dsv/types.cuh"
+
+namespace dsv {
+
+__device__ __forceinline__ void tma_prefetch_map(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Loads the tile of tokens [seq, seq + rows) of one head; tokens past the end arrive as zeros.
+__device__ __forceinline__ void tma_load_tile(void* smem, const TensorMap* map, uint64* barrier, int seq, int head,
+                                              int batch) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(smem_address(smem)),
+        "l"(map), "r"(smem_address(barrier)), "r"(0), "r"(seq), "r"(0), "r"(head), "r"(batch)
+        : "memory");
+}
+
+// Stores a tile; tokens past the end are not written.
+__device__ __forceinline__ void tma_store_tile(const TensorMap* map, const void* smem, int seq, int head, int batch) {
+    asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(map),
+                 "r"(smem_address(smem)), "r"(0), "r"(seq), "r"(0), "r"(head), "r"(batch)
+                 : "memory");
+}
+
+// Copies contiguous bytes (a multiple of 16, both sides 16-byte aligned).
+__device__ __forceinline__ void bulk_load(void* smem, const void* global, uint32 bytes, uint64* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     smem_address(smem)),
+                 "l"(global), "r"(bytes), "r"(smem_address(barrier))
+                 : "memory");
+}
+
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until every committed store of this thread has read its shared memory.
+__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// Orders this thread's ordinary shared-memory accesses before later ones of the copy engine and the tensor cores.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+}  // namespace dsv
