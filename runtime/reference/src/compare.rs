@@ -7,7 +7,8 @@
 //! small part pass, the root mean square of the error must also stay within the same bound taken of the root
 //! mean squares. NaN and infinity patterns are compared first and must be exactly those of `ref64`.
 
-use crate::element::Precision;
+use crate::element::Rounding;
+use dsv_spec::Dtype;
 
 /// Where and how far two values differ.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,7 +19,7 @@ pub struct Worst {
     pub out: f64,
     /// Oracle.
     pub reference: f64,
-    /// Low-precision model.
+    /// Low-dtype model.
     pub lowp: f64,
 }
 
@@ -46,7 +47,7 @@ pub struct Comparison {
     /// Name of the tensor (`out`, `lse`, `dq`, ...).
     pub name: String,
     /// dtype of the tensor.
-    pub precision: Precision,
+    pub dtype: Dtype,
     /// Pass, or the reason it failed.
     pub verdict: Verdict,
     /// Coordinate of the largest error, or the first of a differing pattern.
@@ -86,7 +87,7 @@ impl std::fmt::Display for Comparison {
             "{:<6} {} {verdict}; max {:.3e} <= {:.3e} (lowp {:.3e}), rms {:.3e} <= {:.3e}, max|ref| {:.3e}; \
              worst at {:?}: out {:e}, ref {:e}, lowp {:e}",
             self.name,
-            self.precision,
+            self.dtype,
             self.max_error,
             self.max_allowed,
             self.lowp_max_error,
@@ -121,14 +122,14 @@ pub fn all_passed(results: &[Comparison]) -> Result<(), OutsideTolerance> {
 }
 
 /// Compares one tensor of shape `dims` (row-major; its product is the length of all three) with the oracle.
-/// `precision` is the dtype the tensor is stored in. Panics where the lengths differ.
+/// `dtype` is the dtype the tensor is stored in. Panics where the lengths differ.
 pub fn compare(
     name: &str,
     dims: &[usize],
     out: &[f32],
     reference: &[f64],
     lowp: &[f32],
-    precision: Precision,
+    dtype: Dtype,
 ) -> Comparison {
     let len: usize = dims.iter().product();
     assert!(
@@ -152,7 +153,7 @@ pub fn compare(
     };
     let mut result = Comparison {
         name: name.to_string(),
-        precision,
+        dtype,
         verdict: Verdict::Pass,
         worst: Worst { at: vec![0; dims.len()], out: 0.0, reference: 0.0, lowp: 0.0 },
         max_error: 0.0,
@@ -198,9 +199,9 @@ pub fn compare(
     };
     let rms = |sum: f64| (sum / finite as f64).sqrt();
     result.worst = worst(at);
-    result.max_allowed = 2.0 * result.lowp_max_error + 2.0 * precision.ulp(result.max_reference);
+    result.max_allowed = 2.0 * result.lowp_max_error + 2.0 * dtype.ulp(result.max_reference);
     result.rms_error = rms(sum);
-    result.rms_allowed = 2.0 * rms(lowp_sum) + 2.0 * precision.ulp(rms(reference_sum));
+    result.rms_allowed = 2.0 * rms(lowp_sum) + 2.0 * dtype.ulp(rms(reference_sum));
     if result.max_error > result.max_allowed {
         result.verdict = Verdict::MaxError;
     } else if result.rms_error > result.rms_allowed {
@@ -215,7 +216,7 @@ mod tests {
 
     fn tensors() -> (Vec<f32>, Vec<f64>, Vec<f32>) {
         let reference: Vec<f64> = (0..24).map(|i| 1.0 + 0.01 * f64::from(i)).collect();
-        let lowp: Vec<f32> = reference.iter().map(|&x| Precision::Bf16.round(x as f32)).collect();
+        let lowp: Vec<f32> = reference.iter().map(|&x| Dtype::Bf16.round(x as f32)).collect();
         (lowp.clone(), reference, lowp)
     }
 
@@ -223,9 +224,9 @@ mod tests {
     fn rounded_values_pass_and_a_wrong_one_is_located() {
         let (mut out, reference, lowp) = tensors();
         let dims = [2, 3, 4];
-        assert!(compare("out", &dims, &out, &reference, &lowp, Precision::Bf16).passed());
+        assert!(compare("out", &dims, &out, &reference, &lowp, Dtype::Bf16).passed());
         out[17] += 0.1;
-        let result = compare("out", &dims, &out, &reference, &lowp, Precision::Bf16);
+        let result = compare("out", &dims, &out, &reference, &lowp, Dtype::Bf16);
         assert_eq!(result.verdict, Verdict::MaxError);
         assert_eq!(result.worst.at, [1, 1, 1]);
         let text = all_passed(&[result]).unwrap_err().to_string();
@@ -237,10 +238,10 @@ mod tests {
     fn a_wrong_small_part_fails_by_rms() {
         // Three quarters of the tensor are tiny and all doubled: hidden from the maximum, not from the rms.
         let reference: Vec<f64> = (0..400).map(|i| if i == 0 { 1.0 } else { 1e-2 }).collect();
-        let lowp: Vec<f32> = reference.iter().map(|&x| Precision::Bf16.round(x as f32)).collect();
+        let lowp: Vec<f32> = reference.iter().map(|&x| Dtype::Bf16.round(x as f32)).collect();
         let mut out = lowp.clone();
         out.iter_mut().skip(1).for_each(|x| *x *= 1.5);
-        let result = compare("dq", &[400], &out, &reference, &lowp, Precision::Bf16);
+        let result = compare("dq", &[400], &out, &reference, &lowp, Dtype::Bf16);
         assert_eq!(result.verdict, Verdict::RmsError, "{result}");
     }
 
@@ -248,7 +249,7 @@ mod tests {
     fn patterns_come_first() {
         let (mut out, mut reference, mut lowp) = tensors();
         out[5] = f32::NAN;
-        let result = compare("lse", &[24], &out, &reference, &lowp, Precision::F32);
+        let result = compare("lse", &[24], &out, &reference, &lowp, Dtype::F32);
         assert_eq!(result.verdict, Verdict::Pattern { differing: 1 });
         assert_eq!(result.worst.at, [5]);
         // -inf where the oracle says so is right; +inf is not.
@@ -256,11 +257,11 @@ mod tests {
             x[5] = f32::NEG_INFINITY;
         }
         reference[5] = f64::NEG_INFINITY;
-        assert!(compare("lse", &[24], &out, &reference, &lowp, Precision::Bf16).passed());
+        assert!(compare("lse", &[24], &out, &reference, &lowp, Dtype::Bf16).passed());
         out[5] = f32::INFINITY;
-        assert!(!compare("lse", &[24], &out, &reference, &lowp, Precision::Bf16).passed());
+        assert!(!compare("lse", &[24], &out, &reference, &lowp, Dtype::Bf16).passed());
         out[5] = 0.0;
-        assert!(!compare("lse", &[24], &out, &reference, &lowp, Precision::Bf16).passed());
+        assert!(!compare("lse", &[24], &out, &reference, &lowp, Dtype::Bf16).passed());
     }
 
     #[test]
@@ -268,7 +269,7 @@ mod tests {
         let reference = vec![1.0f64; 8];
         let lowp = vec![1.0f32; 8];
         let out = vec![1.0f32 + 1.0 / 256.0; 8];
-        assert!(compare("out", &[8], &out, &reference, &lowp, Precision::Bf16).passed());
-        assert!(!compare("out", &[8], &out, &reference, &lowp, Precision::F16).passed());
+        assert!(compare("out", &[8], &out, &reference, &lowp, Dtype::Bf16).passed());
+        assert!(!compare("out", &[8], &out, &reference, &lowp, Dtype::F16).passed());
     }
 }

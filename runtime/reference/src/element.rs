@@ -1,5 +1,7 @@
 //! Number types the reference reads and computes in.
 
+use dsv_spec::Dtype;
+
 /// A stored number that the reference can read: f32, f64, bf16 or f16.
 pub trait Element: Copy + Send + Sync + 'static {
     /// The exact value.
@@ -79,34 +81,30 @@ impl Real for f32 {
     }
 }
 
-/// A floating-point format a kernel stores its tensors in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Precision {
-    /// bfloat16: 8 exponent bits, 7 stored mantissa bits.
-    Bf16,
-    /// IEEE half: 5 exponent bits, 10 stored mantissa bits.
-    F16,
-    /// IEEE single.
-    F32,
-}
-
-impl Precision {
+/// What the formats kernels store their tensors in can represent.
+pub trait Rounding {
     /// Rounds to the nearest value of this format (ties to even), returned as f32.
-    pub fn round(self, value: f32) -> f32 {
-        match self {
-            Precision::Bf16 => half::bf16::from_f32(value).to_f32(),
-            Precision::F16 => half::f16::from_f32(value).to_f32(),
-            Precision::F32 => value,
-        }
-    }
+    fn round(self, value: f32) -> f32;
 
     /// Distance between neighbouring values of this format at the magnitude of `value`; at zero and below the
     /// smallest normal number, the spacing of subnormal numbers.
-    pub fn ulp(self, value: f64) -> f64 {
+    fn ulp(self, value: f64) -> f64;
+}
+
+impl Rounding for Dtype {
+    fn round(self, value: f32) -> f32 {
+        match self {
+            Dtype::Bf16 => half::bf16::from_f32(value).to_f32(),
+            Dtype::F16 => half::f16::from_f32(value).to_f32(),
+            Dtype::F32 => value,
+        }
+    }
+
+    fn ulp(self, value: f64) -> f64 {
         let (mantissa_bits, smallest_exponent) = match self {
-            Precision::Bf16 => (7, -126),
-            Precision::F16 => (10, -14),
-            Precision::F32 => (23, -126),
+            Dtype::Bf16 => (7, -126),
+            Dtype::F16 => (10, -14),
+            Dtype::F32 => (23, -126),
         };
         let magnitude = value.abs();
         let mut exponent = smallest_exponent;
@@ -125,16 +123,6 @@ impl Precision {
     }
 }
 
-impl std::fmt::Display for Precision {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Precision::Bf16 => "bf16",
-            Precision::F16 => "f16",
-            Precision::F32 => "f32",
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -143,22 +131,22 @@ mod tests {
     fn ulp_is_the_step_to_the_next_value() {
         for &x in &[1.0f32, 1.5, 2.0, 3.99, 1e-3, 250.0, 0.99999] {
             let up = f64::from(f32::from_bits(x.to_bits() + 1)) - f64::from(x);
-            assert_eq!(Precision::F32.ulp(f64::from(x)), up, "f32 {x}");
+            assert_eq!(Dtype::F32.ulp(f64::from(x)), up, "f32 {x}");
             let h = half::bf16::from_f32(x);
             let up = half::bf16::from_bits(h.to_bits() + 1).to_f64() - h.to_f64();
-            assert_eq!(Precision::Bf16.ulp(h.to_f64()), up, "bf16 {x}");
+            assert_eq!(Dtype::Bf16.ulp(h.to_f64()), up, "bf16 {x}");
             let h = half::f16::from_f32(x);
             let up = half::f16::from_bits(h.to_bits() + 1).to_f64() - h.to_f64();
-            assert_eq!(Precision::F16.ulp(h.to_f64()), up, "f16 {x}");
+            assert_eq!(Dtype::F16.ulp(h.to_f64()), up, "f16 {x}");
         }
-        assert_eq!(Precision::F16.ulp(0.0), 2f64.powi(-24));
+        assert_eq!(Dtype::F16.ulp(0.0), 2f64.powi(-24));
     }
 
     #[test]
     fn rounding_is_to_nearest_even() {
-        assert_eq!(Precision::Bf16.round(1.0 + 1.0 / 256.0), 1.0);
-        assert_eq!(Precision::Bf16.round(1.0 + 3.0 / 256.0), 1.0 + 4.0 / 256.0);
-        assert_eq!(Precision::F16.round(1.0 + 1.0 / 2048.0), 1.0);
-        assert_eq!(Precision::F32.round(0.1), 0.1);
+        assert_eq!(Dtype::Bf16.round(1.0 + 1.0 / 256.0), 1.0);
+        assert_eq!(Dtype::Bf16.round(1.0 + 3.0 / 256.0), 1.0 + 4.0 / 256.0);
+        assert_eq!(Dtype::F16.round(1.0 + 1.0 / 2048.0), 1.0);
+        assert_eq!(Dtype::F32.round(0.1), 0.1);
     }
 }

@@ -10,5 +10,7 @@ pub mod element;
 pub mod layers;
 pub mod lists;
 pub mod matrix;
+pub mod predictor;
+pub mod profile;
 pub mod rng;
 pub mod select;

@@ -6,6 +6,7 @@
 //! and the last block of a sequence may be short. Lists are per query head, also with grouped-query attention.
 
 use crate::rng::SplitMix64;
+use dsv_spec::order::Grid;
 use rayon::prelude::*;
 
 /// What a set of KV lists is about.
@@ -336,17 +337,17 @@ impl KvListsBuf {
     /// window around its centre query. The window has max(1, round(fraction * side)) tokens along each of
     /// (t, h, w); at a border it is shifted inwards, so every window has the same number of tokens.
     ///
-    /// `coords[i]` is the grid position (t, h, w) of token i of the sequence, i.e. the token order. Self
+    /// `order[i]` is the raster index of token i of the sequence ([`dsv_spec::order::token_order`]). Self
     /// attention: queries and keys are the same tokens. `max_selected` becomes the largest count.
     ///
-    /// Panics where a coordinate lies outside `grid`, a size is zero or a fraction is not in (0, 1].
+    /// Panics where an index lies outside `grid`, a size is zero or a fraction is not in (0, 1].
     pub fn window(
         batch: usize,
         num_heads: usize,
         query_group: usize,
         kv_block: usize,
-        grid: [usize; 3],
-        coords: &[[usize; 3]],
+        grid: Grid,
+        order: &[u32],
         fraction: [f64; 3],
     ) -> Self {
         assert!(
@@ -354,9 +355,11 @@ impl KvListsBuf {
             "window fractions {fraction:?} must lie in (0, 1]"
         );
         assert!(
-            coords.iter().all(|c| (0..3).all(|axis| c[axis] < grid[axis])),
-            "a token coordinate lies outside the grid {grid:?}"
+            order.iter().all(|&raster| (raster as usize) < grid.tokens()),
+            "a raster index lies outside the grid {grid:?}"
         );
+        let coords: Vec<[u32; 3]> = order.iter().map(|&raster| grid.coordinates(raster).into()).collect();
+        let sides = [grid.t, grid.h, grid.w];
         let mut dims = ListDims {
             batch,
             num_heads,
@@ -366,14 +369,14 @@ impl KvListsBuf {
             kv_block,
             max_selected: 1,
         };
-        let side: [usize; 3] =
-            std::array::from_fn(|a| ((fraction[a] * grid[a] as f64).round() as usize).clamp(1, grid[a]));
+        let side: [u32; 3] =
+            std::array::from_fn(|a| ((fraction[a] * f64::from(sides[a])).round() as u32).clamp(1, sides[a]));
         let per_group: Vec<Vec<i32>> = (0..dims.groups())
             .into_par_iter()
             .map(|group| {
                 let centre = coords[dims.centre_row(group)];
-                let start: [usize; 3] =
-                    std::array::from_fn(|a| centre[a].saturating_sub(side[a] / 2).min(grid[a] - side[a]));
+                let start: [u32; 3] =
+                    std::array::from_fn(|a| centre[a].saturating_sub(side[a] / 2).min(sides[a] - side[a]));
                 let inside =
                     |key: usize| (0..3).all(|a| (start[a]..start[a] + side[a]).contains(&coords[key][a]));
                 (0..dims.blocks()).filter(|&n| dims.block_keys(n).any(inside)).map(|n| n as i32).collect()
@@ -466,6 +469,7 @@ fn ascending(mut ids: Vec<i32>) -> Vec<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use dsv_spec::order::{Cube, token_order};
 
     fn dims() -> ListDims {
         ListDims {
@@ -582,21 +586,21 @@ mod tests {
     #[test]
     fn windows_keep_what_they_should() {
         // Raster order on a 6x6x6 grid with single-token groups and blocks: the window is exact.
-        let grid = [6, 6, 6];
-        let coords: Vec<[usize; 3]> = (0..216).map(|i| [i / 36, i / 6 % 6, i % 6]).collect();
-        let third = KvListsBuf::window(1, 1, 1, 1, grid, &coords, [1.0 / 3.0; 3]);
+        let grid = Grid { t: 6, h: 6, w: 6 };
+        let raster: Vec<u32> = (0..216).collect();
+        let third = KvListsBuf::window(1, 1, 1, 1, grid, &raster, [1.0 / 3.0; 3]);
         third.validate().unwrap();
         assert!(third.count.iter().all(|&c| c == 8));
         assert!((third.kept_fraction() - 1.0 / 27.0).abs() < 1e-12);
-        let two_thirds = KvListsBuf::window(1, 2, 1, 1, grid, &coords, [2.0 / 3.0; 3]);
+        let two_thirds = KvListsBuf::window(1, 2, 1, 1, grid, &raster, [2.0 / 3.0; 3]);
         assert!((two_thirds.kept_fraction() - 8.0 / 27.0).abs() < 1e-12);
         // A query's own token is always in its window, at the borders too.
-        for (i, _) in coords.iter().enumerate() {
+        for i in 0..216 {
             assert!(third.view().blocks_of(i).contains(&(i as i32)));
         }
         // The token order matters only through the coordinates: a shuffled order lists the same tokens.
         let order = SplitMix64::new(4).permutation(216);
-        let shuffled: Vec<[usize; 3]> = order.iter().map(|&i| coords[i]).collect();
+        let shuffled: Vec<u32> = order.iter().map(|&i| raster[i]).collect();
         let lists = KvListsBuf::window(1, 1, 1, 1, grid, &shuffled, [1.0 / 3.0; 3]);
         for (i, &token) in order.iter().enumerate() {
             let mut tokens: Vec<i32> =
@@ -604,8 +608,16 @@ mod tests {
             tokens.sort_unstable();
             assert_eq!(tokens, third.view().blocks_of(token));
         }
+        // In the contract's order a group of 64 is a 4x4x4 cube; the window around its centre, as wide as the
+        // cube, takes at most the cubes that touch it.
+        let grid16 = Grid { t: 16, h: 16, w: 16 };
+        let cubes = token_order(grid16, Cube::of_group(64));
+        let lists = KvListsBuf::window(1, 1, 64, 64, grid16, &cubes, [0.25; 3]);
+        lists.validate().unwrap();
+        assert!(lists.count.iter().all(|&c| (1..=8).contains(&c)));
+        assert!((0..64).all(|g| lists.view().blocks_of(g).contains(&(g as i32))));
         // Groups and blocks larger than one: a block is listed if any key of it is inside.
-        let lists = KvListsBuf::window(1, 1, 8, 4, grid, &coords, [1.0 / 3.0; 3]);
+        let lists = KvListsBuf::window(1, 1, 8, 4, grid, &raster, [1.0 / 3.0; 3]);
         lists.validate().unwrap();
         for group in 0..27 {
             let centre = lists.dims.centre_row(group);

@@ -5,19 +5,11 @@
 //! per query head (no grouped heads). Blocks are ranked by score, ties by the smaller id, and listed ascending.
 
 use crate::attention::{AttnError, View};
-use crate::element::{Element, Precision};
+use crate::element::{Element, Rounding};
 use crate::lists::{KvListsBuf, ListDims};
 use crate::matrix::{Mat, MatMut, multiply};
+use dsv_spec::{Dtype, GroupRule};
 use rayon::prelude::*;
-
-/// Which query speaks for its group.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Proxy {
-    /// The valid query at index floor(len / 2).
-    Centre,
-    /// The mean of the valid queries.
-    Mean,
-}
 
 /// Why a selection is refused.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -103,11 +95,11 @@ pub fn scores_f64<T: Element>(
     rank: usize,
     q_lr: &View<'_, T>,
     k_lr: &View<'_, T>,
-    proxy: Proxy,
-    rounding: Option<Precision>,
+    rule: GroupRule,
+    rounding: Option<Dtype>,
 ) -> Result<Vec<f64>, SelectError> {
     check(dims, rank, q_lr, k_lr)?;
-    let round = |x: f64| rounding.map_or(x, |precision| f64::from(precision.round(x as f32)));
+    let round = |x: f64| rounding.map_or(x, |dtype| f64::from(dtype.round(x as f32)));
     let row = |view: &View<'_, T>, b: usize, token: usize, h: usize| -> Vec<f64> {
         view.row(b, token, h, rank).iter().map(|x| round(x.to_f64())).collect()
     };
@@ -117,9 +109,9 @@ pub fn scores_f64<T: Element>(
         let (b, h) = (slab / dims.num_heads, slab % dims.num_heads);
         for group in 0..groups {
             let rows = dims.group_rows(group);
-            let query: Vec<f64> = match proxy {
-                Proxy::Centre => row(q_lr, b, dims.centre_row(group), h),
-                Proxy::Mean => {
+            let query: Vec<f64> = match rule {
+                GroupRule::Centre => row(q_lr, b, dims.centre_row(group), h),
+                GroupRule::Mean => {
                     let mut mean = vec![0.0; rank];
                     for token in rows.clone() {
                         for (sum, x) in mean.iter_mut().zip(row(q_lr, b, token, h)) {
@@ -146,7 +138,7 @@ pub fn scores_f32(
     rank: usize,
     q_lr: &View<'_, f32>,
     k_lr: &View<'_, f32>,
-    proxy: Proxy,
+    rule: GroupRule,
 ) -> Result<Vec<f32>, SelectError> {
     check(dims, rank, q_lr, k_lr)?;
     // Keys scored at once: whole blocks, about a thousand keys.
@@ -158,9 +150,9 @@ pub fn scores_f32(
         let mut proxies = vec![0.0f32; groups * rank];
         for (group, query) in proxies.chunks_exact_mut(rank).enumerate() {
             let rows = dims.group_rows(group);
-            match proxy {
-                Proxy::Centre => query.copy_from_slice(q_lr.row(b, dims.centre_row(group), h, rank)),
-                Proxy::Mean => {
+            match rule {
+                GroupRule::Centre => query.copy_from_slice(q_lr.row(b, dims.centre_row(group), h, rank)),
+                GroupRule::Mean => {
                     let len = rows.len() as f32;
                     for token in rows {
                         let row = q_lr.row(b, token, h, rank);
@@ -275,29 +267,31 @@ mod tests {
         let k = rng.normals(2 * 1100 * 3 * 16, 1.0);
         let (q, k) =
             (View::new(&q[..], Layout::bshd(77, 3, 16)), View::new(&k[..], Layout::bhsd(1100, 3, 16)));
-        for proxy in [Proxy::Centre, Proxy::Mean] {
-            let exact = scores_f64(&d, 16, &q, &k, proxy, None).unwrap();
-            let single = scores_f32(&d, 16, &q, &k, proxy).unwrap();
+        for rule in [GroupRule::Centre, GroupRule::Mean] {
+            let exact = scores_f64(&d, 16, &q, &k, rule, None).unwrap();
+            let single = scores_f32(&d, 16, &q, &k, rule).unwrap();
             let worst = exact.iter().zip(&single).map(|(a, &b)| (a - f64::from(b)).abs()).fold(0.0, f64::max);
             assert!(worst < 1e-5, "{worst:e}");
-            // By hand: batch 1, head 2, last group (5 queries: 64+8..77 is 13 rows), last block (4 keys).
+            // By hand: batch 1, head 2, the last group (13 queries) and the last block (4 keys).
             let rows = d.group_rows(4);
             assert_eq!(rows, 64..77);
             let query: Vec<f64> = (0..16)
-                .map(|c| match proxy {
-                    Proxy::Centre => f64::from(q.row(1, 70, 2, 16)[c]),
-                    Proxy::Mean => rows.clone().map(|i| f64::from(q.row(1, i, 2, 16)[c])).sum::<f64>() / 13.0,
+                .map(|c| match rule {
+                    GroupRule::Centre => f64::from(q.row(1, 70, 2, 16)[c]),
+                    GroupRule::Mean => {
+                        rows.clone().map(|i| f64::from(q.row(1, i, 2, 16)[c])).sum::<f64>() / 13.0
+                    }
                 })
                 .collect();
             let by_hand = (1096..1100)
                 .map(|j| query.iter().zip(k.row(1, j, 2, 16)).map(|(a, &b)| a * f64::from(b)).sum::<f64>())
                 .fold(f64::NEG_INFINITY, f64::max);
-            let at = (((1 * 3 + 2) * 5 + 4) * 138) + 137;
+            let at = ((3 + 2) * 5 + 4) * 138 + 137;
             assert!((exact[at] - by_hand).abs() < 1e-12);
             assert_eq!(exact.len(), at + 1);
         }
-        let rounded = scores_f64(&d, 16, &q, &k, Proxy::Mean, Some(Precision::Bf16)).unwrap();
-        let exact = scores_f64(&d, 16, &q, &k, Proxy::Mean, None).unwrap();
+        let rounded = scores_f64(&d, 16, &q, &k, GroupRule::Mean, Some(Dtype::Bf16)).unwrap();
+        let exact = scores_f64(&d, 16, &q, &k, GroupRule::Mean, None).unwrap();
         let worst = exact.iter().zip(&rounded).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
         assert!(worst > 1e-4 && worst < 0.1, "{worst:e}");
     }
@@ -344,7 +338,7 @@ mod tests {
         assert_eq!(select(&signed_zero, 2), [0, 1], "-0 and +0 tie");
         giant[3] = f32::INFINITY;
         assert_eq!(select(&giant, 2), [3, 9]);
-        assert_eq!(select(&giant, 0), []);
+        assert!(select(&giant, 0).is_empty());
         // k is clamped to the blocks there are before it is compared with the width.
         let narrow = ListDims { seqlen_kv: 130, ..d };
         assert_eq!(top_k(&narrow, &[2.0, 1.0, 3.0], &[100]).unwrap().count, [3]);
@@ -372,12 +366,12 @@ mod tests {
         k[4] = f32::NAN;
         let (q, k) = (View::new(&q[..], Layout::bshd(77, 3, 4)), View::new(&k[..], Layout::bshd(1100, 3, 4)));
         let error = SelectError::Nan { batch: 0, head: 1, group: 0, block: 0 };
-        let exact = scores_f64(&d, 4, &q, &k, Proxy::Centre, None).unwrap();
+        let exact = scores_f64(&d, 4, &q, &k, GroupRule::Centre, None).unwrap();
         assert_eq!(top_k(&d, &exact, &[1; 3]).unwrap_err(), error);
-        let single = scores_f32(&d, 4, &q, &k, Proxy::Centre).unwrap();
+        let single = scores_f32(&d, 4, &q, &k, GroupRule::Centre).unwrap();
         assert_eq!(top_k(&d, &single, &[1; 3]).unwrap_err(), error);
         assert!(matches!(
-            scores_f32(&d, 5, &q, &k, Proxy::Centre),
+            scores_f32(&d, 5, &q, &k, GroupRule::Centre),
             Err(SelectError::Input(AttnError::TooShort { name: "q_lr", .. }))
         ));
     }

@@ -1,7 +1,7 @@
 //! A model of the attention kernels' rounding: the same algorithm with the same rounding points, so that its
 //! distance from the f64 oracle says how far a right kernel may be from it.
 //!
-//! Rounding points, with the tensor dtype `precision`: q, k, v, dout on entry; logits, softmax and LSE in f32
+//! Rounding points, with the tensor dtype `dtype`: q, k, v, dout on entry; logits, softmax and LSE in f32
 //! (base 2, online over tiles of `block_n` keys); p before the product with v, unnormalised in the forward,
 //! normalised in the backward; ds before its two products; products accumulate in f32; out, dq, dk, dv on exit.
 //! LSE stays f32.
@@ -10,16 +10,17 @@ use super::{
     AttnError, AttnGrads, AttnInputs, AttnOutput, AttnShape, KvLists, View, keys_of_row, validate,
     validate_lse, validate_rows,
 };
-use crate::element::{Element, Precision};
+use crate::element::{Element, Rounding};
+use dsv_spec::Dtype;
 use rayon::prelude::*;
 
-/// Output (values of `precision`) and LSE (f32). `block_n` is the kernel's kv tile: how many keys one step of
+/// Output (values of `dtype`) and LSE (f32). `block_n` is the kernel's kv tile: how many keys one step of
 /// the online softmax takes.
 pub fn forward<T: Element>(
     shape: &AttnShape,
     inputs: &AttnInputs<'_, T>,
     lists: Option<&KvLists<'_>>,
-    precision: Precision,
+    dtype: Dtype,
     block_n: usize,
 ) -> Result<AttnOutput<f32>, AttnError> {
     validate(shape, inputs, lists)?;
@@ -28,7 +29,7 @@ pub fn forward<T: Element>(
     }
     let dim = shape.head_dim;
     let scale_log2 = (shape.scale * std::f64::consts::LOG2_E) as f32;
-    let rounded = Rounded::new(shape, inputs, precision);
+    let rounded = Rounded::new(shape, inputs, dtype);
     let mut output = AttnOutput { out: vec![0.0; shape.q_len()], lse: vec![0.0; shape.lse_len()] };
     let lse: Vec<f32> = output
         .out
@@ -55,14 +56,14 @@ pub fn forward<T: Element>(
                 for (&j, s) in tile.iter().zip(s) {
                     let p = s.mul_add(scale_log2, -max * scale_log2).exp2();
                     sum += p;
-                    axpy(out, precision.round(p), rounded.v(b, j, shape.kv_head(h)));
+                    axpy(out, dtype.round(p), rounded.v(b, j, shape.kv_head(h)));
                 }
             }
             if keys.is_empty() {
                 return f32::NEG_INFINITY;
             }
             let inverse = 1.0 / sum;
-            out.iter_mut().for_each(|x| *x = precision.round(*x * inverse));
+            out.iter_mut().for_each(|x| *x = dtype.round(*x * inverse));
             (max * scale_log2 + sum.log2()) * std::f32::consts::LN_2
         })
         .collect();
@@ -77,7 +78,7 @@ pub fn forward<T: Element>(
     Ok(output)
 }
 
-/// Gradients (values of `precision`) of `sum(dout * out) + sum(d_lse * lse)`, from the output and LSE of
+/// Gradients (values of `dtype`) of `sum(dout * out) + sum(d_lse * lse)`, from the output and LSE of
 /// [`forward`], as a kernel gets them.
 pub fn backward<T: Element, G: Element>(
     shape: &AttnShape,
@@ -86,7 +87,7 @@ pub fn backward<T: Element, G: Element>(
     saved: &AttnOutput<f32>,
     dout: &View<'_, G>,
     d_lse: Option<&[f32]>,
-    precision: Precision,
+    dtype: Dtype,
 ) -> Result<AttnGrads<f32>, AttnError> {
     validate(shape, inputs, lists)?;
     validate_rows(shape, "dout", dout)?;
@@ -97,8 +98,8 @@ pub fn backward<T: Element, G: Element>(
     }
     let (dim, scale) = (shape.head_dim, shape.scale as f32);
     let scale_log2 = (shape.scale * std::f64::consts::LOG2_E) as f32;
-    let rounded = Rounded::new(shape, inputs, precision);
-    let dout = round_rows(dout, precision, shape.batch, shape.seqlen_q, shape.num_heads, dim);
+    let rounded = Rounded::new(shape, inputs, dtype);
+    let dout = round_rows(dout, dtype, shape.batch, shape.seqlen_q, shape.num_heads, dim);
     let q_layout = shape.q_layout();
 
     // One (batch, KV head) a task: its dk and dv, and dq of the query heads that share it.
@@ -125,10 +126,10 @@ pub fn backward<T: Element, G: Element>(
                     for j in keys_of_row(shape, lists, b, h, i) {
                         let (k, v) = (rounded.k(b, j, kv_head), rounded.v(b, j, kv_head));
                         let p = dot(q, k).mul_add(scale_log2, -lse_log2).exp2();
-                        let ds = precision.round(p * (dot(d_out, v) - delta));
+                        let ds = dtype.round(p * (dot(d_out, v) - delta));
                         axpy(dq, ds, k);
                         axpy(&mut grads.dk[j * dim..][..dim], ds, q);
-                        axpy(&mut grads.dv[j * dim..][..dim], precision.round(p), d_out);
+                        axpy(&mut grads.dv[j * dim..][..dim], dtype.round(p), d_out);
                     }
                 }
             }
@@ -145,7 +146,7 @@ pub fn backward<T: Element, G: Element>(
     for (task, part) in parts.iter().enumerate() {
         let (b, kv_head) = (task / shape.num_kv_heads, task % shape.num_kv_heads);
         let copy = |to: &mut [f32], from: &[f32], factor: f32| {
-            to.iter_mut().zip(from).for_each(|(to, from)| *to = precision.round(from * factor));
+            to.iter_mut().zip(from).for_each(|(to, from)| *to = dtype.round(from * factor));
         };
         for (row, from) in part.dq.chunks_exact(dim).enumerate() {
             let (h, i) = (kv_head * share + row / shape.seqlen_q, row % shape.seqlen_q);
@@ -169,13 +170,13 @@ struct Rounded<'a> {
 }
 
 impl<'a> Rounded<'a> {
-    fn new<T: Element>(shape: &'a AttnShape, inputs: &AttnInputs<'_, T>, precision: Precision) -> Self {
+    fn new<T: Element>(shape: &'a AttnShape, inputs: &AttnInputs<'_, T>, dtype: Dtype) -> Self {
         let AttnShape { batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads, head_dim, .. } = *shape;
         Rounded {
             shape,
-            q: round_rows(&inputs.q, precision, batch, seqlen_q, num_heads, head_dim),
-            k: round_rows(&inputs.k, precision, batch, seqlen_kv, num_kv_heads, head_dim),
-            v: round_rows(&inputs.v, precision, batch, seqlen_kv, num_kv_heads, head_dim),
+            q: round_rows(&inputs.q, dtype, batch, seqlen_q, num_heads, head_dim),
+            k: round_rows(&inputs.k, dtype, batch, seqlen_kv, num_kv_heads, head_dim),
+            v: round_rows(&inputs.v, dtype, batch, seqlen_kv, num_kv_heads, head_dim),
         }
     }
 
@@ -194,14 +195,14 @@ impl<'a> Rounded<'a> {
 
 fn round_rows<T: Element>(
     view: &View<'_, T>,
-    precision: Precision,
+    dtype: Dtype,
     batch: usize,
     seqlen: usize,
     heads: usize,
     dim: usize,
 ) -> Vec<f32> {
     let packed = view.layout.pack(view.data, batch, seqlen, heads, dim);
-    packed.into_iter().map(|x| precision.round(x.to_f32())).collect()
+    packed.into_iter().map(|x| dtype.round(x.to_f32())).collect()
 }
 
 /// <a, b> in f32: exact products, f32 sums in eight lanes (a tensor core's order is unspecified as well).

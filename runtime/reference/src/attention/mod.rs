@@ -115,7 +115,7 @@ impl AttnShape {
                 return Err(AttnError::ZeroSize { name });
             }
         }
-        if self.num_heads % self.num_kv_heads != 0 {
+        if !self.num_heads.is_multiple_of(self.num_kv_heads) {
             return Err(AttnError::Heads { num_heads: self.num_heads, num_kv_heads: self.num_kv_heads });
         }
         if !self.scale.is_finite() {

@@ -2,9 +2,10 @@
 
 use super::*;
 use crate::compare::{all_passed, compare};
-use crate::element::Precision;
+use crate::element::Rounding;
 use crate::lists::{KvListsBuf, ListDims};
 use crate::rng::SplitMix64;
+use dsv_spec::Dtype;
 
 struct Case {
     shape: AttnShape,
@@ -254,7 +255,7 @@ fn empty_groups_are_exact_zeros() {
     let (forward, grads) = case.oracle(Some(&lists));
     let (forward32, grads32) = case.tiled(Some(&lists));
     let view = lists.view();
-    let low = lowp::forward(&case.shape, &case.inputs(), Some(&view), Precision::Bf16, 16).unwrap();
+    let low = lowp::forward(&case.shape, &case.inputs(), Some(&view), Dtype::Bf16, 16).unwrap();
     let low_grads = lowp::backward(
         &case.shape,
         &case.inputs(),
@@ -262,7 +263,7 @@ fn empty_groups_are_exact_zeros() {
         &low,
         &case.dout(),
         Some(&case.d_lse),
-        Precision::Bf16,
+        Dtype::Bf16,
     )
     .unwrap();
     let mut empty = 0;
@@ -306,6 +307,7 @@ fn tiled_matches_the_oracle() {
         (AttnShape::new(1, 300, 6, 16).with_seqlen_kv(1203).with_kv_heads(1), 128, 64),
         (AttnShape::new(1, 257, 3, 96).with_seqlen_kv(129), 64, 128),
         (AttnShape::new(3, 130, 4, 20), 256, 1),
+        (AttnShape::new(1, 66_000, 1, 8).with_seqlen_kv(5), 64, 2),
     ] {
         let case = Case::new(shape, 11);
         assert_tiled_matches(&case, None, 1e-5);
@@ -390,45 +392,37 @@ fn without_d_lse_its_gradient_is_zero() {
 /// a model of another tile width, and a kernel with a typical mistake must not.
 #[test]
 fn the_tolerance_tells_right_from_wrong() {
-    for precision in [Precision::Bf16, Precision::F16] {
+    for dtype in [Dtype::Bf16, Dtype::F16] {
         let shape = AttnShape::new(1, 150, 2, 64).with_seqlen_kv(203);
         let mut case = Case::new(shape, 16);
         for tensor in [&mut case.q, &mut case.k, &mut case.v, &mut case.dout] {
-            tensor.iter_mut().for_each(|x| *x = precision.round(*x));
+            tensor.iter_mut().for_each(|x| *x = dtype.round(*x));
         }
         let lists = KvListsBuf::random_counts(case.list_dims(64, 8), 3..=12, &mut SplitMix64::new(3));
         let view = lists.view();
         let (exact, exact_grads) = case.oracle(Some(&lists));
-        let low = lowp::forward(&shape, &case.inputs(), Some(&view), precision, 64).unwrap();
+        let low = lowp::forward(&shape, &case.inputs(), Some(&view), dtype, 64).unwrap();
         let backward = |saved: &AttnOutput<f32>| {
-            lowp::backward(
-                &shape,
-                &case.inputs(),
-                Some(&view),
-                saved,
-                &case.dout(),
-                Some(&case.d_lse),
-                precision,
-            )
-            .unwrap()
+            lowp::backward(&shape, &case.inputs(), Some(&view), saved, &case.dout(), Some(&case.d_lse), dtype)
+                .unwrap()
         };
         let low_grads = backward(&low);
         let check = |forward: &AttnOutput<f32>, grads: &AttnGrads<f32>| {
             let q_dims = [1, 150, 2, 64];
             let kv_dims = [1, 203, 2, 64];
             all_passed(&[
-                compare("out", &q_dims, &forward.out, &exact.out, &low.out, precision),
-                compare("lse", &[1, 2, 150], &forward.lse, &exact.lse, &low.lse, Precision::F32),
-                compare("dq", &q_dims, &grads.dq, &exact_grads.dq, &low_grads.dq, precision),
-                compare("dk", &kv_dims, &grads.dk, &exact_grads.dk, &low_grads.dk, precision),
-                compare("dv", &kv_dims, &grads.dv, &exact_grads.dv, &low_grads.dv, precision),
+                compare("out", &q_dims, &forward.out, &exact.out, &low.out, dtype),
+                compare("lse", &[1, 2, 150], &forward.lse, &exact.lse, &low.lse, Dtype::F32),
+                compare("dq", &q_dims, &grads.dq, &exact_grads.dq, &low_grads.dq, dtype),
+                compare("dk", &kv_dims, &grads.dk, &exact_grads.dk, &low_grads.dk, dtype),
+                compare("dv", &kv_dims, &grads.dv, &exact_grads.dv, &low_grads.dv, dtype),
             ])
         };
-        let other = lowp::forward(&shape, &case.inputs(), Some(&view), precision, 128).unwrap();
+        let other = lowp::forward(&shape, &case.inputs(), Some(&view), dtype, 128).unwrap();
         check(&other, &backward(&other)).unwrap();
         let (mut forward32, mut grads32) = case.tiled(Some(&lists));
         for tensor in [&mut forward32.out, &mut grads32.dq, &mut grads32.dk, &mut grads32.dv] {
-            tensor.iter_mut().for_each(|x| *x = precision.round(*x));
+            tensor.iter_mut().for_each(|x| *x = dtype.round(*x));
         }
         check(&forward32, &grads32).unwrap();
 
