@@ -63,7 +63,7 @@ pub struct HeadFit {
 pub struct PredictorLoss<T> {
     /// Mean over queries, heads and sequences.
     pub loss: f64,
-    /// Per query head, [H].
+    /// Per query head, `[H]`.
     pub heads: Vec<HeadFit>,
     /// Gradient of `loss`, packed [B, Sq, H, rank].
     pub d_q_lr: Vec<T>,

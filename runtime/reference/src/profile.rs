@@ -112,7 +112,7 @@ fn check<T>(shape: &AttnShape, q: &View<'_, T>, k: &View<'_, T>, theta: f64) -> 
     Ok(())
 }
 
-/// Means per head, [H]. Panics where a head has no row.
+/// Means per head, `[H]`. Panics where a head has no row.
 pub fn summarise(rows: &[RowProfile], num_heads: usize) -> Vec<HeadProfile> {
     (0..num_heads)
         .map(|head| {
