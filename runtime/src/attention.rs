@@ -1,0 +1,513 @@
+//! Attention: a plan is made once per problem and layout, then launched with addresses.
+
+use crate::device::Stream;
+use crate::error::Error;
+use crate::kernels::Kernel;
+use crate::layout::{ALIGN_BYTES, Extent, Layout};
+use dsv_spec::params::{AttnBwd, AttnBwdPost, AttnBwdPrep, AttnFwd, AttnSizes};
+use dsv_spec::{AttnOp, AttnSpec, AttnTile, Dtype, KernelSpec, Lists, Problem, limits};
+use std::sync::Arc;
+
+/// Where the tensors of one attention call lie. Those of the backward are not looked at for `attn_fwd`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttnLayouts {
+    /// Q [batch, seqlen_q, num_heads, head_dim].
+    pub q: Layout,
+    /// K [batch, seqlen_kv, num_kv_heads, head_dim].
+    pub k: Layout,
+    /// V, as K.
+    pub v: Layout,
+    /// out, as Q.
+    pub out: Layout,
+    /// Gradient of out, as Q.
+    pub d_out: Layout,
+    /// Gradient of Q, as Q.
+    pub dq: Layout,
+    /// Gradient of K, as K.
+    pub dk: Layout,
+    /// Gradient of V, as K.
+    pub dv: Layout,
+}
+
+impl AttnLayouts {
+    /// Every tensor contiguous as [B, S, H, D].
+    pub fn bshd(problem: &Problem) -> AttnLayouts {
+        Self::each(problem, Layout::bshd)
+    }
+
+    /// Every tensor contiguous as [B, H, S, D].
+    pub fn bhsd(problem: &Problem) -> AttnLayouts {
+        Self::each(problem, Layout::bhsd)
+    }
+
+    fn each(p: &Problem, layout: fn(u32, u32, u32) -> Layout) -> AttnLayouts {
+        let q = layout(p.seqlen_q, p.num_heads, p.head_dim as u32);
+        let k = layout(p.seqlen_kv, p.num_kv_heads, p.head_dim as u32);
+        AttnLayouts { q, k, v: k, out: q, d_out: q, dq: q, dk: k, dv: k }
+    }
+
+    /// Checks a problem and its layouts without a GPU, and gives the layouts with legal strides for dimensions of
+    /// size 1.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] with every problem: sizes, list widths, strides.
+    pub fn check(&self, problem: &Problem) -> Result<AttnLayouts, Error> {
+        let p = problem;
+        let mut problems = Vec::new();
+        let sizes = [
+            ("batch", p.batch, 65_535),
+            ("num_heads", p.num_heads, 65_535),
+            ("num_kv_heads", p.num_kv_heads, 65_535),
+            ("seqlen_q", p.seqlen_q, i32::MAX as u32 - 255),
+            ("seqlen_kv", p.seqlen_kv, i32::MAX as u32 - 255),
+        ];
+        for (name, value, most) in sizes {
+            if value == 0 || value > most {
+                problems.push(format!("{name} {value}; allowed: 1 to {most}"));
+            }
+        }
+        if p.num_kv_heads > 0 && !p.num_heads.is_multiple_of(p.num_kv_heads) {
+            problems.push(format!(
+                "num_heads {} is no multiple of num_kv_heads {}; allowed: each KV head serves equally many heads",
+                p.num_heads, p.num_kv_heads
+            ));
+        }
+        if !matches!(p.op, AttnOp::Fwd | AttnOp::Bwd) {
+            problems.push(format!("op {}; allowed: attn_fwd, or attn_bwd with all its kernels", p.op));
+        }
+        match p.lists {
+            Lists::Dense if p.max_selected != 0 => {
+                problems.push(format!("max_selected {} of a dense problem; allowed: 0", p.max_selected));
+            }
+            Lists::Dense => {}
+            Lists::Blocks { .. } if p.max_selected == 0 => {
+                problems.push("max_selected 0; allowed: at least 1, the width of the lists".to_string());
+            }
+            Lists::Blocks { .. } => {
+                let slab = p.num_groups() as u64 * p.max_selected as u64;
+                if slab > i32::MAX as u64 {
+                    problems.push(format!(
+                        "G {} x max_selected {} = {slab} list entries a head; allowed: below 2^31",
+                        p.num_groups(),
+                        p.max_selected
+                    ));
+                }
+            }
+        }
+        let (q, kv) = (extent_q(p), extent_kv(p));
+        let mut legal = *self;
+        let mut tensors: Vec<(&str, Extent, &mut Layout)> = vec![
+            ("q", q, &mut legal.q),
+            ("k", kv, &mut legal.k),
+            ("v", kv, &mut legal.v),
+            ("out", q, &mut legal.out),
+        ];
+        if p.op == AttnOp::Bwd {
+            tensors.extend([
+                ("d_out", q, &mut legal.d_out),
+                ("dq", q, &mut legal.dq),
+                ("dk", kv, &mut legal.dk),
+                ("dv", kv, &mut legal.dv),
+            ]);
+        }
+        for (name, extent, layout) in tensors {
+            *layout = extent.check(name, *layout, &mut problems);
+        }
+        if problems.is_empty() { Ok(legal) } else { Err(Error::Plan { what: what(p), problems }) }
+    }
+}
+
+fn what(p: &Problem) -> String {
+    format!("{} ({}, head_dim {})", p.op, p.dtype, p.head_dim)
+}
+
+fn extent_q(p: &Problem) -> Extent {
+    let (batch, seqlen, heads) = (p.batch, p.seqlen_q, p.num_heads);
+    Extent { batch, seqlen, heads, head_dim: p.head_dim as u32, dtype: p.dtype }
+}
+
+fn extent_kv(p: &Problem) -> Extent {
+    let (batch, seqlen, heads) = (p.batch, p.seqlen_kv, p.num_kv_heads);
+    Extent { batch, seqlen, heads, head_dim: p.head_dim as u32, dtype: p.dtype }
+}
+
+/// Query tokens rounded up to the backward's query tile.
+pub(crate) fn seqlen_q_padded(p: &Problem) -> u32 {
+    p.seqlen_q.next_multiple_of(limits::BWD_BLOCK_M as u32)
+}
+
+/// Byte offsets of the backward's workspace: f32 `lse_log2` and `delta` [B, H, seqlen_q_padded], then the f32
+/// accumulator of dQ [B, H, seqlen_q_padded, D]; each aligned to 256 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Workspace {
+    pub(crate) delta: u64,
+    pub(crate) dq_accum: u64,
+    pub(crate) bytes: u64,
+}
+
+impl Workspace {
+    pub(crate) fn of(p: &Problem) -> Workspace {
+        let rows = p.batch as u64 * p.num_heads as u64 * seqlen_q_padded(p) as u64;
+        let statistics = (rows * 4).next_multiple_of(256);
+        let accumulator = (rows * p.head_dim as u64 * 4).next_multiple_of(256);
+        Workspace { delta: statistics, dq_accum: 2 * statistics, bytes: 2 * statistics + accumulator }
+    }
+}
+
+/// Device addresses of the lists the forward reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueryLists {
+    /// i32 [B, H, G, max_selected]: KV blocks, ascending and unique.
+    pub q2k_index: u64,
+    /// i32 [B, H, G]: how many of them count.
+    pub q2k_count: u64,
+}
+
+/// Device addresses of the inverted lists the backward reads (CSR).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeyLists {
+    /// i32 [B, H, N + 1], relative to the (b, h) slab of `k2q_index`.
+    pub k2q_offset: u64,
+    /// i32 [B, H, G * max_selected]: groups, ascending within a KV block.
+    pub k2q_index: u64,
+}
+
+/// Device addresses of one forward. Tensors lie as the plan's layouts say, aligned to 16 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FwdArgs {
+    /// Q, input dtype.
+    pub q: u64,
+    /// K.
+    pub k: u64,
+    /// V.
+    pub v: u64,
+    /// out, written.
+    pub out: u64,
+    /// f32 [B, H, seqlen_q], written: natural log of the softmax's sum of scaled logits; -inf for empty rows.
+    pub lse: u64,
+    /// The lists; `None` exactly when the problem is dense.
+    pub lists: Option<QueryLists>,
+    /// i32 [1]: the device error flag, see [`crate::decode_error_flag`]; the caller sets it to 0.
+    pub error_flag: u64,
+}
+
+/// Device addresses of one backward. Tensors lie as the plan's layouts say, aligned to 16 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BwdArgs {
+    /// Q, input dtype.
+    pub q: u64,
+    /// K.
+    pub k: u64,
+    /// V.
+    pub v: u64,
+    /// out of the forward.
+    pub out: u64,
+    /// f32 [B, H, seqlen_q]: LSE of the forward.
+    pub lse: u64,
+    /// Gradient of out.
+    pub d_out: u64,
+    /// f32 [B, H, seqlen_q]: gradient of LSE, where there is one.
+    pub d_lse: Option<u64>,
+    /// Gradient of Q, written.
+    pub dq: u64,
+    /// Gradient of K, written.
+    pub dk: u64,
+    /// Gradient of V, written.
+    pub dv: u64,
+    /// The inverted lists; `None` exactly when the problem is dense.
+    pub lists: Option<KeyLists>,
+    /// [`AttnPlan::workspace_bytes`] bytes, aligned to 256; contents are lost.
+    pub workspace: u64,
+    /// i32 [1]: the device error flag.
+    pub error_flag: u64,
+}
+
+/// The three kernels of the backward, in launch order.
+#[derive(Clone, Debug)]
+pub struct BackwardKernels {
+    /// `attn_bwd_prep`.
+    pub prep: Arc<Kernel>,
+    /// `attn_bwd`.
+    pub main: Arc<Kernel>,
+    /// `attn_bwd_post`.
+    pub post: Arc<Kernel>,
+}
+
+/// A checked problem with its kernels on the GPU. [`AttnPlan::forward`] and [`AttnPlan::backward`] allocate nothing,
+/// wait for nothing, and may be captured in a graph.
+#[derive(Clone, Debug)]
+pub struct AttnPlan {
+    problem: Problem,
+    layouts: AttnLayouts,
+    sizes: AttnSizes,
+    workspace: Workspace,
+    forward: Arc<Kernel>,
+    backward: Option<BackwardKernels>,
+}
+
+impl AttnPlan {
+    /// Checks problem, layouts and kernels against each other. [`crate::Runtime::attention`] chooses the kernels; the
+    /// tuner gives its own. The scale is 1 / sqrt(head_dim) unless given.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] with every problem.
+    pub fn new(
+        problem: &Problem,
+        layouts: &AttnLayouts,
+        scale: Option<f32>,
+        forward: Arc<Kernel>,
+        backward: Option<BackwardKernels>,
+    ) -> Result<AttnPlan, Error> {
+        let p = problem;
+        let mut problems = Vec::new();
+        let layouts = match layouts.check(p) {
+            Ok(layouts) => layouts,
+            Err(Error::Plan { problems: found, .. }) => {
+                problems = found;
+                *layouts
+            }
+            Err(other) => return Err(other),
+        };
+        let scale = scale.unwrap_or(1.0 / (p.head_dim as f32).sqrt());
+        if !(scale.is_finite() && scale > 0.0) {
+            problems.push(format!("scale {scale}; allowed: finite and positive"));
+        }
+        match (&backward, p.op) {
+            (None, AttnOp::Bwd) => problems.push("no backward kernels for an attn_bwd problem".to_string()),
+            (Some(b), _) => {
+                serves(&b.prep, AttnOp::BwdPrep, p, &mut problems);
+                serves(&b.main, AttnOp::Bwd, p, &mut problems);
+                serves(&b.post, AttnOp::BwdPost, p, &mut problems);
+            }
+            (None, _) => {}
+        }
+        serves(&forward, AttnOp::Fwd, p, &mut problems);
+        if !problems.is_empty() {
+            return Err(Error::Plan { what: what(p), problems });
+        }
+        let sizes = AttnSizes {
+            batch: p.batch as i32,
+            num_heads: p.num_heads as i32,
+            num_kv_heads: p.num_kv_heads as i32,
+            seqlen_q: p.seqlen_q as i32,
+            seqlen_kv: p.seqlen_kv as i32,
+            seqlen_q_padded: seqlen_q_padded(p) as i32,
+            num_groups: p.num_groups() as i32,
+            num_kv_blocks: p.num_kv_blocks() as i32,
+            max_selected: p.max_selected as i32,
+            scale,
+            scale_log2: (scale as f64 * std::f64::consts::LOG2_E) as f32,
+            reserved: 0,
+        };
+        Ok(AttnPlan { problem: *p, layouts, sizes, workspace: Workspace::of(p), forward, backward })
+    }
+
+    /// The problem.
+    pub fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    /// The forward's kernel.
+    pub fn forward_kernel(&self) -> &Arc<Kernel> {
+        &self.forward
+    }
+
+    /// The backward's kernels, where the problem is `attn_bwd`.
+    pub fn backward_kernels(&self) -> Option<&BackwardKernels> {
+        self.backward.as_ref()
+    }
+
+    /// Bytes of workspace the backward needs; 0 for `attn_fwd`.
+    pub fn workspace_bytes(&self) -> u64 {
+        if self.backward.is_some() { self.workspace.bytes } else { 0 }
+    }
+
+    /// Queues out = softmax(scale Q K^T) V over the listed keys, and LSE.
+    ///
+    /// # Safety
+    /// Every address is device memory of the size and layout the plan was made for, until the work is done.
+    ///
+    /// # Errors
+    /// A null or misaligned address, lists where there should be none or the reverse, or what the driver answers.
+    pub unsafe fn forward(&self, stream: &Stream, args: &FwdArgs) -> Result<(), Error> {
+        let kernel = &self.forward;
+        let check = Check { kernel, dense: self.problem.lists.is_dense() };
+        let (index, count) = check.lists(args.lists.map(|l| (l.q2k_index, l.q2k_count)))?;
+        check.tensors(&[("q", args.q), ("k", args.k), ("v", args.v), ("out", args.out)])?;
+        check.words(&[("lse", args.lse), ("error_flag", args.error_flag)])?;
+        let (q, kv) = (extent_q(&self.problem), extent_kv(&self.problem));
+        let AttnTile { block_m, block_n, .. } = tile(kernel);
+        stream.bind()?;
+        let params = AttnFwd {
+            map_q: q.tensor_map(args.q, &self.layouts.q, CONSUMER_ROWS)?,
+            map_k: kv.tensor_map(args.k, &self.layouts.k, block_n as u32)?,
+            map_v: kv.tensor_map(args.v, &self.layouts.v, block_n as u32)?,
+            map_o: q.tensor_map(args.out, &self.layouts.out, CONSUMER_ROWS)?,
+            lse: args.lse,
+            q2k_index: index,
+            q2k_count: count,
+            error_flag: args.error_flag,
+            sizes: self.sizes,
+        };
+        let p = &self.problem;
+        let grid = [p.seqlen_q.div_ceil(block_m as u32), p.num_heads, p.batch];
+        // SAFETY: the caller's promise; the parameters are those of attn_fwd.
+        unsafe { kernel.launch(stream, grid, kernel.facts().smem_bytes, &params) }
+    }
+
+    /// Queues dQ, dK and dV: three launches in stream order.
+    ///
+    /// # Safety
+    /// As [`AttnPlan::forward`].
+    ///
+    /// # Errors
+    /// As [`AttnPlan::forward`]; also a plan of `attn_fwd`.
+    pub unsafe fn backward(&self, stream: &Stream, args: &BwdArgs) -> Result<(), Error> {
+        let kernels = self.backward.as_ref().ok_or_else(|| Error::Argument {
+            kernel: self.forward.name().to_string(),
+            what: "plan",
+            value: "one of attn_fwd".to_string(),
+            allowed: "a plan whose problem has op attn_bwd".to_string(),
+        })?;
+        let check = Check { kernel: &kernels.main, dense: self.problem.lists.is_dense() };
+        let (offset, index) = check.lists(args.lists.map(|l| (l.k2q_offset, l.k2q_index)))?;
+        check.tensors(&[
+            ("q", args.q),
+            ("k", args.k),
+            ("v", args.v),
+            ("out", args.out),
+            ("d_out", args.d_out),
+            ("dq", args.dq),
+            ("dk", args.dk),
+            ("dv", args.dv),
+            ("workspace", args.workspace),
+        ])?;
+        check.words(&[("lse", args.lse), ("error_flag", args.error_flag)])?;
+        if let Some(d_lse) = args.d_lse {
+            check.words(&[("d_lse", d_lse)])?;
+        }
+        let p = &self.problem;
+        let (q, kv) = (extent_q(p), extent_kv(p));
+        let layouts = &self.layouts;
+        let lse_log2 = args.workspace;
+        let delta = args.workspace + self.workspace.delta;
+        let dq_accum = args.workspace + self.workspace.dq_accum;
+        let row_tiles = [seqlen_q_padded(p) / limits::BWD_BLOCK_M as u32, p.num_heads, p.batch];
+        stream.bind()?;
+
+        let prep = AttnBwdPrep {
+            o: layouts.out.view(args.out),
+            d_o: layouts.d_out.view(args.d_out),
+            lse: args.lse,
+            d_lse: args.d_lse.unwrap_or(0),
+            lse_log2,
+            delta,
+            dq_accum,
+            sizes: self.sizes,
+        };
+        let block_n = tile(&kernels.main).block_n as u32;
+        let main = AttnBwd {
+            map_q: q.tensor_map(args.q, &layouts.q, CONSUMER_ROWS)?,
+            map_do: q.tensor_map(args.d_out, &layouts.d_out, CONSUMER_ROWS)?,
+            map_k: kv.tensor_map(args.k, &layouts.k, block_n)?,
+            map_v: kv.tensor_map(args.v, &layouts.v, block_n)?,
+            map_dk: kv.tensor_map(args.dk, &layouts.dk, CONSUMER_ROWS)?,
+            map_dv: kv.tensor_map(args.dv, &layouts.dv, CONSUMER_ROWS)?,
+            lse_log2,
+            delta,
+            dq_accum,
+            k2q_offset: offset,
+            k2q_index: index,
+            error_flag: args.error_flag,
+            sizes: self.sizes,
+        };
+        let post = AttnBwdPost { dq: layouts.dq.view(args.dq), dq_accum, sizes: self.sizes };
+        let kv_tiles = [p.seqlen_kv.div_ceil(block_n), p.num_kv_heads, p.batch];
+        // SAFETY: the caller's promise; the parameters are those of each op, and the workspace holds what passes
+        // between them.
+        unsafe {
+            kernels.prep.launch(stream, row_tiles, kernels.prep.facts().smem_bytes, &prep)?;
+            kernels.main.launch(stream, kv_tiles, kernels.main.facts().smem_bytes, &main)?;
+            kernels.post.launch(stream, row_tiles, kernels.post.facts().smem_bytes, &post)
+        }
+    }
+}
+
+/// Rows one consumer warpgroup loads or stores at once.
+const CONSUMER_ROWS: u32 = 64;
+
+fn attn_spec(kernel: &Kernel) -> Option<&AttnSpec> {
+    match kernel.spec() {
+        KernelSpec::Attn(spec) => Some(spec),
+        _ => None,
+    }
+}
+
+fn tile(kernel: &Kernel) -> AttnTile {
+    attn_spec(kernel).expect("AttnPlan::new takes attention kernels only").tile()
+}
+
+/// Adds the reason why a kernel cannot serve as `op` of a problem, if there is one.
+fn serves(kernel: &Kernel, op: AttnOp, p: &Problem, problems: &mut Vec<String>) {
+    // The helpers' text does not depend on lists.
+    let lists = if matches!(op, AttnOp::Fwd | AttnOp::Bwd) { p.lists } else { Lists::Dense };
+    let wanted: (AttnOp, Dtype, u16, Lists) = (op, p.dtype, p.head_dim, lists);
+    let fits = attn_spec(kernel).is_some_and(|s| {
+        (s.op(), s.dtype(), s.head_dim(), s.lists()) == wanted && s.deterministic() >= p.deterministic
+    });
+    if !fits {
+        let (query_group, kv_block) = lists.block_size();
+        problems.push(format!(
+            "kernel {}; allowed: one of {op}, {}, head_dim {}, query_group {query_group}, kv_block {kv_block}, {}",
+            kernel.name(),
+            p.dtype,
+            p.head_dim,
+            p.deterministic
+        ));
+    }
+}
+
+/// The checks of one launch's addresses.
+struct Check<'a> {
+    kernel: &'a Kernel,
+    dense: bool,
+}
+
+impl Check<'_> {
+    fn lists(&self, lists: Option<(u64, u64)>) -> Result<(u64, u64), Error> {
+        match (lists, self.dense) {
+            (None, true) => Ok((0, 0)),
+            (Some(pair), false) => {
+                self.words(&[("lists", pair.0), ("lists", pair.1)])?;
+                Ok(pair)
+            }
+            (given, _) => Err(Error::Argument {
+                kernel: self.kernel.name().to_string(),
+                what: "lists",
+                value: if given.is_some() { "given to a dense problem" } else { "missing" }.to_string(),
+                allowed: "lists exactly when the problem has block sizes".to_string(),
+            }),
+        }
+    }
+
+    fn tensors(&self, addresses: &[(&'static str, u64)]) -> Result<(), Error> {
+        aligned(self.kernel, addresses, ALIGN_BYTES)
+    }
+
+    fn words(&self, addresses: &[(&'static str, u64)]) -> Result<(), Error> {
+        aligned(self.kernel, addresses, 4)
+    }
+}
+
+/// Refuses null and misaligned addresses.
+pub(crate) fn aligned(kernel: &Kernel, addresses: &[(&'static str, u64)], to: u64) -> Result<(), Error> {
+    match addresses.iter().find(|(_, address)| *address == 0 || !address.is_multiple_of(to)) {
+        None => Ok(()),
+        Some(&(what, address)) => Err(Error::Argument {
+            kernel: kernel.name().to_string(),
+            what,
+            value: format!("{address:#x}"),
+            allowed: format!("a device address that is a multiple of {to}"),
+        }),
+    }
+}

@@ -1,0 +1,37 @@
+//! What one attention call needs beside Q, K, V and out: the sizes the trainer plans with. Needs no GPU.
+
+use crate::attention::Workspace;
+use crate::lists::ListShape;
+use dsv_spec::{AttnOp, Problem};
+
+/// Bytes of device memory of one attention call, beside its tensors in the input dtype.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryNeeded {
+    /// `q2k_index` and `q2k_count`: kept from forward to backward.
+    pub query_lists: u64,
+    /// `k2q_offset` and `k2q_index`: for the backward alone.
+    pub key_lists: u64,
+    /// f32 LSE [B, H, seqlen_q]: kept from forward to backward.
+    pub lse: u64,
+    /// Workspace of the backward; its contents are not kept.
+    pub workspace: u64,
+}
+
+impl MemoryNeeded {
+    /// For a problem; the backward's parts are 0 for `attn_fwd`, the lists 0 when dense.
+    pub fn of(problem: &Problem) -> MemoryNeeded {
+        let backward = problem.op == AttnOp::Bwd;
+        let lists = (!problem.lists.is_dense()).then(|| ListShape::of(problem));
+        MemoryNeeded {
+            query_lists: lists.map_or(0, |l| l.index_bytes() + l.count_bytes()),
+            key_lists: lists.filter(|_| backward).map_or(0, |l| l.index_bytes() + l.offset_bytes()),
+            lse: 4 * problem.batch as u64 * problem.num_heads as u64 * problem.seqlen_q as u64,
+            workspace: if backward { Workspace::of(problem).bytes } else { 0 },
+        }
+    }
+
+    /// The sum.
+    pub fn total(&self) -> u64 {
+        self.query_lists + self.key_lists + self.lse + self.workspace
+    }
+}
