@@ -11,6 +11,7 @@ pub struct Kernel {
     /// blake3, in hex, of the text and every header.
     pub source_hash: &'static str,
 }
+
 /// Every generated kernel, sorted by name.
 pub static KERNELS: &[Kernel] = &[
     Kernel {
@@ -164,6 +165,7 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "2595aee3254747022f954c4abd72b9df8c480ce315f85b4d498afa524ef55ff7",
     },
 ];
+
 /// Every device header as (name in `#include`, text), sorted.
 pub static HEADERS: &[(&str, &str)] = &[
     ("dsv/attention.cuh", include_str!("../templates/include/dsv/attention.cuh")),

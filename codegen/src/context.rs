@@ -38,7 +38,7 @@ pub(crate) fn variables(spec: &KernelSpec) -> Variables {
             v.insert("kv_block", kv_block.to_string());
             v.insert("block_m", block_m.to_string());
             v.insert("block_n", block_n.to_string());
-            v.insert("groups", groups.to_string());
+            v.insert("groups_per_cta", groups.to_string());
             v.insert("consumers", consumers.to_string());
             v.insert("stages", stages.to_string());
             v.insert("cluster", cluster.to_string());
@@ -54,9 +54,9 @@ pub(crate) fn variables(spec: &KernelSpec) -> Variables {
             v.insert("rank", s.rank().to_string());
             v.insert("query_group", s.query_group().to_string());
             v.insert("kv_block", s.kv_block().to_string());
-            v.insert("groups", s.tile().groups.to_string());
+            v.insert("groups_per_cta", s.tile().groups.to_string());
             v.insert("warps", s.tile().warps.to_string());
-            v.insert("mean_query", (s.group_rule() == GroupRule::Mean).to_string());
+            v.insert("group_rule_centre", (s.group_rule() == GroupRule::Centre).to_string());
         }
         KernelSpec::List(_) => {}
         KernelSpec::Pointwise(s) => {
@@ -87,8 +87,8 @@ pub(crate) fn describe(spec: &KernelSpec) -> String {
             };
             format!(
                 "{}, {}, head_dim {}, {lists}, {sparsity}, {order}, {};\n\
-                 // block_m {block_m}, block_n {block_n}, {groups} groups a CTA, {consumers} consumer warpgroups, \
-                 {stages} stages, cluster {cluster}, schedule {schedule}",
+                 // block_m {block_m}, block_n {block_n}, groups per CTA {groups}, consumers {consumers}, stages {stages}, \
+                 cluster {cluster}, schedule {schedule}",
                 s.op(),
                 s.dtype(),
                 s.head_dim(),
@@ -97,7 +97,7 @@ pub(crate) fn describe(spec: &KernelSpec) -> String {
         }
         KernelSpec::Select(s) => format!(
             "kv_select, {}, rank {}, query_group {}, kv_block {}, {} query, {} score, {};\n\
-             // {} groups a CTA, {} warps",
+             // groups per CTA {}, warps {}",
             s.dtype(),
             s.rank(),
             s.query_group(),
@@ -110,9 +110,9 @@ pub(crate) fn describe(spec: &KernelSpec) -> String {
         ),
         KernelSpec::List(s) => format!("{}, {}", s.op, s.arch),
         KernelSpec::Pointwise(s) => match s.dim {
-            0 => format!("{}, {}, {} elements a thread, {}", s.op, s.dtype, s.vector, s.arch),
+            0 => format!("{}, {}, vector {}, {}", s.op, s.dtype, s.vector, s.arch),
             dim => {
-                format!("{}, {}, rows of {dim}, {} elements a thread, {}", s.op, s.dtype, s.vector, s.arch)
+                format!("{}, {}, rows of {dim}, vector {}, {}", s.op, s.dtype, s.vector, s.arch)
             }
         },
     }

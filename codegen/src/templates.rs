@@ -23,7 +23,15 @@ macro_rules! headers {
 }
 
 /// (op, text of its template), sorted.
-pub(crate) static KERNELS: &[(&str, &str)] = kernels!["attn_fwd"];
+pub(crate) static KERNELS: &[(&str, &str)] = kernels![
+    "attn_bwd",
+    "attn_bwd_post",
+    "attn_bwd_prep",
+    "attn_fwd",
+    "kv_invert",
+    "kv_select",
+    "kv_validate"
+];
 
 /// (`dsv/xxx.cuh`, text) of every device header, sorted: given to NVRTC by name beside any source, and part of
 /// every source hash.
@@ -31,8 +39,10 @@ pub static HEADERS: &[(&str, &str)] = headers![
     "dsv/attention.cuh",
     "dsv/fragment.cuh",
     "dsv/mbarrier.cuh",
+    "dsv/mma.cuh",
     "dsv/tma.cuh",
     "dsv/types.cuh",
+    "dsv/warp.cuh",
     "dsv/wgmma.cuh",
     "dsv/wgmma_shapes.cuh",
 ];
