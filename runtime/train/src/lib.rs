@@ -4,4 +4,10 @@
 //! Start with `engine/mod.rs` (the ops), then `model.rs` (the layers), then `train.rs` (the step).
 
 pub mod config;
+pub mod dispatch;
 pub mod engine;
+pub mod model;
+pub mod params;
+pub mod predictor;
+pub mod rng;
+pub mod stage;

@@ -51,13 +51,13 @@ pub struct GradNormResult {
 }
 
 /// Norm of flat gradients; tensor `i` is `grad[segments[i]..segments[i + 1]]`.
-pub fn grad_norm<T: Math>(grad: &[T], segments: &[i32], max_norm: f64) -> GradNormResult {
+pub fn grad_norm<T: Math>(grad: &[T], segments: &[usize], max_norm: f64) -> GradNormResult {
     let partial: Vec<f64> =
         grad.par_chunks(4096).map(|g| g.iter().map(|g| g.to_f64() * g.to_f64()).sum()).collect();
     let norm = partial.iter().sum::<f64>().sqrt();
     let culprit = segments
         .windows(2)
-        .position(|s| grad[s[0] as usize..s[1] as usize].iter().any(|g| !g.finite()))
+        .position(|s| grad[s[0]..s[1]].iter().any(|g| !g.finite()))
         .filter(|_| !norm.is_finite());
     let factor = if norm.is_finite() { (max_norm / (norm + 1e-6)).min(1.0) } else { f64::NAN };
     GradNormResult { norm, factor, culprit }

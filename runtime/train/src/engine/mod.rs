@@ -18,8 +18,11 @@
 //!   (allocation, launch, an error flag raised by a kernel) are reported by the next `Result`.
 
 pub mod arena;
+pub mod cpu;
 
 pub use arena::{Allocation, ArenaPlan, Buf, Dtype, Precision};
+pub use cpu::CpuEngine;
+pub use dsv_spec::GroupRule;
 
 use thiserror::Error;
 
@@ -439,15 +442,6 @@ pub struct FlowLoss {
     pub weight: f32,
 }
 
-/// Which low-rank query stands for its group.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
-pub enum Proxy {
-    /// Token `floor(len/2)` of the group's valid tokens.
-    Centre,
-    /// Mean of the group's valid tokens.
-    Mean,
-}
-
 /// Critical-KV selection from low-rank scores (paper.md, "Critical-KV estimation").
 ///
 /// Score of (group, KV block) = max over the block's keys of `<q_proxy, k_lr>`; per (batch, head,
@@ -463,17 +457,18 @@ pub struct KvSelect {
     pub d_lr: usize,
     /// `[H]` `I32`.
     pub top_k: Buf,
-    /// Stand-in query of a group.
-    pub proxy: Proxy,
+    /// Query that decides for its group.
+    pub rule: GroupRule,
     /// Written: lists, counts and, where present, the inverse.
     pub lists: Lists,
 }
 
 /// Predictor loss and its gradient in the Gram closed form, over all queries and keys.
 ///
-/// Per (batch, head, query): `a = K_lr q_lr`, `b = K q`, both centred over the keys;
-/// `loss = 0.95 (1 - cos(a,b)) + 0.05 (|a|/|b| - 1)^2`, a query with `|a|` or `|b|` below 1e-12
-/// contributing nothing. Q and K are constants.
+/// Per (batch, head, query): `a = K_lr q_lr`, `b = scale K q`, both centred over the keys;
+/// `loss = 0.95 (1 - cos(a,b)) + 0.05 (|a|/|b| - 1)^2`. Q and K are constants. Zero norms as in
+/// `dsv_reference::predictor`: `|a|^2 + 1e-6 |b|^2` stands for `|a|^2`, and a row with
+/// `|b|^2 <= 1e-10` contributes nothing.
 #[derive(Copy, Clone, Debug)]
 pub struct GramLoss {
     /// Sizes of the full queries and keys (`seqlen_q == seqlen_kv`).
@@ -544,12 +539,16 @@ pub struct AdamW {
     pub clip: Buf,
 }
 
+/// Tensors of a flat parameter buffer begin at multiples of this many elements.
+pub const PARAM_ALIGN: usize = 64;
+
 /// Norm of a flat gradient, the clip factor, and the first tensor that is not finite.
 #[derive(Copy, Clone, Debug)]
 pub struct GradNorm {
     /// Flat gradients, `F32`.
     pub grad: Buf,
-    /// `I32 [n + 1]`, ascending: tensor `i` is `grad[segments[i]..segments[i+1]]`.
+    /// `I32 [n + 1]`, ascending, in units of [`PARAM_ALIGN`] elements: tensor `i` is
+    /// `grad[64 * segments[i]..64 * segments[i + 1]]` (models beyond 2^31 parameters fit).
     pub segments: Buf,
     /// Largest norm allowed; infinite for no clipping.
     pub max_norm: f32,

@@ -1,0 +1,882 @@
+//! The video DiT: patch embedding, AdaLN-single on the timestep, blocks of self-attention, cross-attention
+//! and MLP, and a modulated linear head. Each part's forward and backward is written once, on the ops of
+//! [`Engine`].
+//!
+//! A block keeps its input, its self-attention output, log-sum-exp and lists; the rest is recomputed in the
+//! backward (or kept, with `recompute = false`). Attention and selection never run twice for one step.
+
+use crate::config::{self, Config, Mlp};
+use crate::engine::{
+    ArenaPlan, AttnBwd, AttnFwd, AttnShape, Buf, Dims, Engine, EngineError, FlowLoss, FlowPrepare, Gemm,
+    GemmLayout, GroupRule, ListShape, Lists, MlpAct, NormMod, PatchShape, QkPrep, Residual, TextSelect, View,
+};
+use crate::params::{Init, Linear, ParamId, ParamPlan, ParamSet};
+use crate::predictor::{PredictorShape, PredictorTask, Predictors};
+use crate::rng::Purpose;
+
+/// Width of the sinusoidal timestep embedding.
+pub const TIME_WIDTH: usize = 256;
+
+/// Everything about a model that decides its buffers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelShape {
+    /// Blocks.
+    pub layers: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Activation of the MLP.
+    pub mlp: MlpAct,
+    /// Columns of the MLP's output of the activation.
+    pub hidden: usize,
+    /// Width of a text token.
+    pub text_dim: usize,
+    /// Text tokens.
+    pub text_tokens: usize,
+    /// Latents, patches and batch.
+    pub patch: PatchShape,
+    /// Epsilon of the norms.
+    pub eps: f32,
+    /// Base of the rotary frequencies.
+    pub rope_base: f64,
+    /// Token cube side product: tokens that are contiguous.
+    pub cube: usize,
+    /// Predictors, when the run has them.
+    pub predictor: Option<PredictorShape>,
+}
+
+impl ModelShape {
+    /// The shape a configuration describes, for this batch.
+    pub fn from_config(config: &Config, batch: usize) -> ModelShape {
+        let (m, d) = (&config.model, &config.dsv);
+        let patch = PatchShape {
+            batch,
+            channels: m.latent_channels,
+            latent: [config.data.frames, config.data.height, config.data.width],
+            patch: m.patch,
+        };
+        ModelShape {
+            layers: m.layers,
+            heads: m.heads,
+            head_dim: m.head_dim,
+            mlp: match m.mlp {
+                Mlp::Geglu => MlpAct::GeGlu,
+                Mlp::Gelu => MlpAct::Gelu,
+            },
+            hidden: m.mlp_ratio * m.heads * m.head_dim,
+            text_dim: m.text_dim,
+            text_tokens: m.text_tokens,
+            patch,
+            eps: m.norm_eps as f32,
+            rope_base: m.rope_base,
+            cube: d.query_group.max(d.kv_block),
+            predictor: d.enabled.then(|| PredictorShape {
+                layers: m.layers,
+                d_lr: d.rank,
+                rope: d.predictor_rope,
+                rule: match d.group_rule {
+                    config::GroupRule::Centre => GroupRule::Centre,
+                    config::GroupRule::Mean => GroupRule::Mean,
+                },
+                theta: d.theta as f32,
+                samples: d.profile_queries.min(patch.tokens()),
+                lists: ListShape {
+                    batch,
+                    heads: m.heads,
+                    seqlen: patch.tokens(),
+                    query_group: d.query_group,
+                    kv_block: d.kv_block,
+                    max_selected: config.max_selected(),
+                },
+            }),
+        }
+    }
+    /// Width of the model.
+    pub fn dim(&self) -> usize {
+        self.heads * self.head_dim
+    }
+    /// Batch times video tokens.
+    pub fn rows(&self) -> usize {
+        self.patch.batch * self.patch.tokens()
+    }
+    /// Sizes of the self-attention.
+    pub fn self_attn(&self) -> AttnShape {
+        AttnShape {
+            batch: self.patch.batch,
+            heads: self.heads,
+            seqlen_q: self.patch.tokens(),
+            seqlen_kv: self.patch.tokens(),
+            head_dim: self.head_dim,
+            scale: (self.head_dim as f32).powf(-0.5),
+        }
+    }
+    /// Sizes of the cross-attention.
+    pub fn cross_attn(&self) -> AttnShape {
+        AttnShape { seqlen_kv: self.text_tokens, ..self.self_attn() }
+    }
+    /// What an engine sizes its scratch by.
+    pub fn dims(&self, params: usize) -> Dims {
+        Dims {
+            batch: self.patch.batch,
+            seqlen: self.patch.tokens(),
+            text_tokens: self.text_tokens,
+            dim: self.dim(),
+            heads: self.heads,
+            head_dim: self.head_dim,
+            d_lr: self.predictor.map_or(0, |p| p.d_lr),
+            mlp_width: self.mlp.pre_width(self.hidden),
+            samples: self.predictor.map_or(0, |p| p.samples),
+            params,
+            lists: self.predictor.map(|p| p.lists),
+        }
+    }
+    /// Contract order: raster patch index of each token, and (t, h, w) of each token.
+    pub fn token_order(&self) -> (Vec<u32>, Vec<[u32; 3]>) {
+        let [t, h, w] = self.patch.grid().map(|x| x as u32);
+        let grid = dsv_spec::order::Grid { t, h, w };
+        let order = dsv_spec::order::token_order(grid, dsv_spec::order::Cube::of_group(self.cube as u32));
+        let positions = order
+            .iter()
+            .map(|&r| {
+                let (t, h, w) = grid.coordinates(r);
+                [t, h, w]
+            })
+            .collect();
+        (order, positions)
+    }
+    /// Every parameter of the model.
+    pub fn params(&self) -> (ParamPlan, Weights) {
+        let mut p = ParamPlan::default();
+        let dim = self.dim();
+        let std = |inputs: usize| (1.0 / inputs as f32).sqrt();
+        let table = Init::Normal(std(dim));
+        let width = self.patch.width();
+        let weights = Weights {
+            patch: p.linear("patch", dim, width, std(width)),
+            time_in: p.linear("time.in", dim, TIME_WIDTH, 0.02),
+            time_out: p.linear("time.out", dim, dim, 0.02),
+            adaln: p.linear("adaln", 6 * dim, dim, 0.02),
+            text_in: p.linear("text.in", dim, self.text_dim, std(self.text_dim)),
+            text_out: p.linear("text.out", dim, dim, std(dim)),
+            null: p.add("text.null".into(), &[self.text_tokens, self.text_dim], Init::Normal(0.02), false),
+            blocks: (0..self.layers)
+                .map(|l| BlockWeights {
+                    table: p.add(format!("block.{l}.table"), &[6, dim], table, false),
+                    qkv: p.linear(&format!("block.{l}.qkv"), 3 * dim, dim, std(dim)),
+                    q_norm: p.add(format!("block.{l}.q_norm"), &[self.head_dim], Init::Constant(1.0), false),
+                    k_norm: p.add(format!("block.{l}.k_norm"), &[self.head_dim], Init::Constant(1.0), false),
+                    o: p.linear(&format!("block.{l}.o"), dim, dim, std(dim)),
+                    cq: p.linear(&format!("block.{l}.cross.q"), dim, dim, std(dim)),
+                    ckv: p.linear(&format!("block.{l}.cross.kv"), 2 * dim, dim, std(dim)),
+                    co: p.linear(&format!("block.{l}.cross.o"), dim, dim, 0.0),
+                    up: p.linear(&format!("block.{l}.up"), self.mlp.pre_width(self.hidden), dim, std(dim)),
+                    down: p.linear(&format!("block.{l}.down"), dim, self.hidden, std(self.hidden)),
+                })
+                .collect(),
+            final_mod: p.linear("final.mod", 2 * dim, dim, 0.02),
+            head: p.linear("final.head", width, dim, 0.0),
+        };
+        (p, weights)
+    }
+}
+
+/// Parameters of one block.
+#[derive(Clone, Debug)]
+pub struct BlockWeights {
+    /// `[6, D]`, added to the shared modulation.
+    pub table: ParamId,
+    /// Packed Q, K, V projection.
+    pub qkv: Linear,
+    /// RMS weight of Q.
+    pub q_norm: ParamId,
+    /// RMS weight of K.
+    pub k_norm: ParamId,
+    /// Output projection of the self-attention.
+    pub o: Linear,
+    /// Query projection of the cross-attention.
+    pub cq: Linear,
+    /// Packed K, V projection of the cross-attention.
+    pub ckv: Linear,
+    /// Output projection of the cross-attention.
+    pub co: Linear,
+    /// First MLP projection.
+    pub up: Linear,
+    /// Second MLP projection.
+    pub down: Linear,
+}
+
+/// Parameters of the whole model.
+#[derive(Clone, Debug)]
+pub struct Weights {
+    /// Patch embedding.
+    pub patch: Linear,
+    /// Timestep MLP, first map.
+    pub time_in: Linear,
+    /// Timestep MLP, second map.
+    pub time_out: Linear,
+    /// Shared modulation, `D -> 6 D`.
+    pub adaln: Linear,
+    /// Text projection, first map.
+    pub text_in: Linear,
+    /// Text projection, second map.
+    pub text_out: Linear,
+    /// Learned embedding of "no caption".
+    pub null: ParamId,
+    /// Blocks.
+    pub blocks: Vec<BlockWeights>,
+    /// Modulation of the head, `D -> 2 D`.
+    pub final_mod: Linear,
+    /// Head, `D -> patch width`.
+    pub head: Linear,
+}
+
+/// Inputs of a pass, written by the host, and the pass's results.
+#[derive(Copy, Clone, Debug)]
+pub struct Io {
+    /// Latents `[B,C,T,H,W]` `F32`.
+    pub latents: Buf,
+    /// Times `[B]` `F32`.
+    pub t: Buf,
+    /// Noise keys `[B,2]` `I32`.
+    pub keys: Buf,
+    /// Text embeddings `[B,Lt,text_dim]` `Act`.
+    pub text: Buf,
+    /// Dropped captions `[B]` `I32`.
+    pub drop: Buf,
+    /// Token order `[S]` `I32`.
+    pub order: Buf,
+    /// RoPE cosines `[S, head_dim/2]` `F32`.
+    pub cos: Buf,
+    /// RoPE sines.
+    pub sin: Buf,
+    /// Noised tokens `[B,S,width]` `Act`.
+    pub x_t: Buf,
+    /// Target velocity `[B,S,width]` `F32`.
+    pub target: Buf,
+    /// Predicted velocity `[B,S,width]` `Act`.
+    pub pred: Buf,
+    /// Loss of each batch element, `[B]` `F32`.
+    pub loss: Buf,
+}
+
+/// Conditioning: timestep and text, shared by all blocks.
+#[derive(Copy, Clone, Debug)]
+struct Cond {
+    time: Buf,
+    time_pre: Buf,
+    time_act: Buf,
+    temb: Buf,
+    temb_act: Buf,
+    shared: Buf,
+    final_mod: Buf,
+    text: Buf,
+    text_pre: Buf,
+    text_act: Buf,
+    y: Buf,
+}
+
+/// What a block keeps from forward to backward.
+#[derive(Copy, Clone, Debug)]
+struct Saved {
+    x: Buf,
+    attn: Buf,
+    lse: Buf,
+}
+
+/// Intermediates of one block, shared by all blocks when they are recomputed.
+#[derive(Copy, Clone, Debug)]
+struct Work {
+    modulation: Buf,
+    n1: Buf,
+    mean1: Buf,
+    rstd1: Buf,
+    qkv: Buf,
+    q: Buf,
+    k: Buf,
+    q_rstd: Buf,
+    k_rstd: Buf,
+    o: Buf,
+    x1: Buf,
+    cq: Buf,
+    ckv: Buf,
+    ca: Buf,
+    ca_lse: Buf,
+    x2: Buf,
+    n2: Buf,
+    mean2: Buf,
+    rstd2: Buf,
+    up: Buf,
+    act: Buf,
+    down: Buf,
+}
+
+/// Gradients on their way back.
+#[derive(Copy, Clone, Debug)]
+struct Back {
+    pred: Buf,
+    x: Buf,
+    a: Buf,
+    b: Buf,
+    q: Buf,
+    k: Buf,
+    qkv: Buf,
+    ckv: Buf,
+    act: Buf,
+    modulation: Buf,
+    y: Buf,
+    y_act: Buf,
+    text_act: Buf,
+    text: Buf,
+    shared: Buf,
+    shared_act: Buf,
+    final_mod: Buf,
+    final_mod_act: Buf,
+    temb: Buf,
+    temb_b: Buf,
+}
+
+/// How the self-attention of each block runs.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BlockAttention {
+    /// Over all keys.
+    Dense,
+    /// Over predicted lists, kept in this slot of [`Predictors::slots`].
+    Sparse {
+        /// Which slot.
+        slot: usize,
+    },
+}
+
+/// What a model is laid out for.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Purposes {
+    /// Gradients, moments and backward buffers.
+    pub train: bool,
+    /// Recompute block intermediates rather than keeping them.
+    pub recompute: bool,
+    /// Averaged weights.
+    pub ema: bool,
+    /// Blocks that can be sparse at one time.
+    pub list_slots: usize,
+    /// Whether lists need their inverse ([`Engine::needs_inverse_lists`]).
+    pub inverse_lists: bool,
+}
+
+/// The laid-out model: handles only, no memory.
+#[derive(Clone, Debug)]
+pub struct Model {
+    /// Shapes.
+    pub shape: ModelShape,
+    /// Parameters.
+    pub params: ParamSet,
+    /// Predictors, when the run has them.
+    pub predictors: Option<Predictors>,
+    /// Inputs and results.
+    pub io: Io,
+    weights: Weights,
+    cond: Cond,
+    saved: Vec<Saved>,
+    last: Buf,
+    final_norm: [Buf; 3],
+    work: Vec<Work>,
+    back: Option<Back>,
+    purposes: Purposes,
+}
+
+impl Model {
+    /// Lays a model out in `plan`; nothing is allocated.
+    pub fn reserve(shape: ModelShape, purposes: Purposes, plan: &mut ArenaPlan) -> Model {
+        let (params, weights) = shape.params();
+        let params = params.reserve(plan, "model", purposes.train, purposes.ema);
+        let predictors = shape.predictor.map(|p| {
+            Predictors::reserve(
+                p,
+                shape.self_attn(),
+                shape.dim(),
+                purposes.list_slots,
+                purposes.inverse_lists,
+                purposes.train,
+                plan,
+            )
+        });
+        let PatchShape { batch, .. } = shape.patch;
+        let (s, width, dim) = (shape.patch.tokens(), shape.patch.width(), shape.dim());
+        let (rows, text_rows) = (shape.rows(), batch * shape.text_tokens);
+        let (heads, half) = (shape.heads, shape.head_dim / 2);
+        let io = Io {
+            latents: plan.f32("inputs/latents", batch * shape.patch.latent_len()),
+            t: plan.f32("inputs/t", batch),
+            keys: plan.i32("inputs/noise keys", 2 * batch),
+            text: plan.act("inputs/text", text_rows * shape.text_dim),
+            drop: plan.i32("inputs/dropped captions", batch),
+            order: plan.i32("inputs/token order", s),
+            cos: plan.f32("inputs/rope cos", s * half),
+            sin: plan.f32("inputs/rope sin", s * half),
+            x_t: plan.act("inputs/noised tokens", rows * width),
+            target: plan.f32("inputs/target", rows * width),
+            pred: plan.act("activations/prediction", rows * width),
+            loss: plan.f32("activations/loss", batch),
+        };
+        let cond = Cond {
+            time: plan.act("conditioning/time", batch * TIME_WIDTH),
+            time_pre: plan.act("conditioning/time pre", batch * dim),
+            time_act: plan.act("conditioning/time act", batch * dim),
+            temb: plan.act("conditioning/temb", batch * dim),
+            temb_act: plan.act("conditioning/temb act", batch * dim),
+            shared: plan.f32("conditioning/modulation", batch * 6 * dim),
+            final_mod: plan.f32("conditioning/final modulation", batch * 2 * dim),
+            text: plan.act("conditioning/text", text_rows * shape.text_dim),
+            text_pre: plan.act("conditioning/text pre", text_rows * dim),
+            text_act: plan.act("conditioning/text act", text_rows * dim),
+            y: plan.act("conditioning/text tokens", text_rows * dim),
+        };
+        let kept = if purposes.train { shape.layers } else { 1 };
+        let saved = (0..kept)
+            .map(|_| Saved {
+                x: plan.act("kept per block/input", rows * dim),
+                attn: plan.act("kept per block/attention output", rows * dim),
+                lse: plan.f32("kept per block/log-sum-exp", batch * heads * s),
+            })
+            .collect();
+        let last = plan.act("kept per block/last output", rows * dim);
+        let final_norm = [
+            plan.act("activations/final norm", rows * dim),
+            plan.f32("activations/final mean", rows),
+            plan.f32("activations/final rstd", rows),
+        ];
+        let works = if purposes.train && !purposes.recompute { shape.layers } else { 1 };
+        let pre = shape.mlp.pre_width(shape.hidden);
+        let work = (0..works)
+            .map(|_| {
+                let mut act = |name: &str, len: usize| plan.act(&format!("block work/{name}"), len);
+                let (n1, n2) = (act("norm 1", rows * dim), act("norm 2", rows * dim));
+                let qkv = act("qkv", rows * 3 * dim);
+                let (q, k) = (act("q", rows * dim), act("k", rows * dim));
+                let (o, x1) = (act("attention projection", rows * dim), act("x1", rows * dim));
+                let cq = act("cross q", rows * dim);
+                let ckv = act("cross kv", text_rows * 2 * dim);
+                let (ca, x2) = (act("cross out", rows * dim), act("x2", rows * dim));
+                let (up, hidden) = (act("mlp up", rows * pre), act("mlp act", rows * shape.hidden));
+                let down = act("mlp down", rows * dim);
+                let mut f32 = |name: &str, len: usize| plan.f32(&format!("block work/{name}"), len);
+                Work {
+                    modulation: f32("modulation", batch * 6 * dim),
+                    n1,
+                    mean1: f32("mean 1", rows),
+                    rstd1: f32("rstd 1", rows),
+                    qkv,
+                    q,
+                    k,
+                    q_rstd: f32("q rstd", rows * heads),
+                    k_rstd: f32("k rstd", rows * heads),
+                    o,
+                    x1,
+                    cq,
+                    ckv,
+                    ca,
+                    ca_lse: f32("cross log-sum-exp", batch * heads * s),
+                    x2,
+                    n2,
+                    mean2: f32("mean 2", rows),
+                    rstd2: f32("rstd 2", rows),
+                    up,
+                    act: hidden,
+                    down,
+                }
+            })
+            .collect();
+        let back = purposes.train.then(|| {
+            let mut act = |name: &str, len: usize| plan.act(&format!("gradients of activations/{name}"), len);
+            let (pred, x) = (act("prediction", rows * width), act("x", rows * dim));
+            let (a, b) = (act("a", rows * dim), act("b", rows * dim));
+            let (q, k) = (act("q", rows * dim), act("k", rows * dim));
+            let qkv = act("qkv", rows * 3 * dim);
+            let ckv = act("cross kv", text_rows * 2 * dim);
+            let hidden = act("mlp", rows * shape.hidden);
+            let (y_act, text_act) = (act("text tokens", text_rows * dim), act("text act", text_rows * dim));
+            let text = act("text", text_rows * shape.text_dim);
+            let shared_act = act("modulation", batch * 6 * dim);
+            let final_mod_act = act("final modulation", batch * 2 * dim);
+            let (temb, temb_b) = (act("temb", batch * dim), act("temb b", batch * dim));
+            let mut f32 = |name: &str, len: usize| plan.f32(&format!("gradients of activations/{name}"), len);
+            Back {
+                pred,
+                x,
+                a,
+                b,
+                q,
+                k,
+                qkv,
+                ckv,
+                act: hidden,
+                modulation: f32("block modulation", batch * 6 * dim),
+                y: f32("text tokens sum", text_rows * dim),
+                y_act,
+                text_act,
+                text,
+                shared: f32("modulation sum", batch * 6 * dim),
+                shared_act,
+                final_mod: f32("final modulation sum", batch * 2 * dim),
+                final_mod_act,
+                temb,
+                temb_b,
+            }
+        });
+        Model { shape, params, predictors, io, weights, cond, saved, last, final_norm, work, back, purposes }
+    }
+
+    /// Initial weights, token order and RoPE tables. Call once after [`Engine::reserve`].
+    pub fn initialise(&self, engine: &mut dyn Engine, seed: u64) -> Result<(), EngineError> {
+        self.params.initialise(engine, seed, Purpose::Init)?;
+        let (order, positions) = self.shape.token_order();
+        engine.write_i32(self.io.order, &order.iter().map(|&i| i as i32).collect::<Vec<_>>())?;
+        let tables =
+            dsv_reference::layers::rope_tables(&positions, self.shape.head_dim, self.shape.rope_base);
+        engine.write_f32(self.io.cos, &tables.0.iter().map(|&x| x as f32).collect::<Vec<_>>())?;
+        engine.write_f32(self.io.sin, &tables.1.iter().map(|&x| x as f32).collect::<Vec<_>>())?;
+        if let Some(predictors) = &self.predictors {
+            predictors.params.initialise(engine, seed, Purpose::Predictor)?;
+            predictors.write_tables(engine, &positions, self.shape.rope_base)?;
+        }
+        Ok(())
+    }
+
+    /// Noised tokens and target from the latents, times and keys in [`Io`].
+    pub fn prepare(&self, engine: &mut dyn Engine) {
+        engine.flow_prepare(&FlowPrepare {
+            shape: self.shape.patch,
+            latents: self.io.latents,
+            order: self.io.order,
+            t: self.io.t,
+            keys: self.io.keys,
+            x_t: self.io.x_t,
+            target: self.io.target,
+        });
+    }
+
+    /// Velocity of `io.x_t` at `io.t` under `io.text`, into `io.pred`.
+    pub fn forward(&self, engine: &mut dyn Engine, attention: &[BlockAttention], task: PredictorTask) {
+        let e = engine;
+        self.condition(e);
+        let rows = self.shape.rows();
+        self.linear(e, self.weights.patch, rows, self.io.x_t, self.input_of(0));
+        for (l, &mode) in attention.iter().enumerate() {
+            self.block(e, l, Some((mode, task)));
+            if !self.purposes.train && l + 1 < attention.len() {
+                e.copy(self.last, self.input_of(0));
+            }
+        }
+        let [norm, mean, rstd] = self.final_norm;
+        e.norm_mod_fwd(&self.final_norm_mod(mean, rstd), norm);
+        self.linear(e, self.weights.head, rows, norm, self.io.pred);
+    }
+
+    /// Loss of `io.pred`; with `weight`, the gradient of `weight * mean loss` for [`Model::backward`].
+    pub fn loss(&self, engine: &mut dyn Engine, weight: Option<f32>) {
+        engine.flow_loss(&FlowLoss {
+            batch: self.shape.patch.batch,
+            per_element: self.shape.patch.tokens() * self.shape.patch.width(),
+            pred: self.io.pred,
+            target: self.io.target,
+            loss: self.io.loss,
+            d_pred: weight.map(|_| self.back().pred),
+            weight: weight.unwrap_or(0.0),
+        });
+    }
+
+    /// Adds the gradients of all parameters, after [`Model::forward`] and [`Model::loss`] of the same pass.
+    /// `attention` is what the forward was given.
+    pub fn backward(&self, engine: &mut dyn Engine, attention: &[BlockAttention]) {
+        let e = engine;
+        let back = self.back();
+        let rows = self.shape.rows();
+        let [norm, mean, rstd] = self.final_norm;
+        self.linear_bwd(e, self.weights.head, rows, norm, back.pred, Some((back.a, false)));
+        e.fill(back.x, 0.0);
+        e.norm_mod_bwd(&self.final_norm_mod(mean, rstd), back.a, back.x, back.final_mod);
+        e.fill(back.shared, 0.0);
+        e.fill(back.y, 0.0);
+        for (l, &mode) in attention.iter().enumerate().rev() {
+            if self.purposes.recompute {
+                self.block(e, l, None);
+            }
+            self.block_bwd(e, l, mode);
+        }
+        self.linear_bwd(e, self.weights.patch, rows, self.io.x_t, back.x, None);
+        self.condition_bwd(e);
+    }
+
+    fn back(&self) -> &Back {
+        self.back.as_ref().expect("this run was planned without a backward pass")
+    }
+
+    /// Input of block `l`; block `l - 1` writes it.
+    fn input_of(&self, l: usize) -> Buf {
+        match self.saved.get(l) {
+            Some(saved) => saved.x,
+            None => self.last,
+        }
+    }
+
+    fn saved_of(&self, l: usize) -> Saved {
+        self.saved[l.min(self.saved.len() - 1)]
+    }
+
+    fn work_of(&self, l: usize) -> &Work {
+        &self.work[l.min(self.work.len() - 1)]
+    }
+
+    /// `out = x w^T + b` for `rows` rows.
+    fn linear(&self, e: &mut dyn Engine, w: Linear, rows: usize, x: Buf, out: Buf) {
+        e.gemm(
+            &Gemm::new(GemmLayout::NT, rows, w.out, w.inputs, x, self.params.copy_of(w.weight), out)
+                .bias(self.params.copy_of(w.bias)),
+        );
+    }
+
+    /// Gradients of weight and bias, and of the input where wanted (`true`: added to the buffer).
+    fn linear_bwd(
+        &self,
+        e: &mut dyn Engine,
+        w: Linear,
+        rows: usize,
+        x: Buf,
+        d_out: Buf,
+        d_x: Option<(Buf, bool)>,
+    ) {
+        let grad = self.params.grad_of(w.weight);
+        e.gemm(&Gemm::new(GemmLayout::TN, w.out, w.inputs, rows, d_out, x, grad).accumulate());
+        e.sum_rows(rows, d_out, self.params.grad_of(w.bias));
+        if let Some((d_x, add)) = d_x {
+            let weight = self.params.copy_of(w.weight);
+            let gemm = Gemm::new(GemmLayout::NN, rows, w.inputs, w.out, d_out, weight, d_x);
+            e.gemm(&if add { gemm.accumulate() } else { gemm });
+        }
+    }
+
+    fn text_select(&self) -> TextSelect {
+        TextSelect {
+            batch: self.shape.patch.batch,
+            per_element: self.shape.text_tokens * self.shape.text_dim,
+            drop: self.io.drop,
+        }
+    }
+
+    fn condition(&self, e: &mut dyn Engine) {
+        let (c, w, batch) = (&self.cond, &self.weights, self.shape.patch.batch);
+        e.time_embed(self.io.t, TIME_WIDTH, c.time);
+        self.linear(e, w.time_in, batch, c.time, c.time_pre);
+        e.silu_fwd(c.time_pre, c.time_act);
+        self.linear(e, w.time_out, batch, c.time_act, c.temb);
+        e.silu_fwd(c.temb, c.temb_act);
+        self.linear(e, w.adaln, batch, c.temb_act, c.shared);
+        self.linear(e, w.final_mod, batch, c.temb_act, c.final_mod);
+        let text_rows = batch * self.shape.text_tokens;
+        e.text_select_fwd(&self.text_select(), self.io.text, self.params.copy_of(w.null), c.text);
+        let t = w.text_in;
+        e.gemm(
+            &Gemm::new(
+                GemmLayout::NT,
+                text_rows,
+                t.out,
+                t.inputs,
+                c.text,
+                self.params.copy_of(t.weight),
+                c.text_act,
+            )
+            .bias(self.params.copy_of(t.bias))
+            .gelu(c.text_pre),
+        );
+        self.linear(e, w.text_out, text_rows, c.text_act, c.y);
+    }
+
+    fn condition_bwd(&self, e: &mut dyn Engine) {
+        let (c, w, b, batch) = (&self.cond, &self.weights, self.back(), self.shape.patch.batch);
+        let text_rows = batch * self.shape.text_tokens;
+        e.copy(b.y, b.y_act);
+        self.linear_bwd(e, w.text_out, text_rows, c.text_act, b.y_act, Some((b.text_act, false)));
+        e.mlp_act_bwd(MlpAct::Gelu, text_rows, self.shape.dim(), c.text_pre, b.text_act, c.text_pre);
+        self.linear_bwd(e, w.text_in, text_rows, c.text, c.text_pre, Some((b.text, false)));
+        e.text_select_bwd(&self.text_select(), b.text, self.params.grad_of(w.null));
+        e.copy(b.shared, b.shared_act);
+        e.copy(b.final_mod, b.final_mod_act);
+        self.linear_bwd(e, w.adaln, batch, c.temb_act, b.shared_act, Some((b.temb, false)));
+        self.linear_bwd(e, w.final_mod, batch, c.temb_act, b.final_mod_act, Some((b.temb, true)));
+        e.silu_bwd(c.temb, b.temb, b.temb);
+        self.linear_bwd(e, w.time_out, batch, c.time_act, b.temb, Some((b.temb_b, false)));
+        e.silu_bwd(c.time_pre, b.temb_b, b.temb_b);
+        self.linear_bwd(e, w.time_in, batch, c.time, b.temb_b, None);
+    }
+
+    fn norm_mod(&self, x: Buf, modulation: Buf, first: usize, mean: Buf, rstd: Buf) -> NormMod {
+        NormMod {
+            batch: self.shape.patch.batch,
+            seqlen: self.shape.patch.tokens(),
+            dim: self.shape.dim(),
+            x,
+            modulation,
+            chunks: 6,
+            shift: first,
+            scale: first + 1,
+            mean,
+            rstd,
+            eps: self.shape.eps,
+        }
+    }
+
+    fn final_norm_mod(&self, mean: Buf, rstd: Buf) -> NormMod {
+        NormMod { chunks: 2, ..self.norm_mod(self.last, self.cond.final_mod, 0, mean, rstd) }
+    }
+
+    fn residual(&self, gate: Option<(Buf, usize)>) -> Residual {
+        Residual {
+            batch: self.shape.patch.batch,
+            seqlen: self.shape.patch.tokens(),
+            dim: self.shape.dim(),
+            gate: gate.map(|(modulation, chunk)| (modulation, 6, chunk)),
+        }
+    }
+
+    fn qk_prep(&self, l: usize, w: &Work) -> QkPrep {
+        QkPrep {
+            batch: self.shape.patch.batch,
+            seqlen: self.shape.patch.tokens(),
+            heads: self.shape.heads,
+            head_dim: self.shape.head_dim,
+            qkv: w.qkv,
+            q_weight: self.params.copy_of(self.weights.blocks[l].q_norm),
+            k_weight: self.params.copy_of(self.weights.blocks[l].k_norm),
+            cos: self.io.cos,
+            sin: self.io.sin,
+            q_rstd: w.q_rstd,
+            k_rstd: w.k_rstd,
+            eps: self.shape.eps,
+        }
+    }
+
+    fn heads_view(&self, buf: Buf) -> View {
+        View::bshd(buf, self.shape.patch.tokens(), self.shape.heads, self.shape.head_dim)
+    }
+
+    fn self_attention(&self, w: &Work, saved: Saved, lists: Option<Lists>) -> AttnFwd {
+        let s = &self.shape;
+        AttnFwd {
+            shape: s.self_attn(),
+            q: self.heads_view(w.q),
+            k: self.heads_view(w.k),
+            v: View::packed(w.qkv, 3, 2, s.patch.tokens(), s.heads, s.head_dim),
+            lists,
+            out: self.heads_view(saved.attn),
+            lse: saved.lse,
+        }
+    }
+
+    fn cross_attention(&self, w: &Work) -> AttnFwd {
+        let s = &self.shape;
+        let part = |buf: Buf, part: usize| View::packed(buf, 2, part, s.text_tokens, s.heads, s.head_dim);
+        AttnFwd {
+            shape: s.cross_attn(),
+            q: self.heads_view(w.cq),
+            k: part(w.ckv, 0),
+            v: part(w.ckv, 1),
+            lists: None,
+            out: self.heads_view(w.ca),
+            lse: w.ca_lse,
+        }
+    }
+
+    fn lists_of(&self, mode: BlockAttention) -> Option<Lists> {
+        match mode {
+            BlockAttention::Dense => None,
+            BlockAttention::Sparse { slot } => {
+                let predictors = self.predictors.as_ref().expect("sparse attention needs dsv.enabled = true");
+                Some(predictors.slots[slot])
+            }
+        }
+    }
+
+    /// Block `l` forward, from its kept input to the next block's. `None` recomputes: the kept attention output is
+    /// used, and neither selection, attention nor predictor runs.
+    fn block(&self, e: &mut dyn Engine, l: usize, run: Option<(BlockAttention, PredictorTask)>) {
+        let (w, saved, p) = (self.work_of(l), self.saved_of(l), &self.weights.blocks[l]);
+        let (rows, batch) = (self.shape.rows(), self.shape.patch.batch);
+        let x = saved.x;
+        e.add_rows(batch, self.cond.shared, self.params.copy_of(p.table), w.modulation);
+        e.norm_mod_fwd(&self.norm_mod(x, w.modulation, 0, w.mean1, w.rstd1), w.n1);
+        self.linear(e, p.qkv, rows, w.n1, w.qkv);
+        e.qk_prep_fwd(&self.qk_prep(l, w), w.q, w.k);
+        if let Some((mode, task)) = run {
+            let mut lists = self.lists_of(mode);
+            if let Some(predictors) = &self.predictors {
+                let qk = (self.heads_view(w.q), self.heads_view(w.k));
+                lists = predictors.observe(e, l, w.n1, qk, task, lists);
+            }
+            e.attn_fwd(&self.self_attention(w, saved, lists));
+        }
+        self.linear(e, p.o, rows, saved.attn, w.o);
+        e.residual_fwd(&self.residual(Some((w.modulation, 2))), x, w.o, w.x1);
+        self.linear(e, p.cq, rows, w.x1, w.cq);
+        self.linear(e, p.ckv, batch * self.shape.text_tokens, self.cond.y, w.ckv);
+        e.attn_fwd(&self.cross_attention(w));
+        // `o` is not read by the backward of the cross-attention, so its projection goes through `down`.
+        self.linear(e, p.co, rows, w.ca, w.down);
+        e.residual_fwd(&self.residual(None), w.x1, w.down, w.x2);
+        e.norm_mod_fwd(&self.norm_mod(w.x2, w.modulation, 3, w.mean2, w.rstd2), w.n2);
+        self.linear(e, p.up, rows, w.n2, w.up);
+        e.mlp_act_fwd(self.shape.mlp, rows, self.shape.hidden, w.up, w.act);
+        self.linear(e, p.down, rows, w.act, w.down);
+        if run.is_some() {
+            let out = if self.purposes.train { self.input_of(l + 1) } else { self.last };
+            e.residual_fwd(&self.residual(Some((w.modulation, 5))), w.x2, w.down, out);
+        }
+    }
+
+    /// Block `l` backward: `back.x` holds the gradient of its output on entry, of its input on return.
+    fn block_bwd(&self, e: &mut dyn Engine, l: usize, mode: BlockAttention) {
+        let (w, saved, p, b) = (self.work_of(l), self.saved_of(l), &self.weights.blocks[l], self.back());
+        let s = &self.shape;
+        let (rows, batch) = (s.rows(), s.patch.batch);
+        // MLP.
+        e.residual_bwd(&self.residual(Some((w.modulation, 5))), w.down, b.x, b.a, b.modulation);
+        self.linear_bwd(e, p.down, rows, w.act, b.a, Some((b.act, false)));
+        e.mlp_act_bwd(s.mlp, rows, s.hidden, w.up, b.act, w.up);
+        self.linear_bwd(e, p.up, rows, w.n2, w.up, Some((b.a, false)));
+        let norm2 = self.norm_mod(w.x2, w.modulation, 3, w.mean2, w.rstd2);
+        e.norm_mod_bwd(&norm2, b.a, b.x, b.modulation);
+        // Cross-attention.
+        self.linear_bwd(e, p.co, rows, w.ca, b.x, Some((b.a, false)));
+        let part = |part: usize| View::packed(b.ckv, 2, part, s.text_tokens, s.heads, s.head_dim);
+        e.attn_bwd(&AttnBwd {
+            fwd: self.cross_attention(w),
+            d_out: self.heads_view(b.a),
+            d_q: self.heads_view(b.b),
+            d_k: part(0),
+            d_v: part(1),
+        });
+        self.linear_bwd(e, p.cq, rows, w.x1, b.b, Some((b.x, true)));
+        self.linear_bwd(e, p.ckv, batch * s.text_tokens, self.cond.y, b.ckv, Some((b.y, true)));
+        // Self-attention.
+        e.residual_bwd(&self.residual(Some((w.modulation, 2))), w.o, b.x, b.a, b.modulation);
+        self.linear_bwd(e, p.o, rows, saved.attn, b.a, Some((b.b, false)));
+        e.attn_bwd(&AttnBwd {
+            fwd: self.self_attention(w, saved, self.lists_of(mode)),
+            d_out: self.heads_view(b.b),
+            d_q: self.heads_view(b.q),
+            d_k: self.heads_view(b.k),
+            d_v: View::packed(b.qkv, 3, 2, s.patch.tokens(), s.heads, s.head_dim),
+        });
+        let (q_norm, k_norm) = (self.params.grad_of(p.q_norm), self.params.grad_of(p.k_norm));
+        e.qk_prep_bwd(&self.qk_prep(l, w), b.q, b.k, b.qkv, q_norm, k_norm);
+        self.linear_bwd(e, p.qkv, rows, w.n1, b.qkv, Some((b.a, false)));
+        let norm1 = self.norm_mod(saved.x, w.modulation, 0, w.mean1, w.rstd1);
+        e.norm_mod_bwd(&norm1, b.a, b.x, b.modulation);
+        // Modulation: chunks 0, 1, 2, 3, 4, 5 are all written by now.
+        e.sum_rows(batch, b.modulation, self.params.grad_of(p.table));
+        e.axpy(1.0, b.modulation, b.shared);
+    }
+}
+
+#[cfg(test)]
+mod tests;
