@@ -187,7 +187,7 @@ pub struct FwdArgs {
     pub lse: u64,
     /// The lists; `None` exactly when the problem is dense.
     pub lists: Option<QueryLists>,
-    /// i32 [1]: the device error flag, see [`crate::decode_error_flag`]; the caller sets it to 0.
+    /// i32, one element: the device error flag, see [`crate::decode_error_flag`]; the caller sets it to 0.
     pub error_flag: u64,
 }
 
@@ -218,7 +218,7 @@ pub struct BwdArgs {
     pub lists: Option<KeyLists>,
     /// [`AttnPlan::workspace_bytes`] bytes, aligned to 256; contents are lost.
     pub workspace: u64,
-    /// i32 [1]: the device error flag.
+    /// i32, one element: the device error flag.
     pub error_flag: u64,
 }
 

@@ -181,19 +181,18 @@ impl Kernel {
         kernel.max_smem_bytes = if kernel.facts.smem_bytes > 0 { kernel.facts.smem_bytes } else { room };
         kernel.registers = registers;
         kernel.local_bytes = local_bytes;
+        let smem_bytes = kernel.max_smem_bytes;
         // SAFETY: the function is alive.
+        let answer = unsafe {
+            result::function::set_function_attribute(
+                kernel.function,
+                Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                smem_bytes as i32,
+            )
+        };
         driver(
-            format!(
-                "cuFuncSetAttribute of {}: {} bytes of shared memory",
-                kernel.name, kernel.max_smem_bytes
-            ),
-            unsafe {
-                result::function::set_function_attribute(
-                    kernel.function,
-                    Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                    kernel.max_smem_bytes as i32,
-                )
-            },
+            format!("cuFuncSetAttribute of {}: {smem_bytes} bytes of shared memory", kernel.name),
+            answer,
         )?;
         Ok(kernel)
     }

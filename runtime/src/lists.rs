@@ -185,13 +185,13 @@ pub struct SelectArgs {
     pub q_lr: u64,
     /// bf16 [batch, seqlen_kv, num_heads, 16], aligned to 16 bytes.
     pub k_lr: u64,
-    /// i32 [H]: KV blocks to keep per head; clamped to N.
+    /// i32, one a head: KV blocks to keep; clamped to N.
     pub top_k: u64,
     /// The lists, written.
     pub lists: QueryLists,
     /// f32 [B, H, G, N], written, where wanted.
     pub scores: Option<u64>,
-    /// i32 [1]: the device error flag.
+    /// i32, one element: the device error flag.
     pub error_flag: u64,
 }
 
