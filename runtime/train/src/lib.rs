@@ -3,11 +3,16 @@
 //! [`engine::Engine`], and no op allocates or waits for the device.
 //! Start with `engine/mod.rs` (the ops), then `model.rs` (the layers), then `train.rs` (the step).
 
+pub mod checkpoint;
 pub mod config;
+pub mod data;
 pub mod dispatch;
+pub mod durable;
 pub mod engine;
+pub mod gif;
 pub mod model;
 pub mod params;
 pub mod predictor;
 pub mod rng;
 pub mod stage;
+pub mod tensors;
