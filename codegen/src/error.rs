@@ -21,7 +21,10 @@ pub enum CodegenError {
     #[error(transparent)]
     Name(#[from] NameError),
     /// An architecture with no committed kernels.
-    #[error("no kernels are shipped for '{arch}'\n  arch available: {}", available.join(", "))]
+    #[error(
+        "no kernels are shipped for '{arch}'\n  arch available: {}\n  to write them: dsv-codegen --arch sm90",
+        available.join(", ")
+    )]
     Arch {
         /// What was asked.
         arch: String,
@@ -30,7 +33,7 @@ pub enum CodegenError {
     },
     /// The op has no template.
     #[error(
-        "no template for {op}\n  templates available: {}\n  to add it: write templates/kernels/{op}.cu.tera, name it in codegen/src/templates.rs, then dsv-codegen --arch sm90",
+        "no template for {op}\n  templates available: {}\n  to add it: write templates/kernels/{op}.cu.tera, then dsv-codegen --arch sm90",
         available.join(", ")
     )]
     NoTemplate {
@@ -41,8 +44,7 @@ pub enum CodegenError {
     },
     /// A template does not parse, or names something its spec does not have.
     #[error(
-        "templates/kernels/{op}.cu.tera cannot be rendered for {name}\n{report}\n  variables available: {}",
-        available.join(", ")
+        "templates/kernels/{op}.cu.tera cannot be rendered for {name}\n{report}\n  to give a template another variable: codegen/src/context.rs"
     )]
     Template {
         /// The op.
@@ -51,11 +53,12 @@ pub enum CodegenError {
         name: String,
         /// Tera's report, with line and column.
         report: String,
-        /// Variables of this spec.
-        available: Vec<String>,
     },
     /// A file cannot be read or written.
-    #[error("cannot {what} {}: {why}", path.display())]
+    #[error(
+        "cannot {what} {}: {why}\n  allowed: a checkout this user can write; to name another: --root DIR",
+        path.display()
+    )]
     Io {
         /// `read` or `write`.
         what: &'static str,

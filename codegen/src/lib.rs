@@ -42,7 +42,7 @@ pub use templates::{HEADERS, render, source_hash, template_path};
 pub use tree::{COMMITTED_ARCHES, Tree, Written, committed_specs};
 
 /// The shipped kernels of attention, forward and backward, for one (dtype, head_dim, block size): the defaults that
-/// serve where no table answers.
+/// serve where no table answers, deterministic forms included. Sorted by name.
 ///
 /// # Errors
 /// [`CodegenError::NoKernel`] names each axis that is not shipped, what is, and how to add it.
@@ -52,13 +52,17 @@ pub fn attention(
     lists: Lists,
     arch: Arch,
 ) -> Result<Vec<KernelSpec>, CodegenError> {
-    AttnOp::ALL
-        .iter()
-        .map(|&op| {
-            space::default_attn(op, dtype, head_dim, lists, arch)
-                .map(KernelSpec::Attn)
-                .filter(|spec| space::shipped(arch).contains(spec))
-                .ok_or_else(|| error::no_kernel(op, dtype, head_dim, lists, arch))
-        })
-        .collect()
+    let asked = |spec: &KernelSpec| match spec {
+        KernelSpec::Attn(s) => {
+            // The text of these two does not depend on lists: there is one, named dense.
+            let of_any_lists = matches!(s.op(), AttnOp::BwdPrep | AttnOp::BwdPost);
+            (s.dtype(), s.head_dim()) == (dtype, head_dim) && (of_any_lists || s.lists() == lists)
+        }
+        _ => false,
+    };
+    let specs: Vec<KernelSpec> = space::shipped(arch).into_iter().filter(asked).collect();
+    match AttnOp::ALL.iter().find(|op| !specs.iter().any(|spec| spec.op() == op.name())) {
+        None => Ok(specs),
+        Some(&op) => Err(error::no_kernel(op, dtype, head_dim, lists, arch)),
+    }
 }

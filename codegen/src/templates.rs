@@ -1,5 +1,6 @@
 //! The templates and headers, embedded, and the one function that renders.
 
+use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
 use dsv_spec::KernelSpec;
@@ -8,44 +9,8 @@ use tera::{Context, Delimiters, Tera};
 use crate::CodegenError;
 use crate::context::{describe, variables};
 
-/// Embeds the template of each op. A test compares the list with the directory.
-macro_rules! kernels {
-    ($($op:literal),+ $(,)?) => {
-        &[$(($op, include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../templates/kernels/", $op, ".cu.tera")))),+]
-    };
-}
-
-/// Embeds the device headers. A test compares the list with the directory.
-macro_rules! headers {
-    ($($name:literal),+ $(,)?) => {
-        &[$(($name, include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../templates/include/", $name)))),+]
-    };
-}
-
-/// (op, text of its template), sorted.
-pub(crate) static KERNELS: &[(&str, &str)] = kernels![
-    "attn_bwd",
-    "attn_bwd_post",
-    "attn_bwd_prep",
-    "attn_fwd",
-    "kv_invert",
-    "kv_select",
-    "kv_validate"
-];
-
-/// (`dsv/xxx.cuh`, text) of every device header, sorted: given to NVRTC by name beside any source, and part of
-/// every source hash.
-pub static HEADERS: &[(&str, &str)] = headers![
-    "dsv/attention.cuh",
-    "dsv/fragment.cuh",
-    "dsv/mbarrier.cuh",
-    "dsv/mma.cuh",
-    "dsv/tma.cuh",
-    "dsv/types.cuh",
-    "dsv/warp.cuh",
-    "dsv/wgmma.cuh",
-    "dsv/wgmma_shapes.cuh",
-];
+// KERNELS and HEADERS, listed by the build script.
+include!(concat!(env!("OUT_DIR"), "/templates.rs"));
 
 /// Path of an op's template within the checkout.
 pub fn template_path(op: &str) -> String {
@@ -70,6 +35,44 @@ pub(crate) fn engine<'a>(
     Ok(tera)
 }
 
+/// Templates, each parsed once and on its own: a mistake in one stops no other.
+struct Templates(BTreeMap<&'static str, Result<Tera, String>>);
+
+impl Templates {
+    fn new(templates: &[(&'static str, &'static str)]) -> Self {
+        let parse = |op, text| engine([(op, text)]).map_err(|error| error.to_string());
+        Self(templates.iter().map(|&(op, text)| (op, parse(op, text))).collect())
+    }
+
+    fn render(&self, spec: &KernelSpec) -> Result<String, CodegenError> {
+        let (op, name) = (spec.op(), spec.name());
+        let Some(engine) = self.0.get(op) else {
+            let available = self.0.keys().map(|op| (*op).to_owned()).collect();
+            return Err(CodegenError::NoTemplate { op: op.to_owned(), available });
+        };
+        let variables = variables(spec);
+        let fail = |report: String| CodegenError::Template {
+            op: op.to_owned(),
+            name: name.clone(),
+            report: report.trim_end().to_owned(),
+        };
+        let mut context = Context::new();
+        for (key, value) in &variables {
+            context.insert(*key, value);
+        }
+        let engine = engine.as_ref().map_err(|report| fail(report.clone()))?;
+        let text = engine.render(op, &context).map_err(|error| fail(error.to_string()))?;
+        Ok(format!(
+            "// {name}\n\
+             // Generated from {} by dsv-codegen: do not edit, change the template or the spec.\n\
+             // {}\n\
+             \n{text}",
+            template_path(op),
+            describe(spec)
+        ))
+    }
+}
+
 /// The CUDA text of a spec: a banner, then its op's template with every value substituted. The same spec gives the
 /// same text, always and everywhere.
 ///
@@ -77,40 +80,8 @@ pub(crate) fn engine<'a>(
 /// [`CodegenError::NoTemplate`] where the op has none; [`CodegenError::Template`] where the template does not parse
 /// or names a variable the spec does not have.
 pub fn render(spec: &KernelSpec) -> Result<String, CodegenError> {
-    static ENGINE: OnceLock<Result<Tera, String>> = OnceLock::new();
-    let engine = ENGINE.get_or_init(|| engine(KERNELS.iter().copied()).map_err(|e| e.to_string()));
-    render_with(engine.as_ref().map_err(String::as_str), spec)
-}
-
-fn render_with(engine: Result<&Tera, &str>, spec: &KernelSpec) -> Result<String, CodegenError> {
-    let (op, name) = (spec.op(), spec.name());
-    if !KERNELS.iter().any(|(known, _)| *known == op) {
-        let available = KERNELS.iter().map(|(op, _)| (*op).to_owned()).collect();
-        return Err(CodegenError::NoTemplate { op: op.to_owned(), available });
-    }
-    let variables = variables(spec);
-    let fail = |report: String| CodegenError::Template {
-        op: op.to_owned(),
-        name: name.clone(),
-        report,
-        available: variables.keys().map(|key| (*key).to_owned()).collect(),
-    };
-    let mut context = Context::new();
-    for (key, value) in &variables {
-        context.insert(*key, value);
-    }
-    let text = engine
-        .map_err(|report| fail(report.to_owned()))?
-        .render(op, &context)
-        .map_err(|error| fail(error.to_string()))?;
-    Ok(format!(
-        "// {name}\n\
-         // Generated from {} by dsv-codegen: do not edit, change the template or the spec.\n\
-         // {}\n\
-         \n{text}",
-        template_path(op),
-        describe(spec)
-    ))
+    static TEMPLATES: OnceLock<Templates> = OnceLock::new();
+    TEMPLATES.get_or_init(|| Templates::new(KERNELS)).render(spec)
 }
 
 /// blake3, in hex, of a kernel's text and every header: what the registry, the dispatch table and the bundle call
@@ -182,12 +153,33 @@ mod tests {
         assert_eq!(engine([("t", "<{ x }>")]).unwrap().render("t", &context).unwrap(), "1.0e-05f");
     }
 
+    fn spec() -> KernelSpec {
+        "kv_invert_sm90a".parse().unwrap()
+    }
+
     #[test]
-    fn a_template_error_names_the_variables() {
-        let spec: KernelSpec = "kv_invert_sm90a".parse().unwrap();
-        if KERNELS.iter().any(|(op, _)| *op == "kv_invert") {
-            let broken = engine([("kv_invert", "constexpr int kHeadDim = <{ head_dim }>;")]).unwrap();
-            insta::assert_snapshot!(render_with(Ok(&broken), &spec).unwrap_err());
-        }
+    fn template_errors_say_where_and_what_there_is() {
+        let undefined = Templates::new(&[(
+            "kv_invert",
+            "constexpr int kThreads = <{ threads }>;\nint x = <{ head_dim }>;",
+        )]);
+        insta::assert_snapshot!("error_undefined_variable", undefined.render(&spec()).unwrap_err());
+        let unclosed = Templates::new(&[("kv_invert", "int x = <{ threads ;\n")]);
+        insta::assert_snapshot!("error_template_syntax", unclosed.render(&spec()).unwrap_err());
+        let missing = Templates::new(&[("attn_fwd", ""), ("kv_select", "")]);
+        insta::assert_snapshot!("error_no_template", missing.render(&spec()).unwrap_err());
+    }
+
+    #[test]
+    fn the_banner_is_the_name_the_template_and_the_spec() {
+        let templates = Templates::new(&[("kv_invert", "int threads = <{ threads }>;\n")]);
+        insta::assert_snapshot!("banner", templates.render(&spec()).unwrap());
+    }
+
+    #[test]
+    fn a_header_or_a_byte_of_text_changes_the_hash() {
+        assert_eq!(source_hash("a"), source_hash("a"));
+        assert_ne!(source_hash("a"), source_hash("b"));
+        assert_ne!(source_hash("a").as_str(), blake3::hash(b"a").to_hex().as_str(), "headers are not hashed");
     }
 }

@@ -164,7 +164,8 @@ pub fn fetch_nvrtc(root: &Path) -> Result<PathBuf, CompileError> {
 
 /// Flags of every compile, one option per flag. Spills and `(C75..)` notes are judged from the log afterwards, for
 /// `--ptxas-options=-Werror` would refuse listed spills too and does not catch the notes. Diagnostic 177 (a
-/// constant of CONFIG that this kernel does not use) is no defect of a generated file.
+/// constant of CONFIG that this kernel does not use) is no defect of a generated file. Everything is device code, the
+/// call operators of generic lambdas included, which cannot say so themselves.
 pub(crate) fn flags(arch: &str) -> Result<Vec<String>, CompileError> {
     let digits =
         arch.strip_prefix("sm").map(|rest| rest.strip_prefix('_').unwrap_or(rest)).unwrap_or_default();
@@ -178,6 +179,7 @@ pub(crate) fn flags(arch: &str) -> Result<Vec<String>, CompileError> {
     Ok(vec![
         format!("--gpu-architecture=sm_{digits}"),
         "--std=c++20".into(),
+        "--device-as-default-execution-space".into(),
         "--diag-suppress=177".into(),
         "--ptxas-options=-v".into(),
         "--ptxas-options=-warn-spills".into(),

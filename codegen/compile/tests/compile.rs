@@ -106,7 +106,7 @@ fn spills_are_reported_and_must_be_listed() {
     assert_eq!((registers, static_smem_bytes, barriers), (32, 400, 1));
     assert!(spill_store_bytes > 0);
     let message = compiled.check(&SpillList::none()).unwrap_err().to_string();
-    assert!(message.contains("probe_spill spills") && message.contains("codegen/spills.txt"), "{message}");
+    insta::assert_snapshot!("error_spills", message);
     let list = SpillList::parse("probe_spill 100000  # made to spill").unwrap();
     compiled.check(&list).unwrap_or_else(|e| panic!("{e}"));
 }
@@ -230,4 +230,46 @@ fn a_path_without_nvrtc_is_an_error_with_the_next_command() {
     fs::write(&text, "not a library").unwrap();
     let error = Compiler::with(Some(&text), None).err().expect("a text file is no library");
     assert!(matches!(error, CompileError::Load { .. }), "{error}");
+}
+
+/// A bundle of one kernel, and what it says when something is amiss.
+#[test]
+fn bundles_say_what_is_wrong() {
+    use dsv_compile::{Bundle, BundledKernel, write_bundle};
+    let dir = tempfile::tempdir().unwrap();
+    let hidden = |error: dsv_compile::BundleError| {
+        error.to_string().replace(&dir.path().display().to_string(), "<DIR>")
+    };
+    insta::assert_snapshot!("bundle_absent", hidden(Bundle::open(dir.path()).unwrap_err()));
+
+    let compiler = compiler(&dir.path().join("cache"));
+    let compiled =
+        compiler.compile(job("k", "extern \"C\" __global__ void k(int* x) { x[0] = 1; }", &[])).unwrap();
+    let kernel = BundledKernel::new(&compiled, "sm90a", "0123456789abcdef", 1024);
+    write_bundle(dir.path(), compiler.version(), vec![kernel.clone()]).unwrap();
+    let bundle = Bundle::open(dir.path()).unwrap();
+    assert_eq!(bundle.cubin("k", "0123456789abcdef").unwrap(), compiled.cubin);
+    let [listed] = bundle.kernels().collect::<Vec<_>>()[..] else { panic!("one kernel") };
+    assert_eq!(
+        (&listed.source_hash, listed.smem_bytes, &listed.entries),
+        (&kernel.source_hash, 1024, &compiled.entries)
+    );
+
+    insta::assert_snapshot!("bundle_missing_kernel", hidden(bundle.cubin("other", "").unwrap_err()));
+    insta::assert_snapshot!(
+        "bundle_stale_kernel",
+        hidden(bundle.cubin("k", "fedcba9876543210").unwrap_err())
+    );
+    let file = dir.path().join("k.cubin");
+    fs::write(&file, &compiled.cubin[..64]).unwrap();
+    insta::assert_snapshot!(
+        "bundle_damaged_cubin",
+        hidden(bundle.cubin("k", "0123456789abcdef").unwrap_err())
+    );
+    let manifest = dir.path().join("manifest.json");
+    let text = fs::read_to_string(&manifest).unwrap();
+    fs::write(&manifest, text.replace("\"schema\": 1", "\"schema\": 9")).unwrap();
+    insta::assert_snapshot!("bundle_other_schema", hidden(Bundle::open(dir.path()).unwrap_err()));
+    fs::write(&manifest, &text[..100]).unwrap();
+    insta::assert_snapshot!("bundle_cut_manifest", hidden(Bundle::open(dir.path()).unwrap_err()));
 }

@@ -1,0 +1,138 @@
+//! Every committed kernel compiles, and what it costs is pinned. Needs NVRTC and nvdisasm: without them these tests
+//! fail with the command that fetches both.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use dsv_codegen::spec::{AttnOp, KernelSpec};
+use dsv_codegen::{HEADERS, build_bundle, committed_specs, render, source_hash};
+use dsv_compile::{Bundle, CompileJob, Compiled, Compiler, SpillList, oldest_driver, sass};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_path_buf()
+}
+
+fn compiler() -> &'static Compiler {
+    static COMPILER: OnceLock<Compiler> = OnceLock::new();
+    COMPILER.get_or_init(|| Compiler::new().unwrap_or_else(|e| panic!("{e}")))
+}
+
+fn spills() -> SpillList {
+    let text = std::fs::read_to_string(root().join("codegen/spills.txt")).unwrap();
+    SpillList::parse(&text).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// Every committed kernel, compiled (or from the cache).
+fn compiled() -> &'static [(KernelSpec, Compiled)] {
+    static ALL: OnceLock<Vec<(KernelSpec, Compiled)>> = OnceLock::new();
+    ALL.get_or_init(|| {
+        let specs = committed_specs(&root().join("generated")).unwrap();
+        let texts: Vec<(String, String)> =
+            specs.iter().map(|spec| (spec.name(), render(spec).unwrap_or_else(|e| panic!("{e}")))).collect();
+        let jobs: Vec<CompileJob<'_>> = specs
+            .iter()
+            .zip(&texts)
+            .map(|(spec, (name, source))| CompileJob {
+                name,
+                source,
+                headers: HEADERS,
+                arch: spec.arch().nvrtc(),
+            })
+            .collect();
+        let results = compiler().compile_all(&jobs, 2, |_, _| {});
+        let failed: Vec<String> =
+            results.iter().filter_map(|r| r.as_ref().err()).map(ToString::to_string).collect();
+        assert!(failed.is_empty(), "{}", failed.join("\n"));
+        specs.into_iter().zip(results.into_iter().flatten()).collect()
+    })
+}
+
+#[test]
+fn every_committed_kernel_may_ship() {
+    let list = spills();
+    let failed: Vec<String> = compiled()
+        .iter()
+        .filter_map(|(_, compiled)| compiled.check(&list).err())
+        .map(|e| e.to_string())
+        .collect();
+    assert!(failed.is_empty(), "{}", failed.join("\n"));
+    for name in list.names() {
+        assert!(
+            compiled().iter().any(|(spec, _)| spec.name() == name),
+            "codegen/spills.txt names {name}, no kernel"
+        );
+    }
+}
+
+#[test]
+fn what_every_kernel_costs() {
+    let mut table = String::from("registers, spilled bytes, stack, static + dynamic shared memory\n");
+    for (spec, compiled) in compiled() {
+        for (entry, r) in &compiled.entries {
+            writeln!(
+                table,
+                "{entry}: {}, {}, {}, {} + {}",
+                r.registers,
+                r.spill_store_bytes + r.spill_load_bytes,
+                r.stack_bytes,
+                r.static_smem_bytes,
+                spec.facts().smem_bytes
+            )
+            .unwrap();
+        }
+    }
+    insta::assert_snapshot!(table);
+}
+
+/// `__launch_bounds__` of the text is the launch's block, and the registers asked for fit as many CTAs as meant.
+#[test]
+fn launch_bounds_are_the_facts() {
+    for (spec, compiled) in compiled() {
+        let (name, facts) = (spec.name(), spec.facts());
+        assert_eq!(compiled.report.max_threads, Some(facts.threads), "{name}");
+        let registers = compiled.report.registers.next_multiple_of(8) * facts.threads * facts.ctas_per_sm;
+        assert!(registers <= 65_536, "{name}: {} CTAs need {registers} registers", facts.ctas_per_sm);
+    }
+}
+
+#[test]
+fn attention_runs_on_the_tensor_cores_and_the_copy_engine() {
+    for (spec, compiled) in compiled() {
+        let counts = sass(&compiled.cubin).unwrap_or_else(|e| panic!("{e}"));
+        let counts = &counts[&spec.name()];
+        if let KernelSpec::Attn(attn) = spec
+            && let AttnOp::Fwd | AttnOp::Bwd = attn.op()
+        {
+            assert!(counts.count("HGMMA") > 0 && counts.count("UTMALDG") > 0, "{}", spec.name());
+        }
+        if spills().allowed(&spec.name()) == 0 {
+            assert_eq!(
+                (counts.count("LDL"), counts.count("STL")),
+                (0, 0),
+                "{} uses local memory",
+                spec.name()
+            );
+        }
+    }
+}
+
+#[test]
+fn the_bundle_holds_what_the_registry_asks_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let specs: Vec<KernelSpec> =
+        ["kv_validate_sm90a", "kv_invert_sm90a"].map(|name| name.parse().unwrap()).to_vec();
+    build_bundle(&specs, compiler(), &spills(), 2, dir.path(), |_| {}).unwrap_or_else(|e| panic!("{e}"));
+    let bundle = Bundle::open(dir.path()).unwrap();
+    assert_eq!(bundle.compiler(), compiler().version());
+    assert_eq!(bundle.oldest_driver(), oldest_driver(compiler().version()));
+    assert_eq!(bundle.kernels().count(), 2);
+    for spec in &specs {
+        let cubin = bundle.cubin(&spec.name(), &source_hash(&render(spec).unwrap())).unwrap();
+        let (_, compiled) = compiled().iter().find(|(known, _)| known == spec).expect("both are committed");
+        assert_eq!(cubin, compiled.cubin, "{}", spec.name());
+    }
+    // A smaller bundle in the same place leaves no cubin behind.
+    build_bundle(&specs[..1], compiler(), &spills(), 1, dir.path(), |_| {}).unwrap();
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2, "one cubin and the manifest");
+}
