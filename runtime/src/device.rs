@@ -26,6 +26,9 @@ pub(crate) fn driver<T>(call: impl Into<String>, answer: Result<T, DriverError>)
     })
 }
 
+/// The CUDA version whose driver has every call made here (cuEventElapsedTime_v2 is the newest).
+const OLDEST_CUDA: i32 = 12_080;
+
 /// What a GPU is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceInfo {
@@ -64,11 +67,17 @@ impl Device {
     /// Opens the GPU with this ordinal: loads the driver, retains the primary context, reads what the GPU is.
     ///
     /// # Errors
-    /// [`Error::NoDriver`], [`Error::NoSuchGpu`], or what the driver answers.
+    /// [`Error::NoDriver`], [`Error::OldDriver`], [`Error::NoSuchGpu`], or what the driver answers.
     pub fn open(ordinal: usize) -> Result<Arc<Device>, Error> {
         // SAFETY: asks the loader for the driver's library; its initialisers have no precondition.
         if !unsafe { sys::is_culib_present() } {
             return Err(Error::NoDriver);
+        }
+        let mut cuda_version = 0;
+        // SAFETY: writes one integer.
+        driver("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&mut cuda_version).result() })?;
+        if cuda_version < OLDEST_CUDA {
+            return Err(Error::OldDriver { cuda_version });
         }
         driver("cuInit", result::init())?;
         let count = driver("cuDeviceGetCount", result::device::get_count())?.max(0) as usize;
@@ -87,9 +96,6 @@ impl Device {
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
         );
-        let mut cuda_version = 0;
-        // SAFETY: writes one integer.
-        driver("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&mut cuda_version).result() })?;
         let mut bus = [0 as c_char; 32];
         // SAFETY: writes at most as many bytes as the buffer has, and a terminator.
         let bus_id = unsafe {

@@ -12,6 +12,15 @@ pub enum Error {
         "no CUDA driver: libcuda.so.1 was not found on this machine\n  needed: an NVIDIA GPU with its driver, 580 or newer\n  to see whether there is one: nvidia-smi\n  without a GPU every op runs on the CPU in dsv-reference: cargo test --release -p dsv-reference"
     )]
     NoDriver,
+    /// A driver without calls this crate makes.
+    #[error(
+        "the driver serves CUDA {}.{} only\n  needed: 12.8, driver 570 or newer; 580 or newer for cubins of NVRTC 13\n  to see the driver: nvidia-smi",
+        cuda_version / 1000, cuda_version % 1000 / 10
+    )]
+    OldDriver {
+        /// Newest CUDA version the driver serves, for example 12040.
+        cuda_version: i32,
+    },
     /// The driver is there, the GPU is not.
     #[error(
         "GPU {ordinal} does not exist: the driver shows {count}\n  allowed: {}\n  to list them: nvidia-smi -L (CUDA_VISIBLE_DEVICES hides some)",

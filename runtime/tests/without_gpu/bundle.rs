@@ -33,7 +33,7 @@ fn same(_: usize, hash: &str) -> String {
 }
 
 fn problems(result: Result<Bundle, Error>) -> Vec<String> {
-    let error = result.err().expect("the bundle was accepted");
+    let error = result.expect_err("the bundle was accepted");
     assert!(error.to_string().contains("dsv-codegen build --out"), "{error}");
     match error {
         Error::Bundle { problems, .. } => problems,

@@ -17,8 +17,8 @@ fn a_missing_driver_is_a_clean_error() {
         match error {
             Some(Error::NoDriver) => {}
             Some(Error::NoSuchGpu { ordinal, .. }) => assert_eq!(ordinal, far),
-            // A driver without any GPU refuses to initialise (CUDA_ERROR_NO_DEVICE).
-            Some(Error::Driver { code: 100, .. }) => {}
+            // A driver without any GPU, or a stub of one, refuses to initialise.
+            Some(Error::Driver { call, .. }) => assert_eq!(call, "cuInit"),
             other => panic!("opening GPU {far} gave {other:?}"),
         }
     }
@@ -31,6 +31,8 @@ fn a_missing_gpu_names_those_there_are() {
     assert!(text(1, 1).contains("allowed: 0\n"));
     assert!(text(0, 0).contains("allowed: none\n"));
     assert!(text(0, 0).contains("nvidia-smi -L"));
+    let old = Error::OldDriver { cuda_version: 12_040 }.to_string();
+    assert!(old.starts_with("the driver serves CUDA 12.4 only\n  needed: 12.8, driver 570"), "{old}");
 }
 
 #[test]
