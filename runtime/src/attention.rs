@@ -4,8 +4,8 @@ use crate::device::Stream;
 use crate::error::Error;
 use crate::kernels::Kernel;
 use crate::layout::{ALIGN_BYTES, Extent, Layout};
-use dsv_spec::params::{AttnBwd, AttnBwdPost, AttnBwdPrep, AttnFwd, AttnSizes};
-use dsv_spec::{AttnOp, AttnSpec, AttnTile, Dtype, KernelSpec, Lists, Problem, limits};
+use dsv_spec::params::{AttnBwd, AttnBwdDq, AttnBwdPost, AttnBwdPrep, AttnFwd, AttnSizes};
+use dsv_spec::{AttnOp, AttnSpec, AttnTile, Deterministic, Dtype, KernelSpec, Lists, Problem, limits};
 use std::sync::Arc;
 
 /// Where the tensors of one attention call lie. Those of the backward are not looked at for `attn_fwd`.
@@ -136,8 +136,8 @@ pub(crate) fn seqlen_q_padded(p: &Problem) -> u32 {
     p.seqlen_q.next_multiple_of(limits::BWD_BLOCK_M as u32)
 }
 
-/// Byte offsets of the backward's workspace: f32 `lse_log2` and `delta` [B, H, seqlen_q_padded], then the f32
-/// accumulator of dQ [B, H, seqlen_q_padded, D]; each aligned to 256 bytes.
+/// Byte offsets of the backward's workspace: f32 `lse_log2` and `delta` [B, H, seqlen_q_padded], then, where dQ is
+/// accumulated, its f32 accumulator [B, H, seqlen_q_padded, D]; each aligned to 256 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Workspace {
     pub(crate) delta: u64,
@@ -146,10 +146,14 @@ pub(crate) struct Workspace {
 }
 
 impl Workspace {
-    pub(crate) fn of(p: &Problem) -> Workspace {
+    /// A deterministic `attn_bwd` leaves dQ to another kernel, and accumulates none.
+    pub(crate) fn of(p: &Problem, main: Deterministic) -> Workspace {
         let rows = p.batch as u64 * p.num_heads as u64 * seqlen_q_padded(p) as u64;
         let statistics = (rows * 4).next_multiple_of(256);
-        let accumulator = (rows * p.head_dim as u64 * 4).next_multiple_of(256);
+        let accumulator = match main {
+            Deterministic::Yes => 0,
+            Deterministic::No => (rows * p.head_dim as u64 * 4).next_multiple_of(256),
+        };
         Workspace { delta: statistics, dq_accum: 2 * statistics, bytes: 2 * statistics + accumulator }
     }
 }
@@ -216,6 +220,8 @@ pub struct BwdArgs {
     pub dv: u64,
     /// The inverted lists; `None` exactly when the problem is dense.
     pub lists: Option<KeyLists>,
+    /// The lists the forward read; needed where there are lists and [`AttnPlan::needs_query_lists`] says so.
+    pub query_lists: Option<QueryLists>,
     /// [`AttnPlan::workspace_bytes`] bytes, aligned to 256; contents are lost.
     pub workspace: u64,
     /// i32, one element: the device error flag.
@@ -227,10 +233,23 @@ pub struct BwdArgs {
 pub struct BackwardKernels {
     /// `attn_bwd_prep`.
     pub prep: Arc<Kernel>,
-    /// `attn_bwd`.
+    /// `attn_bwd`: dK, dV, and, unless it is deterministic, the accumulator of dQ.
     pub main: Arc<Kernel>,
-    /// `attn_bwd_post`.
-    pub post: Arc<Kernel>,
+    /// What writes dQ: `attn_bwd_dq` after a deterministic `attn_bwd`, else `attn_bwd_post` from the accumulator.
+    pub dq: Arc<Kernel>,
+}
+
+/// The op that writes dQ after this form of `attn_bwd`.
+pub(crate) fn dq_op(main: Deterministic) -> AttnOp {
+    match main {
+        Deterministic::Yes => AttnOp::BwdDq,
+        Deterministic::No => AttnOp::BwdPost,
+    }
+}
+
+/// The form of an attention kernel; of others, [`Deterministic::Yes`].
+pub(crate) fn form(kernel: &Kernel) -> Deterministic {
+    attn_spec(kernel).map_or(Deterministic::Yes, AttnSpec::deterministic)
 }
 
 /// A checked problem with its kernels on the GPU. [`AttnPlan::forward`] and [`AttnPlan::backward`] allocate nothing,
@@ -277,7 +296,7 @@ impl AttnPlan {
             (Some(b), _) => {
                 serves(&b.prep, AttnOp::BwdPrep, p, &mut problems);
                 serves(&b.main, AttnOp::Bwd, p, &mut problems);
-                serves(&b.post, AttnOp::BwdPost, p, &mut problems);
+                serves(&b.dq, dq_op(form(&b.main)), p, &mut problems);
             }
             (None, _) => {}
         }
@@ -299,7 +318,8 @@ impl AttnPlan {
             scale_log2: (scale as f64 * std::f64::consts::LOG2_E) as f32,
             reserved: 0,
         };
-        Ok(AttnPlan { problem: *p, layouts, sizes, workspace: Workspace::of(p), forward, backward })
+        let main = backward.as_ref().map_or(Deterministic::Yes, |b| form(&b.main));
+        Ok(AttnPlan { problem: *p, layouts, sizes, workspace: Workspace::of(p, main), forward, backward })
     }
 
     /// The problem.
@@ -317,6 +337,12 @@ impl AttnPlan {
         self.backward.as_ref()
     }
 
+    /// Whether the backward reads [`BwdArgs::query_lists`]: it has lists, and its `attn_bwd` is deterministic.
+    pub fn needs_query_lists(&self) -> bool {
+        !self.problem.lists.is_dense()
+            && self.backward.as_ref().is_some_and(|b| form(&b.main) == Deterministic::Yes)
+    }
+
     /// Bytes of workspace the backward needs; 0 for `attn_fwd`.
     pub fn workspace_bytes(&self) -> u64 {
         if self.backward.is_some() { self.workspace.bytes } else { 0 }
@@ -332,7 +358,10 @@ impl AttnPlan {
     pub unsafe fn forward(&self, stream: &Stream, args: &FwdArgs) -> Result<(), Error> {
         let kernel = &self.forward;
         let check = Check { kernel, dense: self.problem.lists.is_dense() };
-        let (index, count) = check.lists(args.lists.map(|l| (l.q2k_index, l.q2k_count)))?;
+        let lists = check.lists("lists", args.lists)?.unwrap_or(QueryLists { q2k_index: 0, q2k_count: 0 });
+        if args.lists.is_some() {
+            check.words(&[("q2k_index", lists.q2k_index), ("q2k_count", lists.q2k_count)])?;
+        }
         check.tensors(&[("q", args.q), ("k", args.k), ("v", args.v), ("out", args.out)])?;
         check.words(&[("lse", args.lse), ("error_flag", args.error_flag)])?;
         let (q, kv) = (extent_q(&self.problem), extent_kv(&self.problem));
@@ -344,8 +373,8 @@ impl AttnPlan {
             map_v: kv.tensor_map(args.v, &self.layouts.v, block_n as u32)?,
             map_o: q.tensor_map(args.out, &self.layouts.out, CONSUMER_ROWS)?,
             lse: args.lse,
-            q2k_index: index,
-            q2k_count: count,
+            q2k_index: lists.q2k_index,
+            q2k_count: lists.q2k_count,
             error_flag: args.error_flag,
             sizes: self.sizes,
         };
@@ -370,7 +399,15 @@ impl AttnPlan {
             allowed: "a plan whose problem has op attn_bwd".to_string(),
         })?;
         let check = Check { kernel: &kernels.main, dense: self.problem.lists.is_dense() };
-        let (offset, index) = check.lists(args.lists.map(|l| (l.k2q_offset, l.k2q_index)))?;
+        let key = check.lists("lists", args.lists)?.unwrap_or(KeyLists { k2q_offset: 0, k2q_index: 0 });
+        if args.lists.is_some() {
+            check.words(&[("k2q_offset", key.k2q_offset), ("k2q_index", key.k2q_index)])?;
+        }
+        let mut query = QueryLists { q2k_index: 0, q2k_count: 0 };
+        if self.needs_query_lists() {
+            query = check.lists("query_lists", args.query_lists)?.unwrap_or(query);
+            check.words(&[("q2k_index", query.q2k_index), ("q2k_count", query.q2k_count)])?;
+        }
         check.tensors(&[
             ("q", args.q),
             ("k", args.k),
@@ -391,7 +428,8 @@ impl AttnPlan {
         let layouts = &self.layouts;
         let lse_log2 = args.workspace;
         let delta = args.workspace + self.workspace.delta;
-        let dq_accum = args.workspace + self.workspace.dq_accum;
+        let fixed_order = form(&kernels.main) == Deterministic::Yes;
+        let dq_accum = if fixed_order { 0 } else { args.workspace + self.workspace.dq_accum };
         let row_tiles = [seqlen_q_padded(p) / limits::BWD_BLOCK_M as u32, p.num_heads, p.batch];
         stream.bind()?;
 
@@ -416,19 +454,41 @@ impl AttnPlan {
             lse_log2,
             delta,
             dq_accum,
-            k2q_offset: offset,
-            k2q_index: index,
+            k2q_offset: key.k2q_offset,
+            k2q_index: key.k2q_index,
             error_flag: args.error_flag,
             sizes: self.sizes,
         };
-        let post = AttnBwdPost { dq: layouts.dq.view(args.dq), dq_accum, sizes: self.sizes };
         let kv_tiles = [p.seqlen_kv.div_ceil(block_n), p.num_kv_heads, p.batch];
         // SAFETY: the caller's promise; the parameters are those of each op, and the workspace holds what passes
         // between them.
         unsafe {
             kernels.prep.launch(stream, row_tiles, kernels.prep.facts().smem_bytes, &prep)?;
             kernels.main.launch(stream, kv_tiles, kernels.main.facts().smem_bytes, &main)?;
-            kernels.post.launch(stream, row_tiles, kernels.post.facts().smem_bytes, &post)
+        }
+        let smem_bytes = kernels.dq.facts().smem_bytes;
+        if fixed_order {
+            let AttnTile { block_m, block_n, .. } = tile(&kernels.dq);
+            let dq = AttnBwdDq {
+                map_q: main.map_q,
+                map_do: main.map_do,
+                map_k: kv.tensor_map(args.k, &layouts.k, block_n as u32)?,
+                map_v: kv.tensor_map(args.v, &layouts.v, block_n as u32)?,
+                map_dq: q.tensor_map(args.dq, &layouts.dq, CONSUMER_ROWS)?,
+                lse_log2,
+                delta,
+                q2k_index: query.q2k_index,
+                q2k_count: query.q2k_count,
+                error_flag: args.error_flag,
+                sizes: self.sizes,
+            };
+            let grid = [p.seqlen_q.div_ceil(block_m as u32), p.num_heads, p.batch];
+            // SAFETY: as above.
+            unsafe { kernels.dq.launch(stream, grid, smem_bytes, &dq) }
+        } else {
+            let post = AttnBwdPost { dq: layouts.dq.view(args.dq), dq_accum, sizes: self.sizes };
+            // SAFETY: as above.
+            unsafe { kernels.dq.launch(stream, row_tiles, smem_bytes, &post) }
         }
     }
 }
@@ -450,7 +510,7 @@ fn tile(kernel: &Kernel) -> AttnTile {
 /// Adds the reason why a kernel cannot serve as `op` of a problem, if there is one.
 fn serves(kernel: &Kernel, op: AttnOp, p: &Problem, problems: &mut Vec<String>) {
     // The helpers' text does not depend on lists.
-    let lists = if matches!(op, AttnOp::Fwd | AttnOp::Bwd) { p.lists } else { Lists::Dense };
+    let lists = if matches!(op, AttnOp::BwdPrep | AttnOp::BwdPost) { Lists::Dense } else { p.lists };
     let wanted: (AttnOp, Dtype, u16, Lists) = (op, p.dtype, p.head_dim, lists);
     let fits = attn_spec(kernel).is_some_and(|s| {
         (s.op(), s.dtype(), s.head_dim(), s.lists()) == wanted && s.deterministic() >= p.deterministic
@@ -474,20 +534,17 @@ struct Check<'a> {
 }
 
 impl Check<'_> {
-    fn lists(&self, lists: Option<(u64, u64)>) -> Result<(u64, u64), Error> {
-        match (lists, self.dense) {
-            (None, true) => Ok((0, 0)),
-            (Some(pair), false) => {
-                self.words(&[("lists", pair.0), ("lists", pair.1)])?;
-                Ok(pair)
-            }
-            (given, _) => Err(Error::Argument {
-                kernel: self.kernel.name().to_string(),
-                what: "lists",
-                value: if given.is_some() { "given to a dense problem" } else { "missing" }.to_string(),
-                allowed: "lists exactly when the problem has block sizes".to_string(),
-            }),
+    /// Lists exactly when the problem is not dense.
+    fn lists<T>(&self, what: &'static str, lists: Option<T>) -> Result<Option<T>, Error> {
+        if lists.is_none() == self.dense {
+            return Ok(lists);
         }
+        Err(Error::Argument {
+            kernel: self.kernel.name().to_string(),
+            what,
+            value: if self.dense { "given to a dense problem" } else { "missing" }.to_string(),
+            allowed: "lists exactly when the problem has block sizes".to_string(),
+        })
     }
 
     fn tensors(&self, addresses: &[(&'static str, u64)]) -> Result<(), Error> {

@@ -198,9 +198,8 @@ impl Dispatch {
                 }
             }
         };
-        let default =
-            space::default_attn(problem.op, problem.dtype, problem.head_dim, problem.lists, self.gpu.arch)
-                .filter(|spec| spec.deterministic() >= problem.deterministic);
+        let Problem { op, dtype, head_dim, lists, deterministic, .. } = *problem;
+        let default = space::default_attn(op, dtype, head_dim, lists, deterministic, self.gpu.arch);
         let Some(kernel) = default.map(KernelSpec::Attn) else { return Err(self.no_kernel(problem)) };
         if self.registry.kernel(&kernel.name()).is_none() {
             return Err(self.no_kernel(problem));
@@ -249,9 +248,6 @@ impl Dispatch {
                 format!("dense, {available}"),
                 format!("put ({query_group}, {kv_block}) in SHIPPED_BLOCK_SIZES {space_rs}"),
             );
-        }
-        if p.deterministic == Deterministic::Yes && p.op == AttnOp::Bwd {
-            line("deterministic", "attn_fwd only: attn_bwd reduces dQ by atomics".into(), String::new());
         }
         if !explained {
             text += &format!(

@@ -134,17 +134,14 @@ impl Runtime {
         layouts.check(problem)?;
         let choose = |op: AttnOp| match kernels.iter().find(|k| k.spec().op() == op.name()) {
             Some(kernel) => Ok(kernel.clone()),
-            None => {
-                // A kernel of the forward or a helper is deterministic whatever the backward is.
-                self.kernels.load(&self.dispatch.explain(&Problem { op, ..*problem })?.kernel)
-            }
+            None => self.kernels.load(&self.dispatch.explain(&Problem { op, ..*problem })?.kernel),
         };
         let backward = match problem.op {
-            AttnOp::Bwd => Some(BackwardKernels {
-                prep: choose(AttnOp::BwdPrep)?,
-                main: choose(AttnOp::Bwd)?,
-                post: choose(AttnOp::BwdPost)?,
-            }),
+            AttnOp::Bwd => {
+                let main = choose(AttnOp::Bwd)?;
+                let dq = choose(attention::dq_op(attention::form(&main)))?;
+                Some(BackwardKernels { prep: choose(AttnOp::BwdPrep)?, main, dq })
+            }
             _ => None,
         };
         AttnPlan::new(problem, layouts, scale, choose(AttnOp::Fwd)?, backward)

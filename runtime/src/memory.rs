@@ -13,7 +13,8 @@ pub struct MemoryNeeded {
     pub key_lists: u64,
     /// f32 LSE [B, H, seqlen_q]: kept from forward to backward.
     pub lse: u64,
-    /// Workspace of the backward; its contents are not kept.
+    /// Workspace of the backward at most; its contents are not kept. [`crate::AttnPlan::workspace_bytes`] is what the
+    /// chosen kernels use.
     pub workspace: u64,
 }
 
@@ -26,7 +27,7 @@ impl MemoryNeeded {
             query_lists: lists.map_or(0, |l| l.index_bytes() + l.count_bytes()),
             key_lists: lists.filter(|_| backward).map_or(0, |l| l.index_bytes() + l.offset_bytes()),
             lse: 4 * problem.batch as u64 * problem.num_heads as u64 * problem.seqlen_q as u64,
-            workspace: if backward { Workspace::of(problem).bytes } else { 0 },
+            workspace: if backward { Workspace::of(problem, problem.deterministic).bytes } else { 0 },
         }
     }
 

@@ -12,6 +12,8 @@ tokens! {
         BwdPrep = "attn_bwd_prep",
         /// dK, dV and the f32 accumulator of dQ.
         Bwd = "attn_bwd",
+        /// dQ alone, walked from the queries' side: what a deterministic `attn_bwd` leaves out.
+        BwdDq = "attn_bwd_dq",
         /// dQ in the input dtype from its accumulator.
         BwdPost = "attn_bwd_post",
     }
@@ -170,7 +172,7 @@ impl AttnSpec {
             ));
         }
         match self.op {
-            AttnOp::Fwd | AttnOp::Bwd => self.check_matmul(),
+            AttnOp::Fwd | AttnOp::Bwd | AttnOp::BwdDq => self.check_matmul(),
             AttnOp::BwdPrep | AttnOp::BwdPost => {
                 if !self.lists.is_dense() {
                     return Err(SpecError::new(
@@ -231,9 +233,10 @@ impl AttnSpec {
         }
         let rows = 64 * consumers as u16;
         match self.op {
-            AttnOp::Fwd => {
-                // O, S and P in registers, with about 40 more.
-                let registers = self.head_dim / 2 + block_n / 2 + block_n / 4 + 40;
+            AttnOp::Fwd | AttnOp::BwdDq => {
+                // The result and S (and dP), and P or dS as operand, in registers, with about 40 more.
+                let scores = if self.op == AttnOp::Fwd { block_n / 2 } else { block_n };
+                let registers = self.head_dim / 2 + scores + block_n / 4 + 40;
                 let budget = if consumers == 3 { 160 } else { 240 };
                 if registers > budget {
                     return Err(SpecError::new(
@@ -295,13 +298,6 @@ impl AttnSpec {
                             format!("a divisor of query_group {query_group}"),
                         ));
                     }
-                }
-                if self.deterministic == Deterministic::Yes {
-                    return Err(SpecError::new(
-                        "deterministic",
-                        self.deterministic,
-                        "nondet with the sm90a template: dQ is reduced by atomics",
-                    ));
                 }
             }
             AttnOp::BwdPrep | AttnOp::BwdPost => unreachable!("checked by the caller"),

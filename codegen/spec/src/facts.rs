@@ -1,6 +1,7 @@
 use crate::attn::{AttnOp, AttnSpec, AttnTile};
 use crate::params;
 use crate::select::SelectSpec;
+use crate::types::Deterministic;
 use crate::{KernelSpec, ListOp};
 
 /// Hardware limits and layout constants, each named once.
@@ -65,6 +66,7 @@ impl Facts {
             AttnOp::Fwd => size_of::<params::AttnFwd>(),
             AttnOp::BwdPrep => size_of::<params::AttnBwdPrep>(),
             AttnOp::Bwd => size_of::<params::AttnBwd>(),
+            AttnOp::BwdDq => size_of::<params::AttnBwdDq>(),
             AttnOp::BwdPost => size_of::<params::AttnBwdPost>(),
         } as u32;
         match spec.op() {
@@ -76,17 +78,16 @@ impl Facts {
                 consumer_registers: 0,
                 producer_registers: 0,
             },
-            AttnOp::Fwd | AttnOp::Bwd => {
+            AttnOp::Fwd | AttnOp::Bwd | AttnOp::BwdDq => {
                 let smem_bytes = attn_smem_bytes(spec);
                 // A producer warpgroup hands registers over to the consumers (setmaxnreg moves whole warpgroups). With
                 // one consumer, two or three CTAs share a multiprocessor; with more, one CTA fills it.
                 let small_forward = spec.op() == AttnOp::Fwd && spec.head_dim() == 64;
                 let (ctas, consumer_registers, producer_registers) = match (consumers, spec.op()) {
                     (1, AttnOp::Fwd) if small_forward => (3, 136, 24),
-                    (1, AttnOp::Fwd) => (2, 232, 24),
-                    (1, _) => (2, 224, 32),
-                    (2, AttnOp::Fwd) => (1, 240, 24),
-                    (2, _) => (1, 232, 40),
+                    (1, AttnOp::Bwd) => (2, 224, 32),
+                    (1, _) => (2, 232, 24),
+                    (2, _) => (1, 240, 24),
                     _ => (1, 160, 32),
                 };
                 let threads = 128 * (consumers + 1);
@@ -124,11 +125,18 @@ pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
     let tiles = match spec.op() {
         // Q (its room serves out in the epilogue), then the ring of K and V.
         AttnOp::Fwd => m * d * bytes + stages * 2 * n * d * bytes,
+        // Q (its room serves dQ in the epilogue) and dO, then the ring of K and V.
+        AttnOp::BwdDq => 2 * m * d * bytes + stages * 2 * n * d * bytes,
         // K and V (their room serves dK and dV in the epilogue), the ring of Q and dO with LSE and delta, and dS:
-        // two buffers where warpgroups exchange it, one where a lone warpgroup keeps it to itself.
+        // two buffers where warpgroups exchange it, one where a lone warpgroup keeps it to itself, none where dQ is
+        // another kernel's.
         AttnOp::Bwd => {
-            let ds_buffers = if n == 64 { 1 } else { 2 };
-            2 * n * d * bytes + stages * (2 * m * d * bytes + 2 * m * 4) + ds_buffers * n * m * bytes
+            let ds = match (spec.deterministic(), spec.tile().consumers) {
+                (Deterministic::Yes, _) => 0,
+                (Deterministic::No, 1) => n * m * bytes,
+                (Deterministic::No, _) => 2 * n * m * bytes,
+            };
+            2 * n * d * bytes + stages * (2 * m * d * bytes + 2 * m * 4) + ds
         }
         AttnOp::BwdPrep | AttnOp::BwdPost => 0,
     };

@@ -107,7 +107,7 @@ pub struct AttnBwdPrep {
     pub lse_log2: u64,
     /// f32 [B, H, seqlen_q_padded] out: rowsum(out * d_out) - d_lse; 0 for padding.
     pub delta: u64,
-    /// f32 [B, H, seqlen_q_padded, D] out: zeroed accumulator of dQ.
+    /// f32 [B, H, seqlen_q_padded, D] out: zeroed accumulator of dQ; 0 where `attn_bwd_dq` follows.
     pub dq_accum: u64,
     /// Sizes.
     pub sizes: AttnSizes,
@@ -142,6 +142,36 @@ pub struct AttnBwd {
     /// i32 [B, H, G * max_selected]: group ids, ascending within a KV block.
     pub k2q_index: u64,
     /// i32 [1].
+    pub error_flag: u64,
+    /// Sizes.
+    pub sizes: AttnSizes,
+}
+
+/// Launch parameters of `attn_bwd_dq`. Grid: (ceil(seqlen_q / block_m), H, B).
+///
+/// Tensor maps as in [`AttnFwd`]; box rows: q, do and dq 64, k and v block_n.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AttnBwdDq {
+    /// Q, box of 64 rows.
+    pub map_q: TensorMap,
+    /// Gradient of out, box of 64 rows.
+    pub map_do: TensorMap,
+    /// K, box of block_n rows.
+    pub map_k: TensorMap,
+    /// V, box of block_n rows.
+    pub map_v: TensorMap,
+    /// dQ, box of 64 rows.
+    pub map_dq: TensorMap,
+    /// f32 [B, H, seqlen_q_padded].
+    pub lse_log2: u64,
+    /// f32 [B, H, seqlen_q_padded].
+    pub delta: u64,
+    /// i32 [B, H, G, max_selected].
+    pub q2k_index: u64,
+    /// i32 [B, H, G].
+    pub q2k_count: u64,
+    /// i32 [1]: OR of [`error_bits`].
     pub error_flag: u64,
     /// Sizes.
     pub sizes: AttnSizes,

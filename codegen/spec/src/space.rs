@@ -23,6 +23,8 @@ pub fn shipped_lists() -> impl Iterator<Item = Lists> {
 }
 
 /// The feasible tiles of one kernel, best guess first; the tuner times them all.
+///
+/// Of `attn_bwd` both forms come, first those that reduce dQ by atomics, then those that leave it to `attn_bwd_dq`.
 pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: Arch) -> Vec<AttnSpec> {
     let tile = |block_m, block_n, consumers, stages| AttnTile {
         block_m,
@@ -50,23 +52,39 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
         AttnOp::Bwd => [(64, 128, 2, 2), (64, 64, 1, 2), (64, 128, 2, 3), (64, 64, 1, 1), (64, 64, 1, 3)]
             .map(|(m, n, c, s)| tile(m, n, c, s))
             .into(),
+        AttnOp::BwdDq => {
+            [(128, 64, 2, 2), (64, 64, 1, 2), (128, 128, 2, 2), (128, 64, 2, 3), (192, 64, 3, 2)]
+                .map(|(m, n, c, s)| tile(m, n, c, s))
+                .into()
+        }
         AttnOp::BwdPrep | AttnOp::BwdPost => vec![tile(64, 0, 1, 0)],
     };
     let sparsity = if lists.is_dense() { Sparsity::Percent(0) } else { Sparsity::Any };
-    let deterministic = if op == AttnOp::Bwd { Deterministic::No } else { Deterministic::Yes };
-    tiles
-        .into_iter()
-        .filter_map(|tile| {
-            AttnSpec::new(op, dtype, head_dim, lists, sparsity, tile, deterministic, arch).ok()
+    let forms: &[Deterministic] = if op == AttnOp::Bwd { Deterministic::ALL } else { &[Deterministic::Yes] };
+    forms
+        .iter()
+        .flat_map(|&form| {
+            let spec = move |&tile: &AttnTile| {
+                AttnSpec::new(op, dtype, head_dim, lists, sparsity, tile, form, arch).ok()
+            };
+            tiles.iter().filter_map(spec).collect::<Vec<_>>()
         })
         .collect()
 }
 
-/// The kernel taken where no table answers: the first candidate.
-pub fn default_attn(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: Arch) -> Option<AttnSpec> {
+/// The kernel taken where no table answers: the first candidate that is as deterministic as asked.
+pub fn default_attn(
+    op: AttnOp,
+    dtype: Dtype,
+    head_dim: u16,
+    lists: Lists,
+    deterministic: Deterministic,
+    arch: Arch,
+) -> Option<AttnSpec> {
     // The helpers' text does not depend on lists.
-    let lists = if matches!(op, AttnOp::Fwd | AttnOp::Bwd) { lists } else { Lists::Dense };
-    candidates(op, dtype, head_dim, lists, arch).into_iter().next()
+    let lists = if matches!(op, AttnOp::BwdPrep | AttnOp::BwdPost) { Lists::Dense } else { lists };
+    let candidates = candidates(op, dtype, head_dim, lists, arch);
+    candidates.into_iter().find(|spec| spec.deterministic() >= deterministic)
 }
 
 /// The shipped selection kernel of a block size.
@@ -85,13 +103,15 @@ pub fn shipped(arch: Arch) -> Vec<KernelSpec> {
     let mut specs = Vec::new();
     for dtype in SHIPPED_DTYPES {
         for head_dim in SHIPPED_HEAD_DIMS {
-            for op in [AttnOp::Fwd, AttnOp::Bwd] {
+            for &op in AttnOp::ALL {
                 for lists in shipped_lists() {
-                    specs.extend(default_attn(op, dtype, head_dim, lists, arch).map(KernelSpec::Attn));
+                    for &deterministic in Deterministic::ALL {
+                        specs.extend(
+                            default_attn(op, dtype, head_dim, lists, deterministic, arch)
+                                .map(KernelSpec::Attn),
+                        );
+                    }
                 }
-            }
-            for op in [AttnOp::BwdPrep, AttnOp::BwdPost] {
-                specs.extend(default_attn(op, dtype, head_dim, Lists::Dense, arch).map(KernelSpec::Attn));
             }
         }
         specs.extend(

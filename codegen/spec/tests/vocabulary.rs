@@ -70,7 +70,9 @@ fn shared_memory_fits_and_is_the_sum_of_its_tiles() {
         assert!(facts.smem_bytes <= facts::SMEM, "{spec:?}");
         assert!(facts.ctas_per_sm * (facts.smem_bytes + 1024) <= 233_472, "{spec:?}");
     }
-    let spec = space::default_attn(AttnOp::Fwd, Dtype::Bf16, 128, Lists::Dense, Arch::Sm90a).unwrap();
+    let spec =
+        space::default_attn(AttnOp::Fwd, Dtype::Bf16, 128, Lists::Dense, Deterministic::No, Arch::Sm90a)
+            .unwrap();
     // Q 128x128, two stages of K and V 128x128, bf16, 2 KB of barriers and slack.
     assert_eq!(KernelSpec::Attn(spec).facts().smem_bytes, 2 * (128 * 128 + 2 * 2 * 128 * 128) + 2048);
 }
@@ -108,8 +110,15 @@ fn problem(lists: Lists, seqlen: u32, max_selected: u32) -> Problem {
 }
 
 fn entry(problem: &Problem) -> TableEntry {
-    let kernel =
-        space::default_attn(problem.op, problem.dtype, problem.head_dim, problem.lists, Arch::Sm90a).unwrap();
+    let kernel = space::default_attn(
+        problem.op,
+        problem.dtype,
+        problem.head_dim,
+        problem.lists,
+        Deterministic::No,
+        Arch::Sm90a,
+    )
+    .unwrap();
     TableEntry {
         bucket: problem.bucket(),
         kernel: KernelSpec::Attn(kernel),

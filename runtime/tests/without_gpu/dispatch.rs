@@ -208,10 +208,13 @@ fn what_no_kernel_serves_is_said_axis_by_axis() {
     });
     assert!(both.contains("dtype available: bf16"), "{both}");
     assert!(both.contains("(query_group, kv_block) available: dense, (64, 64), (128, 128)"), "{both}");
-    let det = text(Problem { deterministic: Deterministic::Yes, ..problem() });
-    assert!(det.contains("deterministic available: attn_fwd only"), "{det}");
-    // The forward is deterministic anyway.
-    assert!(dispatch.explain(&Problem { deterministic: Deterministic::Yes, ..forward() }).is_ok());
+    // A deterministic backward leaves dQ to a kernel of its own.
+    let exact = Problem { deterministic: Deterministic::Yes, ..problem() };
+    for (op, name) in [(AttnOp::Bwd, "attn_bwd_bf16"), (AttnOp::BwdDq, "attn_bwd_dq_bf16")] {
+        let found = dispatch.explain(&Problem { op, ..exact }).unwrap().kernel.name();
+        assert!(found.starts_with(name) && found.contains("_det_"), "{found}");
+    }
+    assert!(dispatch.explain(&problem()).unwrap().kernel.name().contains("_nondet_"));
     let empty = Registry { kernels: &[], headers: &[], tables: &[] };
     let (dispatch, _) = open(gpu(), &TableSource::None, empty);
     let Err(Error::NoKernel(text)) = dispatch.explain(&forward()) else { panic!("an empty registry served") };
@@ -233,7 +236,7 @@ fn every_shipped_problem_is_served_on_every_op() {
             }
         }
     }
-    assert_eq!(served, 2 * 3 * 4);
+    assert_eq!(served, 2 * 3 * AttnOp::ALL.len());
 }
 
 #[test]

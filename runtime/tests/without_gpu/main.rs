@@ -39,5 +39,7 @@ fn problem() -> Problem {
 
 /// The shipped default of a problem.
 fn default_kernel(p: &Problem) -> KernelSpec {
-    KernelSpec::Attn(space::default_attn(p.op, p.dtype, p.head_dim, p.lists, Arch::Sm90a).unwrap())
+    KernelSpec::Attn(
+        space::default_attn(p.op, p.dtype, p.head_dim, p.lists, p.deterministic, Arch::Sm90a).unwrap(),
+    )
 }

@@ -1,7 +1,9 @@
 use crate::problem;
 use dsv_runtime::{AttnLayouts, Error, Layout, ListShape, MemoryNeeded, SelectProblem};
-use dsv_spec::params::{AdamW, AttnBwd, AttnBwdPost, AttnBwdPrep, AttnFwd, KvInvert, KvSelect, KvValidate};
-use dsv_spec::{Arch, AttnOp, GroupRule, KernelSpec, ListOp, Lists, Problem, limits, space};
+use dsv_spec::params::{
+    AdamW, AttnBwd, AttnBwdDq, AttnBwdPost, AttnBwdPrep, AttnFwd, KvInvert, KvSelect, KvValidate,
+};
+use dsv_spec::{Arch, AttnOp, Deterministic, GroupRule, KernelSpec, ListOp, Lists, Problem, limits, space};
 
 fn problems(error: Error) -> Vec<String> {
     match error {
@@ -104,6 +106,10 @@ fn memory_of_a_problem() {
     assert_eq!((dense.query_lists, dense.key_lists), (0, 0));
     assert_eq!(dense.workspace, needed.workspace);
 
+    // Nothing is accumulated where dQ is computed on its own.
+    let exact = MemoryNeeded::of(&Problem { deterministic: Deterministic::Yes, ..p });
+    assert_eq!(exact.workspace, 4 * heads * 32_768 * 2);
+
     // One token: rows are padded to the backward's tile of 64, parts to 256 bytes.
     let one = Problem { num_heads: 1, num_kv_heads: 1, seqlen_q: 1, seqlen_kv: 1, max_selected: 1, ..p };
     assert_eq!(MemoryNeeded::of(&one).workspace, 256 + 256 + 64 * 128 * 4);
@@ -117,6 +123,7 @@ fn launch_parameters_have_the_size_the_facts_say() {
                 AttnOp::Fwd => size_of::<AttnFwd>(),
                 AttnOp::BwdPrep => size_of::<AttnBwdPrep>(),
                 AttnOp::Bwd => size_of::<AttnBwd>(),
+                AttnOp::BwdDq => size_of::<AttnBwdDq>(),
                 AttnOp::BwdPost => size_of::<AttnBwdPost>(),
             },
             KernelSpec::Select(_) => size_of::<KvSelect>(),
