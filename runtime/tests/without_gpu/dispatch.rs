@@ -256,10 +256,12 @@ fn the_committed_registry_is_sorted_and_serves_every_shipped_problem() {
     let (dispatch, _) = open(gpu(), &TableSource::None, committed);
     for &head_dim in &space::SHIPPED_HEAD_DIMS {
         for lists in space::shipped_lists() {
+            let max_selected = if lists.is_dense() { 0 } else { 51 };
             for &op in AttnOp::ALL {
-                let max_selected = if lists.is_dense() { 0 } else { 51 };
-                let p = Problem { op, head_dim, lists, max_selected, ..problem() };
-                dispatch.explain(&p).unwrap_or_else(|e| panic!("{e}"));
+                for &deterministic in Deterministic::ALL {
+                    let p = Problem { op, head_dim, lists, max_selected, deterministic, ..problem() };
+                    dispatch.explain(&p).unwrap_or_else(|e| panic!("{e}"));
+                }
             }
         }
     }
