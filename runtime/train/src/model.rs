@@ -258,6 +258,8 @@ pub struct Io {
     pub pred: Buf,
     /// Loss of each batch element, `[B]` `F32`.
     pub loss: Buf,
+    /// The sampler's guided velocities, `[B,S,width]` `F32` each.
+    pub velocity: [Buf; 2],
 }
 
 /// Conditioning: timestep and text, shared by all blocks.
@@ -418,6 +420,10 @@ impl Model {
             target: plan.f32("inputs/target", rows * width),
             pred: plan.act("activations/prediction", rows * width),
             loss: plan.f32("activations/loss", batch),
+            velocity: [
+                plan.f32("sampler/velocity", rows * width),
+                plan.f32("sampler/second velocity", rows * width),
+            ],
         };
         let cond = Cond {
             time: plan.act("conditioning/time", batch * TIME_WIDTH),

@@ -1,0 +1,706 @@
+//! One training run on one engine: the step, what is read back, the stage machine and the dispatcher at
+//! work, and everything a resumed run needs.
+//!
+//! The host never waits for the device inside a step. Losses, norms and predictor losses go to a ring of
+//! slots on the device, read when the ring is full (`train.log_every` steps), on steps that profile, and
+//! before a checkpoint.
+
+use crate::checkpoint::{Checkpoint, State};
+use crate::config::Config;
+use crate::data::{Clip, DataPosition};
+use crate::dispatch::{Decision, ProfileState, Rules};
+use crate::engine::{AdamW, ArenaPlan, Buf, Engine, EngineError, GradNorm};
+use crate::model::{Model, ModelShape, Purposes};
+use crate::params::ParamSet;
+use crate::predictor::{PredictorTask, Predictors};
+use crate::rng::{self, Purpose};
+use crate::stage::{Reason, Stage, Stages};
+use crate::tensors::TensorView;
+use serde::{Deserialize, Serialize};
+
+/// Steps in a row whose gradients may be non-finite before the run stops.
+pub const MAX_SKIPPED: u32 = 5;
+/// Largest number of steps between two readings of the ring.
+const MAX_RING: u64 = 64;
+/// f32 values of a slot before the predictor losses: sum of losses, norm and factor, predictors' norm and factor.
+const HEAD: usize = 5;
+
+/// Why a run stops.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// The device failed.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// Gradients were non-finite too often in a row.
+    #[error(
+        "gradients were not finite in {MAX_SKIPPED} steps in a row, last in step {step}; first tensor: {tensor}\n  those steps changed nothing; the weights are those of step {good}\n  next: lower train.lr or raise train.warmup_steps, then dsv-train run --resume"
+    )]
+    NotFinite {
+        /// The last step.
+        step: u64,
+        /// The first tensor with a non-finite gradient.
+        tensor: String,
+        /// Steps that did change the weights.
+        good: u64,
+    },
+    /// A checkpoint lacks a tensor, or has another shape.
+    #[error(
+        "checkpoint {path}: tensor {name} {problem}\n  next: resume with the configuration the run began with (config.toml beside its checkpoints)"
+    )]
+    Tensor {
+        /// The checkpoint.
+        path: String,
+        /// The tensor.
+        name: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A checkpoint's state cannot be read.
+    #[error("checkpoint {path}: {problem}\n  next: resume from an older one, or begin anew without --resume")]
+    State {
+        /// The checkpoint.
+        path: String,
+        /// What is wrong.
+        problem: String,
+    },
+}
+
+/// What one step did.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct StepRecord {
+    /// The step, from 0.
+    pub step: u64,
+    /// Mean loss.
+    pub loss: f64,
+    /// L2 norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// 0 without predictors, else 1 or 2.
+    pub stage: u8,
+    /// Mean predictor loss over all blocks and heads.
+    pub predictor_loss: Option<f64>,
+    /// Mean predictor loss of each block.
+    pub predictor_loss_by_block: Vec<f64>,
+    /// Share of blocks whose attention was sparse.
+    pub sparse_share: f64,
+    /// The first tensor with a non-finite gradient, when the step was skipped.
+    pub skipped: Option<String>,
+}
+
+/// Something that happened besides a step.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// A step, read back.
+    Step(StepRecord),
+    /// Stage 2 begins with this step.
+    Stage {
+        /// The step.
+        step: u64,
+        /// Why.
+        reason: Reason,
+    },
+    /// The dispatcher decided before this step.
+    Decision {
+        /// The step.
+        step: u64,
+        /// What.
+        decision: Decision,
+    },
+    /// The attention was profiled in this step.
+    Profile {
+        /// The step.
+        step: u64,
+        /// The smoothed profile.
+        profile: ProfileState,
+    },
+}
+
+#[derive(Copy, Clone, Debug)]
+struct Pending {
+    step: u64,
+    lr: f64,
+    stage: u8,
+    sparse_share: f64,
+    predictors: bool,
+}
+
+/// The part of a run that a checkpoint carries beside tensors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct More {
+    stages: Stages,
+    profile: ProfileState,
+    decision: Decision,
+    predictor_loss: Option<f64>,
+    skipped_in_a_row: u32,
+    good_steps: u64,
+    list_slots: usize,
+}
+
+/// A laid-out, initialised run.
+pub struct Trainer {
+    /// The configuration.
+    pub config: Config,
+    /// The model.
+    pub model: Model,
+    engine: Box<dyn Engine>,
+    stages: Stages,
+    profile: ProfileState,
+    decision: Decision,
+    step: u64,
+    predictor_loss: Option<f64>,
+    skipped_in_a_row: u32,
+    good_steps: u64,
+    ring: Buf,
+    culprits: Buf,
+    pending: Vec<Pending>,
+}
+
+/// A run laid out, before anything is allocated.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    /// The arena.
+    pub arena: ArenaPlan,
+    /// The model's handles.
+    pub model: Model,
+    /// List buffers blocks can be given.
+    pub list_slots: usize,
+    /// Bytes of one list buffer; 0 without predictors.
+    pub list_bytes: usize,
+    ring: Buf,
+    culprits: Buf,
+}
+
+impl Layout {
+    /// Lays a training run out for an engine. `list_slots` overrides the number the memory budget gives.
+    pub fn new(config: &Config, engine: &dyn Engine, list_slots: Option<usize>) -> Layout {
+        let shape = ModelShape::from_config(config, config.data.batch_size);
+        let lay = |slots: usize| {
+            let mut arena = ArenaPlan::new(engine.precision());
+            let purposes = Purposes {
+                train: true,
+                recompute: config.train.recompute,
+                ema: config.train.ema_decay > 0.0,
+                list_slots: slots,
+                inverse_lists: engine.needs_inverse_lists(),
+            };
+            let model = Model::reserve(shape.clone(), purposes, &mut arena);
+            let ring = config.train.log_every.min(MAX_RING) as usize;
+            let slot = HEAD + shape.predictor.map_or(0, |p| p.layers * p.lists.heads);
+            let values = arena.f32("metrics/ring", ring * slot);
+            let culprits = arena.i32("metrics/culprits", ring * 2);
+            (arena, model, values, culprits)
+        };
+        let list_bytes = shape.predictor.map_or(0, |p| {
+            Predictors::slot_bytes(&p, engine.needs_inverse_lists(), &ArenaPlan::new(engine.precision()))
+        });
+        let list_slots = list_slots.unwrap_or_else(|| {
+            if list_bytes == 0 {
+                return 0;
+            }
+            let (arena, model, ..) = lay(0);
+            let needed =
+                arena.total_bytes() + engine.scratch_bytes(&model.shape.dims(model.params.master.len()));
+            let budget = match config.dsv.memory_budget_gb {
+                gib if gib > 0.0 => Some((gib * (1u64 << 30) as f64) as usize),
+                _ => engine.free_bytes(),
+            };
+            match budget {
+                Some(bytes) => (bytes.saturating_sub(needed) / list_bytes).min(shape.layers),
+                None => shape.layers,
+            }
+        });
+        let (arena, model, ring, culprits) = lay(list_slots);
+        Layout { arena, model, list_slots, list_bytes, ring, culprits }
+    }
+}
+
+impl Trainer {
+    /// A run at step 0: allocates the arena and writes initial weights.
+    pub fn new(config: Config, engine: Box<dyn Engine>) -> Result<Trainer, TrainError> {
+        let layout = Layout::new(&config, &*engine, None);
+        Self::begin(config, engine, layout)
+    }
+
+    /// A run where a checkpoint left it.
+    pub fn resume(
+        config: Config,
+        engine: Box<dyn Engine>,
+        checkpoint: &Checkpoint,
+    ) -> Result<Trainer, TrainError> {
+        let path = checkpoint.path.display().to_string();
+        let more: More = serde_json::from_value(checkpoint.state.more.clone())
+            .map_err(|e| TrainError::State { path: path.clone(), problem: e.to_string() })?;
+        let layout = Layout::new(&config, &*engine, Some(more.list_slots));
+        let mut trainer = Self::begin(config, engine, layout)?;
+        trainer.load_tensors(checkpoint)?;
+        trainer.step = checkpoint.state.step;
+        trainer.stages = more.stages;
+        trainer.profile = more.profile;
+        trainer.decision = more.decision;
+        trainer.predictor_loss = more.predictor_loss;
+        trainer.skipped_in_a_row = more.skipped_in_a_row;
+        trainer.good_steps = more.good_steps;
+        trainer.write_top_k()?;
+        Ok(trainer)
+    }
+
+    fn begin(config: Config, mut engine: Box<dyn Engine>, layout: Layout) -> Result<Trainer, TrainError> {
+        let Layout { arena, model, list_slots, ring, culprits, .. } = layout;
+        engine.reserve(&arena, &model.shape.dims(model.params.master.len()))?;
+        model.initialise(&mut *engine, config.train.seed)?;
+        let stages = Stages::new(&config.dsv);
+        let profile = ProfileState::new();
+        let decision = Decision::dense(&rules(&config, &*engine, &model, list_slots), &profile);
+        let mut trainer = Trainer {
+            config,
+            model,
+            engine,
+            stages,
+            profile,
+            decision,
+            step: 0,
+            predictor_loss: None,
+            skipped_in_a_row: 0,
+            good_steps: 0,
+            ring,
+            culprits,
+            pending: Vec::new(),
+        };
+        trainer.write_top_k()?;
+        Ok(trainer)
+    }
+
+    /// Optimizer steps done.
+    pub fn step_number(&self) -> u64 {
+        self.step
+    }
+
+    /// Current stage.
+    pub fn stage(&self) -> Stage {
+        self.stages.stage()
+    }
+
+    /// The dispatcher's last decision.
+    pub fn decision(&self) -> &Decision {
+        &self.decision
+    }
+
+    /// The smoothed profile.
+    pub fn profile(&self) -> &ProfileState {
+        &self.profile
+    }
+
+    /// Clips a step consumes.
+    pub fn clips_per_step(&self) -> usize {
+        self.config.data.batch_size * self.config.train.grad_accumulation
+    }
+
+    /// The device.
+    pub fn engine(&mut self) -> &mut dyn Engine {
+        &mut *self.engine
+    }
+
+    fn write_top_k(&mut self) -> Result<(), EngineError> {
+        match &self.model.predictors {
+            Some(predictors) => self.engine.write_i32(predictors.top_k, &self.decision.top_k()),
+            None => Ok(()),
+        }
+    }
+
+    fn slots(&self) -> usize {
+        self.model.predictors.as_ref().map_or(0, |p| p.slots.len() - 1)
+    }
+
+    /// One optimizer step on [`Trainer::clips_per_step`] clips. Events of this step, and of earlier steps now read
+    /// back, are appended to `events`.
+    ///
+    /// # Panics
+    /// If `clips` has another number of clips, or a clip another shape than the configuration says.
+    pub fn step(&mut self, clips: &[Clip], events: &mut Vec<Event>) -> Result<(), TrainError> {
+        assert_eq!(clips.len(), self.clips_per_step(), "clips of one step");
+        let step = self.step;
+        let dsv = self.config.dsv.clone();
+        if let Some(reason) = self.stages.advance(&dsv, step, self.predictor_loss) {
+            events.push(Event::Stage { step, reason });
+        }
+        if self.stages.dispatches(&dsv, step) {
+            let rules = rules(&self.config, &*self.engine, &self.model, self.slots());
+            self.decision = Decision::choose(&rules, &self.profile);
+            self.write_top_k()?;
+            events.push(Event::Decision { step, decision: self.decision.clone() });
+        }
+        let profiles = self.stages.profiles(&dsv, step);
+        if profiles {
+            self.write_samples(step)?;
+        }
+        self.compute(clips, profiles)?;
+        self.update()?;
+        let sparse_share = self.decision.sparse_share();
+        let stage = self.stages.stage().number();
+        let lr = self.config.lr_at(step);
+        let predictors = self.model.predictors.is_some();
+        self.pending.push(Pending { step, lr, stage, sparse_share, predictors });
+        self.step += 1;
+        let ring = self.culprits.len() as u64 / 2;
+        if profiles || self.step.is_multiple_of(ring) {
+            self.flush(events)?;
+            // Only here, on steps the configuration fixes: a checkpoint reads the ring at any step, and must not
+            // make stage 1 end earlier than it would have.
+            if let Some(Event::Step(record)) = events.last() {
+                self.predictor_loss = record.predictor_loss;
+            }
+        }
+        if profiles {
+            self.read_profile(step, events)?;
+        }
+        Ok(())
+    }
+
+    fn write_samples(&mut self, step: u64) -> Result<(), EngineError> {
+        let Some(predictors) = &self.model.predictors else { return Ok(()) };
+        let tokens = self.model.shape.patch.tokens() as f64;
+        // Stratified: one random query from each of `len` equal ranges.
+        let len = predictors.samples.len();
+        let samples: Vec<i32> = (0..len)
+            .map(|i| {
+                let u = rng::uniform(self.config.train.seed, Purpose::Profile, step * len as u64 + i as u64);
+                ((i as f64 + u) / len as f64 * tokens) as i32
+            })
+            .collect();
+        self.engine.write_i32(predictors.samples, &samples)
+    }
+
+    /// Gradients of the step, summed over its micro-batches, and the sum of its losses.
+    fn compute(&mut self, clips: &[Clip], profiles: bool) -> Result<(), EngineError> {
+        let batch = self.config.data.batch_size;
+        let micros = clips.len() / batch;
+        let attention = self.decision.attention();
+        let head = self.slot(0, HEAD);
+        let e = &mut *self.engine;
+        e.fill(self.model.params.state().grad, 0.0);
+        if let Some(predictors) = &self.model.predictors {
+            e.fill(predictors.params.state().grad, 0.0);
+        }
+        e.fill(head, 0.0);
+        for (micro, clips) in clips.chunks(batch).enumerate() {
+            write_clips(
+                e,
+                &self.model,
+                clips,
+                &self.config,
+                self.step * (micros * batch) as u64 + (micro * batch) as u64,
+            )?;
+            let task =
+                PredictorTask { train: self.model.predictors.is_some(), profile: profiles && micro == 0 };
+            self.model.prepare(e);
+            self.model.forward(e, &attention, task);
+            self.model.loss(e, Some(1.0 / micros as f32));
+            self.model.backward(e, &attention);
+            e.sum_rows(batch, self.model.io.loss, head.slice(0, 1));
+        }
+        Ok(())
+    }
+
+    /// `len` values of this step's slot in the ring, from `start`.
+    fn slot(&self, start: usize, len: usize) -> Buf {
+        let ring = self.culprits.len() / 2;
+        let width = self.ring.len() / ring;
+        self.ring.slice(self.step as usize % ring * width + start, len)
+    }
+
+    /// Norms, optimizer steps, averaged weights.
+    fn update(&mut self) -> Result<(), EngineError> {
+        let t = &self.config.train;
+        let [beta1, beta2] = t.betas.map(|b| b as f32);
+        let max_norm = if t.grad_clip > 0.0 { t.grad_clip as f32 } else { f32::INFINITY };
+        let at = self.step as usize % (self.culprits.len() / 2) * 2;
+        let (clip, predictor_clip) = (self.slot(1, 2), self.slot(3, 2));
+        let losses = self.model.predictors.as_ref().map(|p| (p.loss, self.slot(HEAD, p.loss.len())));
+        let predictor_lr = self.stages.predictor_lr(&self.config.dsv) as f32;
+        let lr = self.config.lr_at(self.step) as f32;
+        let step = self.step + 1;
+        let e = &mut *self.engine;
+        let norm = |e: &mut dyn Engine, set: &ParamSet, max_norm: f32, clip: Buf, culprit: Buf| {
+            let state = set.state();
+            e.grad_norm(&GradNorm { grad: state.grad, segments: state.segments, max_norm, clip, culprit });
+        };
+        let adamw =
+            |e: &mut dyn Engine, set: &ParamSet, range: (usize, usize), lr: f32, decay: f32, clip: Buf| {
+                let state = set.state();
+                let part = |buf: Buf| buf.slice(range.0, range.1 - range.0);
+                e.adamw(&AdamW {
+                    master: part(set.master),
+                    grad: part(state.grad),
+                    m: part(state.m),
+                    v: part(state.v),
+                    copy: part(set.copy),
+                    lr,
+                    beta1,
+                    beta2,
+                    eps: t.eps as f32,
+                    weight_decay: decay,
+                    step,
+                    clip,
+                });
+            };
+        let set = &self.model.params;
+        norm(e, set, max_norm, clip, self.culprits.slice(at, 1));
+        adamw(e, set, (0, set.decayed()), lr, t.weight_decay as f32, clip);
+        adamw(e, set, (set.decayed(), set.master.len()), lr, 0.0, clip);
+        if let Some(ema) = set.ema {
+            e.ema(t.ema_decay as f32, set.master, ema);
+        }
+        if let Some(predictors) = &self.model.predictors {
+            let set = &predictors.params;
+            norm(e, set, f32::INFINITY, predictor_clip, self.culprits.slice(at + 1, 1));
+            adamw(e, set, (0, set.master.len()), predictor_lr, 0.0, predictor_clip);
+        }
+        if let Some((from, to)) = losses {
+            e.copy(from, to);
+        }
+        Ok(())
+    }
+
+    /// Reads the ring back. Called by [`Trainer::step`]; call it before reading weights or ending a run.
+    pub fn flush(&mut self, events: &mut Vec<Event>) -> Result<(), TrainError> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        // An op may refuse non-finite values (selection does); the step is then skipped below, not fatal.
+        let refused = match self.engine.sync() {
+            Err(EngineError::Flag { op, reason }) => Some((op, reason)),
+            other => {
+                other?;
+                None
+            }
+        };
+        let values = self.engine.read_f32(self.ring)?;
+        let culprits = self.engine.read_i32(self.culprits)?;
+        let ring = culprits.len() / 2;
+        let width = values.len() / ring;
+        let per_step = self.clips_per_step() as f64;
+        let heads = self.model.shape.heads;
+        let mut any_skipped = false;
+        for p in std::mem::take(&mut self.pending) {
+            let at = p.step as usize % ring;
+            let slot = &values[at * width..][..width];
+            let by_block: Vec<f64> = slot[HEAD..]
+                .chunks(heads)
+                .map(|row| row.iter().map(|&x| f64::from(x)).sum::<f64>() / heads as f64)
+                .collect();
+            let predictor_loss = p.predictors.then(|| by_block.iter().sum::<f64>() / by_block.len() as f64);
+            let skipped = (!slot[2].is_finite()).then(|| match usize::try_from(culprits[2 * at]) {
+                Ok(segment) => self.model.params.segment_name(segment).to_string(),
+                Err(_) => "the norm itself overflowed".to_string(),
+            });
+            any_skipped |= skipped.is_some() || (p.predictors && !slot[4].is_finite());
+            match &skipped {
+                Some(tensor) => {
+                    self.skipped_in_a_row += 1;
+                    if self.skipped_in_a_row >= MAX_SKIPPED {
+                        return Err(TrainError::NotFinite {
+                            step: p.step,
+                            tensor: tensor.clone(),
+                            good: self.good_steps,
+                        });
+                    }
+                }
+                None => {
+                    self.skipped_in_a_row = 0;
+                    self.good_steps += 1;
+                }
+            }
+            events.push(Event::Step(StepRecord {
+                step: p.step,
+                loss: f64::from(slot[0]) / per_step,
+                grad_norm: f64::from(slot[1]),
+                lr: p.lr,
+                stage: p.stage,
+                predictor_loss,
+                predictor_loss_by_block: if p.predictors { by_block } else { Vec::new() },
+                sparse_share: p.sparse_share,
+                skipped,
+            }));
+        }
+        match refused {
+            Some((op, reason)) if !any_skipped => Err(EngineError::Flag { op, reason }.into()),
+            _ => Ok(()),
+        }
+    }
+
+    fn read_profile(&mut self, step: u64, events: &mut Vec<Event>) -> Result<(), TrainError> {
+        let Some(predictors) = &self.model.predictors else { return Ok(()) };
+        let needed = self.engine.read_f32(predictors.needed)?;
+        let covered = self.engine.read_f32(predictors.covered)?;
+        if needed.iter().chain(&covered).all(|x| x.is_finite()) {
+            self.profile.observe(self.model.shape.heads, &needed, &covered);
+        }
+        if self.stages.stage() == Stage::Dense {
+            let rules = rules(&self.config, &*self.engine, &self.model, self.slots());
+            self.decision = Decision::dense(&rules, &self.profile);
+            self.write_top_k()?;
+        }
+        events.push(Event::Profile { step, profile: self.profile.clone() });
+        Ok(())
+    }
+
+    /// Everything a resumed run needs: the state, and every flat buffer on the host, for
+    /// [`Snapshot::tensors`].
+    pub fn snapshot(
+        &mut self,
+        position: DataPosition,
+        events: &mut Vec<Event>,
+    ) -> Result<Snapshot, TrainError> {
+        self.flush(events)?;
+        let more = More {
+            stages: self.stages,
+            profile: self.profile.clone(),
+            decision: self.decision.clone(),
+            predictor_loss: self.predictor_loss.filter(|x| x.is_finite()),
+            skipped_in_a_row: self.skipped_in_a_row,
+            good_steps: self.good_steps,
+            list_slots: self.slots(),
+        };
+        let state = State {
+            step: self.step,
+            stage: u32::from(self.stages.stage().number()),
+            position,
+            fingerprint: self.config.fingerprint(),
+            config: self.config.documented_toml(),
+            more: serde_json::to_value(more).expect("finite numbers and names have a JSON form"),
+        };
+        let mut tensors = Vec::new();
+        for (prefix, set, flat) in flats(&self.model) {
+            for (spec, buf) in set.slices(flat) {
+                let name = format!("{prefix}.{}", spec.name);
+                tensors.push((name, spec.shape.clone(), self.engine.read_f32(buf)?));
+            }
+        }
+        Ok(Snapshot { state, tensors })
+    }
+
+    fn load_tensors(&mut self, checkpoint: &Checkpoint) -> Result<(), TrainError> {
+        load_tensors(&mut *self.engine, &self.model, checkpoint, false)
+    }
+}
+
+/// Writes a checkpoint's tensors to a model's buffers and refreshes its compute copies. `weights_only` reads master
+/// weights (and averaged ones, where the model keeps them), as evaluation and sampling do.
+pub fn load_tensors(
+    engine: &mut dyn Engine,
+    model: &Model,
+    checkpoint: &Checkpoint,
+    weights_only: bool,
+) -> Result<(), TrainError> {
+    let path = checkpoint.path.display().to_string();
+    for (prefix, set, flat) in flats(model) {
+        if weights_only && matches!(prefix, "adam_m" | "adam_v") {
+            continue;
+        }
+        for (spec, buf) in set.slices(flat) {
+            let name = format!("{prefix}.{}", spec.name);
+            let problem =
+                |problem: String| TrainError::Tensor { path: path.clone(), name: name.clone(), problem };
+            let view = checkpoint.tensors.get(&name).ok_or_else(|| problem("is missing".into()))?;
+            if view.shape != spec.shape {
+                return Err(problem(format!("has shape {:?}, this run needs {:?}", view.shape, spec.shape)));
+            }
+            let values = view.to_f32().map_err(|dtype| problem(format!("has dtype {dtype:?}, not F32")))?;
+            engine.write_f32(buf, &values)?;
+        }
+        set.refresh(engine)?;
+    }
+    Ok(())
+}
+
+/// Every flat buffer of a run, by the prefix of its tensors' names.
+fn flats(model: &Model) -> Vec<(&'static str, &ParamSet, Buf)> {
+    let mut out = Vec::new();
+    let sets = [Some(&model.params), model.predictors.as_ref().map(|p| &p.params)];
+    for set in sets.into_iter().flatten() {
+        out.push(("weight", set, set.master));
+        if let Some(state) = set.optimizer {
+            out.push(("adam_m", set, state.m));
+            out.push(("adam_v", set, state.v));
+        }
+        if let Some(ema) = set.ema {
+            out.push(("ema", set, ema));
+        }
+    }
+    out
+}
+
+/// A run on the host.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// All but tensors.
+    pub state: State,
+    tensors: Vec<(String, Vec<usize>, Vec<f32>)>,
+}
+
+impl Snapshot {
+    /// The tensors, for [`crate::checkpoint::save`].
+    pub fn tensors(&self) -> Vec<TensorView<'_>> {
+        self.tensors.iter().map(|(name, shape, data)| TensorView::f32(name.clone(), shape, data)).collect()
+    }
+}
+
+/// Writes clips, their times, noise keys and dropped captions; `first` is the number of clips the run used before.
+fn write_clips(
+    e: &mut dyn Engine,
+    model: &Model,
+    clips: &[Clip],
+    config: &Config,
+    first: u64,
+) -> Result<(), EngineError> {
+    let (seed, flow) = (config.train.seed, &config.flow);
+    let positions: Vec<u64> = (0..clips.len() as u64).map(|i| first + i).collect();
+    let t = |&p: &u64| {
+        let z = rng::normal(seed, Purpose::Time, p);
+        rng::flow_time(z, flow.logit_mean, flow.logit_std, flow.shift) as f32
+    };
+    let dropped =
+        |&p: &u64| i32::from(rng::uniform(seed, Purpose::Caption, p) < config.train.caption_dropout);
+    let io = &model.io;
+    e.write_f32(io.t, &positions.iter().map(t).collect::<Vec<_>>())?;
+    e.write_i32(io.drop, &positions.iter().map(dropped).collect::<Vec<_>>())?;
+    let keys: Vec<i32> =
+        positions.iter().flat_map(|&p| rng::key(seed, Purpose::Noise, p).map(|k| k as i32)).collect();
+    e.write_i32(io.keys, &keys)?;
+    write_latents_and_text(e, model, clips)
+}
+
+/// Writes latents and text of one batch.
+pub(crate) fn write_latents_and_text(
+    e: &mut dyn Engine,
+    model: &Model,
+    clips: &[Clip],
+) -> Result<(), EngineError> {
+    e.write_f32(model.io.latents, &clips.iter().flat_map(|c| &c.latents).copied().collect::<Vec<_>>())?;
+    e.write_f32(model.io.text, &clips.iter().flat_map(|c| &c.text).copied().collect::<Vec<_>>())
+}
+
+/// What the dispatcher may rest on.
+pub(crate) fn rules(config: &Config, engine: &dyn Engine, model: &Model, slots: usize) -> Rules {
+    let dsv = &config.dsv;
+    let cost = engine.sparse_cost(&model.shape.self_attn(), dsv.query_group, dsv.kv_block);
+    let (crossover, crossover_source) = match cost {
+        Some(cost) => (f64::from(cost.crossover_sparsity), cost.source.to_string()),
+        None => (dsv.min_sparsity, "dsv.min_sparsity".to_string()),
+    };
+    Rules {
+        layers: config.model.layers,
+        heads: config.model.heads,
+        kv_blocks: config.kv_blocks(),
+        max_selected: config.max_selected(),
+        keep: dsv.keep,
+        crossover,
+        crossover_source,
+        force_sparse: dsv.force_sparse,
+        slots,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,198 @@
+use super::*;
+use crate::checkpoint;
+use crate::config::{Decay, Switch};
+use crate::data::Dataset;
+use crate::engine::CpuEngine;
+
+/// A run of seconds: 2 blocks, 64 tokens.
+fn config() -> Config {
+    let mut c = Config::preset("tiny").unwrap();
+    (c.model.layers, c.model.heads, c.model.head_dim) = (2, 2, 12);
+    c.model.text_dim = 16;
+    (c.data.frames, c.data.height, c.data.width, c.data.clips, c.data.validation) = (4, 8, 8, 16, 2);
+    (c.train.steps, c.train.warmup_steps, c.train.decay) = (24, 2, Decay::Cosine);
+    (c.train.grad_accumulation, c.train.ema_decay) = (2, 0.9);
+    c.train.log_every = 3;
+    c.dsv.rank = 4;
+    c.dsv.switch = Switch::Step(9);
+    (c.dsv.profile_every, c.dsv.profile_every_stage2, c.dsv.dispatch_every) = (4, 5, 4);
+    (c.dsv.profile_queries, c.dsv.keep, c.dsv.force_sparse) = (8, Some(0.4), Some(0.5));
+    c.validate().unwrap();
+    c
+}
+
+fn engine() -> Box<dyn Engine> {
+    Box::new(CpuEngine::<f32>::new())
+}
+
+/// Trains to `until`; returns the events.
+fn run(trainer: &mut Trainer, data: &Dataset, position: &mut DataPosition, until: u64) -> Vec<Event> {
+    let mut events = Vec::new();
+    while trainer.step_number() < until {
+        let clips = data.next_batch(position, trainer.clips_per_step()).unwrap();
+        trainer.step(&clips, &mut events).unwrap();
+    }
+    trainer.flush(&mut events).unwrap();
+    events
+}
+
+/// Every tensor of a run, bit for bit.
+fn bits(trainer: &mut Trainer) -> Vec<(String, Vec<u32>)> {
+    let snapshot = trainer.snapshot(DataPosition::default(), &mut Vec::new()).unwrap();
+    let bits = |x: &Vec<f32>| x.iter().map(|x| x.to_bits()).collect();
+    snapshot.tensors.iter().map(|(name, _, x)| (name.clone(), bits(x))).collect()
+}
+
+fn records(events: &[Event]) -> Vec<&StepRecord> {
+    events.iter().filter_map(|e| if let Event::Step(r) = e { Some(r) } else { None }).collect()
+}
+
+#[test]
+fn a_resumed_run_is_bit_for_bit_the_uninterrupted_one() {
+    let config = config();
+    let data = Dataset::open(&config).unwrap();
+    let mut whole = Trainer::new(config.clone(), engine()).unwrap();
+    let mut position = DataPosition::default();
+    let events = run(&mut whole, &data, &mut position, 18);
+    let expected = bits(&mut whole);
+    // Stops at steps drawn at random, in both stages and between readings of the ring.
+    for cut in [1, 7, 10, 14] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut first = Trainer::new(config.clone(), engine()).unwrap();
+        let mut position = DataPosition::default();
+        run(&mut first, &data, &mut position, cut);
+        let snapshot = first.snapshot(position, &mut Vec::new()).unwrap();
+        checkpoint::save(dir.path(), &snapshot.state, &snapshot.tensors(), 0).unwrap();
+        drop(first);
+        let found = checkpoint::latest(dir.path()).unwrap().checkpoint.unwrap();
+        let mut second = Trainer::resume(config.clone(), engine(), &found).unwrap();
+        let mut position = found.state.position;
+        let resumed = run(&mut second, &data, &mut position, 18);
+        assert_eq!(bits(&mut second), expected, "cut at {cut}");
+        let tail: Vec<_> = records(&events).into_iter().filter(|r| r.step >= cut).collect();
+        assert_eq!(records(&resumed), tail, "cut at {cut}");
+    }
+}
+
+#[test]
+fn a_checkpoint_does_not_move_the_end_of_stage_one() {
+    let mut config = config();
+    config.dsv.profile_every = 100;
+    config.dsv.switch = Switch::Loss(1e-9);
+    let data = Dataset::open(&config).unwrap();
+    let first_sparse = |config: &Config, snapshots: bool| {
+        let mut t = Trainer::new(config.clone(), engine()).unwrap();
+        let (mut position, mut events) = (DataPosition::default(), Vec::new());
+        while t.step_number() < 6 {
+            let clips = data.next_batch(&mut position, t.clips_per_step()).unwrap();
+            t.step(&clips, &mut events).unwrap();
+            if snapshots {
+                t.snapshot(position, &mut events).unwrap();
+            }
+        }
+        let losses: Vec<f64> = records(&events).iter().map(|r| r.predictor_loss.unwrap()).collect();
+        let stage = |e: &Event| if let Event::Stage { step, .. } = e { Some(*step) } else { None };
+        (events.iter().find_map(stage), losses)
+    };
+    let (never, losses) = first_sparse(&config, false);
+    assert_eq!(never, None);
+    // Below the loss of step 0, above those of steps 1 and 2: known by the reading after step 2.
+    let below = (losses[0] + losses[1].max(losses[2])) / 2.0;
+    assert!(below < losses[0], "{losses:?}");
+    config.dsv.switch = Switch::Loss(below);
+    assert_eq!(first_sparse(&config, false).0, Some(3));
+    assert_eq!(first_sparse(&config, true).0, Some(3));
+}
+
+#[test]
+fn both_stages_run_and_the_loss_falls() {
+    let mut config = config();
+    config.train.grad_accumulation = 1;
+    (config.train.steps, config.train.lr) = (60, 4e-3);
+    config.dsv.switch = Switch::Step(30);
+    let data = Dataset::open(&config).unwrap();
+    let mut trainer = Trainer::new(config, engine()).unwrap();
+    let events = run(&mut trainer, &data, &mut DataPosition::default(), 60);
+    let records = records(&events);
+    let mean = |range: std::ops::Range<usize>, f: &dyn Fn(&StepRecord) -> f64| {
+        records[range.clone()].iter().map(|r| f(r)).sum::<f64>() / range.len() as f64
+    };
+    let (first, last) = (mean(0..10, &|r| r.loss), mean(50..60, &|r| r.loss));
+    assert!(last < 0.85 * first, "loss {first} -> {last}");
+    let predictor = |r: &StepRecord| r.predictor_loss.unwrap();
+    let (first, last) = (mean(0..5, &predictor), mean(25..30, &predictor));
+    assert!(last < 0.7 * first, "predictor loss {first} -> {last}");
+    assert!(records[..30].iter().all(|r| r.stage == 1 && r.sparse_share == 0.0));
+    assert!(records[30..].iter().all(|r| r.stage == 2 && r.sparse_share == 0.5));
+    let stages = events.iter().filter(|e| matches!(e, Event::Stage { step: 30, .. })).count();
+    let decisions = events.iter().filter(|e| matches!(e, Event::Decision { .. })).count();
+    assert_eq!((stages, decisions), (1, 8));
+    let covered = trainer.profile().covered.iter().flatten().copied().fold(f64::INFINITY, f64::min);
+    assert!(covered > 0.4, "lists of 40 % of the blocks cover {covered} of the mass");
+}
+
+#[test]
+fn a_poisoned_step_changes_nothing_and_names_a_tensor() {
+    let config = config();
+    let data = Dataset::open(&config).unwrap();
+    let mut trainer = Trainer::new(config, engine()).unwrap();
+    let mut position = DataPosition::default();
+    run(&mut trainer, &data, &mut position, 2);
+    let before = bits(&mut trainer);
+    let mut events = Vec::new();
+    let mut clips = data.next_batch(&mut position, trainer.clips_per_step()).unwrap();
+    clips[0].latents[5] = f32::NAN;
+    trainer.step(&clips, &mut events).unwrap();
+    trainer.flush(&mut events).unwrap();
+    let record = records(&events)[0].clone();
+    assert!(record.skipped.is_some(), "{record:?}");
+    let weights =
+        |b: Vec<(String, Vec<u32>)>| b.into_iter().filter(|(n, _)| !n.starts_with("ema")).collect::<Vec<_>>();
+    assert_eq!(weights(bits(&mut trainer)), weights(before));
+    let clips = data.next_batch(&mut position, trainer.clips_per_step()).unwrap();
+    trainer.step(&clips, &mut events).unwrap();
+    trainer.flush(&mut events).unwrap();
+    assert!(records(&events)[1].skipped.is_none(), "the next good step trains again");
+}
+
+#[test]
+fn a_run_that_stays_non_finite_stops_with_the_tensor() {
+    let config = config();
+    let data = Dataset::open(&config).unwrap();
+    let mut trainer = Trainer::new(config, engine()).unwrap();
+    let mut position = DataPosition::default();
+    let mut events = Vec::new();
+    let error = (0..20).find_map(|_| {
+        let mut clips = data.next_batch(&mut position, trainer.clips_per_step()).unwrap();
+        clips[1].latents[0] = f32::INFINITY;
+        trainer.step(&clips, &mut events).err()
+    });
+    let text = error.expect("stops").to_string();
+    assert!(text.contains("5 steps in a row") && text.contains("first tensor: "), "{text}");
+}
+
+#[test]
+fn a_checkpoint_of_another_shape_is_refused_by_tensor() {
+    let config = config();
+    let dir = tempfile::tempdir().unwrap();
+    let mut trainer = Trainer::new(config.clone(), engine()).unwrap();
+    let snapshot = trainer.snapshot(DataPosition::default(), &mut Vec::new()).unwrap();
+    checkpoint::save(dir.path(), &snapshot.state, &snapshot.tensors(), 0).unwrap();
+    let found = checkpoint::latest(dir.path()).unwrap().checkpoint.unwrap();
+    let mut other = config;
+    other.model.text_dim = 8;
+    let error = Trainer::resume(other, engine(), &found).err().unwrap().to_string();
+    assert!(error.contains("weight.text.in.weight") && error.contains("[24, 16]"), "{error}");
+}
+
+#[test]
+fn the_memory_budget_limits_list_buffers() {
+    let mut config = config();
+    let engine = CpuEngine::<f32>::new();
+    let layout = Layout::new(&config, &engine, Some(0));
+    let gib = (1u64 << 30) as f64;
+    config.dsv.memory_budget_gb = (layout.arena.total_bytes() + layout.list_bytes * 3 / 2) as f64 / gib;
+    assert_eq!(Layout::new(&config, &engine, None).list_slots, 1);
+    config.dsv.memory_budget_gb = 1.0;
+    assert_eq!(Layout::new(&config, &engine, None).list_slots, 2);
+}
