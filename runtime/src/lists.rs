@@ -212,6 +212,7 @@ impl SelectPlan {
         kernel: Arc<Kernel>,
     ) -> Result<SelectPlan, Error> {
         let (q_lr, k_lr) = problem.check(q_lr, k_lr)?;
+        room(&kernel, problem.smem_bytes(), "kv_select")?;
         Ok(SelectPlan { problem: *problem, q_lr, k_lr, kernel })
     }
 
@@ -267,6 +268,19 @@ impl SelectPlan {
     }
 }
 
+/// Refuses a problem whose shared memory this kernel, on this GPU, has no room for.
+fn room(kernel: &Kernel, smem_bytes: u64, what: &str) -> Result<(), Error> {
+    if smem_bytes <= kernel.max_smem_bytes() as u64 {
+        return Ok(());
+    }
+    let problem = format!(
+        "{smem_bytes} bytes of dynamic shared memory; allowed: {} for {} on this GPU",
+        kernel.max_smem_bytes(),
+        kernel.name()
+    );
+    Err(Error::Plan { what: what.to_string(), problems: vec![problem] })
+}
+
 /// Checked list sizes with the kernels that invert and validate lists.
 #[derive(Clone, Debug)]
 pub struct ListPlan {
@@ -282,6 +296,7 @@ impl ListPlan {
         validate: Arc<Kernel>,
     ) -> Result<ListPlan, Error> {
         shape.check()?;
+        room(&invert, shape.invert_smem_bytes(), "KV lists")?;
         Ok(ListPlan { shape: *shape, invert, validate })
     }
 
