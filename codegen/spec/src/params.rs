@@ -1,6 +1,10 @@
 //! What the host hands a kernel: one `#[repr(C)]` struct per op, mirrored in the op's template as `struct Params`
 //! and asserted equal in size on both sides. Pointers are device addresses.
 
+mod trainer;
+
+pub use trainer::*;
+
 /// A TMA descriptor (`CUtensorMap`), opaque to everything but the driver that encodes it.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -313,13 +317,4 @@ pub struct AdamW {
     pub bias_correction2: f32,
     /// Keeps the struct's size a multiple of 8.
     pub reserved: i32,
-}
-
-impl crate::PointwiseOp {
-    /// Bytes of the op's launch parameters.
-    pub(crate) const fn params_bytes(self) -> u32 {
-        match self {
-            crate::PointwiseOp::AdamW => size_of::<AdamW>() as u32,
-        }
-    }
 }

@@ -1,4 +1,5 @@
 use crate::error::SpecError;
+use crate::params;
 use crate::types::{Arch, Dtype, tokens};
 
 tokens! {
@@ -6,6 +7,148 @@ tokens! {
     PointwiseOp {
         /// AdamW on f32 master weights with a compute-dtype copy.
         AdamW = "adamw",
+        /// Conversion between f32 and the compute dtype.
+        Cast = "cast",
+        /// y += alpha x.
+        Axpy = "axpy",
+        /// Averaged weights.
+        Ema = "ema",
+        /// A row added to every row.
+        AddRows = "add_rows",
+        /// Column sums in a fixed order.
+        SumRows = "sum_rows",
+        /// LayerNorm and AdaLN modulation.
+        NormModFwd = "norm_mod_fwd",
+        /// Its backward.
+        NormModBwd = "norm_mod_bwd",
+        /// Gated residual.
+        ResidualFwd = "residual_fwd",
+        /// Its backward.
+        ResidualBwd = "residual_bwd",
+        /// RMS normalisation and RoPE of Q and K.
+        QkPrepFwd = "qk_prep_fwd",
+        /// Its backward.
+        QkPrepBwd = "qk_prep_bwd",
+        /// GeGLU or GELU.
+        MlpActFwd = "mlp_act_fwd",
+        /// Its backward.
+        MlpActBwd = "mlp_act_bwd",
+        /// SiLU.
+        SiluFwd = "silu_fwd",
+        /// Its backward.
+        SiluBwd = "silu_bwd",
+        /// Rotary embedding in place.
+        Rope = "rope",
+        /// Sinusoidal embedding of the timestep.
+        TimeEmbed = "time_embed",
+        /// Patches, noise and target of flow matching.
+        FlowPrepare = "flow_prepare",
+        /// Tokens back to latents.
+        Unpatchify = "unpatchify",
+        /// Standard normal values.
+        Normal = "normal",
+        /// Squared error of the velocity and its gradient.
+        FlowLoss = "flow_loss",
+        /// Caption drop-out.
+        TextSelectFwd = "text_select_fwd",
+        /// Its backward.
+        TextSelectBwd = "text_select_bwd",
+        /// Partial sums of the gradient norm.
+        GradNorm = "grad_norm",
+        /// Gradient norm and clip factor.
+        GradClip = "grad_clip",
+        /// Predictor loss and gradient of the low-rank queries.
+        GramQuery = "gram_query",
+        /// Gradient of the low-rank keys.
+        GramKey = "gram_key",
+        /// Logits of sampled queries.
+        ProfileLogits = "profile_logits",
+        /// Share of keys that hold most of the mass, and covered mass.
+        Profile = "profile",
+    }
+}
+
+impl PointwiseOp {
+    /// Whether the text works on f32 alone; its specs have dtype f32.
+    pub const fn is_f32_only(self) -> bool {
+        use PointwiseOp::*;
+        matches!(self, Ema | Unpatchify | Normal | GradNorm | GradClip | Profile)
+    }
+
+    /// Whether the row length (the head dim) is baked in: operands live in registers.
+    pub const fn bakes_dim(self) -> bool {
+        use PointwiseOp::*;
+        matches!(self, GramQuery | GramKey | ProfileLogits)
+    }
+
+    /// Elements a thread of the shipped kernel moves at once.
+    pub const fn shipped_vector(self) -> u8 {
+        use PointwiseOp::*;
+        match self {
+            AdamW | SumRows => 4,
+            QkPrepFwd | QkPrepBwd | Rope | TimeEmbed | FlowPrepare | Unpatchify | Normal | GradClip
+            | GramQuery | GramKey | ProfileLogits | Profile => 1,
+            _ => 8,
+        }
+    }
+
+    /// Bytes of the op's launch parameters.
+    pub(crate) const fn params_bytes(self) -> u32 {
+        use PointwiseOp::*;
+        let bytes = match self {
+            AdamW => size_of::<params::AdamW>(),
+            Cast => size_of::<params::Cast>(),
+            Axpy => size_of::<params::Axpy>(),
+            Ema => size_of::<params::Ema>(),
+            AddRows => size_of::<params::AddRows>(),
+            SumRows => size_of::<params::SumRows>(),
+            NormModFwd => size_of::<params::NormModFwd>(),
+            NormModBwd => size_of::<params::NormModBwd>(),
+            ResidualFwd => size_of::<params::ResidualFwd>(),
+            ResidualBwd => size_of::<params::ResidualBwd>(),
+            QkPrepFwd => size_of::<params::QkPrepFwd>(),
+            QkPrepBwd => size_of::<params::QkPrepBwd>(),
+            MlpActFwd => size_of::<params::MlpActFwd>(),
+            MlpActBwd => size_of::<params::MlpActBwd>(),
+            SiluFwd => size_of::<params::SiluFwd>(),
+            SiluBwd => size_of::<params::SiluBwd>(),
+            Rope => size_of::<params::Rope>(),
+            TimeEmbed => size_of::<params::TimeEmbed>(),
+            FlowPrepare => size_of::<params::FlowPrepare>(),
+            Unpatchify => size_of::<params::Unpatchify>(),
+            Normal => size_of::<params::Normal>(),
+            FlowLoss => size_of::<params::FlowLoss>(),
+            TextSelectFwd => size_of::<params::TextSelectFwd>(),
+            TextSelectBwd => size_of::<params::TextSelectBwd>(),
+            GradNorm => size_of::<params::GradNorm>(),
+            GradClip => size_of::<params::GradClip>(),
+            GramQuery => size_of::<params::GramQuery>(),
+            GramKey => size_of::<params::GramKey>(),
+            ProfileLogits => size_of::<params::ProfileLogits>(),
+            Profile => size_of::<params::Profile>(),
+        };
+        bytes as u32
+    }
+
+    /// CTAs meant to share a multiprocessor.
+    pub(crate) const fn ctas_per_sm(self) -> u32 {
+        match self {
+            PointwiseOp::GramQuery => 2,
+            _ => 1,
+        }
+    }
+
+    /// Dynamic shared memory of a CTA in bytes.
+    pub(crate) const fn smem_bytes(self, dim: u16) -> u32 {
+        match self {
+            // The centred Gram matrices in two 16-bit parts: D and 16 rows of D + 32 elements, 16 rows of 24; then
+            // one f32 a warp.
+            PointwiseOp::GramQuery => {
+                let dim = dim as u32;
+                2 * 2 * ((dim + 16) * (dim + 32) + 16 * 24) + 8 * 4
+            }
+            _ => 0,
+        }
     }
 }
 
@@ -28,14 +171,39 @@ impl PointwiseSpec {
     /// Checks the fields against each other.
     ///
     /// # Errors
-    /// A vector that is not 1, 2, 4 or 8, or a row that is no multiple of it.
+    /// A vector that is not 1, 2, 4 or 8; a dtype the op has no text for; a row length where the op takes it as a
+    /// launch parameter, or none where it is baked in.
     pub fn new(op: PointwiseOp, dtype: Dtype, dim: u16, vector: u8, arch: Arch) -> Result<Self, SpecError> {
         if !matches!(vector, 1 | 2 | 4 | 8) {
             return Err(SpecError::new("vector", vector, "1, 2, 4 or 8 elements"));
         }
-        if !dim.is_multiple_of(vector as u16) {
-            return Err(SpecError::new("dim", dim, format!("a multiple of vector {vector}")));
+        if op == PointwiseOp::SumRows && vector > 4 {
+            return Err(SpecError::new(
+                "vector",
+                vector,
+                "1, 2 or 4: a thread of 256 adds up each of 32 vectors",
+            ));
         }
-        Ok(PointwiseSpec { op, dtype, dim, vector, arch })
+        if op.is_f32_only() != (dtype == Dtype::F32) {
+            let allowed = if op.is_f32_only() { "f32" } else { "bf16 or f16" };
+            return Err(SpecError::new("dtype", dtype, format!("{allowed} for {op}")));
+        }
+        match (op.bakes_dim(), dim) {
+            (true, 64 | 128) | (false, 0) => Ok(PointwiseSpec { op, dtype, dim, vector, arch }),
+            (true, _) => {
+                Err(SpecError::new("dim", dim, "64 or 128, the head dims whose operands fit registers"))
+            }
+            (false, _) => Err(SpecError::new("dim", dim, format!("0: {op} takes it as a launch parameter"))),
+        }
+    }
+
+    /// The shipped kernel of an op; `dim` is used only where the op bakes it in, `dtype` only where it has one.
+    ///
+    /// # Errors
+    /// As [`PointwiseSpec::new`].
+    pub fn shipped(op: PointwiseOp, dtype: Dtype, dim: u16, arch: Arch) -> Result<Self, SpecError> {
+        let dtype = if op.is_f32_only() { Dtype::F32 } else { dtype };
+        let dim = if op.bakes_dim() { dim } else { 0 };
+        PointwiseSpec::new(op, dtype, dim, op.shipped_vector(), arch)
     }
 }

@@ -114,9 +114,11 @@ pub fn shipped(arch: Arch) -> Vec<KernelSpec> {
                 }
             }
         }
-        specs.extend(
-            PointwiseSpec::new(PointwiseOp::AdamW, dtype, 0, 4, arch).ok().map(KernelSpec::Pointwise),
-        );
+        for &op in PointwiseOp::ALL {
+            for dim in SHIPPED_HEAD_DIMS {
+                specs.extend(PointwiseSpec::shipped(op, dtype, dim, arch).map(KernelSpec::Pointwise));
+            }
+        }
     }
     for (query_group, kv_block) in SHIPPED_BLOCK_SIZES {
         for &rule in GroupRule::ALL {
