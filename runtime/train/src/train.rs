@@ -7,10 +7,11 @@
 
 use crate::checkpoint::{Checkpoint, State};
 use crate::config::Config;
-use crate::data::{Clip, DataPosition};
+use crate::data::{Clip, DataPosition, Dataset};
 use crate::dispatch::{Decision, ProfileState, Rules};
 use crate::engine::{AdamW, ArenaPlan, Buf, Engine, EngineError, GradNorm};
-use crate::model::{Model, ModelShape, Purposes};
+use crate::eval::{self, EvalResult};
+use crate::model::{BlockAttention, Model, ModelShape, Purposes};
 use crate::params::ParamSet;
 use crate::predictor::{PredictorTask, Predictors};
 use crate::rng::{self, Purpose};
@@ -246,6 +247,7 @@ impl Trainer {
     }
 
     fn begin(config: Config, mut engine: Box<dyn Engine>, layout: Layout) -> Result<Trainer, TrainError> {
+        crate::run::check_memory(&layout, &*engine)?;
         let Layout { arena, model, list_slots, ring, culprits, .. } = layout;
         engine.reserve(&arena, &model.shape.dims(model.params.master.len()))?;
         model.initialise(&mut *engine, config.train.seed)?;
@@ -580,24 +582,30 @@ impl Trainer {
         Ok(Snapshot { state, tensors })
     }
 
+    /// Losses of the validation triples with the averaged weights (where the run keeps them) and the attention of the
+    /// present stage.
+    pub fn evaluate(&mut self, data: &Dataset) -> Result<EvalResult, crate::run::RunError> {
+        let attention = self.decision.attention();
+        let (model, config, step) = (&self.model, &self.config, self.step);
+        eval::with_averaged(&mut *self.engine, model, |engine| {
+            eval::evaluate(engine, model, config, data, &attention, step)
+        })?
+    }
+
     fn load_tensors(&mut self, checkpoint: &Checkpoint) -> Result<(), TrainError> {
-        load_tensors(&mut *self.engine, &self.model, checkpoint, false)
+        load_tensors(&mut *self.engine, &self.model, checkpoint)
     }
 }
 
-/// Writes a checkpoint's tensors to a model's buffers and refreshes its compute copies. `weights_only` reads master
-/// weights (and averaged ones, where the model keeps them), as evaluation and sampling do.
+/// Writes a checkpoint's tensors to a model's buffers (those the model has: an inference layout has no moments) and
+/// refreshes its compute copies.
 pub fn load_tensors(
     engine: &mut dyn Engine,
     model: &Model,
     checkpoint: &Checkpoint,
-    weights_only: bool,
 ) -> Result<(), TrainError> {
     let path = checkpoint.path.display().to_string();
     for (prefix, set, flat) in flats(model) {
-        if weights_only && matches!(prefix, "adam_m" | "adam_v") {
-            continue;
-        }
         for (spec, buf) in set.slices(flat) {
             let name = format!("{prefix}.{}", spec.name);
             let problem =
@@ -629,6 +637,16 @@ fn flats(model: &Model) -> Vec<(&'static str, &ParamSet, Buf)> {
         }
     }
     out
+}
+
+/// How a checkpoint's blocks attend, the lists' widths `[layers * heads]`, and the list buffers needed.
+pub(crate) fn attention_of(
+    checkpoint: &Checkpoint,
+) -> Result<(Vec<BlockAttention>, Vec<i32>, usize), TrainError> {
+    let more: More = serde_json::from_value(checkpoint.state.more.clone()).map_err(|e| {
+        TrainError::State { path: checkpoint.path.display().to_string(), problem: e.to_string() }
+    })?;
+    Ok((more.decision.attention(), more.decision.top_k(), more.list_slots))
 }
 
 /// A run on the host.

@@ -26,9 +26,32 @@ pub use dsv_spec::GroupRule;
 
 use thiserror::Error;
 
+/// The engine a configuration asks for, without an arena.
+///
+/// `auto` takes a GPU where there is one that the kernels serve, else the CPU.
+pub fn open(device: &crate::config::Device) -> Result<Box<dyn Engine>, EngineError> {
+    use crate::config::DeviceKind;
+    match device.kind {
+        DeviceKind::Cpu | DeviceKind::Auto => Ok(Box::new(CpuEngine::<f32>::new())),
+        DeviceKind::Cuda => {
+            Err(EngineError::NoDevice { index: device.index, reason: "this build has no CUDA engine".into() })
+        }
+    }
+}
+
 /// What can go wrong on a device.
 #[derive(Debug, Error)]
 pub enum EngineError {
+    /// There is no such device.
+    #[error(
+        "no usable GPU with index {index}: {reason}\n  next: nvidia-smi lists GPUs; without one: --set device.kind=cpu"
+    )]
+    NoDevice {
+        /// `device.index`.
+        index: usize,
+        /// What is missing.
+        reason: String,
+    },
     /// The arena does not fit.
     #[error(
         "cannot reserve an arena of {needed_bytes} bytes: {reason}\n  smaller: --set train.batch_size=1, or fewer tokens (data.frames, data.height, data.width)\n  see every component: dsv-train plan"

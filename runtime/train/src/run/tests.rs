@@ -1,0 +1,136 @@
+use super::*;
+use crate::config::Switch;
+use crate::engine::CpuEngine;
+
+fn config(out: &Path) -> Config {
+    let mut c = Config::preset("tiny").unwrap();
+    (c.model.layers, c.model.head_dim, c.model.text_dim) = (1, 12, 16);
+    (c.data.frames, c.data.height, c.data.width, c.data.clips, c.data.validation) = (4, 8, 8, 12, 2);
+    (c.train.steps, c.train.checkpoint_every, c.train.eval_every, c.train.log_every) = (8, 3, 4, 2);
+    (c.dsv.switch, c.dsv.profile_queries, c.dsv.force_sparse) = (Switch::Step(4), 4, Some(1.0));
+    c.dsv.keep = Some(0.3);
+    c.sample.steps = 2;
+    c.device.kind = crate::config::DeviceKind::Cpu;
+    c.out.dir = out.to_path_buf();
+    c.validate().unwrap();
+    c
+}
+
+fn engine() -> Box<dyn Engine> {
+    Box::new(CpuEngine::<f32>::new())
+}
+
+/// Runs, setting `stop` once `stop_after` steps have been read.
+fn go(config: &Config, existing: Existing, stop_after: u64) -> (Result<Outcome, RunError>, Vec<Progress>) {
+    let stop = AtomicBool::new(false);
+    let mut seen = Vec::new();
+    let result = run(config, engine(), existing, &stop, &mut |p: &Progress| {
+        if let Progress::Train(Event::Step(r)) = p {
+            stop.store(r.step + 1 >= stop_after, Ordering::Relaxed);
+        }
+        seen.push(p.clone());
+        Ok(())
+    });
+    (result, seen)
+}
+
+fn weights(path: &Path) -> Vec<(String, Vec<u8>)> {
+    let checkpoint = checkpoint::open(path).unwrap();
+    checkpoint.tensors.views().iter().map(|v| (v.name.clone(), v.data.to_vec())).collect()
+}
+
+#[test]
+fn a_whole_run_leaves_checkpoint_and_sample_and_can_be_evaluated() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(dir.path());
+    let (outcome, seen) = go(&config, Existing::Refuse, u64::MAX);
+    let outcome = outcome.unwrap();
+    assert!(!outcome.interrupted && outcome.step == 8);
+    let gif = std::fs::read(outcome.sample.unwrap()).unwrap();
+    assert_eq!(&gif[..6], b"GIF89a");
+    let evals: Vec<&EvalResult> =
+        seen.iter().filter_map(|p| if let Progress::Eval(r) = p { Some(r) } else { None }).collect();
+    assert_eq!(evals.iter().map(|e| e.step).collect::<Vec<_>>(), [0, 4, 8]);
+    assert_eq!((evals[0].losses.len(), evals[2].sparse_share), (2 * eval::TIMES_PER_CLIP, 1.0));
+
+    // The checkpoint, opened for inference with another batch, gives the same losses.
+    let mut trained = open_trained(dir.path(), None, 3, &[]).unwrap();
+    assert_eq!(trained.step, 8);
+    let data = Dataset::open(&trained.config).unwrap();
+    let again = eval::evaluate(
+        &mut *trained.engine,
+        &trained.model,
+        &trained.config,
+        &data,
+        &trained.attention,
+        trained.step,
+    )
+    .unwrap();
+    let paired = again.paired(evals[2]).unwrap();
+    assert!(paired.difference.abs() < 1e-6, "{paired:?}");
+
+    // A second run in the same folder is refused, with both ways on.
+    let text = go(&config, Existing::Refuse, u64::MAX).0.unwrap_err().to_string();
+    assert!(
+        text.contains("up to step 8") && text.contains("--resume") && text.contains("--overwrite"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_run_told_to_stop_writes_a_checkpoint_and_resumes_bit_for_bit() {
+    let (whole, cut) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let expected = go(&config(whole.path()), Existing::Refuse, u64::MAX).0.unwrap();
+    let config = config(cut.path());
+    let (outcome, _) = go(&config, Existing::Refuse, 5);
+    let outcome = outcome.unwrap();
+    assert!(outcome.interrupted && outcome.step < 8 && outcome.step >= 5, "{outcome:?}");
+    let (resumed, seen) = go(&config, Existing::Resume, u64::MAX);
+    let resumed = resumed.unwrap();
+    assert!(matches!(&seen[0], Progress::Started { step, .. } if *step == outcome.step));
+    assert!(weights(&resumed.checkpoint) == weights(&expected.checkpoint), "weights differ");
+}
+
+#[test]
+fn a_truncated_checkpoint_is_passed_over_and_said_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(dir.path());
+    let newest = go(&config, Existing::Refuse, u64::MAX).0.unwrap().checkpoint;
+    let file = std::fs::OpenOptions::new().write(true).open(newest.join("model.safetensors")).unwrap();
+    file.set_len(100).unwrap();
+    let (outcome, seen) = go(&config, Existing::Resume, u64::MAX);
+    assert_eq!(outcome.unwrap().step, 8);
+    let Progress::Started { step, rejected, .. } = &seen[0] else { panic!("{seen:?}") };
+    assert!(*step == 6 && rejected[0].contains("truncated"), "{step} {rejected:?}");
+}
+
+#[test]
+fn resuming_with_another_model_names_the_keys() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path());
+    go(&config, Existing::Refuse, 1).0.unwrap();
+    config.model.mlp_ratio = 2;
+    let text = go(&config, Existing::Resume, 1).0.unwrap_err().to_string();
+    assert!(text.contains("model.mlp_ratio") && text.contains("config.toml"), "{text}");
+    config.model.mlp_ratio = 4;
+    config.out.dir = dir.path().join("nothing");
+    let text = go(&config, Existing::Resume, 1).0.unwrap_err().to_string();
+    assert!(text.contains("no checkpoint in"), "{text}");
+}
+
+#[test]
+fn a_run_that_cannot_fit_is_refused_before_it_allocates() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path());
+    (config.model.layers, config.model.heads, config.model.head_dim) = (400, 64, 128);
+    let text = go(&config, Existing::Refuse, 1).0.unwrap_err().to_string();
+    assert!(text.contains("cannot reserve") && text.contains("dsv-train plan"), "{text}");
+}
+
+#[test]
+fn samples_stand_side_by_side() {
+    let video = |value| Video { frames: 2, height: 1, width: 2, rgb: vec![value; 12] };
+    let both = beside(&[video(1), video(2)]).unwrap();
+    assert_eq!((both.frames, both.height, both.width), (2, 1, 5));
+    assert_eq!(both.rgb[..15], [1, 1, 1, 1, 1, 1, 16, 16, 16, 2, 2, 2, 2, 2, 2]);
+}
