@@ -15,154 +15,411 @@ pub struct Kernel {
 /// Every generated kernel, sorted by name.
 pub static KERNELS: &[Kernel] = &[
     Kernel {
+        name: "adamw_bf16_d0_v4_sm90a",
+        source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
+        source_hash: "aa9859c56a4f7d48031c1a3db11a5c6acb7f4034e5f45b85adde44277cb63b5a",
+    },
+    Kernel {
+        name: "add_rows_bf16_d0_v8_sm90a",
+        source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
+        source_hash: "2438e6988fa874cdeb3cff449234e210f533142686691d2e86c9e3167ebd6b1e",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "f63bdeba7988fe9f27bc157bb7f7cd0b490c40082b8835f9230b19379c296246",
+    },
+    Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "4fdd7c6e187b008d65b9ccc622ebf8a1adde313ba1ed784cef96819f38c30a5c",
+        source_hash: "89d3a0a1b43910e6ee8dd1580d2415379a03837def781130735fb4486f8e65e2",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "91e95b9dbf8719681e2954ee875a57e58cdb23f116f92af0682a41380efa3ac5",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "be0cb58ce4941adf7571e344acf11713388c03831bbd5267ef9908a8448f1929",
+        source_hash: "08e823ea477bc18521c135f0c1faa3486e4b55fa04f9eee31e0aa3de8516d607",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "bdfe1652485aeae97ecdb9dd75eb92ab8941a3c05d95aad8f6cc78407f529334",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ed5fef4f9ff67d5bd291d1a060519f78a39e0a2f181ba6bbd26edf252f1628df",
+        source_hash: "2a03bfa6851ab966d644d6ccc5404b14fa6c83a1f09e60dfbcdd4582d7c9d54a",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "2f7fa0f0b5ad278974343256d7e0b27defbbb935253fc4365cf192ce2df5bc97",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ecfad2295092c9e5b2ac7a21959f5a445c0c677aefdf236c17248da3952e2c3c",
+        source_hash: "b2d5e5278762d3857ba751322276280f3f1f837c1c1ee29ec0f0d46766c10807",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "652db604d08ed805e2705ffd164f22367f16798ec059b89ba610d59f7232d237",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b5c41c003852e6bc6d614c85f73bbab20350d0079cfc76b8c331099b42b39f1d",
+        source_hash: "ff35e2fc946a177f6ea86af3a660237df77d872874be46a5c219aa0019d2bb1d",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "6b22b5343425200c986f5a375e96831f21fdc9fafba40126493225eb0a81ef41",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "f17fa5a1b4af430b964e07bb4a8bfedecf8fec341e79c46e2ff7e43f4f735c7c",
+        source_hash: "8e82d19e3297ce0da545e5982528d03fb2552e71c5b041e83561f236284517ed",
+    },
+    Kernel {
+        name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "f13dd1346f9b9a7c9bb127c05076bd884b519f6b930baad34d76172c2d8acaf0",
+    },
+    Kernel {
+        name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "876d0e6fdf9ec7e0dcda432935590b661494125d125e24678af9e671f579e413",
+    },
+    Kernel {
+        name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "9702f4d81be4808aceb43a3fe2c970a7d0b7fd313145026644f1f16b5ab02b0f",
+    },
+    Kernel {
+        name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "2a3458fe1547eb22d6bca9ba2861613e43993b7d7baca57f2616e7671d83f361",
+    },
+    Kernel {
+        name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "02bc03c60e9e3d327497b82e70859057ca4bad8de09983771a685616a047e521",
+    },
+    Kernel {
+        name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "9d457dcf7e1e8f996119b8d0bbcdd4b1e4c10f10f519fc4a2e04a9a2e5a8997e",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c744eca9e1cd485f479d1603de257411a4d9f1d7bad67eb2a3731752e24e0504",
+        source_hash: "78cc26cd9646b6f8cfd17e291423933ea2a65c0c387109c765fe44bcfc9c8c37",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a83641940131faa5050157ad1b1ae070a00942e62d16c8ff66e34a6859ab1d51",
+        source_hash: "2f702d49731cca94f231c5db0bfd2bf74f3b1ab7b6c60a0cee64ac8f9e49367d",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "69d80604e39ce26d2e20de33912c0d6612ea69f802ea5af68f9d959a9945d9df",
+        source_hash: "19ce122f8b947b3653867de3abcddd4ed18ce1b7d372c7acfc6b7e80ac40cee6",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "96f8971a95b292e49c29e0c6b2fb3450d3184b71c438f0c3790ccdbe96f7dc8e",
+        source_hash: "8a71aef2e642eaf84542f25aeb3ff5d5b8aabef7c1288d46aa44f53d1c517f8e",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4346ad902e120f49b66accfad2c4639d5342821bc3d1b4a040ae3224903adc8a",
+        source_hash: "83fafe9d9abab1fdfce9031287765eef8b480119998d37eb924b17e282b6a460",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "801d16c17097c108181fa1bd324fe04d2c0a19cedbc72eab0ea678e511aebc61",
+        source_hash: "4c2966d308b08d65fba6bc3ad4eb3832d0241387d24e4c5ba2b294268aa6195d",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "26cf74fbb9dd073fe72e8d243d6ff328eef2937c65bc253e467d54be1b2ae2ba",
+        source_hash: "32674931508d8658599c35c6a4fbec96974ebf2d7bb510534089cdf4670879e2",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b1869e8b968da18bbeeeb261c2bf2df95d0b90def122de856acf37f35668ade2",
+        source_hash: "44683f338ff0a2300e716551f68adb20e0899c5f6c993b10af5da91101518ae0",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a32b05c356ce6880a69fb3e2e4b5c4a9327a6dcebfc1717b119b8747f841910d",
+        source_hash: "d2f524d07c47f1ec9f206f0bd8078685bfd83fd8653cae30dc56487c04bfaf04",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "04867a91c363d8046c870d155432cc1e0ba64d09603cb59169fc1148d0482b33",
+        source_hash: "8bb4a72fbb4be3d448b871cd69b57e1edbf3c3016b0be880190de7bd0a13ca46",
+    },
+    Kernel {
+        name: "axpy_bf16_d0_v8_sm90a",
+        source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
+        source_hash: "222e1909cf7940bbcf74457f76000d884053427933be7be9804836750e2c5052",
+    },
+    Kernel {
+        name: "cast_bf16_d0_v8_sm90a",
+        source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
+        source_hash: "767b6503c520e8188d635682db80803c7a894b4a96cfce53b99135128f2fd276",
+    },
+    Kernel {
+        name: "ema_f32_d0_v8_sm90a",
+        source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
+        source_hash: "614843d693ac28f5a70dc89c340427e738a74b2369a31d0ab1a3c1ff83a86ede",
+    },
+    Kernel {
+        name: "flow_loss_bf16_d0_v8_sm90a",
+        source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
+        source_hash: "4132d180437e764acb3c7008c7934cca35270aa2682126bd24951a3dd15a7c57",
+    },
+    Kernel {
+        name: "flow_prepare_bf16_d0_v1_sm90a",
+        source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
+        source_hash: "b738f6005c30bd50e079e956b0466819a0204f6b066508def82e1641d24aea36",
+    },
+    Kernel {
+        name: "grad_clip_f32_d0_v1_sm90a",
+        source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
+        source_hash: "57acb647c911e543e9516f5fcb65ad3356989cc8bde0f3197dd0a3157d30fa0f",
+    },
+    Kernel {
+        name: "grad_norm_f32_d0_v8_sm90a",
+        source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
+        source_hash: "a5f4bfa72837a7146bcf3eb2b28e59b2cf8fe7d16d811ee683a850826b98ca49",
+    },
+    Kernel {
+        name: "gram_key_bf16_d128_v1_sm90a",
+        source: include_str!("kernels/gram_key/gram_key_bf16_d128_v1_sm90a.cu"),
+        source_hash: "f8218f25bc0658897e7d9dbc782fca486c0d2f6faf65f2aa192820ffb563642d",
+    },
+    Kernel {
+        name: "gram_key_bf16_d64_v1_sm90a",
+        source: include_str!("kernels/gram_key/gram_key_bf16_d64_v1_sm90a.cu"),
+        source_hash: "2300e5ec8a93c4b57e7996658125db97f0e9122034b5def2392b2c16bceb5b99",
+    },
+    Kernel {
+        name: "gram_query_bf16_d128_v1_sm90a",
+        source: include_str!("kernels/gram_query/gram_query_bf16_d128_v1_sm90a.cu"),
+        source_hash: "b3619cdaa7f398dc96b3f7400b6d29143752e23754ead3a7427925394c7d0d6b",
+    },
+    Kernel {
+        name: "gram_query_bf16_d64_v1_sm90a",
+        source: include_str!("kernels/gram_query/gram_query_bf16_d64_v1_sm90a.cu"),
+        source_hash: "be51ebe84c08c1903fb0e351d2eaff9f9926f6b7d9179b34b4c6e91ecd0c9249",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "6614c7197661b2e8734adf81dd42d982dd0493dcdddc41e4d86a04e34486bf59",
+        source_hash: "07ed571658602d7a994e6939ae4cff05d0b1a231d282832d185012be66c70b75",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "1b7e158d1bcca6bd720d4a988f2bf10ad8a785606063bc959db62378596594ac",
+        source_hash: "a8d03cafeb52d443d33295e73d6911b86dd344db3c94f15e149002a542088909",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "ebebe370ec01580c122f410c2b17b4c199a03700edf81604ccea62540b3ddc66",
+        source_hash: "b38b2c172d1f65e140c7ed9e417db2a0819170cd796220333a3569b647676448",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "0743974bd2f884e0a9a476aba279324fd059275d77ef3319d3d661fa6f845761",
+        source_hash: "f0196cb7e725f67dba15fd6ab1b6b91b8c998c3ecbf1896e27b3438b7db0dda3",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "96746fd2d13359db4acdea13af8fe621ddb7d594a0f8175db1830a39784e010a",
+        source_hash: "b5c7a48d753aa297c26bacb6de4abb1c8101571c48bc868613466c281d41c718",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "2595aee3254747022f954c4abd72b9df8c480ce315f85b4d498afa524ef55ff7",
+        source_hash: "bd0f84e239a223a2e03bc914655de8596ca84ea7d288dabe690f8bbf85bd01d8",
+    },
+    Kernel {
+        name: "mlp_act_bwd_bf16_d0_v8_sm90a",
+        source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
+        source_hash: "2b44a54a2bb33c1d4ccc006e291ba7c73e9c22e61f2ddb9876ef44895bb64a6b",
+    },
+    Kernel {
+        name: "mlp_act_fwd_bf16_d0_v8_sm90a",
+        source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
+        source_hash: "5a9ccd780b87e58cb8c04cc850d4b2ab6d2aad3068190d33c6debc86b7ed1bec",
+    },
+    Kernel {
+        name: "norm_mod_bwd_bf16_d0_v8_sm90a",
+        source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
+        source_hash: "b4787faa6a49bb018aca3d835b084def79c7f0f1081c1ea666bb2b3572d6b3aa",
+    },
+    Kernel {
+        name: "norm_mod_fwd_bf16_d0_v8_sm90a",
+        source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
+        source_hash: "29c6f7bc7ec266b9fa70b8242bab759f5ec6972e109a498497f788ae32420613",
+    },
+    Kernel {
+        name: "normal_f32_d0_v1_sm90a",
+        source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
+        source_hash: "f7c8c974812aebece36525625cc72da8a5051c1d0782e89eb77b35e370f8d97c",
+    },
+    Kernel {
+        name: "profile_f32_d0_v1_sm90a",
+        source: include_str!("kernels/profile/profile_f32_d0_v1_sm90a.cu"),
+        source_hash: "9be7280319616cb899d32cc1adfd02f24a958e658957681c7a687deefd7f76e5",
+    },
+    Kernel {
+        name: "profile_logits_bf16_d128_v1_sm90a",
+        source: include_str!(
+            "kernels/profile_logits/profile_logits_bf16_d128_v1_sm90a.cu"
+        ),
+        source_hash: "b4c2586b24f8a885d7b357a7ae00438b19c65ab0b9c221433cb036257518e5c8",
+    },
+    Kernel {
+        name: "profile_logits_bf16_d64_v1_sm90a",
+        source: include_str!(
+            "kernels/profile_logits/profile_logits_bf16_d64_v1_sm90a.cu"
+        ),
+        source_hash: "518da5754bee1f76752ca2f97c4024c7f82cc9b6c66ac1de21b292568391d656",
+    },
+    Kernel {
+        name: "qk_prep_bwd_bf16_d0_v1_sm90a",
+        source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
+        source_hash: "c9279d79a0e6c1516c2e4b1b4111a9ad372f1aa515d39699d7d5b456b625338f",
+    },
+    Kernel {
+        name: "qk_prep_fwd_bf16_d0_v1_sm90a",
+        source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
+        source_hash: "7d536f72c8573614f7421873d18bf6cbe608daef0439c4eb5f6044a24cfc4149",
+    },
+    Kernel {
+        name: "residual_bwd_bf16_d0_v8_sm90a",
+        source: include_str!("kernels/residual_bwd/residual_bwd_bf16_d0_v8_sm90a.cu"),
+        source_hash: "402a07131fce9d026d2ee8e768709298e6858fc2f84f39caa542ca814b1b7901",
+    },
+    Kernel {
+        name: "residual_fwd_bf16_d0_v8_sm90a",
+        source: include_str!("kernels/residual_fwd/residual_fwd_bf16_d0_v8_sm90a.cu"),
+        source_hash: "9809086ad7711cafce9ca43ec7b13b902fa311f162197c3ac78909131f7de921",
+    },
+    Kernel {
+        name: "rope_bf16_d0_v1_sm90a",
+        source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
+        source_hash: "6ee459eab0b7c203532c6217cbc92a66f7205c8fe804ee431aa8b1ea401e4024",
+    },
+    Kernel {
+        name: "silu_bwd_bf16_d0_v8_sm90a",
+        source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
+        source_hash: "841f3ff2867f7cb485b44f8243a43e4230517937d2b6d2924ec46be1280a1bc0",
+    },
+    Kernel {
+        name: "silu_fwd_bf16_d0_v8_sm90a",
+        source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
+        source_hash: "1f8219b9dcd1f553ee259ea2620486ebc213cd9e9340c21ccadad3215fe24e3f",
+    },
+    Kernel {
+        name: "sum_rows_bf16_d0_v4_sm90a",
+        source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
+        source_hash: "4a33fea8a6e1734c4535e9448e1b71e15242e4ab8cf1d5c03b2567ceac97f39e",
+    },
+    Kernel {
+        name: "text_select_bwd_bf16_d0_v8_sm90a",
+        source: include_str!(
+            "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
+        ),
+        source_hash: "5da63645c1e9047c705e9aff46cc2249fe87c92790d690b078cbbf598a279126",
+    },
+    Kernel {
+        name: "text_select_fwd_bf16_d0_v8_sm90a",
+        source: include_str!(
+            "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
+        ),
+        source_hash: "9435aa98d19c774506039129a2a2001f581fb73045cb04f2f89a30e64f93145a",
+    },
+    Kernel {
+        name: "time_embed_bf16_d0_v1_sm90a",
+        source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
+        source_hash: "37e4f7edbe87b53daaaeb4c6d939ba6fc428cfa3790a5e8c25dc46d31bcce717",
+    },
+    Kernel {
+        name: "unpatchify_f32_d0_v1_sm90a",
+        source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
+        source_hash: "5467d818ec4c9341571ef68f62ef1ee841dca8d92f29d7d11e81357b3a76b477",
     },
 ];
 
@@ -170,10 +427,16 @@ pub static KERNELS: &[Kernel] = &[
 pub static HEADERS: &[(&str, &str)] = &[
     ("dsv/attention.cuh", include_str!("../templates/include/dsv/attention.cuh")),
     ("dsv/fragment.cuh", include_str!("../templates/include/dsv/fragment.cuh")),
+    ("dsv/kv_walk.cuh", include_str!("../templates/include/dsv/kv_walk.cuh")),
+    ("dsv/math.cuh", include_str!("../templates/include/dsv/math.cuh")),
     ("dsv/mbarrier.cuh", include_str!("../templates/include/dsv/mbarrier.cuh")),
     ("dsv/mma.cuh", include_str!("../templates/include/dsv/mma.cuh")),
+    ("dsv/operand.cuh", include_str!("../templates/include/dsv/operand.cuh")),
+    ("dsv/patches.cuh", include_str!("../templates/include/dsv/patches.cuh")),
+    ("dsv/philox.cuh", include_str!("../templates/include/dsv/philox.cuh")),
     ("dsv/tma.cuh", include_str!("../templates/include/dsv/tma.cuh")),
     ("dsv/types.cuh", include_str!("../templates/include/dsv/types.cuh")),
+    ("dsv/vector.cuh", include_str!("../templates/include/dsv/vector.cuh")),
     ("dsv/warp.cuh", include_str!("../templates/include/dsv/warp.cuh")),
     ("dsv/wgmma.cuh", include_str!("../templates/include/dsv/wgmma.cuh")),
     ("dsv/wgmma_shapes.cuh", include_str!("../templates/include/dsv/wgmma_shapes.cuh")),

@@ -34,7 +34,7 @@ fn the_committed_tree_is_exact() {
 #[test]
 fn the_committed_tree_is_small() {
     let kernels = committed_specs(&generated()).unwrap().len();
-    assert!(kernels < 80, "{kernels} committed kernels: render rare ones on demand instead");
+    assert!(kernels < 90, "{kernels} committed kernels: render rare ones on demand instead");
 }
 
 #[test]

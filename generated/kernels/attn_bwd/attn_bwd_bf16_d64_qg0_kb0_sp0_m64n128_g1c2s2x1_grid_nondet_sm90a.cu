@@ -27,6 +27,7 @@ constexpr int kBlockM = 64;
 constexpr int kBlockN = 128;
 constexpr int kConsumers = 2;  // warpgroups of 64 KV rows
 constexpr int kStages = 2;
+constexpr bool kDeterministic = false;  // leaves dQ to attn_bwd_dq
 constexpr int kThreads = 384;
 constexpr int kCtasPerSm = 1;
 constexpr int kConsumerRegisters = 232;  // 0: left as compiled
@@ -45,6 +46,10 @@ constexpr int kChunks = kHeadDim / kConsumers / kChunk;                         
 constexpr dsv::uint32 kTileBytesKv = kBlockN * kHeadDim * 2;
 constexpr dsv::uint32 kTileBytesQ = kBlockM * kHeadDim * 2;
 constexpr dsv::uint32 kStatBytes = kBlockM * 4;
+constexpr dsv::uint32 kDsBytes = kDeterministic ? 16 : kBlockN * kBlockM * 2;
+
+// dV beside dP keeps every accumulator and both operands alive at once: 226 registers at head_dim 128.
+constexpr bool kEarlyDv = kHeadDim < 128 || kConsumerRegisters >= 240;
 
 static_assert(kBlockM == 64, "the layout of dQ's accumulator");
 static_assert(kBlockN == kRows * kConsumers, "one wgmma M of 64 rows a consumer");
@@ -74,7 +79,7 @@ struct SharedStorage {
     dsv::uint8 v[kTileBytesKv];  // dV in the epilogue
     dsv::uint8 q[kStages][kTileBytesQ];
     dsv::uint8 d_o[kStages][kTileBytesQ];
-    dsv::uint8 ds[kDsBuffers][kBlockN * kBlockM * 2];  // dS^T, [KV rows][64 queries]
+    dsv::uint8 ds[kDsBuffers][kDsBytes];  // dS^T, [KV rows][64 queries]; unused when kDeterministic
     float lse_log2[kStages][kBlockM];
     float delta[kStages][kBlockM];
     dsv::uint64 full_kv;
@@ -216,7 +221,6 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
         dsv::mbarrier_wait(&smem.full_q[stage], ring.phase);
         const int2 work = smem.work[stage];
         if (work.x < 0) break;
-        dsv::uint8* ds_tile = smem.ds[step % kDsBuffers];
 
         float s[kBlockM / 2];
         float dp[kBlockM / 2];
@@ -246,8 +250,16 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
         }
         dsv::uint32 p_operand[kBlockM / 16][4];
         dsv::to_operand<Element, kBlockM>(p_operand, s);
+        const auto issue_dv = [&] {
+            dsv::pin(dv);
+            dsv::wgmma_fence();
+            dsv::gemm_rs_mn<Element, kHeadDim, kBlockM>(dv, p_operand, smem.d_o[stage]);
+            dsv::wgmma_commit();
+        };
+        if constexpr (kEarlyDv) issue_dv();
 
-        dsv::wgmma_wait<0>();
+        // dP is there; an early dV runs while dS is made.
+        dsv::wgmma_wait<kEarlyDv ? 1 : 0>();
         dsv::pin(dp);
 #pragma unroll
         for (int j = 0; j < kBlockM / 8; ++j) {
@@ -260,40 +272,45 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
         dsv::uint32 ds_operand[kBlockM / 16][4];
         dsv::to_operand<Element, kBlockM>(ds_operand, dp);
 
-        // A lone buffer may still be read by another warp's dQ of the step before.
-        if constexpr (kDsBuffers == 1) dsv::named_sync(kDsBarrier, kConsumerThreads);
-        dsv::store_fragment<kBlockM, kBlockN>(ds_tile, kv_row, ds_operand);
-        dsv::fence_async_proxy();
+        if constexpr (!kDeterministic) {
+            // A lone buffer may still be read by another warp's dQ of the step before.
+            if constexpr (kDsBuffers == 1) dsv::named_sync(kDsBarrier, kConsumerThreads);
+            dsv::store_fragment<kBlockM, kBlockN>(smem.ds[step % kDsBuffers], kv_row, ds_operand);
+            dsv::fence_async_proxy();
+        }
 
-        dsv::pin(dv);
-        dsv::wgmma_fence();
-        dsv::gemm_rs_mn<Element, kHeadDim, kBlockM>(dv, p_operand, smem.d_o[stage]);
-        dsv::wgmma_commit();
-        dsv::named_sync(kDsBarrier, kConsumerThreads);
-
-        float* dq_tile = p.dq_accum + ((dsv::int64{batch} * p.sizes.num_heads + work.y) * tiles + work.x) * (kBlockM * kHeadDim);
-#pragma unroll
-        for (int chunk = 0; chunk < kChunks; ++chunk) {
-            const int column = (consumer * kChunks + chunk) * kChunk;
-            const dsv::uint32 k_offset = column / 64 * dsv::slab_bytes(kBlockN) + column % 64 * 2;
-            float dq[kChunk / 2];
+        if constexpr (!kEarlyDv) issue_dv();
+        const auto issue_dk = [&] {
+            dsv::pin(dk);
             dsv::wgmma_fence();
-            dsv::gemm_ss_mn<Element, kChunk, kBlockN>(dq, ds_tile, smem.k + k_offset);
+            dsv::gemm_rs_mn<Element, kHeadDim, kBlockM>(dk, ds_operand, smem.q[stage]);
             dsv::wgmma_commit();
-            if (chunk == 0) {
-                // dK runs while dQ is reduced.
-                dsv::pin(dk);
+            dsv::wgmma_wait<1>();
+            dsv::pin(dv);
+            release(&smem.empty_do[stage]);
+        };
+        if constexpr (kDeterministic) {
+            issue_dk();
+        } else {
+            dsv::named_sync(kDsBarrier, kConsumerThreads);
+            const dsv::int64 dq_index = (dsv::int64{batch} * p.sizes.num_heads + work.y) * tiles + work.x;
+            float* dq_tile = p.dq_accum + dq_index * (kBlockM * kHeadDim);
+#pragma unroll
+            for (int chunk = 0; chunk < kChunks; ++chunk) {
+                const int column = (consumer * kChunks + chunk) * kChunk;
+                const dsv::uint32 k_offset = column / 64 * dsv::slab_bytes(kBlockN) + column % 64 * 2;
+                float dq[kChunk / 2];
                 dsv::wgmma_fence();
-                dsv::gemm_rs_mn<Element, kHeadDim, kBlockM>(dk, ds_operand, smem.q[stage]);
+                dsv::gemm_ss_mn<Element, kChunk, kBlockN>(dq, smem.ds[step % kDsBuffers], smem.k + k_offset);
                 dsv::wgmma_commit();
-                dsv::wgmma_wait<1>();
-                dsv::pin(dv);
-                release(&smem.empty_do[stage]);
-            } else {
-                dsv::wgmma_wait<0>();
+                if (chunk == 0) {
+                    issue_dk();  // runs while dQ is reduced
+                } else {
+                    dsv::wgmma_wait<0>();
+                }
+                dsv::pin(dq);
+                reduce_dq(dq_tile, column, dq);
             }
-            dsv::pin(dq);
-            reduce_dq(dq_tile, column, dq);
         }
         dsv::wgmma_wait<0>();
         dsv::pin(dk);

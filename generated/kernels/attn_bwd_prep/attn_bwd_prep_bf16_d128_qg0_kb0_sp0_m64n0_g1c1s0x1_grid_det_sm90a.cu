@@ -32,7 +32,7 @@ struct Params {
     const float* d_lse;   // [B, H, Sq], or null
     float* lse_log2;      // [B, H, Sq_padded] out
     float* delta;         // [B, H, Sq_padded] out
-    float* dq_accum;      // [B, H, Sq_padded, D] out: zeros
+    float* dq_accum;      // [B, H, Sq_padded, D] out: zeros; null where attn_bwd_dq follows
     dsv::AttnSizes sizes;
 };
 static_assert(sizeof(Params) == kParamsBytes, "the host's launch parameters have another size");
@@ -44,9 +44,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_prep
     const int lane_in_row = threadIdx.x % kThreadsPerRow;
     const dsv::int64 slab = dsv::int64{batch} * p.sizes.num_heads + head;
 
-    float4* accum = reinterpret_cast<float4*>(p.dq_accum + (slab * p.sizes.seqlen_q_padded + blockIdx.x * kBlockM) * kHeadDim);
+    if (p.dq_accum != nullptr) {
+        float4* accum = reinterpret_cast<float4*>(p.dq_accum + (slab * p.sizes.seqlen_q_padded + blockIdx.x * kBlockM) * kHeadDim);
 #pragma unroll
-    for (int i = 0; i < kBlockM * kHeadDim / 4 / kThreads; ++i) accum[i * kThreads + threadIdx.x] = make_float4(0, 0, 0, 0);
+        for (int i = 0; i < kBlockM * kHeadDim / 4 / kThreads; ++i) accum[i * kThreads + threadIdx.x] = make_float4(0, 0, 0, 0);
+    }
 
 #pragma unroll
     for (int pass = 0; pass < kBlockM / kRowsPerPass; ++pass) {

@@ -12,6 +12,7 @@
 // Shared memory: Q (out in the epilogue) and the ring of K and V.
 #include "dsv/attention.cuh"
 #include "dsv/fragment.cuh"
+#include "dsv/kv_walk.cuh"
 #include "dsv/mbarrier.cuh"
 #include "dsv/tma.cuh"
 #include "dsv/types.cuh"
@@ -36,8 +37,6 @@ constexpr int kParamsBytes = 640;
 
 constexpr bool kDense = kKvBlock == 0;
 constexpr int kRows = 64;                                         // query rows of one consumer
-constexpr int kTilesPerBlock = kDense ? 1 : kKvBlock / kBlockN;   // KV tiles of one listed block
-constexpr int kGroupRows = kDense ? kBlockM : kQueryGroup;
 constexpr int kConsumerThreads = 128 * kConsumers;
 constexpr bool kPingPong = kConsumers > 1;                        // consumers take turns at the tensor cores
 constexpr dsv::uint32 kTileBytesQ = kRows * kHeadDim * 2;
@@ -75,50 +74,16 @@ static_assert(sizeof(SharedStorage) + 1024 <= kSmemBytes, "shared memory with sl
 constexpr int kTurnBarrier = 1;
 constexpr int kEpilogueBarrier = kTurnBarrier + kConsumers;
 
-// The tiles of one CTA, walked from the last listed block to the first: only the first tile taken can be cut.
-struct TileList {
-    const dsv::int32* index;  // this group's list; unused when dense
-    int tiles;
-    int num_kv_blocks;
-    dsv::int32* error_flag;
-
-    // First token of the block at a place of the list; an id out of range is clamped and reported.
-    __device__ __forceinline__ int block_start(int place) const {
-        int block = index[place];
-        if (static_cast<unsigned>(block) >= static_cast<unsigned>(num_kv_blocks)) {
-            atomicOr(error_flag, dsv::kIndexOutOfRange);
-            block = num_kv_blocks - 1;
-        }
-        return block * kKvBlock;
-    }
-};
-
-__device__ __forceinline__ TileList tile_list(const Params& p, int first_row, int head, int batch) {
-    TileList list{nullptr, 0, p.sizes.num_kv_blocks, p.error_flag};
-    if constexpr (kDense) {
-        list.tiles = (p.sizes.seqlen_kv + kBlockN - 1) / kBlockN;
-    } else {
-        const dsv::int64 row = (dsv::int64{batch} * p.sizes.num_heads + head) * p.sizes.num_groups + first_row / kGroupRows;
-        list.index = p.q2k_index + row * p.sizes.max_selected;
-        int count = p.q2k_count[row];
-        if (static_cast<unsigned>(count) > static_cast<unsigned>(p.sizes.max_selected)) {
-            atomicOr(p.error_flag, dsv::kCountOutOfRange);
-            count = count < 0 ? 0 : p.sizes.max_selected;
-        }
-        list.tiles = count * kTilesPerBlock;
-    }
-    return list;
-}
+using Walk = dsv::KvWalk<kQueryGroup, kKvBlock, kBlockN>;
 
 // Feeds Q once, then K and V tile by tile, K one tile ahead so that the next Q K^T never waits for a V.
 __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
     const int3 cta = dsv::cta_index();
     const int first_row = cta.x * kBlockM, head = cta.y, batch = cta.z;
-    const TileList list = tile_list(p, first_row, head, batch);
+    Walk walk(p.q2k_index, p.q2k_count, p.error_flag, p.sizes, first_row, head, batch);
     const int kv_head = head / (p.sizes.num_heads / p.sizes.num_kv_heads);
-    const int lane = threadIdx.x % 32;
-    const bool leader = lane == 0;
-    if (list.tiles == 0) return;
+    const bool leader = threadIdx.x % 32 == 0;
+    if (walk.tiles == 0) return;
     if (leader) {
         dsv::mbarrier_arrive_expect(&smem.full_q, kConsumers * kTileBytesQ);
         for (int c = 0; c < kConsumers; ++c) {
@@ -128,21 +93,10 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
 
     dsv::RingState<kStages> ring_k, ring_v;
     int start_v = 0;
-    int prefetched = 0;  // lane i holds the i-th of the next 32 block starts
-    for (int t = 0; t <= list.tiles; ++t) {
+    for (int t = 0; t <= walk.tiles; ++t) {
         int start_k = 0;
-        if (t < list.tiles) {
-            if constexpr (kDense) {
-                start_k = (list.tiles - 1 - t) * kBlockN;
-            } else {
-                const int walked = t / kTilesPerBlock;
-                const int blocks = list.tiles / kTilesPerBlock;
-                if (t % (32 * kTilesPerBlock) == 0) {
-                    prefetched = walked + lane < blocks ? list.block_start(blocks - 1 - walked - lane) : 0;
-                }
-                start_k = __shfl_sync(0xFFFFFFFF, prefetched, walked % 32);
-                start_k += (kTilesPerBlock - 1 - t % kTilesPerBlock) * kBlockN;
-            }
+        if (t < walk.tiles) {
+            start_k = walk.tile_start(t);
             if (leader) {
                 dsv::mbarrier_wait(&smem.empty_k[ring_k.index], ring_k.phase ^ 1);
                 dsv::mbarrier_arrive_expect(&smem.full_k[ring_k.index], kTileBytesKv);
@@ -193,25 +147,13 @@ struct Softmax {
     }
 };
 
-// Keys at and past `valid` get the logit -inf.
-__device__ __forceinline__ void mask_tail(float (&s)[kBlockN / 2], int valid) {
-    const int column = 2 * (threadIdx.x % 4);
-#pragma unroll
-    for (int j = 0; j < kBlockN / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (8 * j + column + i % 2 >= valid) s[4 * j + i] = -dsv::kInf;
-        }
-    }
-}
-
 __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
     const int3 cta = dsv::cta_index();
     const int first_row = cta.x * kBlockM, head = cta.y, batch = cta.z;
     const int consumer = threadIdx.x / 128;
     const bool warp_leader = threadIdx.x % 32 == 0;
     const int row0 = first_row + consumer * kRows;
-    const TileList list = tile_list(p, first_row, head, batch);
+    const Walk walk(p.q2k_index, p.q2k_count, p.error_flag, p.sizes, first_row, head, batch);
     const float scale_log2 = p.sizes.scale_log2;
 
     float o[kHeadDim / 2];
@@ -219,14 +161,8 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
     for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.0f;
     Softmax softmax;
 
-    if (list.tiles > 0) {
-        // Only the first tile walked reaches past the sequence.
-        int valid = p.sizes.seqlen_kv - kBlockN * (list.tiles - 1);
-        if constexpr (!kDense) {
-            const int last_block = list.block_start(list.tiles / kTilesPerBlock - 1);
-            valid = p.sizes.seqlen_kv - last_block - (kTilesPerBlock - 1) * kBlockN;
-        }
-
+    if (walk.tiles > 0) {
+        int valid = walk.valid_in_first(p.sizes.seqlen_kv);
         dsv::RingState<kStages> ring_k, ring_v;
         dsv::mbarrier_wait(&smem.full_q, 0);
         if constexpr (kPingPong) {
@@ -236,8 +172,8 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
         float s[kBlockN / 2];
         dsv::uint32 probabilities[kBlockN / 16][4];
         float rescale[2];
+        const auto wait_for_keys = [&] { dsv::mbarrier_wait(&smem.full_k[ring_k.index], ring_k.phase); };
         const auto issue_scores = [&] {
-            dsv::mbarrier_wait(&smem.full_k[ring_k.index], ring_k.phase);
             if constexpr (kPingPong) dsv::named_sync(kTurnBarrier + consumer, 256);
             dsv::pin(s);
             dsv::wgmma_fence();
@@ -262,30 +198,36 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
             if (warp_leader) dsv::mbarrier_arrive(barrier);
         };
 
+        wait_for_keys();
         issue_scores();
-        pass_turn(list.tiles == 1);
+        pass_turn(walk.tiles == 1);
         dsv::wgmma_wait<0>();
         dsv::pin(s);
         release(&smem.empty_k[ring_k.index]);
         ring_k.advance();
-        if (valid < kBlockN) mask_tail(s, valid);
+        if (valid < kBlockN) dsv::mask_tail<kBlockN>(s, valid, -dsv::kInf);
         softmax.step(s, scale_log2, rescale);
         dsv::to_operand<Element, kBlockN>(probabilities, s);
+        if (walk.tiles > 1) wait_for_keys();
 
-        for (int t = 1; t < list.tiles; ++t) {
+        for (int t = 1; t < walk.tiles; ++t) {
             issue_scores();
             issue_output();
-            pass_turn(t == list.tiles - 1);
+            pass_turn(t == walk.tiles - 1);
             dsv::wgmma_wait<1>();
             dsv::pin(s);
             release(&smem.empty_k[ring_k.index]);
             ring_k.advance();
             // With tiles smaller than the listed block, the tail may span several of them.
-            if constexpr (kTilesPerBlock > 1) {
+            if constexpr (Walk::kTilesPerBlock > 1) {
                 valid += kBlockN;
-                if (t < kTilesPerBlock && valid < kBlockN) mask_tail(s, valid);
+                if (t < Walk::kTilesPerBlock && valid < kBlockN) dsv::mask_tail<kBlockN>(s, valid, -dsv::kInf);
             }
             softmax.step(s, scale_log2, rescale);
+            dsv::pin(s);
+            // The next keys are awaited here because the loop of that wait keeps the compiler from moving the
+            // exponentials behind the wait for P V, where no product would run under them.
+            if (t + 1 < walk.tiles) wait_for_keys();
             dsv::wgmma_wait<0>();
             dsv::pin(o);
             release(&smem.empty_v[ring_v.index]);
