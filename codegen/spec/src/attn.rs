@@ -217,6 +217,13 @@ impl AttnSpec {
         if !(1..=4).contains(&stages) {
             return Err(SpecError::new("stages", stages, "1 to 4"));
         }
+        if self.op == AttnOp::BwdDq && stages < 2 {
+            return Err(SpecError::new(
+                "stages",
+                stages,
+                "2 to 4: K of the tile before is read while the next arrives",
+            ));
+        }
         if consumers > 3 {
             return Err(SpecError::new(
                 "consumers",

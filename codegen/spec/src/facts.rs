@@ -82,8 +82,7 @@ impl Facts {
                 let smem_bytes = attn_smem_bytes(spec);
                 // A producer warpgroup hands registers over to the consumers (setmaxnreg moves whole warpgroups). With
                 // one consumer, two or three CTAs share a multiprocessor; with more, one CTA fills it.
-                let wide_deterministic =
-                    spec.deterministic() == Deterministic::Yes && spec.head_dim() == 128;
+                let wide_deterministic = spec.deterministic() == Deterministic::Yes && spec.head_dim() == 128;
                 let small_forward = spec.op() == AttnOp::Fwd && spec.head_dim() == 64;
                 let (ctas, consumer_registers, producer_registers) = match (consumers, spec.op()) {
                     (1, AttnOp::Fwd) if small_forward => (3, 136, 24),
