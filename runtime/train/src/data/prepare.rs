@@ -10,9 +10,10 @@
 use super::{Codec, Video, haar, npy, shards, text};
 use crate::durable::{self, RealDisk};
 use crate::tensors::{self, TensorView};
+use rayon::prelude::*;
 use safetensors::Dtype;
 use std::collections::BTreeMap;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -111,7 +112,7 @@ pub struct PrepareReport {
     pub embedded_captions: usize,
     /// Shards written.
     pub shards: Vec<PathBuf>,
-    /// Sources that gave nothing, and why.
+    /// Sources that gave nothing, or less than they hold, and why.
     pub skipped: Vec<(PathBuf, String)>,
 }
 
@@ -237,27 +238,22 @@ pub fn prepare(
             Source::Video(p) | Source::Pictures(p, _) | Source::Array(p) => p,
         };
         let caption = Caption::of(source, args)?;
+        let mut emit = |v| writer.add(path, v, &caption);
         let outcome = match source {
-            Source::Video(path) => {
-                let fps = args.fps.map_or(String::new(), |f| format!("fps={f},"));
-                decode(args, &[Path::new("-i"), path], &fps, None, &mut |v| writer.add(path, v, &caption))?
-            }
-            Source::Pictures(_, files) => {
-                let mut list = String::new();
-                for file in files {
-                    let whole = std::path::absolute(file).unwrap_or_else(|_| file.clone());
-                    list += &format!("file '{}'\n", whole.display().to_string().replace('\'', "'\\''"));
-                }
-                let input = ["-protocol_whitelist", "file,pipe", "-f", "concat", "-safe", "0", "-i", "-"];
-                let input: Vec<&Path> = input.iter().map(Path::new).collect();
-                decode(args, &input, "", Some(list), &mut |v| writer.add(path, v, &caption))?
-            }
-            Source::Array(path) => from_array(args, path, &mut |v| writer.add(path, v, &caption))?,
+            Source::Video(path) => from_video(args, path, &mut emit)?,
+            Source::Pictures(_, files) => from_pictures(args, files, &mut emit)?,
+            Source::Array(path) => from_array(args, path, &mut emit)?,
         };
         let made = writer.report.clips - before;
         writer.report.sources += usize::from(made > 0);
-        if made == 0 && !writer.full() {
-            writer.report.skipped.push((path.clone(), outcome));
+        match outcome {
+            Outcome::Failed(why) => {
+                let kept =
+                    if made > 0 { format!("; the {made} clips before that are kept") } else { String::new() };
+                writer.report.skipped.push((path.clone(), why + &kept));
+            }
+            Outcome::Read(why) if made == 0 => writer.report.skipped.push((path.clone(), why)),
+            Outcome::Read(_) => {}
         }
         progress(path, writer.report.clips);
         if writer.full() {
@@ -420,108 +416,154 @@ impl Windows<'_> {
     }
 }
 
-/// Runs ffmpeg on an input and cuts its frames into clips. Returns why there were none, for the report.
-fn decode(
-    args: &PrepareArgs,
-    input: &[&Path],
-    filter: &str,
-    stdin: Option<String>,
-    emit: &mut dyn FnMut((usize, Video)) -> Result<bool, PrepareError>,
-) -> Result<String, PrepareError> {
+/// How reading a source ended: to its end (or to the last clip wanted), with why it may have given no clip; or
+/// with a failure.
+enum Outcome {
+    Read(String),
+    Failed(String),
+}
+
+/// ffmpeg with everything but its input: pictures scaled to cover the clip's size and cut, as raw RGB.
+fn ffmpeg(args: &PrepareArgs, input: &std::ffi::OsStr, filter: &str) -> Command {
     let (w, h) = (args.width, args.height);
     let filter = format!(
         "{filter}scale={w}:{h}:force_original_aspect_ratio=increase:flags=area,crop={w}:{h},setsar=1"
     );
-    let no_ffmpeg = |source| PrepareError::NoFfmpeg { program: args.ffmpeg.clone(), source };
     let mut command = Command::new(&args.ffmpeg);
-    command.args(["-hide_banner", "-loglevel", "error"]);
-    if stdin.is_none() {
-        command.arg("-nostdin");
+    command.args(["-hide_banner", "-loglevel", "error", "-i"]);
+    command.arg(input);
+    command.args(["-map", "0:v:0", "-vf", &filter, "-fps_mode", "passthrough"]);
+    command.args(["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// The first and the last of ffmpeg's complaints.
+fn complaint(words: &str) -> String {
+    let mut lines = words.lines().map(str::trim).filter(|l| !l.is_empty());
+    match (lines.next(), lines.next_back()) {
+        (Some(first), Some(last)) => format!("{first}; {last}"),
+        (Some(only), None) => only.to_string(),
+        _ => "it said nothing".to_string(),
     }
-    let mut child = command
-        .args(input)
-        .args(["-map", "0:v:0", "-vf", &filter, "-fps_mode", "passthrough"])
-        .args(["-f", "rawvideo", "-pix_fmt", "rgb24", "-"])
-        .stdin(if stdin.is_some() { Stdio::piped() } else { Stdio::null() })
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(no_ffmpeg)?;
-    if let (Some(text), Some(mut pipe)) = (stdin, child.stdin.take()) {
-        // A closed pipe means that ffmpeg already failed; its own words follow below.
-        std::thread::spawn(move || {
-            let _ = pipe.write_all(text.as_bytes());
-        });
-    }
+}
+
+/// Decodes a video and cuts its frames into clips.
+fn from_video(
+    args: &PrepareArgs,
+    path: &Path,
+    emit: &mut dyn FnMut((usize, Video)) -> Result<bool, PrepareError>,
+) -> Result<Outcome, PrepareError> {
+    let no_ffmpeg = |source| PrepareError::NoFfmpeg { program: args.ffmpeg.clone(), source };
+    // "file:" keeps ffmpeg from reading a name as a protocol or an option.
+    let mut input = std::ffi::OsString::from("file:");
+    input.push(path);
+    let fps = args.fps.map_or(String::new(), |f| format!("fps={f},"));
+    let mut child = ffmpeg(args, &input, &fps).stdin(Stdio::null()).spawn().map_err(no_ffmpeg)?;
     let mut stderr = child.stderr.take().expect("piped");
     let words = std::thread::spawn(move || {
-        let mut text = String::new();
-        let _ = stderr.read_to_string(&mut text);
-        text
+        let mut bytes = Vec::new();
+        let _ = stderr.read_to_end(&mut bytes);
+        String::from_utf8_lossy(&bytes).into_owned()
     });
     let mut stdout = child.stdout.take().expect("piped");
-    let mut frame = vec![0u8; w * h * 3];
+    let mut frame = vec![0u8; args.width * args.height * 3];
     let mut windows = Windows { args, held: Vec::new(), first: 0, skip: 0 };
     let mut frames = 0;
-    let mut stopped = false;
-    let result = loop {
-        match stdout.read_exact(&mut frame) {
-            Ok(()) => frames += 1,
-            Err(_) => break Ok(()),
+    let more = loop {
+        if stdout.read_exact(&mut frame).is_err() {
+            break Ok(true);
         }
+        frames += 1;
         match windows.frame(&frame, emit) {
             Ok(true) => {}
-            Ok(false) => {
-                stopped = true;
-                break Ok(());
-            }
-            Err(e) => break Err(e),
+            enough_or_error => break enough_or_error,
         }
     };
     drop(stdout);
-    if result.is_err() || stopped {
+    if !matches!(more, Ok(true)) {
+        // An error only means that it has already ended.
         let _ = child.kill();
     }
     let status = child.wait().map_err(no_ffmpeg)?;
     let words = words.join().unwrap_or_default();
-    result?;
-    let last = words.trim().lines().last().unwrap_or("").to_string();
-    Ok(if !status.success() && !stopped {
-        format!("ffmpeg failed ({status}) after {frames} frames: {last}")
+    Ok(if more? && !status.success() {
+        Outcome::Failed(format!("ffmpeg failed ({status}) after {frames} frames: {}", complaint(&words)))
     } else {
-        format!("{frames} frames, a clip needs {}", args.frames)
+        Outcome::Read(format!("{frames} frames, a clip needs {}", args.frames))
     })
+}
+
+/// Decodes pictures, each by its own ffmpeg (formats and sizes may differ), as the frames of one video.
+fn from_pictures(
+    args: &PrepareArgs,
+    files: &[PathBuf],
+    emit: &mut dyn FnMut((usize, Video)) -> Result<bool, PrepareError>,
+) -> Result<Outcome, PrepareError> {
+    let size = args.width * args.height * 3;
+    let decode = |file: &PathBuf| -> Result<Result<Vec<u8>, String>, PrepareError> {
+        let input = |source| PrepareError::Input { path: file.clone(), source };
+        let picture = std::fs::File::open(file).map_err(input)?;
+        let out = ffmpeg(args, "pipe:0".as_ref(), "")
+            .stdin(picture)
+            .output()
+            .map_err(|source| PrepareError::NoFfmpeg { program: args.ffmpeg.clone(), source })?;
+        Ok(if out.status.success() && out.stdout.len() >= size {
+            Ok(out.stdout[..size].to_vec())
+        } else {
+            let words = complaint(&String::from_utf8_lossy(&out.stderr));
+            Err(format!("ffmpeg failed ({}) on {}: {words}", out.status, file.display()))
+        })
+    };
+    let mut windows = Windows { args, held: Vec::new(), first: 0, skip: 0 };
+    for some in files.chunks(64) {
+        let decoded: Vec<_> = some.par_iter().map(decode).collect();
+        for frame in decoded {
+            match frame? {
+                Err(why) => return Ok(Outcome::Failed(why)),
+                Ok(frame) => {
+                    if !windows.frame(&frame, emit)? {
+                        return Ok(Outcome::Read(String::new()));
+                    }
+                }
+            }
+        }
+    }
+    Ok(Outcome::Read(format!("{} pictures, a clip needs {}", files.len(), args.frames)))
 }
 
 fn from_array(
     args: &PrepareArgs,
     path: &Path,
     emit: &mut dyn FnMut((usize, Video)) -> Result<bool, PrepareError>,
-) -> Result<String, PrepareError> {
+) -> Result<Outcome, PrepareError> {
     let array = match npy::Array::read(path) {
         Ok(array) => array,
-        Err(reason) => return Ok(reason),
+        Err(reason) => return Ok(Outcome::Failed(reason)),
     };
     let s = &array.shape;
     if array.element != npy::Element::U8 || !(4..=5).contains(&s.len()) || s[s.len() - 1] != 3 {
-        return Ok(format!(
+        return Ok(Outcome::Failed(format!(
             "it is {:?} of shape {s:?}; allowed: u8 [T, H, W, 3] or [N, T, H, W, 3]",
             array.element
-        ));
+        )));
     }
     let [t, h, w] = [s[s.len() - 4], s[s.len() - 3], s[s.len() - 2]];
     if h == 0 || w == 0 || t < args.frames {
-        return Ok(format!("its videos have {t} frames of {h} x {w}, a clip needs {}", args.frames));
+        return Ok(Outcome::Read(format!(
+            "its videos have {t} frames of {h} x {w}, a clip needs {}",
+            args.frames
+        )));
     }
     for (n, video) in array.data.chunks_exact(t * h * w * 3).enumerate() {
         let mut windows = Windows { args, held: Vec::new(), first: n * t, skip: 0 };
         for frame in video.chunks_exact(h * w * 3) {
             if !windows.frame(&cover(frame, h, w, args.height, args.width), emit)? {
-                return Ok(String::new());
+                return Ok(Outcome::Read(String::new()));
             }
         }
     }
-    Ok(String::new())
+    Ok(Outcome::Read(String::new()))
 }
 
 /// Scales a picture to cover `[height, width]` by area averages and cuts its middle.
@@ -759,8 +801,30 @@ mod tests {
         let s = Shards::open(&args.out, args.latent_shape(), [8, 64]).unwrap();
         let shown = s.codec().decode(&s.clip(1).unwrap().latents, args.latent_shape()).unwrap();
         assert_eq!(shown.rgb, frames.rgb[4 * 192..8 * 192]);
-        script(&program, "echo 'moov atom not found' >&2; exit 1");
         args.overwrite = true;
+        script(&program, &format!("cat '{}'; echo 'then it broke' >&2; exit 1", video.display()));
+        let report = prepare(&args, |_, _| {}).unwrap();
+        assert_eq!((report.clips, report.skipped.len()), (2, 1));
+        assert!(report.skipped[0].1.ends_with("then it broke; the 2 clips before that are kept"));
+        // Pictures come on the program's input.
+        let folder = dir.path().join("pictures");
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::write(folder.join("caption.txt"), "many things").unwrap();
+        for (i, frame) in frames.rgb.chunks_exact(192).enumerate() {
+            std::fs::write(folder.join(format!("{i}.{}", ["png", "JPG"][i % 2])), frame).unwrap();
+        }
+        script(&program, "cat");
+        let pictures = PrepareArgs { inputs: vec![folder], ..args.clone() };
+        let report = prepare(&pictures, |_, _| {}).unwrap();
+        assert_eq!((report.clips, report.hashed_captions), (2, 2));
+        let s = Shards::open(&args.out, args.latent_shape(), [8, 64]).unwrap();
+        let clip = s.clip(1).unwrap();
+        let shown = s.codec().decode(&clip.latents, args.latent_shape()).unwrap();
+        assert_eq!(
+            (shown.rgb.as_slice(), clip.caption.as_str()),
+            (&frames.rgb[4 * 192..8 * 192], "many things")
+        );
+        script(&program, "echo 'moov atom not found' >&2; exit 1");
         let error = prepare(&args, |_, _| {}).unwrap_err().to_string();
         assert!(error.contains("after 0 frames: moov atom not found") && error.contains("next: "), "{error}");
     }

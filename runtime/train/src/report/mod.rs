@@ -1,0 +1,602 @@
+//! One self-contained HTML file about one run, or several compared: loss, validation, predictors, sparsity,
+//! dispatch, speed, facts, configuration and samples. No script, no font, nothing fetched.
+
+mod plot;
+
+use crate::durable::{RealDisk, write_file};
+use crate::metrics::{self, EvalTriple, MetricsError, Record, StepMetrics};
+use plot::{Chart, Line};
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+
+/// Samples shown of a run, newest last.
+const MAX_GIFS: usize = 4;
+/// Largest sample embedded.
+const MAX_GIF_BYTES: u64 = 8 << 20;
+/// Columns of a heat map over time.
+const MAX_COLUMNS: usize = 96;
+/// Rows of a heat map by block and head; beyond, blocks only.
+const MAX_ROWS: usize = 64;
+
+/// What a report knows of one run.
+#[derive(Clone, Debug, Default)]
+pub struct RunData {
+    /// Name in legends.
+    pub title: String,
+    /// The run as TOML, empty if unknown.
+    pub config: String,
+    /// Facts the run told of itself.
+    pub facts: BTreeMap<String, String>,
+    /// Steps, by step.
+    pub steps: BTreeMap<u64, StepMetrics>,
+    /// Changes of stage: step, stage, reason.
+    pub stages: Vec<(u64, u32, String)>,
+    /// Profiles: step -> sparsity and covered mass, `[layers][heads]`.
+    pub profiles: BTreeMap<u64, Profile>,
+    /// Decisions, by the first step they hold for.
+    pub dispatches: BTreeMap<u64, Dispatch>,
+    /// Validations: steps done -> mean and triples.
+    pub evals: BTreeMap<u64, (f64, Vec<EvalTriple>)>,
+    /// Notes.
+    pub notes: Vec<(u64, String)>,
+    /// GIF files.
+    pub samples: Vec<PathBuf>,
+}
+
+/// Sparsity and covered mass, each `[layers][heads]`.
+pub type Profile = (Vec<Vec<f64>>, Vec<Vec<f64>>);
+
+/// One decision of the dispatcher, for each block.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Dispatch {
+    /// Sparse or dense.
+    pub sparse: Vec<bool>,
+    /// Share of KV its lists skip.
+    pub skipped: Vec<f64>,
+    /// Why.
+    pub why: Vec<String>,
+}
+
+impl RunData {
+    /// Reads a run's folder: `metrics.jsonl`, and the GIFs in it and in `samples/`.
+    pub fn load(dir: &Path) -> Result<RunData, MetricsError> {
+        let mut run = RunData::from_records(metrics::read(&dir.join(metrics::FILE))?);
+        if run.title.is_empty() {
+            run.title = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        }
+        for folder in [dir.to_path_buf(), dir.join("samples")] {
+            let files = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path());
+            run.samples.extend(files.filter(|p| p.extension().is_some_and(|e| e == "gif")));
+        }
+        run.samples.sort();
+        Ok(run)
+    }
+
+    /// From records; of two for the same step the later counts.
+    pub fn from_records(records: Vec<Record>) -> RunData {
+        let mut run = RunData::default();
+        for record in records {
+            match record {
+                Record::Run { title, config, facts, .. } => {
+                    run.title = title;
+                    run.config = config;
+                    run.facts.extend(facts);
+                }
+                Record::Step(s) => {
+                    run.steps.insert(s.step, s);
+                }
+                Record::Stage { step, stage, reason } => run.stages.push((step, stage, reason)),
+                Record::Profile { step, sparsity, covered } => {
+                    run.profiles.insert(step, (sparsity, covered));
+                }
+                Record::Dispatch { step, sparse, skipped, why } => {
+                    run.dispatches.insert(step, Dispatch { sparse, skipped, why });
+                }
+                Record::Eval { step, loss, triples } => {
+                    run.evals.insert(step, (loss, triples));
+                }
+                Record::Note { step, text } => run.notes.push((step, text)),
+            }
+        }
+        run
+    }
+
+    /// Median tokens a second of the steps of a stage, the first of which (warm-up) does not count.
+    fn speed(&self, stage: u32) -> Option<f64> {
+        let mut v: Vec<f64> =
+            self.steps.values().filter(|s| s.stage == stage).skip(1).map(|s| s.tokens_per_s).collect();
+        v.sort_by(f64::total_cmp);
+        (!v.is_empty()).then(|| v[v.len() / 2])
+    }
+
+    /// Mean loss over the last tenth of the steps.
+    fn final_loss(&self) -> Option<f64> {
+        let n = self.steps.len();
+        let last: Vec<f64> = self.steps.values().skip(n - n.div_ceil(10)).map(|s| s.loss).collect();
+        (!last.is_empty()).then(|| last.iter().sum::<f64>() / last.len() as f64)
+    }
+}
+
+/// Writes a report of one run or more to `path`, atomically.
+///
+/// # Errors
+/// The disk's.
+pub fn write(path: &Path, runs: &[RunData]) -> io::Result<()> {
+    let page = page(runs);
+    write_file(&RealDisk, path, |out| out.write_all(page.as_bytes()))
+}
+
+/// Text as HTML.
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+fn mean(rows: &[Vec<f64>]) -> f64 {
+    let n = rows.iter().map(Vec::len).sum::<usize>();
+    rows.iter().flatten().sum::<f64>() / n as f64
+}
+
+const STYLE: &str = "
+:root{color-scheme:light dark;--ink:#1d2330;--soft:#5c6675;--paper:#fff;--line:#d9dee7;--card:#f6f7f9}
+@media(prefers-color-scheme:dark){:root{--ink:#e4e8ef;--soft:#9aa5b5;--paper:#14171d;--line:#323946;--card:#1c2129}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:820px;padding:28px 20px 60px;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
+h1{font-size:24px;margin:0 0 4px}h2{font-size:17px;margin:34px 0 6px}
+p{margin:4px 0 10px;color:var(--soft)}
+svg{width:100%;height:auto;display:block}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{text-align:left;padding:4px 12px 4px 0;border-bottom:1px solid var(--line);vertical-align:top}
+th{font-weight:600}td.n,th.n{text-align:right}
+.wide{overflow-x:auto}
+.legend{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:13px;color:var(--soft);margin:6px 0 0 64px}
+.legend i{display:inline-block;width:14px;height:4px;border-radius:2px;margin-right:6px;vertical-align:middle}
+.ramp{display:flex;align-items:center;gap:8px;font-size:13px;color:var(--soft);margin:6px 0}
+.ramp b{display:inline-block;width:160px;height:10px;border-radius:3px}
+pre{background:var(--card);border:1px solid var(--line);border-radius:6px;padding:12px;overflow-x:auto;font-size:12.5px}
+details{margin:8px 0}summary{cursor:pointer}
+.gifs{display:flex;flex-wrap:wrap;gap:14px}.gifs figure{margin:0}.gifs img{display:block;min-width:160px;image-rendering:pixelated;border-radius:6px}
+figcaption{font-size:13px;color:var(--soft)}
+";
+
+fn page(runs: &[RunData]) -> String {
+    let mut body = String::new();
+    let title = match runs {
+        [one] => one.title.clone(),
+        _ => runs.iter().map(|r| r.title.as_str()).collect::<Vec<_>>().join(" against "),
+    };
+    let _ = write!(body, "<h1>{}</h1>", escape(&title));
+    facts(&mut body, runs);
+    let name = |run: &RunData, what: &str| match (runs.len() > 1, what.is_empty()) {
+        (true, true) => run.title.clone(),
+        (true, false) => format!("{}: {what}", run.title),
+        (false, _) => what.to_string(),
+    };
+    let marks: Vec<(f64, usize)> = runs
+        .iter()
+        .enumerate()
+        .flat_map(|(i, r)| r.stages.iter().map(move |(step, ..)| (*step as f64, i)))
+        .collect();
+    let each = |what: &str, points: &dyn Fn(&RunData) -> Vec<(f64, f64)>| -> Vec<Line> {
+        runs.iter()
+            .enumerate()
+            .map(|(i, r)| Line { name: name(r, what), colour: i, points: points(r) })
+            .collect()
+    };
+    let of_steps = |pick: fn(&StepMetrics) -> Option<f64>| {
+        move |r: &RunData| -> Vec<(f64, f64)> {
+            r.steps.values().filter_map(|s| Some((s.step as f64, pick(s)?))).collect()
+        }
+    };
+    let mut section = |heading: &str, text: &str, y_label: &str, log: bool, range, lines: &[Line]| {
+        if let Some(svg) = (Chart { y_label, log, range, marks: &marks, lines }).svg() {
+            let _ = write!(body, "<h2>{heading}</h2><p>{text}</p>{svg}");
+        }
+    };
+    section(
+        "Training loss",
+        "Flow-matching loss of each step. A dashed line marks the first step of stage 2.",
+        "loss",
+        false,
+        None,
+        &each("", &of_steps(|s| Some(s.loss))),
+    );
+    section(
+        "Validation loss",
+        "Mean over fixed (clip, timestep, noise) triples, the same in every run of one seed.",
+        "loss",
+        false,
+        None,
+        &each("", &|r| r.evals.iter().map(|(step, (loss, _))| (*step as f64, *loss)).collect()),
+    );
+    section(
+        "Predictor loss",
+        "0.95 (1 - cos) + 0.05 (|a| / |b| - 1)^2 of predicted against true centred scores, mean over blocks and heads.",
+        "loss",
+        true,
+        None,
+        &each("", &of_steps(|s| s.predictor_loss)),
+    );
+    section(
+        "Covered mass",
+        "Share of the true attention mass on the KV that the predicted lists keep; mean over blocks and heads.",
+        "share",
+        false,
+        None,
+        &each("", &|r| r.profiles.iter().map(|(s, (_, c))| (*s as f64, mean(c))).collect()),
+    );
+    section(
+        "Sparsity",
+        "Share of KV that is not critical (not needed for theta of the mass), smoothed; mean over blocks and heads.",
+        "share",
+        false,
+        Some((0.0, 1.0)),
+        &each("", &|r| r.profiles.iter().map(|(s, (x, _))| (*s as f64, mean(x))).collect()),
+    );
+    section(
+        "Blocks that ran sparse",
+        "Share of blocks whose attention used KV lists.",
+        "share",
+        false,
+        Some((0.0, 1.0)),
+        &each("", &of_steps(|s| Some(s.sparse_share))),
+    );
+    section(
+        "Speed",
+        "Video tokens a second, each step.",
+        "tokens/s",
+        false,
+        None,
+        &each("", &of_steps(|s| Some(s.tokens_per_s))),
+    );
+    for run in runs {
+        heat_maps(&mut body, run, runs.len() > 1);
+    }
+    paired(&mut body, runs);
+    for run in runs {
+        let of = if runs.len() > 1 { format!(" of {}", escape(&run.title)) } else { String::new() };
+        if let Some((step, Dispatch { sparse, skipped, why })) = run.dispatches.last_key_value() {
+            let _ = write!(
+                body,
+                "<h2>Last decision{of}</h2><p>Made before step {step}.</p><div class=\"wide\"><table><tr><th class=\"n\">block</th><th>attention</th><th class=\"n\">skipped</th><th>why</th></tr>"
+            );
+            for (b, is_sparse) in sparse.iter().enumerate() {
+                let _ = write!(
+                    body,
+                    "<tr><td class=\"n\">{b}</td><td>{}</td><td class=\"n\">{}</td><td>{}</td></tr>",
+                    if *is_sparse { "sparse" } else { "dense" },
+                    skipped.get(b).map_or(String::new(), |s| format!("{:.0} %", s * 100.0)),
+                    why.get(b).map_or(String::new(), |w| escape(w)),
+                );
+            }
+            body += "</table></div>";
+        }
+        gifs(&mut body, run, &of);
+        if !run.notes.is_empty() {
+            let _ = write!(body, "<h2>Notes{of}</h2><table>");
+            for (step, text) in &run.notes {
+                let _ = write!(body, "<tr><td class=\"n\">{step}</td><td>{}</td></tr>", escape(text));
+            }
+            body += "</table>";
+        }
+        if !run.config.is_empty() {
+            let _ = write!(
+                body,
+                "<h2>Configuration{of}</h2><details><summary>Every key</summary><pre>{}</pre></details>",
+                escape(&run.config)
+            );
+        }
+    }
+    format!(
+        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width,initial-scale=1\"><title>{}</title><style>{STYLE}</style></head><body>\n{body}\n</body></html>\n",
+        escape(&title)
+    )
+}
+
+fn facts(body: &mut String, runs: &[RunData]) {
+    let mut rows: Vec<(String, Vec<String>)> = Vec::new();
+    let mut row = |label: &str, value: &dyn Fn(&RunData) -> Option<String>| {
+        let values: Vec<Option<String>> = runs.iter().map(value).collect();
+        if values.iter().any(Option::is_some) {
+            rows.push((label.to_string(), values.into_iter().map(Option::unwrap_or_default).collect()));
+        }
+    };
+    let four = |x: f64| format!("{x:.4}");
+    row("Steps", &|r| r.steps.last_key_value().map(|(s, _)| (s + 1).to_string()));
+    row("Stage 2 from step", &|r| {
+        r.stages.iter().rfind(|(_, stage, _)| *stage == 2).map(|(s, _, why)| format!("{s} ({why})"))
+    });
+    row("Loss, last tenth", &|r| r.final_loss().map(four));
+    row("Validation loss, last", &|r| r.evals.last_key_value().map(|(_, (l, _))| four(*l)));
+    row("Predictor loss, last", &|r| r.steps.values().rev().find_map(|s| s.predictor_loss).map(four));
+    row("Covered mass, last", &|r| r.profiles.last_key_value().map(|(_, (_, c))| four(mean(c))));
+    row("Sparsity, last", &|r| r.profiles.last_key_value().map(|(_, (s, _))| four(mean(s))));
+    row("Blocks sparse in stage 2, mean", &|r| {
+        let v: Vec<f64> = r.steps.values().filter(|s| s.stage == 2).map(|s| s.sparse_share).collect();
+        (!v.is_empty()).then(|| format!("{:.0} %", v.iter().sum::<f64>() / v.len() as f64 * 100.0))
+    });
+    for (stage, label) in
+        [(0, "Tokens/s, full attention"), (1, "Tokens/s, stage 1"), (2, "Tokens/s, stage 2")]
+    {
+        row(label, &|r| r.speed(stage).map(plot::number));
+    }
+    row("Skipped updates", &|r| {
+        let n = r.steps.values().filter(|s| s.skipped.is_some()).count();
+        (n > 0).then(|| n.to_string())
+    });
+    let keys: std::collections::BTreeSet<&String> = runs.iter().flat_map(|r| r.facts.keys()).collect();
+    for key in keys {
+        row(key, &|r| r.facts.get(key).cloned());
+    }
+    *body += "<div class=\"wide\"><table>";
+    if runs.len() > 1 {
+        *body += "<tr><th></th>";
+        for run in runs {
+            let _ = write!(body, "<th>{}</th>", escape(&run.title));
+        }
+        *body += "</tr>";
+    }
+    for (label, values) in rows {
+        let _ = write!(body, "<tr><th>{}</th>", escape(&label));
+        for value in values {
+            let _ = write!(body, "<td>{}</td>", escape(&value));
+        }
+        *body += "</tr>";
+    }
+    *body += "</table></div>";
+}
+
+fn heat_maps(body: &mut String, run: &RunData, several: bool) {
+    let Some((last_step, (last, last_covered))) = run.profiles.last_key_value() else { return };
+    let of = if several { format!(" of {}", escape(&run.title)) } else { String::new() };
+    let stops: Vec<String> = (0..=8)
+        .map(|i| {
+            let (r, g, b) = plot::ramp(f64::from(i) / 8.0);
+            format!("rgb({r},{g},{b})")
+        })
+        .collect();
+    let legend = format!(
+        "<div class=\"ramp\">0 <b style=\"background:linear-gradient(90deg,{})\"></b> 1</div>",
+        stops.join(",")
+    );
+    let (layers, heads) = (last.len(), last.iter().map(Vec::len).max().unwrap_or(0));
+    let by_head = layers * heads <= MAX_ROWS;
+    // Profiles over time, thinned evenly, the last always shown.
+    let all: Vec<(&u64, &Profile)> = run.profiles.iter().collect();
+    let every = all.len().div_ceil(MAX_COLUMNS);
+    let shown: Vec<&(&u64, &Profile)> = all.iter().rev().step_by(every).rev().collect();
+    let steps: Vec<String> = shown.iter().map(|(s, _)| s.to_string()).collect();
+    let over_time = |pick: fn(&Profile) -> &Vec<Vec<f64>>| -> (Vec<Vec<f64>>, Vec<String>) {
+        let value = |p: &Profile, l: usize, h: Option<usize>| {
+            let row = pick(p).get(l);
+            match h {
+                Some(h) => row.and_then(|r| r.get(h)).copied().unwrap_or(f64::NAN),
+                None => row.map_or(f64::NAN, |r| r.iter().sum::<f64>() / r.len() as f64),
+            }
+        };
+        let mut rows = Vec::new();
+        let mut labels = Vec::new();
+        for l in 0..layers {
+            if by_head {
+                for h in 0..heads {
+                    rows.push(shown.iter().map(|(_, p)| value(p, l, Some(h))).collect());
+                    labels.push(format!("block {l} h{h}"));
+                }
+            } else {
+                rows.push(shown.iter().map(|(_, p)| value(p, l, None)).collect());
+                labels.push(format!("block {l}"));
+            }
+        }
+        (rows, labels)
+    };
+    let unit = if by_head { "block and head" } else { "block" };
+    for (heading, pick) in [
+        ("Sparsity", (|p: &Profile| &p.0) as fn(&Profile) -> &Vec<Vec<f64>>),
+        ("Covered mass", |p: &Profile| &p.1),
+    ] {
+        let (rows, labels) = over_time(pick);
+        if let Some(svg) = plot::heat_map(&rows, &labels, &steps, "step") {
+            let _ = write!(body, "<h2>{heading} by {unit} over time{of}</h2>{legend}{svg}");
+        }
+    }
+    if !by_head {
+        let blocks: Vec<String> = (0..layers).map(|l| format!("block {l}")).collect();
+        let names: Vec<String> = (0..heads).map(|h| h.to_string()).collect();
+        for (heading, rows) in [("Sparsity", last), ("Covered mass", last_covered)] {
+            if let Some(svg) = plot::heat_map(rows, &blocks, &names, "head") {
+                let _ =
+                    write!(body, "<h2>{heading} by block and head at step {last_step}{of}</h2>{legend}{svg}");
+            }
+        }
+    }
+}
+
+/// Validation of each later run against the first, on the triples both have, at the last step both have.
+fn paired(body: &mut String, runs: &[RunData]) {
+    let Some((first, others)) = runs.split_first() else { return };
+    for other in others {
+        let common = first.evals.keys().rev().find(|s| other.evals.contains_key(*s));
+        let Some(step) = common else { continue };
+        let key = |t: &EvalTriple| (t.clip.clone(), t.t.to_bits());
+        let theirs: BTreeMap<_, f64> = other.evals[step].1.iter().map(|t| (key(t), t.loss)).collect();
+        let pairs: Vec<(&EvalTriple, f64)> =
+            first.evals[step].1.iter().filter_map(|t| Some((t, *theirs.get(&key(t))?))).collect();
+        if pairs.is_empty() {
+            continue;
+        }
+        let n = pairs.len() as f64;
+        let differences: Vec<f64> = pairs.iter().map(|(t, loss)| loss - t.loss).collect();
+        let m = differences.iter().sum::<f64>() / n;
+        let variance = differences.iter().map(|d| (d - m).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
+        let error = (variance / n).sqrt();
+        let base = pairs.iter().map(|(t, _)| t.loss).sum::<f64>() / n;
+        let (a, b) = (escape(&first.title), escape(&other.title));
+        let _ = write!(
+            body,
+            "<h2>{b} against {a}, paired</h2><p>{} triples after {step} steps. Mean difference {m:+.5} ({:+.2} %), standard error {error:.5}; {b} is lower on {} of them.</p><details><summary>Every triple</summary><div class=\"wide\"><table><tr><th>clip</th><th class=\"n\">t</th><th class=\"n\">{a}</th><th class=\"n\">{b}</th><th class=\"n\">difference</th></tr>",
+            pairs.len(),
+            m / base * 100.0,
+            differences.iter().filter(|d| **d < 0.0).count(),
+        );
+        for (t, loss) in &pairs {
+            let _ = write!(
+                body,
+                "<tr><td>{}</td><td class=\"n\">{:.3}</td><td class=\"n\">{:.5}</td><td class=\"n\">{loss:.5}</td><td class=\"n\">{:+.5}</td></tr>",
+                escape(&t.clip),
+                t.t,
+                t.loss,
+                loss - t.loss,
+            );
+        }
+        *body += "</table></div></details>";
+    }
+}
+
+fn gifs(body: &mut String, run: &RunData, of: &str) {
+    let newest = &run.samples[run.samples.len().saturating_sub(MAX_GIFS)..];
+    let mut figures = String::new();
+    for path in newest {
+        let small = std::fs::metadata(path).is_ok_and(|m| m.len() <= MAX_GIF_BYTES);
+        let Some(bytes) = small.then(|| std::fs::read(path).ok()).flatten() else { continue };
+        let caption = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let _ = write!(
+            figures,
+            "<figure><img alt=\"{0}\" src=\"data:image/gif;base64,{1}\"><figcaption>{0}</figcaption></figure>",
+            escape(&caption),
+            base64(&bytes)
+        );
+    }
+    if !figures.is_empty() {
+        let _ = write!(body, "<h2>Samples{of}</h2><div class=\"gifs\">{figures}</div>");
+    }
+}
+
+fn base64(data: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut out = String::with_capacity(data.len().div_ceil(3) * 4);
+    for chunk in data.chunks(3) {
+        let byte = |i: usize| u32::from(chunk.get(i).copied().unwrap_or(0));
+        let bits = byte(0) << 16 | byte(1) << 8 | byte(2);
+        for i in 0..4 {
+            let digit = DIGITS[(bits >> (18 - 6 * i) & 63) as usize] as char;
+            out.push(if i <= chunk.len() { digit } else { '=' });
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(title: &str, stage: u32, offset: f64, layers: usize) -> Vec<Record> {
+        let mut records = vec![Record::Run {
+            step: 0,
+            title: title.into(),
+            config: "preset = \"tiny\" # <x>\n".into(),
+            facts: BTreeMap::from([("Device".to_string(), "CPU & co".to_string())]),
+        }];
+        for step in 0..60u64 {
+            records.push(Record::Step(StepMetrics {
+                step,
+                stage: if stage == 0 { 0 } else { 1 + u32::from(step >= 30) },
+                loss: 1.0 / (1.0 + step as f64) + offset,
+                tokens_per_s: 1000.0 + step as f64,
+                predictor_loss: (stage > 0).then(|| 0.5 / (1.0 + step as f64)),
+                sparse_share: if stage > 0 && step >= 30 { 0.9 } else { 0.0 },
+                ..StepMetrics::default()
+            }));
+            if stage > 0 && step % 5 == 0 {
+                let rows = |x: f64| vec![vec![x, x + 0.05]; layers];
+                records.push(Record::Profile {
+                    step,
+                    sparsity: rows(0.5 + step as f64 / 200.0),
+                    covered: rows(0.9),
+                });
+            }
+        }
+        if stage > 0 {
+            records.push(Record::Stage { step: 30, stage: 2, reason: "step 30 reached".into() });
+            records.push(Record::Dispatch {
+                step: 40,
+                sparse: vec![true, false],
+                skipped: vec![0.8, 0.0],
+                why: vec!["forced".into(), "below <crossover>".into()],
+            });
+        }
+        let triples = (0..4)
+            .map(|i| EvalTriple {
+                clip: format!("c{i}"),
+                t: f64::from(i) / 4.0,
+                loss: 0.5 + offset * f64::from(i),
+            })
+            .collect();
+        records.push(Record::Eval { step: 60, loss: 0.5 + offset * 1.5, triples });
+        records
+    }
+
+    #[test]
+    fn two_runs_are_compared_in_one_self_contained_page() {
+        let dir = tempfile::tempdir().unwrap();
+        let folders = [dir.path().join("full"), dir.path().join("dsv")];
+        for (folder, records) in folders.iter().zip([run("full", 0, 0.0, 2), run("DSV", 2, 0.01, 2)]) {
+            let mut m = metrics::Metrics::open(folder, None).unwrap();
+            records.iter().for_each(|r| m.write(r).unwrap());
+        }
+        let video = crate::data::procedural::Scene::new(1, 1).render(2, 8, 8);
+        crate::gif::write(&folders[1].join("samples/step-60.gif"), &video, 8, 1).unwrap();
+        let runs: Vec<RunData> = folders.iter().map(|f| RunData::load(f).unwrap()).collect();
+        let path = dir.path().join("report.html");
+        write(&path, &runs).unwrap();
+        let page = std::fs::read_to_string(&path).unwrap();
+        for wanted in [
+            "<h1>full against DSV</h1>",
+            "Training loss",
+            "Predictor loss",
+            "Covered mass by block and head over time of DSV",
+            "Sparsity by block and head over time of DSV",
+            "Blocks that ran sparse",
+            "Speed",
+            "DSV against full, paired",
+            "4 triples after 60 steps. Mean difference +0.01500 (+3.00 %)",
+            "lower on 0 of them",
+            "30 (step 30 reached)",
+            "below &lt;crossover&gt;",
+            "CPU &amp; co",
+            "data:image/gif;base64,R0lGOD",
+            "preset = &quot;tiny&quot; # &lt;x&gt;",
+            "prefers-color-scheme:dark",
+        ] {
+            assert!(page.contains(wanted), "{wanted}");
+        }
+        for never in ["<script", "http://cdn", "https://", "@import", "<link", "NaN"] {
+            assert!(!page.contains(never), "{never}");
+        }
+        assert_eq!(page.matches("<svg").count(), page.matches("</svg>").count());
+    }
+
+    #[test]
+    fn many_heads_are_shown_by_block_and_once_by_head() {
+        let page = page(&[RunData::from_records(run("large", 2, 0.0, 40))]);
+        assert!(
+            page.contains("Sparsity by block over time")
+                && page.contains("Sparsity by block and head at step 55")
+        );
+    }
+
+    #[test]
+    fn an_empty_run_still_gives_a_page() {
+        let page = page(&[RunData { title: "none".into(), ..RunData::default() }]);
+        assert!(page.contains("<h1>none</h1>") && !page.contains("<svg"));
+    }
+
+    #[test]
+    fn base64_is_rfc_4648() {
+        for (text, encoded) in
+            [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")]
+        {
+            assert_eq!(base64(text.as_bytes()), encoded);
+        }
+    }
+}
