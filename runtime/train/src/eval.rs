@@ -3,6 +3,7 @@
 use crate::config::Config;
 use crate::data::Dataset;
 use crate::engine::{Engine, EngineError};
+use crate::metrics::EvalTriple;
 use crate::model::{BlockAttention, Model};
 use crate::predictor::PredictorTask;
 use crate::rng::{self, Purpose};
@@ -14,7 +15,7 @@ pub const TIMES_PER_CLIP: usize = 4;
 /// Seed of the triples' noise: the same in every run, whatever its seed.
 const NOISE_SEED: u64 = 0x4556_414c;
 
-/// Losses of all triples, in a fixed order: clip by clip, [`TIMES_PER_CLIP`] each.
+/// All triples, in a fixed order: clip by clip, [`TIMES_PER_CLIP`] each.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EvalResult {
     /// Optimizer steps of the weights.
@@ -23,8 +24,8 @@ pub struct EvalResult {
     pub sparse_share: f64,
     /// The data the triples come from (the run's fingerprint of `[model]` and `[data]`).
     pub fingerprint: String,
-    /// Loss of each triple.
-    pub losses: Vec<f64>,
+    /// Every triple.
+    pub triples: Vec<EvalTriple>,
 }
 
 /// Two evaluations of the same triples.
@@ -52,20 +53,24 @@ pub struct PairError {
 impl EvalResult {
     /// Mean loss.
     pub fn mean(&self) -> f64 {
-        self.losses.iter().sum::<f64>() / self.losses.len().max(1) as f64
+        self.triples.iter().map(|t| t.loss).sum::<f64>() / self.triples.len().max(1) as f64
     }
 
     /// Pairs two evaluations of the same triples.
     pub fn paired(&self, other: &EvalResult) -> Result<Paired, PairError> {
         let refuse = |reason: String| Err(PairError { reason });
-        if self.losses.len() != other.losses.len() {
-            return refuse(format!("{} triples against {}", self.losses.len(), other.losses.len()));
+        let (a, b) = (&self.triples, &other.triples);
+        if a.len() != b.len() {
+            return refuse(format!("{} triples against {}", a.len(), b.len()));
         }
         if self.fingerprint != other.fingerprint {
             return refuse("they come from runs of another model or data".into());
         }
-        let n = self.losses.len() as f64;
-        let differences: Vec<f64> = self.losses.iter().zip(&other.losses).map(|(a, b)| a - b).collect();
+        if let Some((a, b)) = a.iter().zip(b).find(|(a, b)| (&a.clip, a.t) != (&b.clip, b.t)) {
+            return refuse(format!("clip {} at {} stands against clip {} at {}", a.clip, a.t, b.clip, b.t));
+        }
+        let n = a.len() as f64;
+        let differences: Vec<f64> = a.iter().zip(b).map(|(a, b)| a.loss - b.loss).collect();
         let mean = differences.iter().sum::<f64>() / n;
         let variance = differences.iter().map(|d| (d - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
         Ok(Paired {
@@ -95,11 +100,10 @@ pub fn evaluate(
     step: u64,
 ) -> Result<EvalResult, crate::run::RunError> {
     let batch = model.shape.patch.batch;
-    let clips = data.validation_len();
-    let total = clips * TIMES_PER_CLIP;
-    let mut losses = Vec::with_capacity(total);
-    let triples: Vec<usize> = (0..total).collect();
-    for chunk in triples.chunks(batch) {
+    let total = data.validation_len() * TIMES_PER_CLIP;
+    let mut triples = Vec::with_capacity(total);
+    let numbers: Vec<usize> = (0..total).collect();
+    for chunk in numbers.chunks(batch) {
         // A short last batch is filled with its last triple, whose extra losses are dropped.
         let filled: Vec<usize> = (0..batch).map(|i| chunk[i.min(chunk.len() - 1)]).collect();
         let clips =
@@ -117,14 +121,18 @@ pub fn evaluate(
         model.forward(engine, attention, PredictorTask::default());
         model.loss(engine, None);
         let read = engine.read_f32(model.io.loss)?;
-        losses.extend(read.iter().take(chunk.len()).map(|&x| f64::from(x)));
+        triples.extend((0..chunk.len()).map(|i| EvalTriple {
+            clip: clips[i].id.clone(),
+            t: f64::from(times[i]),
+            loss: f64::from(read[i]),
+        }));
     }
     let sparse = attention.iter().filter(|a| **a != BlockAttention::Dense).count();
     Ok(EvalResult {
         step,
         sparse_share: sparse as f64 / attention.len().max(1) as f64,
         fingerprint: config.fingerprint(),
-        losses,
+        triples,
     })
 }
 
@@ -147,7 +155,9 @@ mod tests {
     use super::*;
 
     fn result(losses: &[f64]) -> EvalResult {
-        EvalResult { step: 1, sparse_share: 0.0, fingerprint: "x".into(), losses: losses.to_vec() }
+        let triple = |(i, &loss): (usize, &f64)| EvalTriple { clip: i.to_string(), t: 0.5, loss };
+        let triples = losses.iter().enumerate().map(triple).collect();
+        EvalResult { step: 1, sparse_share: 0.0, fingerprint: "x".into(), triples }
     }
 
     #[test]
@@ -163,5 +173,8 @@ mod tests {
         assert!(result(&[1.0]).paired(&result(&[1.0, 2.0])).unwrap_err().to_string().contains("1 triples"));
         let other = EvalResult { fingerprint: "y".into(), ..result(&[1.0]) };
         assert!(result(&[1.0]).paired(&other).is_err());
+        let mut other = result(&[1.0]);
+        other.triples[0].clip = "another".into();
+        assert!(result(&[1.0]).paired(&other).unwrap_err().to_string().contains("another"));
     }
 }

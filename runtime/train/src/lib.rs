@@ -16,6 +16,7 @@ pub mod model;
 pub mod params;
 pub mod plan;
 pub mod predictor;
+pub mod recorder;
 pub mod report;
 pub mod rng;
 pub mod run;

@@ -92,13 +92,13 @@ pub enum Progress {
     },
     /// A step, a stage, a decision or a profile.
     Train(Event),
-    /// Speed since the last reading.
+    /// Speed since the last reading, told before the steps it is about.
     Speed {
         /// Video tokens a second.
         tokens_per_second: f64,
         /// Milliseconds a step.
         step_ms: f64,
-        /// Steps read so far.
+        /// The last step it is about.
         step: u64,
     },
     /// A validation.
@@ -238,9 +238,6 @@ impl Session<'_> {
     fn tell_all(&mut self, events: &mut Vec<Event>) -> Result<(), RunError> {
         let steps: Vec<u64> =
             events.iter().filter_map(|e| if let Event::Step(r) = e { Some(r.step) } else { None }).collect();
-        for event in events.drain(..) {
-            self.tell(Progress::Train(event))?;
-        }
         if let Some(&step) = steps.last() {
             let now = Instant::now();
             if let Some(before) = self.read_back.replace(now) {
@@ -250,6 +247,9 @@ impl Session<'_> {
                 let tokens_per_second = (clips * self.config.tokens()) as f64 / seconds;
                 self.tell(Progress::Speed { tokens_per_second, step_ms: 1e3 * seconds, step })?;
             }
+        }
+        for event in events.drain(..) {
+            self.tell(Progress::Train(event))?;
         }
         Ok(())
     }

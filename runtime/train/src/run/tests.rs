@@ -51,7 +51,7 @@ fn a_whole_run_leaves_checkpoint_and_sample_and_can_be_evaluated() {
     let evals: Vec<&EvalResult> =
         seen.iter().filter_map(|p| if let Progress::Eval(r) = p { Some(r) } else { None }).collect();
     assert_eq!(evals.iter().map(|e| e.step).collect::<Vec<_>>(), [0, 4, 8]);
-    assert_eq!((evals[0].losses.len(), evals[2].sparse_share), (2 * eval::TIMES_PER_CLIP, 1.0));
+    assert_eq!((evals[0].triples.len(), evals[2].sparse_share), (2 * eval::TIMES_PER_CLIP, 1.0));
 
     // The checkpoint, opened for inference with another batch, gives the same losses.
     let mut trained = open_trained(dir.path(), None, 3, &[]).unwrap();

@@ -1,0 +1,328 @@
+//! `dsv-train`: train a video DiT, prepare its data, plan, evaluate, sample, report.
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use dsv_train::config::Config;
+use dsv_train::data::{Dataset, prepare};
+use dsv_train::engine;
+use dsv_train::eval::{self, EvalResult};
+use dsv_train::model::BlockAttention;
+use dsv_train::recorder::Recorder;
+use dsv_train::report::{self, RunData};
+use dsv_train::run::{self, Existing};
+use dsv_train::sample;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+#[derive(Parser)]
+#[command(
+    name = "dsv-train",
+    version,
+    about = "Train a video diffusion transformer with dynamic sparse attention"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train, through both stages; leaves checkpoints, metrics, report.html and a sample
+    Run(RunArgs),
+    /// Turn videos, folders of pictures or .npy arrays into shards of latents
+    Prepare(prepare::PrepareArgs),
+    /// Sample clips from a trained run
+    Sample(SampleArgs),
+    /// Validation loss of a trained run on fixed (clip, timestep, noise) triples
+    Eval(EvalArgs),
+    /// Memory and arithmetic of a run, and every configuration key with its meaning (TOML on standard output)
+    Plan(ConfigArgs),
+    /// One HTML report of one run or several compared
+    Report(ReportArgs),
+}
+
+#[derive(Args)]
+struct ConfigArgs {
+    /// TOML file; what it lacks comes from the preset
+    #[arg(value_name = "CONFIG")]
+    file: Option<PathBuf>,
+    /// The same, as an option
+    #[arg(long, value_name = "CONFIG", conflicts_with = "file")]
+    config: Option<PathBuf>,
+    /// Values to start from: tiny, 0.8b, 2.7b, 30b [default: the file's, else tiny]
+    #[arg(long)]
+    preset: Option<String>,
+    /// Overrides, as section.key=value
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+}
+
+impl ConfigArgs {
+    fn load(&self) -> anyhow::Result<Config> {
+        let file = self.file.as_deref().or(self.config.as_deref());
+        Ok(Config::load(file, self.preset.as_deref(), &self.sets)?)
+    }
+}
+
+#[derive(Args)]
+struct RunArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Folder for everything the run writes [default: out.dir]
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// Go on from the newest valid checkpoint of the folder
+    #[arg(long)]
+    resume: bool,
+    /// Delete the folder's checkpoints and begin anew
+    #[arg(long, conflicts_with = "resume")]
+    overwrite: bool,
+}
+
+#[derive(Args)]
+struct TrainedArgs {
+    /// Folder of the run
+    #[arg(long)]
+    out: PathBuf,
+    /// One checkpoint's folder [default: the newest valid one]
+    #[arg(long)]
+    checkpoint: Option<PathBuf>,
+    /// Overrides of the run's configuration, as section.key=value
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Attention of the blocks
+    #[arg(long, value_enum, default_value = "trained")]
+    attention: Attention,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Attention {
+    /// As the dispatcher had it when the checkpoint was made
+    Trained,
+    /// Full attention in every block
+    Dense,
+}
+
+#[derive(Args)]
+struct SampleArgs {
+    #[command(flatten)]
+    trained: TrainedArgs,
+    /// Captions, one clip each [default: those of the first held-out clips]
+    #[arg(long = "caption")]
+    captions: Vec<String>,
+    /// Clips, where no captions are given
+    #[arg(long, default_value_t = 4)]
+    count: usize,
+    /// Seed of the noise
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Folder for sample.gif [default: the run's folder, in samples/]
+    #[arg(long)]
+    to: Option<PathBuf>,
+}
+
+#[derive(Args)]
+struct EvalArgs {
+    #[command(flatten)]
+    trained: TrainedArgs,
+    /// Clips at a time [default: data.batch_size]
+    #[arg(long)]
+    batch: Option<usize>,
+    /// Write every triple's loss to this JSON file
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// JSON file of another evaluation to pair this one with
+    #[arg(long)]
+    against: Option<PathBuf>,
+}
+
+#[derive(Args)]
+struct ReportArgs {
+    /// Folders of runs
+    #[arg(required = true)]
+    runs: Vec<PathBuf>,
+    /// The file [default: report.html in the first folder]
+    #[arg(long)]
+    out: Option<PathBuf>,
+}
+
+fn main() {
+    let result = match Cli::parse().command {
+        Command::Run(args) => train(&args),
+        Command::Prepare(args) => prepare_shards(&args),
+        Command::Sample(args) => sample_clips(&args),
+        Command::Eval(args) => evaluate(&args),
+        Command::Plan(args) => plan(&args),
+        Command::Report(args) => write_report(&args.runs, args.out),
+    };
+    if let Err(error) = result {
+        eprintln!("error: {error:#}");
+        std::process::exit(1);
+    }
+}
+
+fn train(args: &RunArgs) -> anyhow::Result<()> {
+    let mut config = args.config.load()?;
+    if args.resume
+        && args.config.file.is_none()
+        && args.config.config.is_none()
+        && args.config.preset.is_none()
+    {
+        // A resumed run goes on with the configuration it began with.
+        let dir = args.out.clone().unwrap_or(config.out.dir.clone());
+        let file = dir.join("config.toml");
+        if file.exists() {
+            config = Config::load(Some(&file), None, &args.config.sets)?;
+            config.out.dir = dir;
+        }
+    }
+    if let Some(out) = &args.out {
+        config.out.dir = out.clone();
+    }
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+        // The second signal ends the program at once; the first asks for a checkpoint.
+        signal_hook::flag::register_conditional_shutdown(signal, 1, stop.clone())?;
+        signal_hook::flag::register(signal, stop.clone())?;
+    }
+    let existing = match (args.resume, args.overwrite) {
+        (true, _) => Existing::Resume,
+        (_, true) => Existing::Overwrite,
+        _ => Existing::Refuse,
+    };
+    let engine = engine::open(&config.device)?;
+    let mut recorder = Recorder::new(&config);
+    let outcome = run::run(&config, engine, existing, &stop, &mut recorder);
+    recorder.finish();
+    let outcome = outcome?;
+    let out = &config.out.dir;
+    let page = out.join("report.html");
+    let data = RunData::load(out)?;
+    report::write(&page, &[data]).with_context(|| format!("cannot write {}", page.display()))?;
+    println!("checkpoint  {}", outcome.checkpoint.display());
+    println!("report      {}", page.display());
+    match outcome.sample {
+        Some(sample) => println!("sample      {}", sample.display()),
+        None => println!(
+            "stopped after {} of {} steps; to go on: dsv-train run --resume --out {}",
+            outcome.step,
+            config.train.steps,
+            out.display()
+        ),
+    }
+    Ok(())
+}
+
+fn prepare_shards(args: &prepare::PrepareArgs) -> anyhow::Result<()> {
+    let report = prepare::prepare(args, |source, clips| eprintln!("{clips:>6} clips  {}", source.display()))?;
+    for (source, why) in &report.skipped {
+        eprintln!("skipped {}: {why}", source.display());
+    }
+    let [channels, frames, height, width] = args.latent_shape();
+    println!("{} clips from {} sources in {} shards", report.clips, report.sources, report.shards.len());
+    println!(
+        "to train on them: dsv-train run --set data.kind=shards --set data.path={} --set data.frames={frames} --set data.height={height} --set data.width={width} --set model.latent_channels={channels} --set model.text_tokens={} --set model.text_dim={}",
+        args.out.display(),
+        args.text_tokens,
+        args.text_dim
+    );
+    Ok(())
+}
+
+fn open(args: &TrainedArgs, batch: Option<usize>) -> anyhow::Result<(run::Inference, Dataset)> {
+    let batch = match batch {
+        Some(batch) => batch,
+        None => Config::load(Some(&args.out.join("config.toml")), None, &args.sets)?.data.batch_size,
+    };
+    let mut trained = run::open_trained(&args.out, args.checkpoint.as_deref(), batch, &args.sets)?;
+    if matches!(args.attention, Attention::Dense) {
+        trained.attention.fill(BlockAttention::Dense);
+    }
+    let data = Dataset::open(&trained.config)?;
+    Ok((trained, data))
+}
+
+fn sample_clips(args: &SampleArgs) -> anyhow::Result<()> {
+    let count = if args.captions.is_empty() { args.count.max(1) } else { args.captions.len() };
+    let (mut trained, data) = open(&args.trained, Some(count))?;
+    let texts = if args.captions.is_empty() {
+        run::texts_of(&data, count)?
+    } else {
+        let embed = |caption: &String| {
+            data.embed(caption).with_context(|| {
+                format!(
+                    "the caption {caption:?} cannot be embedded: the shards in {} carry a text encoder's embeddings\n  next: leave --caption away to use the held-out clips' texts",
+                    trained.config.data.path.display()
+                )
+            })
+        };
+        args.captions.iter().map(embed).collect::<anyhow::Result<Vec<_>>>()?
+    };
+    let (model, config) = (trained.model.clone(), trained.config.clone());
+    let steps = config.sample.steps;
+    let latents = eval::with_averaged(&mut *trained.engine, &model, |engine| {
+        sample::sample(engine, &model, &config, &texts, args.seed, &trained.attention, |i| {
+            eprint!("\rsampling {i}/{steps} ");
+        })
+    })??;
+    eprintln!();
+    let to = args.to.clone().unwrap_or_else(|| args.trained.out.join("samples"));
+    println!("{}", run::write_sample(&data, &config, &latents, &to)?.display());
+    Ok(())
+}
+
+fn evaluate(args: &EvalArgs) -> anyhow::Result<()> {
+    let (mut trained, data) = open(&args.trained, args.batch)?;
+    let (model, config, attention, step) =
+        (trained.model.clone(), trained.config.clone(), trained.attention.clone(), trained.step);
+    let result = eval::with_averaged(&mut *trained.engine, &model, |engine| {
+        eval::evaluate(engine, &model, &config, &data, &attention, step)
+    })??;
+    println!("validation loss {:.6} after {} steps, {} triples", result.mean(), step, result.triples.len());
+    if let Some(path) = &args.json {
+        let text = serde_json::to_vec_pretty(&result)?;
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    if let Some(path) = &args.against {
+        let paired = result.paired(&read_eval(path)?)?;
+        println!(
+            "against {}: {:.6}; difference {:+.6} +- {:.6} (paired, standard error)",
+            path.display(),
+            paired.b,
+            paired.difference,
+            paired.standard_error
+        );
+    }
+    Ok(())
+}
+
+fn read_eval(path: &Path) -> anyhow::Result<EvalResult> {
+    let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_slice(&text).with_context(|| {
+        format!(
+            "{} is no evaluation\n  next: dsv-train eval --out RUN --json {}",
+            path.display(),
+            path.display()
+        )
+    })
+}
+
+fn plan(args: &ConfigArgs) -> anyhow::Result<()> {
+    let config = args.load()?;
+    let engine = engine::open(&config.device)?;
+    let plan = dsv_train::plan::plan(&config, &*engine).to_string();
+    println!("# {}", engine.name());
+    plan.lines().for_each(|line| println!("{}", format!("# {line}").trim_end()));
+    println!();
+    print!("{}", config.documented_toml());
+    Ok(())
+}
+
+fn write_report(runs: &[PathBuf], out: Option<PathBuf>) -> anyhow::Result<()> {
+    let data = runs.iter().map(|dir| RunData::load(dir)).collect::<Result<Vec<_>, _>>()?;
+    let page = out.unwrap_or_else(|| runs[0].join("report.html"));
+    report::write(&page, &data).with_context(|| format!("cannot write {}", page.display()))?;
+    println!("{}", page.display());
+    Ok(())
+}

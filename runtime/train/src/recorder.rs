@@ -1,0 +1,157 @@
+//! Turns what a run tells into metrics records, TensorBoard events and the live progress line.
+
+use crate::config::Config;
+use crate::metrics::{Metrics, MetricsError, Progress as Bar, Record, StepMetrics};
+use crate::model::BlockAttention;
+use crate::run::{Observer, Progress};
+use crate::stage::Reason;
+use crate::train::Event;
+use std::collections::BTreeMap;
+use std::io;
+use std::time::Instant;
+
+/// Writes a run's metrics and shows its progress. Opens its files when the run says where it starts.
+pub struct Recorder<'a> {
+    config: &'a Config,
+    metrics: Option<Metrics>,
+    bar: Option<Bar>,
+    began: Instant,
+    speed: (f64, f64),
+}
+
+impl<'a> Recorder<'a> {
+    /// A recorder for one run.
+    pub fn new(config: &'a Config) -> Recorder<'a> {
+        Recorder { config, metrics: None, bar: None, began: Instant::now(), speed: (0.0, 0.0) }
+    }
+
+    /// Leaves the terminal tidy.
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish();
+        }
+    }
+
+    fn say(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.say(line),
+            None => eprintln!("{line}"),
+        }
+    }
+
+    fn write(&mut self, record: &Record) -> io::Result<()> {
+        match &mut self.metrics {
+            Some(metrics) => metrics.write(record).map_err(to_io),
+            None => Ok(()),
+        }
+    }
+
+    fn start(&mut self, step: u64, steps: u64, engine: &str, rejected: &[String]) -> io::Result<()> {
+        let config = self.config;
+        let resume = (step > 0).then_some(step);
+        self.metrics = Some(Metrics::open(&config.out.dir, resume).map_err(to_io)?);
+        let facts = BTreeMap::from([
+            ("device".to_string(), engine.to_string()),
+            ("tokens a clip".to_string(), config.tokens().to_string()),
+            ("block size".to_string(), format!("{} x {}", config.dsv.query_group, config.dsv.kv_block)),
+        ]);
+        let title = config.out.dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        self.write(&Record::Run { step, title, config: config.documented_toml(), facts })?;
+        self.say(&format!("{engine}; {} tokens a clip; steps {step} to {steps}", config.tokens()));
+        for line in rejected {
+            let text = format!("passed over a checkpoint that is not usable: {line}");
+            self.say(&text);
+            self.write(&Record::Note { step, text })?;
+        }
+        self.bar = Some(Bar::new(step, steps, (steps / 20).max(1)));
+        Ok(())
+    }
+
+    fn train(&mut self, event: &Event) -> io::Result<()> {
+        match event {
+            Event::Step(r) => {
+                let m = StepMetrics {
+                    step: r.step,
+                    wall_s: self.began.elapsed().as_secs_f64(),
+                    stage: u32::from(r.stage),
+                    loss: r.loss,
+                    lr: r.lr,
+                    grad_norm: r.grad_norm,
+                    step_ms: self.speed.1,
+                    tokens_per_s: self.speed.0,
+                    predictor_loss: r.predictor_loss.filter(|x| x.is_finite()),
+                    predictor_loss_by_block: r.predictor_loss_by_block.clone(),
+                    sparse_share: r.sparse_share,
+                    skipped: r.skipped.clone(),
+                };
+                if let Some(tensor) = &r.skipped {
+                    self.say(&format!(
+                        "step {} skipped: the gradient of {tensor} is not finite (loss {})",
+                        r.step, r.loss
+                    ));
+                }
+                if let Some(bar) = &self.bar {
+                    bar.step(&m);
+                }
+                self.write(&Record::Step(m))
+            }
+            Event::Stage { step, reason } => {
+                let reason = match reason {
+                    Reason::Step(at) => format!("dsv.switch = {at}"),
+                    Reason::Loss { loss, below } => format!("predictor loss {loss:.4} < {below}"),
+                };
+                self.say(&format!("stage 2 from step {step}: {reason}"));
+                self.write(&Record::Stage { step: *step, stage: 2, reason })
+            }
+            Event::Decision { step, decision } => {
+                let sparse: Vec<bool> =
+                    decision.blocks.iter().map(|b| b.attention != BlockAttention::Dense).collect();
+                let count = sparse.iter().filter(|s| **s).count();
+                self.say(&format!("step {step}: {count} of {} blocks sparse", sparse.len()));
+                self.write(&Record::Dispatch {
+                    step: *step,
+                    sparse,
+                    skipped: decision.blocks.iter().map(|b| b.skipped).collect(),
+                    why: decision.blocks.iter().map(|b| b.why.clone()).collect(),
+                })
+            }
+            Event::Profile { step, profile } => {
+                let sparsity = profile.needed.iter().map(|h| h.iter().map(|n| 1.0 - n).collect()).collect();
+                self.write(&Record::Profile { step: *step, sparsity, covered: profile.covered.clone() })
+            }
+        }
+    }
+}
+
+fn to_io(error: MetricsError) -> io::Error {
+    match error {
+        MetricsError::Io { source, path } => {
+            io::Error::new(source.kind(), format!("{}: {source}", path.display()))
+        }
+        line @ MetricsError::Line { .. } => io::Error::new(io::ErrorKind::InvalidData, line.to_string()),
+    }
+}
+
+impl Observer for Recorder<'_> {
+    fn on(&mut self, progress: &Progress) -> io::Result<()> {
+        match progress {
+            Progress::Started { step, steps, engine, rejected } => {
+                self.start(*step, *steps, engine, rejected)
+            }
+            Progress::Speed { tokens_per_second, step_ms, .. } => {
+                self.speed = (*tokens_per_second, *step_ms);
+                Ok(())
+            }
+            Progress::Train(event) => self.train(event),
+            Progress::Eval(result) => {
+                let loss = result.mean();
+                self.say(&format!("validation after {} steps: {loss:.5}", result.step));
+                self.write(&Record::Eval { step: result.step, loss, triples: result.triples.clone() })
+            }
+            Progress::Checkpoint { path, step } => {
+                let text = format!("checkpoint {}", path.display());
+                self.write(&Record::Note { step: *step, text })
+            }
+        }
+    }
+}
