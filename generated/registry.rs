@@ -29,84 +29,84 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f63bdeba7988fe9f27bc157bb7f7cd0b490c40082b8835f9230b19379c296246",
+        source_hash: "a3732a7db735a317f931f9ef8e17b776b2e5b45f2fe439186c2d925c43b6235a",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "89d3a0a1b43910e6ee8dd1580d2415379a03837def781130735fb4486f8e65e2",
+        source_hash: "f80a784638451b9cdfa46edca3f94727491f15f204b186461407e55e2b1a9b4c",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "91e95b9dbf8719681e2954ee875a57e58cdb23f116f92af0682a41380efa3ac5",
+        source_hash: "85bc9cb744ee63c3a0801af465b928f65519c124692c92b33dccd83d991df1e2",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "08e823ea477bc18521c135f0c1faa3486e4b55fa04f9eee31e0aa3de8516d607",
+        source_hash: "e7ace95a5e421dd8bc6aebf8cacbd3c30d75b51d6632c718b6d6075a21294fa6",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bdfe1652485aeae97ecdb9dd75eb92ab8941a3c05d95aad8f6cc78407f529334",
+        source_hash: "bc15d11581e3aa95fb7d3c2b9c6218ed6a6abbc87968e4cc2d6ac3981427a291",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "2a03bfa6851ab966d644d6ccc5404b14fa6c83a1f09e60dfbcdd4582d7c9d54a",
+        source_hash: "5cac596b1784ba93726d8887226b0fec15caef0e73f21a7083d4a37d43014562",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2f7fa0f0b5ad278974343256d7e0b27defbbb935253fc4365cf192ce2df5bc97",
+        source_hash: "1ff92609891ddaf03ac04517ccf34cf73227865e7eea26fcafca4b6e07ecfb55",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b2d5e5278762d3857ba751322276280f3f1f837c1c1ee29ec0f0d46766c10807",
+        source_hash: "69b43b2f55d6e5b8b900d8484f50152b08fe887f4212942d077b632dd242a2fb",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "652db604d08ed805e2705ffd164f22367f16798ec059b89ba610d59f7232d237",
+        source_hash: "62aaa3ca69542b39368cf62c1b94c1b3598cdeeb44f1ea68d4559d925dc42d8d",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ff35e2fc946a177f6ea86af3a660237df77d872874be46a5c219aa0019d2bb1d",
+        source_hash: "4688865ea2fab01fca349b6d093c92ad40d6ae2bbce2cacbd6abc651bcdaadb6",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6b22b5343425200c986f5a375e96831f21fdc9fafba40126493225eb0a81ef41",
+        source_hash: "b7db6a2bddb8d3b44a5db4bfb23559c13d2efaf4d0721a4d17e0c5eaede698a0",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "8e82d19e3297ce0da545e5982528d03fb2552e71c5b041e83561f236284517ed",
+        source_hash: "6d8427996e273f67e3c9ddebb5e237cf6769e84a78c0bca274f662b5d8502f2b",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s2x1_grid_det_sm90a",
@@ -253,7 +253,7 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "a5f4bfa72837a7146bcf3eb2b28e59b2cf8fe7d16d811ee683a850826b98ca49",
+        source_hash: "269ac213174a2637f8909cbba6fe0a966abaa493f1d3f360c094a8aca9416a14",
     },
     Kernel {
         name: "gram_key_bf16_d128_v1_sm90a",

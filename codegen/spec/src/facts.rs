@@ -82,15 +82,14 @@ impl Facts {
                 let smem_bytes = attn_smem_bytes(spec);
                 // A producer warpgroup hands registers over to the consumers (setmaxnreg moves whole warpgroups). With
                 // one consumer, two or three CTAs share a multiprocessor; with more, one CTA fills it.
-                let wide_deterministic = spec.deterministic() == Deterministic::Yes && spec.head_dim() == 128;
                 let small_forward = spec.op() == AttnOp::Fwd && spec.head_dim() == 64;
                 let (ctas, consumer_registers, producer_registers) = match (consumers, spec.op()) {
                     (1, AttnOp::Fwd) if small_forward => (3, 136, 24),
                     (1, AttnOp::Bwd) => (2, 224, 32),
                     (1, _) => (2, 232, 24),
-                    // The backward's producer walks a list and feeds four operands: with 24 registers it spills. The
-                    // deterministic form's consumers at head_dim 128 cannot spare those 16: wgmma would be serialised.
-                    (2, AttnOp::Bwd) if !wide_deterministic => (1, 232, 40),
+                    // The backward's producer walks a list and feeds four operands: with 24 registers it spills a
+                    // word or two. At head_dim 128 the consumers cannot spare it 16: wgmma would be serialised.
+                    (2, AttnOp::Bwd) if spec.head_dim() < 128 => (1, 232, 40),
                     (2, _) => (1, 240, 24),
                     _ => (1, 160, 32),
                 };

@@ -49,7 +49,7 @@ constexpr dsv::uint32 kStatBytes = kBlockM * 4;
 constexpr dsv::uint32 kDsBytes = kDeterministic ? 16 : kBlockN * kBlockM * 2;
 
 // dV beside dP keeps every accumulator and both operands alive at once: 226 registers at head_dim 128.
-constexpr bool kEarlyDv = kHeadDim < 128 || kConsumerRegisters >= 240;
+constexpr bool kEarlyDv = kHeadDim < 128 || kConsumers > 1;
 
 static_assert(kBlockM == 64, "the layout of dQ's accumulator");
 static_assert(kBlockN == kRows * kConsumers, "one wgmma M of 64 rows a consumer");
@@ -102,7 +102,8 @@ struct Producer {
 
     // One thread.
     __device__ __forceinline__ void feed(int tile, int head) {
-        const dsv::int64 row = (dsv::int64{batch} * p.sizes.num_heads + head) * p.sizes.seqlen_q_padded + tile * kBlockM;
+        // 32 bits: 2^32 rows of Q would be a terabyte.
+        const dsv::uint32 row = (batch * p.sizes.num_heads + head) * p.sizes.seqlen_q_padded + tile * kBlockM;
         const int s = ring.index;
         dsv::mbarrier_wait(&smem.empty_q[s], ring.phase ^ 1);
         smem.work[s] = make_int2(tile, head);
@@ -134,40 +135,38 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
     }
     Producer producer{p, smem, batch, {}};
     const int heads_per_kv = p.sizes.num_heads / p.sizes.num_kv_heads;
-    const int tiles = p.sizes.seqlen_q_padded / kBlockM;
 #pragma unroll 1
     for (int head = kv_head * heads_per_kv; head < (kv_head + 1) * heads_per_kv; ++head) {
         if constexpr (kDense) {
 #pragma unroll 1
-            for (int tile = 0; tile < tiles; ++tile) {
+            for (int tile = 0; tile < p.sizes.seqlen_q_padded / kBlockM; ++tile) {
                 if (leader) producer.feed(tile, head);
                 producer.ring.advance();
             }
         } else {
-            const dsv::int64 slab = dsv::int64{batch} * p.sizes.num_heads + head;
-            const dsv::int32* offset = p.k2q_offset + slab * (p.sizes.num_kv_blocks + 1) + kv_tile;
+            // Little is kept across the loop: the producer has few registers.
+            const int slab = batch * p.sizes.num_heads + head;
+            const dsv::int32* offset = p.k2q_offset + dsv::int64{slab} * (p.sizes.num_kv_blocks + 1) + kv_tile;
+            const int begin = offset[0];
+            int edges = offset[1] - begin;
             const dsv::int64 width = dsv::int64{p.sizes.num_groups} * p.sizes.max_selected;
-            int begin = offset[0], end = offset[1];
-            if (begin < 0 || end < begin || end > width) {
+            if (begin < 0 || edges < 0 || begin + dsv::int64{edges} > width) {
                 if (leader) atomicOr(p.error_flag, dsv::kCountOutOfRange);
-                begin = end = 0;
+                edges = 0;
             }
-            const dsv::int32* index = p.k2q_index + slab * width;
             int fetched = 0;  // lane i holds the i-th of the next 32 groups
 #pragma unroll 1
-            for (int e = begin; e < end; ++e) {
-                if ((e - begin) % 32 == 0) {
-                    fetched = e + lane < end ? index[e + lane] : 0;
+            for (int step = 0; step < edges * kTilesPerGroup; ++step) {
+                const int e = step / kTilesPerGroup;
+                if (step % (32 * kTilesPerGroup) == 0 && e + lane < edges) {
+                    fetched = p.k2q_index[slab * (dsv::int64{p.sizes.num_groups} * p.sizes.max_selected) + begin + e + lane];
                     if (static_cast<unsigned>(fetched) >= static_cast<unsigned>(p.sizes.num_groups)) {
                         atomicOr(p.error_flag, dsv::kIndexOutOfRange);
                         fetched = p.sizes.num_groups - 1;
                     }
                 }
-                const int group = __shfl_sync(0xFFFFFFFF, fetched, (e - begin) % 32);
-#pragma unroll 1
-                for (int sub = 0; sub < kTilesPerGroup; ++sub) {
-                    const int tile = group * kTilesPerGroup + sub;
-                    if (tile >= tiles) break;  // the last group may be short
+                const int tile = __shfl_sync(0xFFFFFFFF, fetched, e % 32) * kTilesPerGroup + step % kTilesPerGroup;
+                if (tile < p.sizes.seqlen_q_padded / kBlockM) {  // the last group may be short
                     if (leader) producer.feed(tile, head);
                     producer.ring.advance();
                 }

@@ -23,17 +23,18 @@ constexpr int32 kNone = 0x7fffffff;
 
 struct Params {
     const float* grad;      // [count]
-    const int32* segments;  // [tensors + 1], ascending: tensor i is grad[segments[i] .. segments[i + 1]]
+    const int32* segments;  // [tensors + 1], ascending, in units: tensor i is grad[unit segments[i] .. unit segments[i + 1]]
     double* partial;        // [gridDim.x], written
     int32* culprit;         // [gridDim.x], written: tensor, or 2^31 - 1
     int64 count;
     int32 tensors;
-    int32 reserved;
+    int32 segment_unit;
 };
 static_assert(sizeof(Params) == kParamsBytes, "Params differs from dsv_spec::params::GradNorm");
 
-// The last tensor that begins at or before element `at`; kNone for elements outside all tensors.
-__device__ __noinline__ int32 tensor_of(const Params& p, int64 at) {
+// The last tensor that begins at or before `element`; kNone for elements outside all tensors.
+__device__ __noinline__ int32 tensor_of(const Params& p, int64 element) {
+    const int64 at = element / p.segment_unit;
     int low = 0;
     int high = p.tensors;
     while (high - low > 1) {

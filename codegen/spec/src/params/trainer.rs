@@ -511,7 +511,7 @@ pub struct TextSelectBwd {
 pub struct GradNorm {
     /// f32 [count].
     pub grad: u64,
-    /// i32 [tensors + 1], ascending.
+    /// i32 [tensors + 1], ascending: first element of each tensor, in units.
     pub segments: u64,
     /// f64 [gridDim.x] out: sums of squares.
     pub partial: u64,
@@ -521,8 +521,8 @@ pub struct GradNorm {
     pub count: i64,
     /// Tensors.
     pub tensors: i32,
-    /// Keeps the struct's size a multiple of 8.
-    pub reserved: i32,
+    /// Elements of one unit of `segments`.
+    pub segment_unit: i32,
 }
 
 /// Launch parameters of `grad_clip`. Grid: one CTA.
