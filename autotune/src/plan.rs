@@ -1,0 +1,572 @@
+//! What a run measures: cases (shapes with lists), the steps on each, and the kernels that compete in each step.
+
+use crate::error::TuneError;
+use dsv_spec::{
+    Arch, AttnOp, Deterministic, Dtype, GroupRule, KernelSpec, ListOp, ListSpec, Lists, Problem, space,
+};
+use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
+
+/// How the lists of a case are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ListKind {
+    /// No lists: every key.
+    Dense,
+    /// Each group draws its blocks independently and uniformly. The table is made of these.
+    Random,
+    /// 8 neighbouring groups share 80 % of their blocks, as trained models have it.
+    Clustered,
+}
+
+impl ListKind {
+    /// The spelling in records.
+    pub const fn name(self) -> &'static str {
+        match self {
+            ListKind::Dense => "dense",
+            ListKind::Random => "random",
+            ListKind::Clustered => "clustered",
+        }
+    }
+}
+
+/// One shape with one set of lists: self-attention of `seqlen` tokens, as many KV heads as heads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Case {
+    /// Columns of Q, K, V.
+    pub head_dim: u16,
+    /// Sequences.
+    pub batch: u32,
+    /// Heads.
+    pub num_heads: u32,
+    /// Tokens.
+    pub seqlen: u32,
+    /// Dense, or the block size.
+    #[serde(with = "block_size")]
+    pub lists: Lists,
+    /// KV blocks each group keeps; 0 when dense.
+    pub max_selected: u32,
+    /// How the lists are made.
+    pub kind: ListKind,
+}
+
+mod block_size {
+    use super::Lists;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(lists: &Lists, s: S) -> Result<S::Ok, S::Error> {
+        lists.block_size().serialize(s)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Lists, D::Error> {
+        <(u16, u16)>::deserialize(d).map(|(q, k)| Lists::from_block_size(q, k))
+    }
+}
+
+/// Element type of everything the tuner measures; the shipped kernels have no other.
+pub const DTYPE: Dtype = Dtype::Bf16;
+
+impl Case {
+    /// A dense case.
+    pub const fn dense(head_dim: u16, num_heads: u32, seqlen: u32) -> Case {
+        let (lists, kind) = (Lists::Dense, ListKind::Dense);
+        Case { head_dim, batch: 1, num_heads, seqlen, lists, max_selected: 0, kind }
+    }
+
+    /// A case in which each group keeps the share `keep` of the KV blocks, rounded, at least one.
+    pub fn sparse(
+        head_dim: u16,
+        num_heads: u32,
+        seqlen: u32,
+        (query_group, kv_block): (u16, u16),
+        keep: f64,
+        kind: ListKind,
+    ) -> Case {
+        let blocks = seqlen.div_ceil(kv_block.max(1) as u32);
+        let max_selected = ((blocks as f64 * keep).round() as u32).clamp(1, blocks);
+        let lists = Lists::Blocks { query_group, kv_block };
+        Case { head_dim, batch: 1, num_heads, seqlen, lists, max_selected, kind }
+    }
+
+    /// The problem of one op.
+    pub const fn problem(&self, op: AttnOp) -> Problem {
+        Problem {
+            op,
+            dtype: DTYPE,
+            head_dim: self.head_dim,
+            lists: self.lists,
+            batch: self.batch,
+            num_heads: self.num_heads,
+            num_kv_heads: self.num_heads,
+            seqlen_q: self.seqlen,
+            seqlen_kv: self.seqlen,
+            max_selected: self.max_selected,
+            deterministic: Deterministic::No,
+        }
+    }
+
+    /// The sparsity bucket the case falls into.
+    pub fn sparsity(&self) -> u8 {
+        self.problem(AttnOp::Fwd).bucket().sparsity
+    }
+
+    /// Share of the KV blocks kept; 1 when dense.
+    pub fn kept(&self) -> f64 {
+        1.0 - self.problem(AttnOp::Fwd).sparsity_percent() / 100.0
+    }
+
+    /// The case in a few words; what `--only` looks into.
+    pub fn label(&self) -> String {
+        let batch = if self.batch == 1 { String::new() } else { format!("b{} ", self.batch) };
+        let shape = format!("{batch}d{} h{} s{}", self.head_dim, self.num_heads, self.seqlen);
+        match self.lists.block_size() {
+            (0, 0) => format!("{shape} dense"),
+            (qg, kb) => format!("{shape} qg{qg} kb{kb} sp{} {}", self.sparsity(), self.kind.name()),
+        }
+    }
+
+    /// Multiply-adds count twice: 4 B H S^2 D kept in the forward, 2.5 times that in the backward.
+    pub fn flops(&self, op: AttnOp) -> f64 {
+        flops(&self.problem(op))
+    }
+}
+
+/// Floating-point operations of one call on the pairs kept: 4 B H Sq Skv D kept forward, 2.5 times that backward.
+pub fn flops(p: &Problem) -> f64 {
+    let kept = 1.0 - p.sparsity_percent() / 100.0;
+    let pairs = p.batch as f64 * p.num_heads as f64 * p.seqlen_q as f64 * p.seqlen_kv as f64 * kept;
+    let factor = if p.op == AttnOp::Fwd { 4.0 } else { 10.0 };
+    factor * pairs * p.head_dim as f64
+}
+
+/// What is measured of a case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Step {
+    /// `attn_fwd`.
+    Forward,
+    /// `attn_bwd_dq`, timed as a whole deterministic backward with the default `attn_bwd`.
+    BackwardDq,
+    /// `attn_bwd` with its helpers: the whole backward.
+    Backward,
+    /// `kv_select`: choosing lists of this width from low-rank queries and keys.
+    Select,
+    /// `kv_invert` of the case's lists.
+    Invert,
+}
+
+impl Step {
+    /// Every step.
+    pub const ALL: [Step; 5] = [Step::Forward, Step::BackwardDq, Step::Backward, Step::Select, Step::Invert];
+
+    /// The spelling on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Step::Forward => "fwd",
+            Step::BackwardDq => "dq",
+            Step::Backward => "bwd",
+            Step::Select => "select",
+            Step::Invert => "invert",
+        }
+    }
+
+    /// The op in the records' problem: selection belongs to the forward, inversion to the backward.
+    pub const fn op(self) -> AttnOp {
+        match self {
+            Step::Forward | Step::Select => AttnOp::Fwd,
+            Step::BackwardDq => AttnOp::BwdDq,
+            Step::Backward | Step::Invert => AttnOp::Bwd,
+        }
+    }
+}
+
+/// How much a run measures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// Two lengths, 90 % sparsity, under two minutes.
+    Quick,
+    /// Every length and sparsity the table distinguishes and a single GPU's memory of patience allows; under eight.
+    Full,
+    /// What the command line of `bench` names.
+    Bench,
+}
+
+impl Mode {
+    /// The hard limit of a run in seconds, where the command line gives none.
+    pub const fn time_limit_s(self) -> f64 {
+        match self {
+            Mode::Quick => 115.0,
+            Mode::Full | Mode::Bench => 470.0,
+        }
+    }
+
+    /// Microseconds of timed launches spent on one step of one case.
+    pub const fn budget_us(self) -> f64 {
+        match self {
+            Mode::Quick => 400e3,
+            Mode::Full => 800e3,
+            Mode::Bench => 1000e3,
+        }
+    }
+}
+
+/// Everything a run is about, written down when it begins so that it can be resumed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// How much.
+    pub mode: Mode,
+    /// The filter it was begun with.
+    pub only: Option<String>,
+    /// Cases in the order they are measured.
+    pub cases: Vec<Case>,
+    /// Steps measured of each.
+    pub steps: Vec<Step>,
+    /// The competing kernels of attention; empty means every feasible candidate.
+    pub kernels: Vec<KernelSpec>,
+}
+
+/// Sparsities a full run measures, percent of KV skipped.
+pub const FULL_SPARSITIES: [u8; 4] = [50, 75, 90, 95];
+/// (length, heads) a full run measures, the most telling first.
+pub const FULL_SHAPES: [(u32, u32); 5] = [(32768, 16), (4096, 16), (16384, 16), (65536, 8), (8192, 16)];
+
+impl Plan {
+    /// The cases of `--quick` or of a full run; `only` keeps those whose label or step holds every one of its words.
+    ///
+    /// # Errors
+    /// A filter that keeps nothing.
+    pub fn tune(mode: Mode, only: Option<&str>) -> Result<Plan, TuneError> {
+        let shapes = if mode == Mode::Quick { &FULL_SHAPES[..2] } else { &FULL_SHAPES[..] };
+        let sparsities: &[u8] = if mode == Mode::Quick { &[90] } else { &FULL_SPARSITIES };
+        let kinds: &[ListKind] =
+            if mode == Mode::Quick { &[ListKind::Random] } else { &[ListKind::Random, ListKind::Clustered] };
+        let mut cases = Vec::new();
+        for &(seqlen, heads) in shapes {
+            for head_dim in space::SHIPPED_HEAD_DIMS.into_iter().rev() {
+                cases.push(Case::dense(head_dim, heads, seqlen));
+                for &kind in kinds {
+                    for block_size in space::SHIPPED_BLOCK_SIZES {
+                        for &sparsity in sparsities {
+                            let keep = 1.0 - sparsity as f64 / 100.0;
+                            cases.push(Case::sparse(head_dim, heads, seqlen, block_size, keep, kind));
+                        }
+                    }
+                }
+            }
+        }
+        let mut plan = Plan {
+            mode,
+            only: only.map(str::to_string),
+            cases,
+            steps: Step::ALL.to_vec(),
+            kernels: Vec::new(),
+        };
+        if let Some(only) = only {
+            let words: Vec<&str> = only.split([' ', ',']).filter(|w| !w.is_empty()).collect();
+            let named: Vec<Step> = Step::ALL.into_iter().filter(|s| words.contains(&s.name())).collect();
+            if !named.is_empty() {
+                plan.steps = named;
+            }
+            let words: Vec<&str> =
+                words.into_iter().filter(|w| Step::ALL.iter().all(|s| s.name() != *w)).collect();
+            let example = plan.cases[plan.cases.len() - 1].label();
+            plan.cases.retain(|case| {
+                let label = case.label();
+                words.iter().all(|word| label.split(' ').any(|part| part == *word))
+            });
+            if plan.cases.is_empty() {
+                return Err(TuneError::option(
+                    "--only",
+                    format!("'{only}' (no case has all these words)"),
+                    format!(
+                        "words of a case or steps, for example: d128 s32768 kb128 sp90 bwd; a case is '{example}'"
+                    ),
+                ));
+            }
+        }
+        Ok(plan)
+    }
+
+    /// Which kernels compete in which step of which case, in the order they are measured. Selection and inversion do
+    /// not depend on head_dim: they are measured once for each (length, heads, block size, width, kind).
+    pub fn contests(&self, arch: Arch) -> Vec<Contest> {
+        let mut seen = HashSet::new();
+        let mut contests = Vec::new();
+        for &case in &self.cases {
+            for &step in &self.steps {
+                let specs = match step {
+                    Step::Forward | Step::BackwardDq | Step::Backward => {
+                        self.attention(&case, step.op(), arch)
+                    }
+                    Step::Select | Step::Invert => {
+                        let key = (step, Case { head_dim: 0, ..case });
+                        // How lists are clustered changes nothing about choosing them.
+                        let wanted = !case.lists.is_dense()
+                            && (step == Step::Invert
+                                || case.kind == ListKind::Random
+                                || self.mode == Mode::Bench);
+                        if !wanted || !seen.insert(key) {
+                            continue;
+                        }
+                        let (query_group, kv_block) = case.lists.block_size();
+                        if step == Step::Invert {
+                            vec![KernelSpec::List(ListSpec { op: ListOp::Invert, arch })]
+                        } else {
+                            space::default_select(query_group, kv_block, GroupRule::Centre, arch)
+                                .map(KernelSpec::Select)
+                                .into_iter()
+                                .collect()
+                        }
+                    }
+                };
+                if !specs.is_empty() {
+                    contests.push(Contest { case, step, specs });
+                }
+            }
+        }
+        contests
+    }
+
+    fn attention(&self, case: &Case, op: AttnOp, arch: Arch) -> Vec<KernelSpec> {
+        if self.kernels.is_empty() {
+            let candidates = space::candidates(op, DTYPE, case.head_dim, case.lists, arch);
+            return candidates.into_iter().map(KernelSpec::Attn).collect();
+        }
+        let serves = |spec: &&KernelSpec| {
+            matches!(spec, KernelSpec::Attn(s)
+                if (s.op(), s.dtype(), s.head_dim(), s.lists(), s.arch()) == (op, DTYPE, case.head_dim, case.lists, arch))
+        };
+        self.kernels.iter().filter(serves).copied().collect()
+    }
+}
+
+/// The kernels that compete in one step of one case.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Contest {
+    /// The case.
+    pub case: Case,
+    /// The step.
+    pub step: Step,
+    /// The kernels, best guess first.
+    pub specs: Vec<KernelSpec>,
+}
+
+/// What `bench` was asked for: the cross product of its lists.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BenchRequest {
+    /// Columns of Q, K, V.
+    pub head_dims: Vec<u16>,
+    /// Tokens.
+    pub seqlens: Vec<u32>,
+    /// Heads.
+    pub num_heads: u32,
+    /// Sequences.
+    pub batch: u32,
+    /// `dense`, or `QUERY_GROUPxKV_BLOCK`.
+    pub blocks: Vec<String>,
+    /// Shares kept, 0 to 1.
+    pub keeps: Vec<f64>,
+    /// How lists are made.
+    pub kinds: Vec<ListKind>,
+    /// Steps.
+    pub steps: Vec<Step>,
+    /// Names of kernels; empty means every candidate.
+    pub kernels: Vec<String>,
+}
+
+impl BenchRequest {
+    /// The plan of the request.
+    ///
+    /// # Errors
+    /// The first value no kernel can have, with what is allowed.
+    pub fn plan(&self) -> Result<Plan, TuneError> {
+        let positive = |what, value: u32| {
+            if value == 0 { Err(TuneError::option(what, value, "1 or more")) } else { Ok(()) }
+        };
+        positive("--heads", self.num_heads)?;
+        positive("--batch", self.batch)?;
+        let mut kernels = Vec::new();
+        for name in &self.kernels {
+            let spec: KernelSpec = name.parse().map_err(|e: dsv_spec::NameError| {
+                TuneError::option("--kernel", name, format!("the name of a kernel of attention: {e}"))
+            })?;
+            match spec {
+                KernelSpec::Attn(s)
+                    if matches!(s.op(), AttnOp::Fwd | AttnOp::Bwd | AttnOp::BwdDq) && s.dtype() == DTYPE =>
+                {
+                    kernels.push(spec);
+                }
+                _ => {
+                    return Err(TuneError::option(
+                        "--kernel",
+                        name,
+                        format!(
+                            "kernels of attn_fwd, attn_bwd and attn_bwd_dq in {DTYPE}; the others are --op select and --op invert"
+                        ),
+                    ));
+                }
+            }
+        }
+        let mut cases = Vec::new();
+        for &seqlen in &self.seqlens {
+            positive("--seqlen", seqlen)?;
+            for &head_dim in &self.head_dims {
+                if !space::SHIPPED_HEAD_DIMS.contains(&head_dim) {
+                    let allowed = space::SHIPPED_HEAD_DIMS.map(|d| d.to_string()).join(" or ");
+                    return Err(TuneError::option("--head-dim", head_dim, allowed));
+                }
+                for block in &self.blocks {
+                    match parse_block(block)? {
+                        None => cases.push(Case::dense(head_dim, self.num_heads, seqlen)),
+                        Some(size) => {
+                            for &kind in &self.kinds {
+                                for &keep in &self.keeps {
+                                    if !(keep > 0.0 && keep <= 1.0) {
+                                        return Err(TuneError::option("--keep", keep, "above 0, at most 1"));
+                                    }
+                                    cases.push(Case::sparse(
+                                        head_dim,
+                                        self.num_heads,
+                                        seqlen,
+                                        size,
+                                        keep,
+                                        kind,
+                                    ));
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        for case in &mut cases {
+            case.batch = self.batch;
+        }
+        let plan = Plan { mode: Mode::Bench, only: None, cases, steps: self.steps.clone(), kernels };
+        let unused: Vec<String> = plan
+            .kernels
+            .iter()
+            .filter(|k| !plan.contests(k.arch()).iter().any(|c| c.specs.contains(k)))
+            .map(|k| k.name())
+            .collect();
+        if !unused.is_empty() {
+            return Err(TuneError::option(
+                "--kernel",
+                unused.join(", "),
+                "kernels whose op, head_dim and block size are among --op, --head-dim and --block",
+            ));
+        }
+        if plan.cases.is_empty() || plan.steps.is_empty() {
+            return Err(TuneError::option(
+                "the request",
+                "nothing",
+                "at least one length, block size and op",
+            ));
+        }
+        Ok(plan)
+    }
+}
+
+/// `dense`, or `QUERY_GROUPxKV_BLOCK`.
+fn parse_block(text: &str) -> Result<Option<(u16, u16)>, TuneError> {
+    if text == "dense" {
+        return Ok(None);
+    }
+    let size = text.split_once('x').and_then(|(q, k)| Some((q.parse().ok()?, k.parse().ok()?)));
+    match size {
+        Some(size) if space::SHIPPED_BLOCK_SIZES.contains(&size) => Ok(Some(size)),
+        _ => {
+            let sizes: Vec<String> =
+                space::SHIPPED_BLOCK_SIZES.iter().map(|(q, k)| format!("{q}x{k}")).collect();
+            Err(TuneError::option("--block", text, format!("dense, {}", sizes.join(", "))))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_tuned_case_falls_into_the_bucket_it_is_for() {
+        for mode in [Mode::Quick, Mode::Full] {
+            let plan = Plan::tune(mode, None).unwrap();
+            for case in &plan.cases {
+                let bucket = case.problem(AttnOp::Bwd).bucket();
+                assert_eq!(bucket.seqlen, case.seqlen, "{}", case.label());
+                assert!(case.lists.is_dense() == (bucket.sparsity == 0), "{}", case.label());
+            }
+            let buckets: HashSet<_> = plan
+                .cases
+                .iter()
+                .filter(|c| c.kind != ListKind::Clustered)
+                .map(|c| c.problem(AttnOp::Fwd).bucket())
+                .collect();
+            let wanted = plan.cases.iter().filter(|c| c.kind != ListKind::Clustered).count();
+            assert_eq!(buckets.len(), wanted, "two cases of {mode:?} share a bucket");
+        }
+    }
+
+    #[test]
+    fn sizes_of_the_plans() {
+        let contests = |mode| Plan::tune(mode, None).unwrap().contests(Arch::Sm90a);
+        let quick = contests(Mode::Quick);
+        assert_eq!(quick.iter().filter(|c| c.step == Step::Forward).count(), 12);
+        // Selection and inversion once for each length and block size, though there are two head dims.
+        assert_eq!(quick.iter().filter(|c| c.step == Step::Select).count(), 4);
+        let full = contests(Mode::Full);
+        assert_eq!(full.iter().filter(|c| c.step == Step::Backward).count(), 5 * 2 * (1 + 2 * 2 * 4));
+        assert!(full.iter().all(|c| !c.specs.is_empty()));
+        assert!(full.iter().any(|c| c.case.seqlen == 65536 && c.case.num_heads == 8));
+    }
+
+    #[test]
+    fn only_keeps_what_has_every_word() {
+        let plan = Plan::tune(Mode::Full, Some("d128 s32768,kb128 sp90 bwd")).unwrap();
+        assert_eq!(plan.steps, [Step::Backward]);
+        assert_eq!(plan.cases.len(), 2, "random and clustered");
+        assert!(plan.cases.iter().all(|c| c.label().starts_with("d128 h16 s32768 qg128 kb128 sp90")));
+        let error = Plan::tune(Mode::Quick, Some("d96")).unwrap_err().to_string();
+        assert!(error.contains("--only 'd96'") && error.contains("allowed:"), "{error}");
+    }
+
+    #[test]
+    fn bad_bench_requests_say_what_is_allowed() {
+        let good = BenchRequest {
+            head_dims: vec![128],
+            seqlens: vec![1000],
+            num_heads: 4,
+            batch: 2,
+            blocks: vec!["dense".into(), "128x128".into()],
+            keeps: vec![0.1],
+            kinds: vec![ListKind::Random],
+            steps: vec![Step::Forward],
+            kernels: vec![],
+        };
+        let plan = good.plan().unwrap();
+        assert_eq!(plan.cases.len(), 2);
+        assert_eq!((plan.cases[1].batch, plan.cases[1].max_selected), (2, 1));
+        let expect = |request: BenchRequest, words: &[&str]| {
+            let error = request.plan().unwrap_err().to_string();
+            assert!(words.iter().all(|w| error.contains(w)), "{error}");
+        };
+        expect(BenchRequest { head_dims: vec![80], ..good.clone() }, &["--head-dim 80", "64 or 128"]);
+        expect(
+            BenchRequest { blocks: vec!["63x64".into()], ..good.clone() },
+            &["--block 63x64", "dense, 64x64"],
+        );
+        expect(BenchRequest { keeps: vec![1.5], ..good.clone() }, &["--keep 1.5", "at most 1"]);
+        expect(BenchRequest { num_heads: 0, ..good.clone() }, &["--heads 0"]);
+        expect(
+            BenchRequest { kernels: vec!["attn_fwd".into()], ..good.clone() },
+            &["--kernel attn_fwd", "dsv-codegen list"],
+        );
+        let other = space::candidates(AttnOp::Bwd, DTYPE, 128, Lists::Dense, Arch::Sm90a)[0];
+        let name = KernelSpec::Attn(other).name();
+        expect(BenchRequest { kernels: vec![name.clone()], ..good.clone() }, &[&name, "--op"]);
+        let own = BenchRequest { steps: vec![Step::Backward], kernels: vec![name], ..good };
+        assert_eq!(own.plan().unwrap().contests(Arch::Sm90a).len(), 1);
+    }
+}
