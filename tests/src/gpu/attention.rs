@@ -1,0 +1,572 @@
+//! Attention forward and backward over the corpus, faults in lists, CUDA graphs.
+
+use super::tensor::{Flat, Tensor, flag_is, same};
+use super::{ARCH, Gpu, GpuTest, Outcome};
+use crate::corpus::{ListKind, Variant, variants};
+use crate::engines::{compare_grads, compare_output, lines};
+use crate::inputs::{Inputs, Placement};
+use dsv_reference::attention::{AttnGrads, AttnOutput, oracle};
+use dsv_reference::compare::all_passed;
+use dsv_reference::lists::KvListsBuf;
+use dsv_runtime::{AttnLayouts, AttnPlan, BwdArgs, FwdArgs, Kernel, KeyLists, QueryLists};
+use dsv_spec::params::error_bits;
+use dsv_spec::{AttnOp, AttnSpec, Deterministic, Dtype, KernelSpec, Lists, Problem, space};
+use half::bf16;
+use std::sync::Arc;
+
+/// Each variant with every candidate, and the tests of faults and graphs.
+pub(super) fn tests() -> Vec<GpuTest> {
+    let mut tests = Vec::new();
+    for variant in variants() {
+        for spec in candidates(AttnOp::Fwd, variant.head_dim, variant.lists) {
+            let variant = variant.clone();
+            tests.push(GpuTest::new(
+                format!("attn_fwd/{}/{}", variant.name(), KernelSpec::Attn(spec)),
+                vec![KernelSpec::Attn(spec)],
+                move |gpu| forward(gpu, &variant, spec),
+            ));
+        }
+        for op in [AttnOp::Bwd, AttnOp::BwdDq] {
+            for spec in candidates(op, variant.head_dim, variant.lists) {
+                let kernels = backward_kernels(spec);
+                let variant = variant.clone();
+                tests.push(GpuTest::new(
+                    format!("{op}/{}/{}", variant.name(), KernelSpec::Attn(spec)),
+                    kernels.clone(),
+                    move |gpu| backward(gpu, &variant, spec, &kernels),
+                ));
+            }
+        }
+    }
+    for lists in space::shipped_lists().filter(|lists| !lists.is_dense()) {
+        for fault in Fault::ALL {
+            let (query_group, kv_block) = lists.block_size();
+            for deterministic in [Deterministic::No, Deterministic::Yes] {
+                let Some(kernels) = shipped(64, lists, deterministic) else { continue };
+                tests.push(GpuTest::new(
+                    format!("faults/{fault:?}-qg{query_group}kb{kv_block}-{deterministic}"),
+                    kernels.clone(),
+                    move |gpu| faulty_lists(gpu, lists, fault, &kernels, deterministic),
+                ));
+            }
+        }
+    }
+    for head_dim in space::SHIPPED_HEAD_DIMS {
+        for lists in space::shipped_lists() {
+            let (query_group, kv_block) = lists.block_size();
+            for deterministic in [Deterministic::No, Deterministic::Yes] {
+                let Some(kernels) = shipped(head_dim, lists, deterministic) else { continue };
+                tests.push(GpuTest::new(
+                    format!("graph/d{head_dim}-qg{query_group}kb{kv_block}-{deterministic}"),
+                    kernels.clone(),
+                    move |gpu| in_a_graph(gpu, head_dim, lists, &kernels, deterministic),
+                ));
+            }
+        }
+    }
+    tests
+}
+
+fn candidates(op: AttnOp, head_dim: u16, lists: Lists) -> Vec<AttnSpec> {
+    space::candidates(op, Dtype::Bf16, head_dim, lists, ARCH)
+}
+
+fn shipped_attn(op: AttnOp, head_dim: u16, lists: Lists, form: Deterministic) -> Option<KernelSpec> {
+    space::default_attn(op, Dtype::Bf16, head_dim, lists, form, ARCH).map(KernelSpec::Attn)
+}
+
+/// The op that writes dQ after this form of `attn_bwd`.
+fn dq_op(form: Deterministic) -> AttnOp {
+    if form == Deterministic::Yes { AttnOp::BwdDq } else { AttnOp::BwdPost }
+}
+
+/// The shipped forward and backward; none where that form is not shipped.
+fn shipped(head_dim: u16, lists: Lists, form: Deterministic) -> Option<Vec<KernelSpec>> {
+    [AttnOp::Fwd, AttnOp::BwdPrep, AttnOp::Bwd, dq_op(form)]
+        .into_iter()
+        .map(|op| shipped_attn(op, head_dim, lists, form))
+        .collect()
+}
+
+/// The kernels of a forward and backward in which `spec` is one of the backward's.
+fn backward_kernels(spec: AttnSpec) -> Vec<KernelSpec> {
+    let form = if spec.op() == AttnOp::BwdDq { Deterministic::Yes } else { spec.deterministic() };
+    [AttnOp::Fwd, AttnOp::BwdPrep, AttnOp::Bwd, dq_op(form)]
+        .into_iter()
+        .filter_map(|op| {
+            if op == spec.op() {
+                Some(KernelSpec::Attn(spec))
+            } else {
+                shipped_attn(op, spec.head_dim(), spec.lists(), form)
+            }
+        })
+        .collect()
+}
+
+/// Where the tensors of a call lie: q, k, v, out, d_out, dq, dk, dv.
+struct Places {
+    q: Placement,
+    k: Placement,
+    v: Placement,
+    out: Placement,
+    d_out: Placement,
+    dq: Placement,
+    dk: Placement,
+    dv: Placement,
+    rows: [usize; 4],
+    kv_rows: [usize; 4],
+}
+
+impl Places {
+    fn of(variant: &Variant) -> Places {
+        let s = variant.shape();
+        let rows = [s.batch, s.seqlen_q, s.num_heads, s.head_dim];
+        let kv_rows = [s.batch, s.seqlen_kv, s.num_kv_heads, s.head_dim];
+        let place =
+            |n, dims: [usize; 4]| Placement::of(variant.case.layout, n, dims[0], dims[1], dims[2], dims[3]);
+        Places {
+            q: place(0, rows),
+            k: place(1, kv_rows),
+            v: place(2, kv_rows),
+            out: place(3, rows),
+            d_out: place(4, rows),
+            dq: place(5, rows),
+            dk: place(6, kv_rows),
+            dv: place(7, kv_rows),
+            rows,
+            kv_rows,
+        }
+    }
+
+    fn layouts(&self) -> AttnLayouts {
+        let layout = |place: &Placement| Tensor::layout(place);
+        AttnLayouts {
+            q: layout(&self.q),
+            k: layout(&self.k),
+            v: layout(&self.v),
+            out: layout(&self.out),
+            d_out: layout(&self.d_out),
+            dq: layout(&self.dq),
+            dk: layout(&self.dk),
+            dv: layout(&self.dv),
+        }
+    }
+}
+
+/// What a call reads, on the GPU.
+struct Call {
+    places: Places,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d_out: Tensor,
+    d_lse: Option<Flat>,
+    query_lists: Option<(Flat, Flat)>,
+    key_lists: Option<(Flat, Flat)>,
+    lse_bytes: usize,
+    error_flag: Flat,
+}
+
+impl Call {
+    fn new(gpu: &Gpu, variant: &Variant, inputs: &Inputs) -> Result<Call, super::Failure> {
+        let key_lists = match &inputs.lists {
+            Some(lists) => {
+                let inverse = lists.invert()?;
+                Some((
+                    Flat::of(gpu, "k2q_offset", &inverse.offset)?,
+                    Flat::of(gpu, "k2q_index", &inverse.index)?,
+                ))
+            }
+            None => None,
+        };
+        let places = Places::of(variant);
+        Ok(Call {
+            q: Tensor::with_rows(gpu, "q", places.q, places.rows, &inputs.q)?,
+            k: Tensor::with_rows(gpu, "k", places.k, places.kv_rows, &inputs.k)?,
+            v: Tensor::with_rows(gpu, "v", places.v, places.kv_rows, &inputs.v)?,
+            d_out: Tensor::with_rows(gpu, "d_out", places.d_out, places.rows, &inputs.d_out)?,
+            d_lse: inputs.d_lse.as_ref().map(|d_lse| Flat::of(gpu, "d_lse", d_lse)).transpose()?,
+            query_lists: inputs.lists.as_ref().map(|lists| query_lists(gpu, lists)).transpose()?,
+            key_lists,
+            lse_bytes: 4 * inputs.shape.lse_len(),
+            error_flag: Flat::of(gpu, "error_flag", &[0i32])?,
+            places,
+        })
+    }
+
+    fn query_lists(&self) -> Option<QueryLists> {
+        self.query_lists
+            .as_ref()
+            .map(|(index, count)| QueryLists { q2k_index: index.address(), q2k_count: count.address() })
+    }
+
+    fn key_lists(&self) -> Option<KeyLists> {
+        self.key_lists
+            .as_ref()
+            .map(|(offset, index)| KeyLists { k2q_offset: offset.address(), k2q_index: index.address() })
+    }
+
+    /// Runs the forward into memory filled with `poison`.
+    fn forward(&self, gpu: &Gpu, plan: &AttnPlan, poison: u8) -> Result<(Tensor, Flat), super::Failure> {
+        let out = Tensor::poisoned(gpu, "out", self.places.out, self.places.rows, poison)?;
+        let lse = Flat::poisoned(gpu, "lse", self.lse_bytes, poison)?;
+        let args = FwdArgs {
+            q: self.q.address(),
+            k: self.k.address(),
+            v: self.v.address(),
+            out: out.address(),
+            lse: lse.address(),
+            lists: self.query_lists(),
+            error_flag: self.error_flag.address(),
+        };
+        // SAFETY: every buffer was made for this plan's sizes and layouts, and lives past the wait.
+        unsafe { plan.forward(&gpu.stream, &args)? };
+        gpu.wait()?;
+        Ok((out, lse))
+    }
+
+    /// Runs the backward into memory, workspace included, filled with `poison`.
+    fn backward(
+        &self,
+        gpu: &Gpu,
+        plan: &AttnPlan,
+        out: &Tensor,
+        lse: &Flat,
+        poison: u8,
+    ) -> Result<Grads, super::Failure> {
+        let (rows, kv_rows) = (self.places.rows, self.places.kv_rows);
+        let grads = Grads {
+            dq: Tensor::poisoned(gpu, "dq", self.places.dq, rows, poison)?,
+            dk: Tensor::poisoned(gpu, "dk", self.places.dk, kv_rows, poison)?,
+            dv: Tensor::poisoned(gpu, "dv", self.places.dv, kv_rows, poison)?,
+        };
+        let workspace = Flat::poisoned(gpu, "workspace", plan.workspace_bytes() as usize, poison)?;
+        let args = self.backward_args(out, lse, &grads, &workspace);
+        // SAFETY: as above.
+        unsafe { plan.backward(&gpu.stream, &args)? };
+        gpu.wait()?;
+        workspace.read::<u8>(gpu)?;
+        Ok(grads)
+    }
+
+    fn backward_args(&self, out: &Tensor, lse: &Flat, grads: &Grads, workspace: &Flat) -> BwdArgs {
+        BwdArgs {
+            q: self.q.address(),
+            k: self.k.address(),
+            v: self.v.address(),
+            out: out.address(),
+            lse: lse.address(),
+            d_out: self.d_out.address(),
+            d_lse: self.d_lse.as_ref().map(Flat::address),
+            dq: grads.dq.address(),
+            dk: grads.dk.address(),
+            dv: grads.dv.address(),
+            lists: self.key_lists(),
+            query_lists: self.query_lists(),
+            workspace: workspace.address(),
+            error_flag: self.error_flag.address(),
+        }
+    }
+
+    fn flag(&self, gpu: &Gpu) -> Result<i32, super::Failure> {
+        Ok(self.error_flag.read::<i32>(gpu)?[0])
+    }
+}
+
+struct Grads {
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+}
+
+impl Grads {
+    fn values(&self, gpu: &Gpu) -> Result<AttnGrads<f32>, super::Failure> {
+        let rows = |tensor: &Tensor| tensor.rows(gpu).map(floats);
+        Ok(AttnGrads { dq: rows(&self.dq)?, dk: rows(&self.dk)?, dv: rows(&self.dv)? })
+    }
+}
+
+fn query_lists(gpu: &Gpu, lists: &KvListsBuf) -> Result<(Flat, Flat), super::Failure> {
+    Ok((Flat::of(gpu, "q2k_index", &lists.index)?, Flat::of(gpu, "q2k_count", &lists.count)?))
+}
+
+fn floats(values: Vec<bf16>) -> Vec<f32> {
+    values.into_iter().map(bf16::to_f32).collect()
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|x| x.to_bits()).collect()
+}
+
+/// NaN as floats, and a large finite number: what memory holds before a kernel writes it.
+const POISONS: [u8; 2] = [0xFF, 0x7B];
+
+fn forward(gpu: &mut Gpu, variant: &Variant, spec: AttnSpec) -> Outcome {
+    let kernel = gpu.kernel(&KernelSpec::Attn(spec))?;
+    let block_n = usize::from(spec.tile().block_n);
+    gpu.expect(variant, block_n, false)?;
+    let gpu = &*gpu;
+    let expected = gpu.expected()?;
+    let (inputs, lowp) = (&expected.inputs, expected.lowp(block_n)?);
+    let call = Call::new(gpu, variant, inputs)?;
+    let problem = variant.problem(AttnOp::Fwd, inputs.max_selected());
+    let plan = gpu.runtime.attention_with(&problem, &call.places.layouts(), None, &[kernel])?;
+    let mut runs = Vec::new();
+    for poison in POISONS {
+        let (out, lse) = call.forward(gpu, &plan, poison)?;
+        runs.push(AttnOutput { out: floats(out.rows(gpu)?), lse: lse.read(gpu)? });
+        flag_is(call.flag(gpu)?, 0)?;
+    }
+    let results = compare_output(inputs, &expected.oracle, lowp, &runs[0]);
+    all_passed(&results)?;
+    same("out of a second run", &bits(&runs[1].out), &bits(&runs[0].out))?;
+    same("lse of a second run", &bits(&runs[1].lse), &bits(&runs[0].lse))?;
+    Ok(lines(&results))
+}
+
+fn load(gpu: &mut Gpu, kernels: &[KernelSpec]) -> Result<Vec<Arc<Kernel>>, super::Failure> {
+    kernels.iter().map(|spec| gpu.kernel(spec)).collect()
+}
+
+fn block_n_of_forward(kernels: &[KernelSpec]) -> usize {
+    match kernels.first() {
+        Some(KernelSpec::Attn(spec)) => usize::from(spec.tile().block_n),
+        _ => 64,
+    }
+}
+
+fn backward(gpu: &mut Gpu, variant: &Variant, spec: AttnSpec, kernels: &[KernelSpec]) -> Outcome {
+    let loaded = load(gpu, kernels)?;
+    let block_n = block_n_of_forward(kernels);
+    gpu.expect(variant, block_n, true)?;
+    let gpu = &*gpu;
+    let expected = gpu.expected()?;
+    let (inputs, lowp) = (&expected.inputs, expected.lowp(block_n)?);
+    let lowp_grads = expected.grads.as_ref().ok_or("gradients were asked for")?;
+    let call = Call::new(gpu, variant, inputs)?;
+    let form = if spec.op() == AttnOp::BwdDq { Deterministic::Yes } else { spec.deterministic() };
+    let problem = Problem { deterministic: form, ..variant.problem(AttnOp::Bwd, inputs.max_selected()) };
+    let plan = gpu.runtime.attention_with(&problem, &call.places.layouts(), None, &loaded)?;
+    let (out, lse) = call.forward(gpu, &plan, POISONS[0])?;
+    let found = AttnOutput { out: floats(out.rows(gpu)?), lse: lse.read(gpu)? };
+    let mut runs = Vec::new();
+    for poison in POISONS {
+        runs.push(call.backward(gpu, &plan, &out, &lse, poison)?.values(gpu)?);
+        flag_is(call.flag(gpu)?, 0)?;
+    }
+    let mut results = compare_output(inputs, &expected.oracle, lowp, &found);
+    results.extend(compare_grads(inputs, &expected.oracle, lowp_grads, &runs[0]));
+    // Of two runs dK and dV are the same bits; dQ too where the kernels say so, else it is within tolerance again.
+    results.extend(compare_grads(inputs, &expected.oracle, lowp_grads, &runs[1]));
+    all_passed(&results)?;
+    same("dk of a second run", &bits(&runs[1].dk), &bits(&runs[0].dk))?;
+    same("dv of a second run", &bits(&runs[1].dv), &bits(&runs[0].dv))?;
+    if form == Deterministic::Yes {
+        same("dq of a second run", &bits(&runs[1].dq), &bits(&runs[0].dq))?;
+    }
+    // What was read is as it was.
+    for tensor in [&call.q, &call.k, &call.v, &call.d_out, &out] {
+        tensor.rows(gpu)?;
+    }
+    Ok(lines(&results[..5]))
+}
+
+/// A fault in one group's list, or in the inverse.
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    IndexTooLarge,
+    IndexNegative,
+    CountTooLarge,
+    CountNegative,
+    InverseGroupTooLarge,
+    InverseGroupNegative,
+    InverseOffsetTooLarge,
+    InverseOffsetDescending,
+}
+
+impl Fault {
+    const ALL: [Fault; 8] = [
+        Fault::IndexTooLarge,
+        Fault::IndexNegative,
+        Fault::CountTooLarge,
+        Fault::CountNegative,
+        Fault::InverseGroupTooLarge,
+        Fault::InverseGroupNegative,
+        Fault::InverseOffsetTooLarge,
+        Fault::InverseOffsetDescending,
+    ];
+
+    fn bit(self) -> i32 {
+        match self {
+            Fault::IndexTooLarge
+            | Fault::IndexNegative
+            | Fault::InverseGroupTooLarge
+            | Fault::InverseGroupNegative => error_bits::INDEX_OUT_OF_RANGE,
+            Fault::CountTooLarge
+            | Fault::CountNegative
+            | Fault::InverseOffsetTooLarge
+            | Fault::InverseOffsetDescending => error_bits::COUNT_OUT_OF_RANGE,
+        }
+    }
+}
+
+/// A faulty list raises its bit, harms no other group, and nothing is read or written out of place.
+fn faulty_lists(
+    gpu: &mut Gpu,
+    lists: Lists,
+    fault: Fault,
+    kernels: &[KernelSpec],
+    form: Deterministic,
+) -> Outcome {
+    const GROUP: usize = 1;
+    let loaded = load(gpu, kernels)?;
+    let case = crate::corpus::cases()
+        .into_iter()
+        .find(|case| case.name == "counts_differ")
+        .ok_or("the corpus has no case counts_differ")?;
+    // Every group lists three blocks, so that the bad one has a list to spoil.
+    let variant = Variant { case, head_dim: 64, kind: ListKind::Three, lists };
+    let mut inputs = Inputs::of(&variant);
+    let good = inputs.lists.clone().ok_or("the variant has lists")?;
+    let dims = good.dims;
+    let blocks = dims.blocks() as i32;
+    let gpu = &*gpu;
+    let mut call = Call::new(gpu, &variant, &inputs)?;
+    let mut bad = good.clone();
+    let list = GROUP * dims.max_selected;
+    match fault {
+        Fault::IndexTooLarge => bad.index[list + 2] = blocks,
+        Fault::IndexNegative => bad.index[list] = i32::MIN,
+        Fault::CountTooLarge => bad.count[GROUP] = dims.max_selected as i32 + 1,
+        Fault::CountNegative => bad.count[GROUP] = -1,
+        _ => {}
+    }
+    call.query_lists = Some(query_lists(gpu, &bad)?);
+    let mut inverse = good.invert()?;
+    let in_inverse = !matches!(
+        fault,
+        Fault::IndexTooLarge | Fault::IndexNegative | Fault::CountTooLarge | Fault::CountNegative
+    );
+    // KV block 0 of head 0: its groups, spoiled.
+    let first = inverse.groups_of(0, 0, 0).len();
+    match fault {
+        Fault::InverseGroupTooLarge if first > 0 => inverse.index[0] = dims.groups() as i32,
+        Fault::InverseGroupNegative if first > 0 => inverse.index[0] = -7,
+        Fault::InverseOffsetTooLarge => {
+            let last = dims.blocks();
+            inverse.offset[last] = (dims.groups() * dims.max_selected) as i32 + 1;
+        }
+        Fault::InverseOffsetDescending => inverse.offset[1] = -1,
+        _ if in_inverse => return Err("no group lists KV block 0; choose another seed".into()),
+        _ => {}
+    }
+    call.key_lists =
+        Some((Flat::of(gpu, "k2q_offset", &inverse.offset)?, Flat::of(gpu, "k2q_index", &inverse.index)?));
+    let problem = Problem { deterministic: form, ..variant.problem(AttnOp::Bwd, dims.max_selected as u32) };
+    let plan = gpu.runtime.attention_with(&problem, &call.places.layouts(), None, &loaded)?;
+    let (out, lse) = call.forward(gpu, &plan, 0xFF)?;
+    flag_is(call.flag(gpu)?, if in_inverse { 0 } else { fault.bit() })?;
+    let found = floats(out.rows(gpu)?);
+    let found_lse: Vec<f32> = lse.read(gpu)?;
+
+    // All groups but the spoiled one are as with good lists.
+    inputs.lists = Some(good);
+    let exact = oracle::forward(&inputs.shape, &inputs.attn(), inputs.lists().as_ref())?;
+    let s = inputs.shape;
+    let spoiled = dims.group_rows(GROUP);
+    for row in 0..s.seqlen_q {
+        for head in 0..s.num_heads {
+            let ours = head == 0 && spoiled.contains(&row) && !in_inverse;
+            let at = s.q_layout().offset(0, row, head);
+            for column in at..at + s.head_dim {
+                let (x, y) = (found[column], exact.out[column]);
+                if !x.is_finite() || (!ours && (f64::from(x) - y).abs() > 0.02) {
+                    return Err(format!("out of row {row}, head {head} is {x}, with good lists {y}").into());
+                }
+            }
+            let (x, y) = (found_lse[head * s.seqlen_q + row], exact.lse[head * s.seqlen_q + row]);
+            if x.is_nan() || (!ours && (f64::from(x) - y).abs() > 1e-3) {
+                return Err(format!("lse of row {row}, head {head} is {x}, with good lists {y}").into());
+            }
+        }
+    }
+
+    // The backward ends, writes nothing out of place, and raises the bit.
+    let grads = call.backward(gpu, &plan, &out, &lse, 0xFF)?.values(gpu)?;
+    let raised = call.flag(gpu)?;
+    flag_is(raised & fault.bit(), fault.bit())?;
+    if let Some(at) = [&grads.dq, &grads.dk, &grads.dv].iter().position(|g| g.iter().any(|x| !x.is_finite()))
+    {
+        return Err(format!("{} is not finite everywhere", ["dq", "dk", "dv"][at]).into());
+    }
+    Ok(String::new())
+}
+
+/// Captured once and launched three times, forward and backward give the bits of a direct run.
+fn in_a_graph(
+    gpu: &mut Gpu,
+    head_dim: u16,
+    lists: Lists,
+    kernels: &[KernelSpec],
+    form: Deterministic,
+) -> Outcome {
+    let loaded = load(gpu, kernels)?;
+    let case = crate::corpus::cases()
+        .into_iter()
+        .find(|case| case.name == "two_sequences")
+        .ok_or("the corpus has no case two_sequences")?;
+    let kind = if lists.is_dense() { ListKind::Dense } else { ListKind::Random };
+    let variant = Variant { case, head_dim, kind, lists };
+    let inputs = Inputs::of(&variant);
+    let gpu = &*gpu;
+    let call = Call::new(gpu, &variant, &inputs)?;
+    let problem = Problem { deterministic: form, ..variant.problem(AttnOp::Bwd, inputs.max_selected()) };
+    let plan = gpu.runtime.attention_with(&problem, &call.places.layouts(), None, &loaded)?;
+    let (out, lse) = call.forward(gpu, &plan, 0xFF)?;
+    let direct = call.backward(gpu, &plan, &out, &lse, 0xFF)?.values(gpu)?;
+
+    let places = &call.places;
+    let graph_out = Tensor::poisoned(gpu, "out", places.out, places.rows, 0xFF)?;
+    let graph_lse = Flat::poisoned(gpu, "lse", call.lse_bytes, 0xFF)?;
+    let graph_grads = Grads {
+        dq: Tensor::poisoned(gpu, "dq", places.dq, places.rows, 0xFF)?,
+        dk: Tensor::poisoned(gpu, "dk", places.dk, places.kv_rows, 0xFF)?,
+        dv: Tensor::poisoned(gpu, "dv", places.dv, places.kv_rows, 0xFF)?,
+    };
+    let workspace = Flat::poisoned(gpu, "workspace", plan.workspace_bytes() as usize, 0xFF)?;
+    gpu.wait()?;
+    let forward = FwdArgs {
+        q: call.q.address(),
+        k: call.k.address(),
+        v: call.v.address(),
+        out: graph_out.address(),
+        lse: graph_lse.address(),
+        lists: call.query_lists(),
+        error_flag: call.error_flag.address(),
+    };
+    let backward = call.backward_args(&graph_out, &graph_lse, &graph_grads, &workspace);
+    // SAFETY: every buffer was made for this plan and outlives the graph's launches below.
+    let graph = gpu.stream.capture(|| unsafe {
+        plan.forward(&gpu.stream, &forward)?;
+        plan.backward(&gpu.stream, &backward)
+    })?;
+    for _ in 0..3 {
+        graph.launch(&gpu.stream)?;
+    }
+    gpu.wait()?;
+    flag_is(call.flag(gpu)?, 0)?;
+    let replayed = graph_grads.values(gpu)?;
+    same("out of the graph", &bits(&floats(graph_out.rows(gpu)?)), &bits(&floats(out.rows(gpu)?)))?;
+    same("lse of the graph", &bits(&graph_lse.read(gpu)?), &bits(&lse.read(gpu)?))?;
+    same("dk of the graph", &bits(&replayed.dk), &bits(&direct.dk))?;
+    same("dv of the graph", &bits(&replayed.dv), &bits(&direct.dv))?;
+    if form == Deterministic::Yes {
+        same("dq of the graph", &bits(&replayed.dq), &bits(&direct.dq))?;
+    } else {
+        let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 0.02 * (1.0 + b.abs());
+        if !replayed.dq.iter().zip(&direct.dq).all(near) {
+            return Err("dq of the graph differs from the direct run".into());
+        }
+    }
+    Ok(String::new())
+}
