@@ -191,7 +191,7 @@ fn train(args: &RunArgs) -> anyhow::Result<()> {
         (_, true) => Existing::Overwrite,
         _ => Existing::Refuse,
     };
-    let engine = engine::open(&config.device)?;
+    let engine = engine::open(&config.device, config.train.deterministic)?;
     let mut recorder = Recorder::new(&config);
     let outcome = run::run(&config, engine, existing, &stop, &mut recorder);
     recorder.finish();
@@ -310,7 +310,7 @@ fn read_eval(path: &Path) -> anyhow::Result<EvalResult> {
 
 fn plan(args: &ConfigArgs) -> anyhow::Result<()> {
     let config = args.load()?;
-    let engine = engine::open(&config.device)?;
+    let engine = engine::open(&config.device, config.train.deterministic)?;
     let plan = dsv_train::plan::plan(&config, &*engine).to_string();
     println!("# {}", engine.name());
     plan.lines().for_each(|line| println!("{}", format!("# {line}").trim_end()));

@@ -449,7 +449,7 @@ pub fn open_trained(
             config: out.join("config.toml"),
         });
     }
-    let mut engine = crate::engine::open(&config.device)?;
+    let mut engine = crate::engine::open(&config.device, config.train.deterministic)?;
     let (attention, top_k, slots) = train::attention_of(&found)?;
     let mut plan = crate::engine::ArenaPlan::new(engine.precision());
     let purposes = Purposes {

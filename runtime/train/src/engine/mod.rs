@@ -19,23 +19,37 @@
 
 pub mod arena;
 pub mod cpu;
+pub mod cuda;
 
 pub use arena::{Allocation, ArenaPlan, Buf, Dtype, Precision};
 pub use cpu::CpuEngine;
+pub use cuda::{CudaEngine, CudaOptions};
 pub use dsv_spec::GroupRule;
 
 use thiserror::Error;
 
 /// The engine a configuration asks for, without an arena.
 ///
-/// `auto` takes a GPU where there is one that the kernels serve, else the CPU.
-pub fn open(device: &crate::config::Device) -> Result<Box<dyn Engine>, EngineError> {
+/// `auto` takes a GPU where there is one that the kernels serve, else the CPU, and says on stderr which and why.
+/// `deterministic` asks a GPU for the attention backward whose sums have a fixed order; the CPU is so anyway.
+///
+/// # Errors
+/// [`EngineError::NoDevice`] where `cuda` was asked for and there is no usable GPU.
+pub fn open(device: &crate::config::Device, deterministic: bool) -> Result<Box<dyn Engine>, EngineError> {
     use crate::config::DeviceKind;
+    let cpu = || Box::new(CpuEngine::<f32>::new());
+    let options =
+        CudaOptions { index: device.index, table: device.table.clone(), bundle: None, deterministic };
     match device.kind {
-        DeviceKind::Cpu | DeviceKind::Auto => Ok(Box::new(CpuEngine::<f32>::new())),
-        DeviceKind::Cuda => {
-            Err(EngineError::NoDevice { index: device.index, reason: "this build has no CUDA engine".into() })
-        }
+        DeviceKind::Cpu => Ok(cpu()),
+        DeviceKind::Cuda => Ok(Box::new(CudaEngine::open(&options)?)),
+        DeviceKind::Auto => match CudaEngine::open(&options) {
+            Ok(engine) => Ok(Box::new(engine)),
+            Err(reason) => {
+                eprintln!("device.kind = auto: training on the CPU; {reason}");
+                Ok(cpu())
+            }
+        },
     }
 }
 
