@@ -1,0 +1,956 @@
+//! Every op of the CUDA engine against the CPU engine, then a whole model: loss, gradients, lists.
+//!
+//! Needs a GPU, so it exists only with the feature `gpu`, and fails (never skips) where there is none. Inputs of the
+//! compute dtype are rounded to bf16 for both engines, so what differs is the order of f32 sums and the one rounding
+//! of each stored value. `DSV_BUNDLE=DIR` takes kernels from a bundle instead of compiling them.
+
+use dsv_reference::layers::normal;
+use dsv_train::engine::*;
+use dsv_train::model::{BlockAttention, Model, ModelShape, Purposes};
+use dsv_train::predictor::{PredictorShape, PredictorTask};
+use half::bf16;
+use std::sync::Mutex;
+
+/// One GPU, one test at a time.
+static GPU: Mutex<()> = Mutex::new(());
+
+fn open(deterministic: bool) -> CudaEngine {
+    let bundle = std::env::var_os("DSV_BUNDLE").map(Into::into);
+    CudaEngine::open(&CudaOptions { index: 0, table: None, bundle, deterministic })
+        .expect("these tests need a GPU")
+}
+
+fn noise(seed: u32, len: usize, scale: f32) -> Vec<f32> {
+    let mut out = vec![0.0f32; len];
+    normal([seed, 77], &mut out);
+    out.iter().map(|x| x * scale).collect()
+}
+
+/// Largest `|got - want| - rel |want|` over `max |want|`.
+#[derive(Clone, Copy)]
+struct Tolerance {
+    rel: f64,
+    abs: f64,
+}
+
+/// One rounding to bf16 (half an ulp is 2^-9 of the value) after f32 arithmetic.
+const ROUNDED: Tolerance = Tolerance { rel: 1.0 / 256.0, abs: 1e-4 };
+/// f32 sums in another order.
+const F32: Tolerance = Tolerance { rel: 1e-4, abs: 2e-5 };
+/// Sums of products whose operands were rounded to bf16 on the way (P and dS of attention, the weighted rows of the
+/// predictor): 2^-9 each, averaging out.
+const VIA_BF16: Tolerance = Tolerance { rel: 1.0 / 128.0, abs: 4e-3 };
+/// Copied, or made of integers.
+const EXACT: Tolerance = Tolerance { rel: 0.0, abs: 0.0 };
+
+fn compare(name: &str, got: &[f32], want: &[f32], tolerance: Tolerance) {
+    assert_eq!(got.len(), want.len(), "{name}");
+    let largest = want.iter().filter(|w| w.is_finite()).map(|w| f64::from(w.abs())).fold(0.0, f64::max);
+    let mut worst = (0.0, 0);
+    for (i, (&g, &w)) in got.iter().zip(want).enumerate() {
+        assert_eq!(g.is_nan(), w.is_nan(), "{name}[{i}]: GPU {g}, CPU {w}");
+        if g == w || g.is_nan() {
+            continue;
+        }
+        let allowed = tolerance.rel * f64::from(w.abs()) + tolerance.abs * largest;
+        let over = f64::from((g - w).abs()) / allowed.max(f64::MIN_POSITIVE);
+        if over > worst.0 {
+            worst = (over, i);
+        }
+    }
+    let (over, i) = worst;
+    assert!(
+        over <= 1.0,
+        "{name}[{i}] of {}: GPU {}, CPU {}, {over:.2} times the tolerance (largest value {largest:e})",
+        want.len(),
+        got[i],
+        want[i]
+    );
+    assert!(largest > 0.0 || want.is_empty() || tolerance.abs == 0.0, "{name}: every wanted value is zero");
+}
+
+fn dims() -> Dims {
+    Dims {
+        batch: 3,
+        seqlen: 1200,
+        text_tokens: 64,
+        dim: 256,
+        heads: 4,
+        head_dim: 64,
+        d_lr: 16,
+        mlp_width: 2048,
+        samples: 32,
+        params: 0,
+        lists: None,
+    }
+}
+
+/// What an op reads: floats or integers for the buffer with this position.
+enum Input {
+    Floats(usize, Vec<f32>),
+    Ints(usize, Vec<i32>),
+}
+
+/// Runs the same ops on both engines and returns them with their buffers.
+struct Pair {
+    gpu: CudaEngine,
+    cpu: CpuEngine<f32>,
+    gpu_bufs: Vec<Buf>,
+    cpu_bufs: Vec<Buf>,
+}
+
+impl Pair {
+    fn new(dims: &Dims, inputs: &[Input], build: impl Fn(&mut ArenaPlan) -> Vec<Buf>) -> Pair {
+        let (mut gpu_plan, mut cpu_plan) = (ArenaPlan::new(Precision::Bf16), ArenaPlan::new(Precision::F32));
+        let (gpu_bufs, cpu_bufs) = (build(&mut gpu_plan), build(&mut cpu_plan));
+        let (mut gpu, mut cpu) = (open(false), CpuEngine::<f32>::new());
+        gpu.reserve(&gpu_plan, dims).unwrap();
+        cpu.reserve(&cpu_plan, dims).unwrap();
+        let mut pair = Pair { gpu, cpu, gpu_bufs, cpu_bufs };
+        for input in inputs {
+            match input {
+                Input::Floats(at, values) => pair.write(*at, values),
+                Input::Ints(at, values) => {
+                    pair.gpu.write_i32(pair.gpu_bufs[*at], values).unwrap();
+                    pair.cpu.write_i32(pair.cpu_bufs[*at], values).unwrap();
+                }
+            }
+        }
+        pair
+    }
+
+    fn write(&mut self, at: usize, values: &[f32]) {
+        let rounded: Vec<f32> = match self.gpu_bufs[at].dtype() {
+            Dtype::Act => values.iter().map(|&x| bf16::from_f32(x).to_f32()).collect(),
+            _ => values.to_vec(),
+        };
+        self.gpu.write_f32(self.gpu_bufs[at], &rounded).unwrap();
+        self.cpu.write_f32(self.cpu_bufs[at], &rounded).unwrap();
+    }
+
+    fn run(&mut self, op: impl Fn(&mut dyn Engine, &[Buf])) -> &mut Pair {
+        op(&mut self.gpu, &self.gpu_bufs.clone());
+        op(&mut self.cpu, &self.cpu_bufs.clone());
+        self.gpu.sync().unwrap();
+        self.cpu.sync().unwrap();
+        self
+    }
+
+    fn same(&mut self, name: &str, at: usize, tolerance: Tolerance) -> &mut Pair {
+        let got = self.gpu.read_f32(self.gpu_bufs[at]).unwrap();
+        let want = self.cpu.read_f32(self.cpu_bufs[at]).unwrap();
+        compare(name, &got, &want, tolerance);
+        self
+    }
+
+    fn same_ints(&mut self, name: &str, at: usize) -> &mut Pair {
+        let got = self.gpu.read_i32(self.gpu_bufs[at]).unwrap();
+        let want = self.cpu.read_i32(self.cpu_bufs[at]).unwrap();
+        assert_eq!(got, want, "{name}");
+        self
+    }
+}
+
+fn lock() -> std::sync::MutexGuard<'static, ()> {
+    GPU.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+#[test]
+fn copies_conversions_and_sums() {
+    let _gpu = lock();
+    let n = 5003;
+    let inputs = [
+        Input::Floats(0, noise(1, n, 1.0)),
+        Input::Floats(1, noise(2, n, 1.0)),
+        Input::Floats(4, noise(3, 77, 1.0)),
+        Input::Floats(5, noise(4, 900 * 77, 1.0)),
+        Input::Floats(6, noise(5, 900 * 77, 1.0)),
+        Input::Floats(7, noise(6, 77, 1.0)),
+        Input::Floats(8, noise(7, 77, 1.0)),
+        Input::Floats(9, noise(8, 4000 * 256, 1.0)),
+        Input::Floats(10, noise(9, 256, 1.0)),
+    ];
+    let mut pair = Pair::new(&dims(), &inputs, |p| {
+        vec![
+            p.act("a", n),
+            p.f32("b", n),
+            p.act("c", n),
+            p.f32("d", n),
+            p.act("row", 77),
+            p.act("rows16", 900 * 77),
+            p.f32("rows32", 900 * 77),
+            p.f32("sum16", 77),
+            p.f32("sum32", 77),
+            p.act("wide", 4000 * 256),
+            p.f32("wide_sum", 256),
+        ]
+    });
+    pair.run(|e, b| e.copy(b[1], b[2])).same("f32 to bf16", 2, ROUNDED);
+    pair.run(|e, b| e.copy(b[0], b[3])).same("bf16 to f32", 3, EXACT);
+    pair.run(|e, b| e.copy(b[0], b[2])).same("bf16 to bf16", 2, EXACT);
+    // Slices that begin at odd elements take the scalar path.
+    pair.run(|e, b| e.copy(b[1].slice(3, 1001), b[2].slice(5, 1001))).same("odd slices", 2, ROUNDED);
+    pair.run(|e, b| e.axpy(-0.5, b[0], b[3])).same("axpy bf16 to f32", 3, F32);
+    // Earlier roundings stay in the GPU's buffer: begin afresh.
+    pair.write(2, &noise(10, n, 1.0));
+    pair.run(|e, b| e.axpy(2.0, b[1], b[2])).same("axpy f32 to bf16", 2, ROUNDED);
+    pair.run(|e, b| e.axpy(1.0, b[3], b[3])).same("axpy to itself", 3, F32);
+    pair.run(|e, b| e.add_rows(900, b[6], b[4], b[6])).same("add_rows f32", 6, F32);
+    pair.run(|e, b| e.add_rows(900, b[5], b[4], b[5])).same("add_rows bf16", 5, ROUNDED);
+    pair.write(5, &noise(4, 900 * 77, 1.0));
+    pair.run(|e, b| e.sum_rows(900, b[5], b[7])).same("sum_rows of 77 columns", 7, F32);
+    pair.run(|e, b| e.sum_rows(900, b[6], b[8])).same("sum_rows of f32", 8, F32);
+    pair.run(|e, b| e.sum_rows(4000, b[9], b[10])).same("sum_rows in two steps", 10, F32);
+    pair.run(|e, b| e.fill(b[2], 0.0)).run(|e, b| e.fill(b[3].slice(1, 4000), 1.5));
+    pair.same("filled", 2, EXACT).same("filled slice", 3, F32);
+}
+
+#[test]
+fn products() {
+    let _gpu = lock();
+    for (layout, [m, n, k]) in [
+        (GemmLayout::NT, [200, 136, 64]),
+        (GemmLayout::NN, [200, 64, 136]),
+        (GemmLayout::TN, [136, 64, 1000]),
+        // No dimension a multiple of what tensor cores like.
+        (GemmLayout::NT, [3, 7, 5]),
+        (GemmLayout::NN, [33, 17, 9]),
+        (GemmLayout::TN, [5, 3, 31]),
+    ] {
+        let inputs = [
+            Input::Floats(0, noise(1, m * k, 1.0)),
+            Input::Floats(1, noise(2, k * n, 1.0)),
+            Input::Floats(2, noise(3, n, 1.0)),
+            Input::Floats(3, noise(4, m * n, 1.0)),
+            Input::Floats(4, noise(5, m * n, 1.0)),
+        ];
+        let mut pair = Pair::new(&dims(), &inputs, |p| {
+            let (a, b, bias) = (p.act("a", m * k), p.act("b", k * n), p.act("bias", n));
+            vec![a, b, bias, p.act("c16", m * n), p.f32("c32", m * n), p.act("pre", m * n)]
+        });
+        let name = |what: &str| format!("{layout:?} {m}x{n}x{k} {what}");
+        let g = move |b: &[Buf], c: usize| Gemm::new(layout, m, n, k, b[0], b[1], b[c]);
+        pair.run(|e, b| e.gemm(&g(b, 3).accumulate())).same(&name("accumulated bf16"), 3, ROUNDED);
+        pair.run(|e, b| e.gemm(&g(b, 4).accumulate())).same(&name("accumulated f32"), 4, F32);
+        pair.run(|e, b| e.gemm(&g(b, 3).bias(b[2]))).same(&name("bias bf16"), 3, ROUNDED);
+        pair.run(|e, b| e.gemm(&g(b, 4).bias(b[2]))).same(&name("bias f32"), 4, F32);
+        pair.run(|e, b| e.gemm(&g(b, 4))).same(&name("f32"), 4, F32);
+        if n % 8 == 0 {
+            pair.run(|e, b| e.gemm(&g(b, 3).bias(b[2]).gelu(b[5])));
+            pair.same(&name("pre"), 5, ROUNDED);
+            // The CPU's gelu reads an unrounded pre-activation; the slope of gelu is at most 1.13.
+            pair.same(&name("gelu"), 3, Tolerance { rel: 1.0 / 64.0, abs: 4e-3 });
+        }
+    }
+}
+
+#[test]
+fn norm_mod_and_residual() {
+    let _gpu = lock();
+    let (batch, seqlen, dim, chunks) = (2, 301, 256, 6);
+    let rows = batch * seqlen;
+    let inputs = [
+        Input::Floats(0, noise(1, rows * dim, 2.0).iter().map(|x| x + 1.0).collect()),
+        Input::Floats(1, noise(2, batch * chunks * dim, 0.5)),
+        Input::Floats(5, noise(3, rows * dim, 1.0)),
+        Input::Floats(6, noise(4, rows * dim, 1.0)),
+        Input::Floats(7, noise(5, batch * chunks * dim, 1.0)),
+        Input::Floats(8, noise(6, rows * dim, 1.0)),
+    ];
+    let mut pair = Pair::new(&dims(), &inputs, |p| {
+        vec![
+            p.act("x", rows * dim),
+            p.f32("modulation", batch * chunks * dim),
+            p.f32("mean", rows),
+            p.f32("rstd", rows),
+            p.act("out", rows * dim),
+            p.act("d_out", rows * dim),
+            p.act("d_x", rows * dim),
+            p.f32("d_modulation", batch * chunks * dim),
+            p.act("y", rows * dim),
+            p.act("d_y", rows * dim),
+        ]
+    });
+    let norm = move |b: &[Buf]| NormMod {
+        batch,
+        seqlen,
+        dim,
+        x: b[0],
+        modulation: b[1],
+        chunks,
+        shift: 3,
+        scale: 4,
+        eps: 1e-6,
+        mean: b[2],
+        rstd: b[3],
+    };
+    pair.run(|e, b| e.norm_mod_fwd(&norm(b), b[4]));
+    pair.same("mean", 2, F32).same("rstd", 3, F32).same("norm_mod_fwd", 4, ROUNDED);
+    pair.run(|e, b| e.norm_mod_bwd(&norm(b), b[5], b[6], b[7]));
+    pair.same("norm_mod_bwd d_x", 6, ROUNDED).same("norm_mod_bwd d_modulation", 7, F32);
+    let gated = move |b: &[Buf]| Residual { batch, seqlen, dim, gate: Some((b[1], chunks, 2)) };
+    pair.run(|e, b| e.residual_fwd(&gated(b), b[0], b[8], b[4])).same("residual_fwd", 4, ROUNDED);
+    pair.run(|e, b| e.residual_bwd(&gated(b), b[8], b[5], b[9], b[7]));
+    pair.same("residual_bwd d_y", 9, ROUNDED).same("residual_bwd d_modulation", 7, F32);
+    pair.run(|e, b| e.residual_fwd(&Residual { gate: None, ..gated(b) }, b[0], b[8], b[0]));
+    pair.same("residual in place, no gate", 0, ROUNDED);
+}
+
+#[test]
+fn queries_and_keys() {
+    let _gpu = lock();
+    for (heads, head_dim) in [(3, 64), (2, 128)] {
+        let (batch, seqlen) = (2, 77);
+        let (rows, width, half) = (batch * seqlen, heads * head_dim, head_dim / 2);
+        let angles: Vec<f32> = noise(9, seqlen * half, 2.0);
+        let inputs = [
+            Input::Floats(0, noise(1, rows * 3 * width, 1.0)),
+            Input::Floats(1, noise(2, head_dim, 0.2).iter().map(|x| x + 1.0).collect()),
+            Input::Floats(2, noise(3, head_dim, 0.2).iter().map(|x| x + 1.0).collect()),
+            Input::Floats(3, angles.iter().map(|a| a.cos()).collect()),
+            Input::Floats(4, angles.iter().map(|a| a.sin()).collect()),
+            Input::Floats(9, noise(4, rows * width, 1.0)),
+            Input::Floats(10, noise(5, rows * width, 1.0)),
+            Input::Floats(11, noise(6, rows * 3 * width, 1.0)),
+            Input::Floats(12, noise(7, head_dim, 1.0)),
+            Input::Floats(13, noise(8, head_dim, 1.0)),
+        ];
+        let dims = Dims { head_dim, heads, dim: width.next_multiple_of(8), ..dims() };
+        let mut pair = Pair::new(&dims, &inputs, |p| {
+            vec![
+                p.act("qkv", rows * 3 * width),
+                p.act("q_weight", head_dim),
+                p.act("k_weight", head_dim),
+                p.f32("cos", seqlen * half),
+                p.f32("sin", seqlen * half),
+                p.f32("q_rstd", rows * heads),
+                p.f32("k_rstd", rows * heads),
+                p.act("q", rows * width),
+                p.act("k", rows * width),
+                p.act("d_q", rows * width),
+                p.act("d_k", rows * width),
+                p.act("d_qkv", rows * 3 * width),
+                p.f32("d_q_weight", head_dim),
+                p.f32("d_k_weight", head_dim),
+            ]
+        });
+        let prep = move |b: &[Buf]| QkPrep {
+            batch,
+            seqlen,
+            heads,
+            head_dim,
+            qkv: b[0],
+            q_weight: b[1],
+            k_weight: b[2],
+            cos: b[3],
+            sin: b[4],
+            q_rstd: b[5],
+            k_rstd: b[6],
+            eps: 1e-6,
+        };
+        pair.run(|e, b| e.qk_prep_fwd(&prep(b), b[7], b[8]));
+        pair.same("q", 7, ROUNDED).same("k", 8, ROUNDED).same("q_rstd", 5, F32).same("k_rstd", 6, F32);
+        pair.run(|e, b| e.qk_prep_bwd(&prep(b), b[9], b[10], b[11], b[12], b[13]));
+        pair.same("d_qkv", 11, ROUNDED).same("d_q_weight", 12, F32).same("d_k_weight", 13, F32);
+        let rope =
+            move |b: &[Buf]| Rope { batch, seqlen, vectors: heads, dim: head_dim, cos: b[3], sin: b[4] };
+        pair.run(|e, b| e.rope(&rope(b), b[9], false)).same("rope", 9, ROUNDED);
+        pair.run(|e, b| e.rope(&rope(b), b[10], true)).same("rope backwards", 10, ROUNDED);
+    }
+}
+
+#[test]
+fn activations() {
+    let _gpu = lock();
+    let (rows, hidden) = (131, 72);
+    for act in [MlpAct::GeGlu, MlpAct::Gelu] {
+        let width = act.pre_width(hidden);
+        let inputs =
+            [Input::Floats(0, noise(1, rows * width, 3.0)), Input::Floats(1, noise(2, rows * hidden, 1.0))];
+        let mut pair = Pair::new(&dims(), &inputs, |p| {
+            vec![
+                p.act("pre", rows * width),
+                p.act("d_out", rows * hidden),
+                p.act("out", rows * hidden),
+                p.act("d_pre", rows * width),
+            ]
+        });
+        pair.run(|e, b| e.mlp_act_fwd(act, rows, hidden, b[0], b[2])).same("mlp_act_fwd", 2, ROUNDED);
+        pair.run(|e, b| e.mlp_act_bwd(act, rows, hidden, b[0], b[1], b[3])).same("mlp_act_bwd", 3, ROUNDED);
+        pair.run(|e, b| e.mlp_act_bwd(act, rows, hidden, b[0], b[1], b[0])).same("in place", 0, ROUNDED);
+    }
+    let inputs = [
+        Input::Floats(0, noise(3, 1001, 4.0)),
+        Input::Floats(1, noise(4, 1001, 4.0)),
+        Input::Floats(4, vec![0.0, 0.013, 0.5, 0.999, 1.0]),
+    ];
+    let mut pair = Pair::new(&dims(), &inputs, |p| {
+        vec![
+            p.act("x", 1001),
+            p.f32("y", 1001),
+            p.act("o", 1001),
+            p.f32("p", 1001),
+            p.f32("t", 5),
+            p.act("e", 5 * 256),
+        ]
+    });
+    pair.run(|e, b| e.silu_fwd(b[0], b[3])).same("silu bf16 to f32", 3, F32);
+    pair.run(|e, b| e.silu_fwd(b[1], b[2])).same("silu f32 to bf16", 2, ROUNDED);
+    pair.run(|e, b| e.silu_bwd(b[0], b[1], b[3])).same("silu_bwd", 3, F32);
+    pair.run(|e, b| e.silu_bwd(b[0], b[2], b[2])).same("silu_bwd in place", 2, VIA_BF16);
+    // The CPU reduces 1000 t w in f32: 1000 rad carry 6e-5 of absolute error.
+    let angle = Tolerance { rel: 1.0 / 256.0, abs: 2e-4 };
+    pair.run(|e, b| e.time_embed(b[4], 256, b[5])).same("time_embed", 5, angle);
+}
+
+#[test]
+fn flow_matching() {
+    let _gpu = lock();
+    let shape = PatchShape { batch: 2, channels: 3, latent: [4, 6, 10], patch: [1, 2, 2] };
+    let (tokens, width, latents) = (shape.tokens(), shape.width(), shape.latent_len());
+    let each = tokens * width;
+    let order: Vec<i32> = (0..tokens as i32).map(|i| (i * 7) % tokens as i32).collect();
+    let drop = vec![1, 0];
+    let inputs = [
+        Input::Floats(0, noise(1, 2 * latents, 1.0)),
+        Input::Ints(1, order),
+        Input::Floats(2, vec![0.25, 0.875]),
+        Input::Ints(3, vec![5, -6, 7, i32::MIN]),
+        Input::Floats(7, noise(2, 2 * each, 1.0)),
+        Input::Ints(11, drop),
+        Input::Floats(12, noise(3, each, 1.0)),
+    ];
+    let mut pair = Pair::new(&dims(), &inputs, |p| {
+        vec![
+            p.f32("latents", 2 * latents),
+            p.i32("order", tokens),
+            p.f32("t", 2),
+            p.i32("keys", 4),
+            p.act("x_t", 2 * each),
+            p.f32("target", 2 * each),
+            p.f32("back", 2 * latents),
+            p.act("pred", 2 * each),
+            p.f32("loss", 2),
+            p.act("d_pred", 2 * each),
+            p.f32("noise", 1003),
+            p.i32("drop", 2),
+            p.f32("d_null", each),
+            p.act("text", 2 * each),
+        ]
+    });
+    // Logarithms and sines of other libraries: 1e-6 of a standard deviation.
+    let made = Tolerance { rel: 1e-5, abs: 1e-5 };
+    let prepare = move |b: &[Buf]| FlowPrepare {
+        shape,
+        latents: b[0],
+        order: b[1],
+        t: b[2],
+        keys: b[3],
+        x_t: b[4],
+        target: b[5],
+    };
+    pair.run(|e, b| e.flow_prepare(&prepare(b))).same("target", 5, made).same("x_t", 4, ROUNDED);
+    pair.run(|e, b| e.normal(b[3].slice(2, 2), b[10])).same("normal", 10, made);
+    pair.run(|e, b| e.unpatchify(&shape, b[1], b[5], b[6])).same("unpatchify", 6, made);
+    let loss = move |b: &[Buf], d| FlowLoss {
+        batch: 2,
+        per_element: each,
+        pred: b[7],
+        target: b[5],
+        loss: b[8],
+        d_pred: d,
+        weight: 0.5,
+    };
+    pair.run(|e, b| e.flow_loss(&loss(b, Some(b[9])))).same("loss", 8, F32).same("d_pred", 9, ROUNDED);
+    pair.run(|e, b| e.fill(b[8], 0.0)).run(|e, b| e.flow_loss(&loss(b, None))).same("loss alone", 8, F32);
+    let text = move |b: &[Buf]| TextSelect { batch: 2, per_element: each, drop: b[11] };
+    pair.run(|e, b| e.text_select_fwd(&text(b), b[7], b[9].slice(0, each), b[13]));
+    pair.same("text_select_fwd", 13, ROUNDED);
+    pair.run(|e, b| e.text_select_bwd(&text(b), b[7], b[12])).same("text_select_bwd", 12, F32);
+}
+
+/// Attention over `lists`, or dense, with keys of another length.
+fn attention(head_dim: usize, seqlen_q: usize, seqlen_kv: usize) {
+    let (batch, heads) = (2, 2);
+    let width = heads * head_dim;
+    let shape =
+        AttnShape { batch, heads, seqlen_q, seqlen_kv, head_dim, scale: (head_dim as f32).powf(-0.5) };
+    let (q_len, kv_len) = (batch * seqlen_q * width, batch * seqlen_kv * width);
+    let inputs = [
+        Input::Floats(0, noise(1, q_len, 1.5)),
+        Input::Floats(1, noise(2, 2 * kv_len, 1.5)),
+        Input::Floats(4, noise(3, q_len, 1.0)),
+    ];
+    let dims = Dims { heads, head_dim, dim: width, seqlen: seqlen_q, text_tokens: seqlen_kv, ..dims() };
+    let mut pair = Pair::new(&dims, &inputs, |p| {
+        vec![
+            p.act("q", q_len),
+            p.act("kv", 2 * kv_len),
+            p.act("out", q_len),
+            p.f32("lse", batch * heads * seqlen_q),
+            p.act("d_out", q_len),
+            p.act("d_q", q_len),
+            p.act("d_kv", 2 * kv_len),
+        ]
+    });
+    let forward = move |b: &[Buf]| AttnFwd {
+        shape,
+        q: View::bshd(b[0], seqlen_q, heads, head_dim),
+        k: View::packed(b[1], 2, 0, seqlen_kv, heads, head_dim),
+        v: View::packed(b[1], 2, 1, seqlen_kv, heads, head_dim),
+        lists: None,
+        out: View::bshd(b[2], seqlen_q, heads, head_dim),
+        lse: b[3],
+    };
+    pair.run(|e, b| e.attn_fwd(&forward(b))).same("out", 2, VIA_BF16).same("lse", 3, F32);
+    pair.run(|e, b| {
+        e.attn_bwd(&AttnBwd {
+            fwd: forward(b),
+            d_out: View::bshd(b[4], seqlen_q, heads, head_dim),
+            d_q: View::bshd(b[5], seqlen_q, heads, head_dim),
+            d_k: View::packed(b[6], 2, 0, seqlen_kv, heads, head_dim),
+            d_v: View::packed(b[6], 2, 1, seqlen_kv, heads, head_dim),
+        });
+    });
+    // The CPU's backward reads an unrounded out: rowsum(out d_out) differs by 2^-9 of it.
+    pair.same("d_q", 5, Tolerance { rel: 1.0 / 64.0, abs: 8e-3 });
+    pair.same("d_k, d_v", 6, Tolerance { rel: 1.0 / 64.0, abs: 8e-3 });
+}
+
+#[test]
+fn attention_to_itself() {
+    let _gpu = lock();
+    attention(64, 333, 333);
+    attention(128, 200, 200);
+}
+
+#[test]
+fn attention_to_a_text() {
+    let _gpu = lock();
+    attention(64, 333, 7);
+    attention(128, 130, 120);
+}
+
+#[test]
+fn selection_lists_and_sparse_attention() {
+    let _gpu = lock();
+    let (batch, heads, head_dim, seqlen) = (2, 3, 64, 1100);
+    let width = heads * head_dim;
+    let list_shape = ListShape { batch, heads, seqlen, query_group: 64, kv_block: 64, max_selected: 9 };
+    let (groups, blocks) = (list_shape.groups(), list_shape.kv_blocks());
+    let entries = batch * heads * groups * 9;
+    let len = batch * seqlen * width;
+    let low = batch * seqlen * 2 * heads * 16;
+    let top_k = vec![9, 1, 4];
+    let inputs = [
+        Input::Floats(0, noise(1, 3 * len, 1.5)),
+        Input::Floats(1, noise(2, low, 1.0)),
+        Input::Ints(2, top_k.clone()),
+        Input::Floats(9, noise(3, len, 1.0)),
+    ];
+    let dims = Dims { heads, head_dim, dim: width, seqlen, lists: Some(list_shape), ..dims() };
+    let mut pair = Pair::new(&dims, &inputs, |p| {
+        vec![
+            p.act("qkv", 3 * len),
+            p.act("lowrank", low),
+            p.i32("top_k", heads),
+            p.i32("index", entries),
+            p.i32("count", batch * heads * groups),
+            p.i32("offset", batch * heads * (blocks + 1)),
+            p.i32("inverse", entries),
+            p.act("out", len),
+            p.f32("lse", batch * heads * seqlen),
+            p.act("d_out", len),
+            p.act("d_qkv", 3 * len),
+        ]
+    });
+    let lists = move |b: &[Buf]| Lists {
+        shape: list_shape,
+        q2k_index: b[3],
+        q2k_count: b[4],
+        inverse: Some((b[5], b[6])),
+    };
+    pair.run(|e, b| {
+        e.fill(b[3], 0.0);
+        e.kv_select(&KvSelect {
+            q_lr: View::packed(b[1], 2, 0, seqlen, heads, 16),
+            k_lr: View::packed(b[1], 2, 1, seqlen, heads, 16),
+            d_lr: 16,
+            top_k: b[2],
+            rule: GroupRule::Centre,
+            lists: lists(b),
+        });
+    });
+    pair.same_ints("q2k_count", 4);
+    // Beyond the count either engine leaves what it likes.
+    let gpu_index = pair.gpu.read_i32(pair.gpu_bufs[3]).unwrap();
+    let cpu_index = pair.cpu.read_i32(pair.cpu_bufs[3]).unwrap();
+    let counts = pair.cpu.read_i32(pair.cpu_bufs[4]).unwrap();
+    for (list, &count) in counts.iter().enumerate() {
+        let range = list * 9..list * 9 + count as usize;
+        assert_eq!(count, top_k[list / groups % heads]);
+        assert_eq!(gpu_index[range.clone()], cpu_index[range], "list {list}");
+    }
+    let offsets = pair.gpu.read_i32(pair.gpu_bufs[5]).unwrap();
+    let inverse = pair.gpu.read_i32(pair.gpu_bufs[6]).unwrap();
+    for slab in 0..batch * heads {
+        let offsets = &offsets[slab * (blocks + 1)..][..blocks + 1];
+        for block in 0..blocks {
+            let wanted: Vec<i32> = (0..groups)
+                .filter(|g| {
+                    let list = slab * groups + g;
+                    gpu_index[list * 9..][..counts[list] as usize].contains(&(block as i32))
+                })
+                .map(|g| g as i32)
+                .collect();
+            let found = &inverse[slab * groups * 9..][offsets[block] as usize..offsets[block + 1] as usize];
+            assert_eq!(found, wanted, "head {slab}, block {block}");
+        }
+    }
+
+    let part = move |buf: Buf, part: usize| View::packed(buf, 3, part, seqlen, heads, head_dim);
+    let forward = move |b: &[Buf]| AttnFwd {
+        shape: AttnShape { batch, heads, seqlen_q: seqlen, seqlen_kv: seqlen, head_dim, scale: 0.125 },
+        q: part(b[0], 0),
+        k: part(b[0], 1),
+        v: part(b[0], 2),
+        lists: Some(lists(b)),
+        out: View::bshd(b[7], seqlen, heads, head_dim),
+        lse: b[8],
+    };
+    pair.run(|e, b| e.attn_fwd(&forward(b))).same("sparse out", 7, VIA_BF16).same("sparse lse", 8, F32);
+    pair.run(|e, b| {
+        e.attn_bwd(&AttnBwd {
+            fwd: forward(b),
+            d_out: View::bshd(b[9], seqlen, heads, head_dim),
+            d_q: part(b[10], 0),
+            d_k: part(b[10], 1),
+            d_v: part(b[10], 2),
+        });
+    });
+    pair.same("sparse d_qkv", 10, Tolerance { rel: 1.0 / 64.0, abs: 8e-3 });
+
+    // A budget wider than the lists is clamped on the device and reported once, at the next sync.
+    let (lowrank, top_k) = (pair.gpu_bufs[1], pair.gpu_bufs[2]);
+    pair.gpu.write_i32(top_k, &[10, 1, 4]).unwrap();
+    let args = KvSelect {
+        q_lr: View::packed(lowrank, 2, 0, seqlen, heads, 16),
+        k_lr: View::packed(lowrank, 2, 1, seqlen, heads, 16),
+        d_lr: 16,
+        top_k,
+        rule: GroupRule::Mean,
+        lists: lists(&pair.gpu_bufs),
+    };
+    pair.gpu.kv_select(&args);
+    let error = pair.gpu.sync().unwrap_err().to_string();
+    assert!(error.contains("top-k"), "{error}");
+    pair.gpu.sync().unwrap();
+}
+
+#[test]
+fn predictor_loss_and_profile() {
+    let _gpu = lock();
+    for (head_dim, seqlen) in [(64, 700), (128, 515)] {
+        let (batch, heads) = (2, 2);
+        let width = heads * head_dim;
+        let shape = AttnShape {
+            batch,
+            heads,
+            seqlen_q: seqlen,
+            seqlen_kv: seqlen,
+            head_dim,
+            scale: (head_dim as f32).powf(-0.5),
+        };
+        let len = batch * seqlen * width;
+        let low = batch * seqlen * 2 * heads * 16;
+        let list_shape = ListShape { batch, heads, seqlen, query_group: 64, kv_block: 64, max_selected: 3 };
+        let groups = list_shape.groups();
+        let lists: Vec<i32> =
+            (0..batch * heads * groups).flat_map(|i| [i % 2, 3, 5 + i % 3].map(|n| n as i32)).collect();
+        // Keys with a mean: the centring must matter.
+        let keys: Vec<f32> =
+            noise(2, len, 1.0).iter().enumerate().map(|(i, x)| x + (i % 7) as f32 * 0.2).collect();
+        let samples: Vec<i32> = (0..19).map(|i| (i * 37) % seqlen as i32).collect();
+        let inputs = [
+            Input::Floats(0, noise(1, len, 1.0)),
+            Input::Floats(1, keys),
+            Input::Floats(2, noise(3, low, 0.7)),
+            Input::Ints(5, samples),
+            Input::Ints(8, lists),
+            Input::Ints(9, vec![3; batch * heads * groups]),
+        ];
+        let dims = Dims { heads, head_dim, dim: width, seqlen, batch, samples: 19, ..dims() };
+        let mut pair = Pair::new(&dims, &inputs, |p| {
+            vec![
+                p.act("q", len),
+                p.act("k", len),
+                p.act("lowrank", low),
+                p.f32("loss", heads),
+                p.act("d_lowrank", low),
+                p.i32("samples", 19),
+                p.f32("needed", heads),
+                p.f32("covered", heads),
+                p.i32("index", batch * heads * groups * 3),
+                p.i32("count", batch * heads * groups),
+            ]
+        });
+        let view = move |buf: Buf| View::bshd(buf, seqlen, heads, head_dim);
+        pair.run(|e, b| {
+            e.gram_loss(&GramLoss {
+                shape,
+                d_lr: 16,
+                q: view(b[0]),
+                k: view(b[1]),
+                lowrank: b[2],
+                loss: b[3],
+                d_lowrank: b[4],
+                weight: 0.5,
+            });
+        });
+        pair.same("predictor loss", 3, Tolerance { rel: 1e-3, abs: 0.0 });
+        pair.same("predictor gradient", 4, VIA_BF16);
+        pair.run(|e, b| {
+            let lists = Lists { shape: list_shape, q2k_index: b[8], q2k_count: b[9], inverse: None };
+            e.profile(&Profile {
+                shape,
+                q: view(b[0]),
+                k: view(b[1]),
+                samples: b[5],
+                theta: 0.9,
+                needed: b[6],
+                covered: Some((lists, b[7])),
+            });
+        });
+        // A key more or less at the threshold of one of 38 rows.
+        pair.same("needed", 6, Tolerance { rel: 2e-4, abs: 1.0 / seqlen as f64 / 4.0 });
+        pair.same("covered", 7, Tolerance { rel: 1e-4, abs: 0.0 });
+    }
+}
+
+#[test]
+fn optimizer() {
+    let _gpu = lock();
+    let n = 64 * 400 + 64;
+    let segments = vec![0, 10, 11, 350, 401];
+    let inputs = [
+        Input::Floats(0, noise(1, n, 1.0)),
+        Input::Floats(1, noise(2, n, 2.0)),
+        Input::Floats(2, noise(3, n, 0.1)),
+        Input::Floats(3, noise(4, n, 0.1).iter().map(|x| x * x).collect()),
+        Input::Ints(5, segments),
+        Input::Floats(8, noise(5, n, 1.0)),
+    ];
+    let mut pair = Pair::new(&dims(), &inputs, |p| {
+        vec![
+            p.f32("master", n),
+            p.f32("grad", n),
+            p.f32("m", n),
+            p.f32("v", n),
+            p.act("copy", n),
+            p.i32("segments", 5),
+            p.f32("clip", 2),
+            p.i32("culprit", 1),
+            p.f32("ema", n),
+        ]
+    });
+    let norm = move |b: &[Buf], max_norm| GradNorm {
+        grad: b[1],
+        segments: b[5],
+        max_norm,
+        clip: b[6],
+        culprit: b[7],
+    };
+    let step = move |b: &[Buf]| AdamW {
+        master: b[0],
+        grad: b[1],
+        m: b[2],
+        v: b[3],
+        copy: b[4],
+        lr: 1e-2,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.1,
+        step: 3,
+        clip: b[6],
+    };
+    let tight = Tolerance { rel: 2e-6, abs: 1e-6 };
+    pair.run(|e, b| e.grad_norm(&norm(b, f32::INFINITY))).same("norm without clipping", 6, tight);
+    pair.run(|e, b| e.grad_norm(&norm(b, 1.0))).same("norm and factor", 6, tight).same_ints("culprit", 7);
+    pair.run(|e, b| e.adamw(&step(b)));
+    pair.same("master", 0, tight).same("m", 2, tight).same("v", 3, tight).same("copy", 4, ROUNDED);
+    pair.run(|e, b| e.ema(0.99, b[0], b[8])).same("ema", 8, tight);
+
+    // Two bad values: the first tensor is named, and the step leaves everything as it is.
+    let mut grad = noise(2, n, 2.0);
+    grad[64 * 350 + 3] = f32::NAN;
+    grad[64 * 10] = f32::NEG_INFINITY;
+    pair.write(1, &grad);
+    let before = pair.gpu.read_f32(pair.gpu_bufs[0]).unwrap();
+    pair.run(|e, b| e.grad_norm(&norm(b, 1.0))).same_ints("culprit", 7);
+    assert_eq!(pair.gpu.read_i32(pair.gpu_bufs[7]).unwrap(), [1]);
+    let clip = pair.gpu.read_f32(pair.gpu_bufs[6]).unwrap();
+    assert!(!clip[0].is_finite() && clip[1].is_nan(), "{clip:?}");
+    let bufs = pair.gpu_bufs.clone();
+    pair.gpu.adamw(&step(&bufs));
+    assert_eq!(pair.gpu.read_f32(bufs[0]).unwrap(), before, "a step with a bad gradient is skipped");
+}
+
+fn model_shape() -> ModelShape {
+    let patch = PatchShape { batch: 2, channels: 4, latent: [4, 16, 20], patch: [1, 2, 2] };
+    let lists = ListShape {
+        batch: 2,
+        heads: 2,
+        seqlen: patch.tokens(),
+        query_group: 64,
+        kv_block: 64,
+        max_selected: 4,
+    };
+    ModelShape {
+        layers: 2,
+        heads: 2,
+        head_dim: 64,
+        mlp: MlpAct::GeGlu,
+        hidden: 256,
+        text_dim: 40,
+        text_tokens: 12,
+        patch,
+        eps: 1e-6,
+        rope_base: 100.0,
+        cube: 64,
+        predictor: Some(PredictorShape {
+            layers: 2,
+            d_lr: 16,
+            rope: true,
+            rule: GroupRule::Centre,
+            theta: 0.9,
+            samples: 16,
+            lists,
+        }),
+    }
+}
+
+/// What one step leaves behind.
+struct StepResult {
+    loss: Vec<f32>,
+    grad: Vec<f32>,
+    predictor_grad: Vec<f32>,
+    predictor_loss: Vec<f32>,
+    covered: Vec<f32>,
+    names: Vec<(String, usize, usize)>,
+}
+
+/// Loss and gradients of one step from the same weights and inputs.
+fn step(engine: &mut dyn Engine, attention: &[BlockAttention]) -> StepResult {
+    let mut plan = ArenaPlan::new(engine.precision());
+    let purposes = Purposes {
+        train: true,
+        recompute: true,
+        ema: false,
+        list_slots: 2,
+        inverse_lists: engine.needs_inverse_lists(),
+    };
+    let model = Model::reserve(model_shape(), purposes, &mut plan);
+    engine.reserve(&plan, &model.shape.dims(model.params.master.len())).unwrap();
+    model.initialise(engine, 7).unwrap();
+    let elem = model.params.master.elem_bytes();
+    let base = model.params.master.offset_bytes();
+    let mut names = Vec::new();
+    for (i, (spec, buf)) in model.params.slices(model.params.master).enumerate() {
+        let offset = if spec.name.ends_with("_norm") { 1.0 } else { 0.0 };
+        // As wide as a layer that keeps its input's scale.
+        let values: Vec<f32> = noise(100 + i as u32, buf.len(), 0.08).iter().map(|x| x + offset).collect();
+        engine.write_f32(buf, &values).unwrap();
+        names.push((spec.name.clone(), (buf.offset_bytes() - base) / elem, buf.len()));
+    }
+    model.params.refresh(engine).unwrap();
+    let io = model.io;
+    engine.write_f32(io.latents, &noise(1000, io.latents.len(), 1.0)).unwrap();
+    engine.write_f32(io.text, &noise(1001, io.text.len(), 1.0)).unwrap();
+    engine.write_f32(io.t, &[0.3, 0.8]).unwrap();
+    engine.write_i32(io.keys, &[1, 2, 3, 4]).unwrap();
+    engine.write_i32(io.drop, &[0, 1]).unwrap();
+    let predictors = model.predictors.as_ref().unwrap();
+    engine.write_i32(predictors.top_k, &[2, 4, 1, 3]).unwrap();
+    let samples: Vec<i32> = (0..16).map(|i| i * 19).collect();
+    engine.write_i32(predictors.samples, &samples).unwrap();
+    for set in [&model.params, &predictors.params] {
+        engine.fill(set.state().grad, 0.0);
+    }
+    model.prepare(engine);
+    model.forward(engine, attention, PredictorTask { train: true, profile: true });
+    model.loss(engine, Some(1.0));
+    model.backward(engine, attention);
+    engine.sync().unwrap();
+    StepResult {
+        loss: engine.read_f32(io.loss).unwrap(),
+        grad: engine.read_f32(model.params.state().grad).unwrap(),
+        predictor_grad: engine.read_f32(predictors.params.state().grad).unwrap(),
+        predictor_loss: engine.read_f32(predictors.loss).unwrap(),
+        covered: engine.read_f32(predictors.covered).unwrap(),
+        names,
+    }
+}
+
+fn cosine(a: &[f32], b: &[f32]) -> f64 {
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum::<f64>();
+    dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
+}
+
+/// bf16 activations through two blocks: losses within 1 %, the gradient of every tensor in the same direction.
+fn whole_model(attention: &[BlockAttention]) {
+    let gpu = step(&mut open(false), attention);
+    let cpu = step(&mut CpuEngine::<f32>::new(), attention);
+    compare("loss", &gpu.loss, &cpu.loss, Tolerance { rel: 1e-2, abs: 0.0 });
+    compare("predictor loss", &gpu.predictor_loss, &cpu.predictor_loss, Tolerance { rel: 2e-2, abs: 0.0 });
+    compare("covered mass", &gpu.covered, &cpu.covered, Tolerance { rel: 5e-2, abs: 0.0 });
+    for (name, first, len) in &cpu.names {
+        let range = *first..first + len;
+        let (g, c) = (&gpu.grad[range.clone()], &cpu.grad[range]);
+        if c.iter().all(|&x| x == 0.0) {
+            assert!(g.iter().all(|&x| x == 0.0), "{name}: a gradient where the CPU has none");
+            continue;
+        }
+        let same = cosine(g, c);
+        assert!(same > 0.98, "{name} {attention:?}: cosine of the gradients {same}");
+    }
+    let (all, predictor) = (cosine(&gpu.grad, &cpu.grad), cosine(&gpu.predictor_grad, &cpu.predictor_grad));
+    assert!(all > 0.995 && predictor > 0.99, "{attention:?}: cosines {all}, {predictor}");
+}
+
+#[test]
+fn a_step_of_a_dense_model() {
+    let _gpu = lock();
+    whole_model(&[BlockAttention::Dense; 2]);
+}
+
+#[test]
+fn a_step_of_a_sparse_model() {
+    let _gpu = lock();
+    whole_model(&[BlockAttention::Sparse { slot: 0 }, BlockAttention::Sparse { slot: 1 }]);
+}
+
+#[test]
+fn a_deterministic_engine_gives_the_same_bits() {
+    let _gpu = lock();
+    let attention = [BlockAttention::Sparse { slot: 0 }, BlockAttention::Dense];
+    let bits = |r: &StepResult| {
+        [&r.loss, &r.grad, &r.predictor_grad, &r.predictor_loss, &r.covered]
+            .map(|x| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>())
+    };
+    let mut engine = open(true);
+    assert!(engine.deterministic());
+    let first = step(&mut engine, &attention);
+    let second = step(&mut engine, &attention);
+    assert!(bits(&first) == bits(&second), "two runs of one step differ");
+    assert!(first.grad.iter().any(|&x| x != 0.0));
+}
+
+#[test]
+fn a_missing_gpu_is_an_error_with_the_next_command() {
+    let _gpu = lock();
+    let options = CudaOptions { index: 4711, ..CudaOptions::default() };
+    let Err(error) = CudaEngine::open(&options) else { panic!("GPU 4711 exists") };
+    let text = error.to_string();
+    assert!(text.contains("index 4711") && text.contains("nvidia-smi"), "{text}");
+}
