@@ -113,42 +113,42 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f13dd1346f9b9a7c9bb127c05076bd884b519f6b930baad34d76172c2d8acaf0",
+        source_hash: "62eb6d72c930cdf2e727cc6a2879fffcf418384ce4d38bc12ce45a8cab8ed5f4",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "876d0e6fdf9ec7e0dcda432935590b661494125d125e24678af9e671f579e413",
+        source_hash: "e198d2a9808bc5362f045b519bb781fc5436d287a79661da039038e7a34f0b1b",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9702f4d81be4808aceb43a3fe2c970a7d0b7fd313145026644f1f16b5ab02b0f",
+        source_hash: "d13e19f5db2fee4fc9da0a884da3031a25fad67979495c8b342b31bf5d3414e1",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2a3458fe1547eb22d6bca9ba2861613e43993b7d7baca57f2616e7671d83f361",
+        source_hash: "f67ce6ba880dfdb2ff4873d585689c6d359f5defe03507fc3163e95bb4e8ecf4",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "02bc03c60e9e3d327497b82e70859057ca4bad8de09983771a685616a047e521",
+        source_hash: "e082b69e0a0a72f788c7678431300dcc4cc609a1dc66450f3f0f195dafa74bdd",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9d457dcf7e1e8f996119b8d0bbcdd4b1e4c10f10f519fc4a2e04a9a2e5a8997e",
+        source_hash: "a4fd749029b672cee1911b665d56b13818bca2091c3010bb6ed1802e422fc4c7",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",

@@ -82,7 +82,9 @@ impl Facts {
                 let smem_bytes = attn_smem_bytes(spec);
                 // A producer warpgroup hands registers over to the consumers (setmaxnreg moves whole warpgroups). With
                 // one consumer, two or three CTAs share a multiprocessor; with more, one CTA fills it.
-                let small_forward = spec.op() == AttnOp::Fwd && spec.head_dim() == 64;
+                // Three leave 80 registers a thread at launch: too few to compile a product of more than 64 keys.
+                let small_forward =
+                    spec.op() == AttnOp::Fwd && spec.head_dim() == 64 && spec.tile().block_n == 64;
                 let (ctas, consumer_registers, producer_registers) = match (consumers, spec.op()) {
                     (1, AttnOp::Fwd) if small_forward => (3, 136, 24),
                     (1, AttnOp::Bwd) => (2, 224, 32),

@@ -97,12 +97,13 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
     for (int t = 0; t < walk.tiles; ++t) {
         const int start = walk.tile_start(t);
         if (leader) {
-            dsv::mbarrier_wait(&smem.empty_k[ring.index], ring.phase ^ 1);
-            dsv::mbarrier_arrive_expect(&smem.full_k[ring.index], kTileBytesKv);
-            dsv::tma_load_tile(smem.k[ring.index], &p.map_k, &smem.full_k[ring.index], start, kv_head, batch);
+            // V first: its stage is free one product earlier than K's, which dQ still reads.
             dsv::mbarrier_wait(&smem.empty_v[ring.index], ring.phase ^ 1);
             dsv::mbarrier_arrive_expect(&smem.full_v[ring.index], kTileBytesKv);
             dsv::tma_load_tile(smem.v[ring.index], &p.map_v, &smem.full_v[ring.index], start, kv_head, batch);
+            dsv::mbarrier_wait(&smem.empty_k[ring.index], ring.phase ^ 1);
+            dsv::mbarrier_arrive_expect(&smem.full_k[ring.index], kTileBytesKv);
+            dsv::tma_load_tile(smem.k[ring.index], &p.map_k, &smem.full_k[ring.index], start, kv_head, batch);
         }
         ring.advance();
         __syncwarp();
@@ -146,12 +147,12 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
         const auto release = [&](dsv::uint64* barrier) {
             if (lane == 0) dsv::mbarrier_arrive(barrier);
         };
-        const auto wait_for_keys = [&](dsv::RingState<kStages> at) { dsv::mbarrier_wait(&smem.full_k[at.index], at.phase); };
+        const auto wait_for_values = [&] { dsv::mbarrier_wait(&smem.full_v[ring.index], ring.phase); };
         const auto issue_scores = [&] {
+            dsv::mbarrier_wait(&smem.full_k[ring.index], ring.phase);
             dsv::wgmma_fence();
             dsv::gemm_ss_kk<Element, kBlockN, kHeadDim, kRows, kBlockN>(s, smem.q[consumer], smem.k[ring.index]);
             dsv::wgmma_commit();
-            dsv::mbarrier_wait(&smem.full_v[ring.index], ring.phase);
             dsv::wgmma_fence();
             dsv::gemm_ss_kk<Element, kBlockN, kHeadDim, kRows, kBlockN>(dp, smem.d_o[consumer], smem.v[ring.index]);
             dsv::wgmma_commit();
@@ -175,7 +176,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
         };
 
         dsv::mbarrier_wait(&smem.full_q, 0);
-        wait_for_keys(ring);
+        wait_for_values();
         issue_scores();
         dsv::wgmma_wait<0>();
         dsv::pin(s);
@@ -184,7 +185,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
         dsv::to_operand<Element, kBlockN>(ds_operand, dp);
         previous_stage = ring.index;
         ring.advance();
-        if (walk.tiles > 1) wait_for_keys(ring);
+        if (walk.tiles > 1) wait_for_values();
         for (int t = 1; t < walk.tiles; ++t) {
             issue_scores();
             issue_dq(previous_stage);
@@ -196,9 +197,10 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
             dsv::pin(dp);
             const dsv::uint32 stage = ring.index;
             ring.advance();
-            // The next keys are awaited here because the loop of that wait keeps the compiler from moving the
-            // exponentials behind the wait for dQ, where no product would run under them.
-            if (t + 1 < walk.tiles) wait_for_keys(ring);
+            // The next V is awaited here because the loop of that wait keeps the compiler from moving the exponentials
+            // behind the wait for dQ, where no product would run under them. Not the next K: with two stages it comes
+            // only when this dQ is done.
+            if (t + 1 < walk.tiles) wait_for_values();
             dsv::wgmma_wait<0>();
             dsv::pin(dq);
             release(&smem.empty_k[previous_stage]);
