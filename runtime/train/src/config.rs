@@ -584,16 +584,17 @@ impl Config {
                 c.model.text_dim = 64;
                 c.model.text_tokens = 8;
                 c.model.latent_channels = 24;
+                c.model.patch = [1, 1, 1];
                 c.data.kind = DataKind::Procedural;
                 c.data.path = PathBuf::new();
-                c.data.frames = 8;
+                c.data.frames = 4;
                 c.data.height = 16;
                 c.data.width = 16;
                 c.data.clips = 1024;
                 c.data.batch_size = 2;
                 c.data.validation = 8;
                 c.train.steps = 200;
-                c.train.lr = 2e-3;
+                c.train.lr = 4e-3;
                 c.train.warmup_steps = 10;
                 c.train.decay = Decay::Cosine;
                 c.train.deterministic = true;
@@ -607,7 +608,10 @@ impl Config {
                 c.dsv.profile_every_stage2 = 25;
                 c.dsv.profile_queries = 32;
                 c.dsv.switch = Switch::Step(100);
+                c.dsv.force_sparse = Some(1.0);
+                c.dsv.keep = Some(0.25);
                 c.dsv.min_sparsity = 0.5;
+                c.device.kind = DeviceKind::Cpu;
                 c.dsv.dispatch_every = 10;
                 c.sample.steps = 12;
                 c.sample.guidance = 2.0;
@@ -1140,7 +1144,7 @@ mod tests {
 
     #[test]
     fn impossible_shapes_are_all_reported() {
-        let text = "[model]\nhead_dim = 33\n[data]\nheight = 15\nclips = 4\n[dsv]\nquery_group = 12\nkeep = 0.9\n[device]\nkind = \"cuda\"";
+        let text = "[model]\nhead_dim = 33\npatch = [1, 2, 2]\n[data]\nheight = 15\nclips = 4\n[dsv]\nquery_group = 12\nkeep = 0.9\n[device]\nkind = \"cuda\"";
         insta::assert_snapshot!(error(text), @r#"
         the config describes no possible run (7 problems)
           - data.height is 15, which the patch 2 (model.patch = [1, 2, 2]) does not divide; nearest allowed: 14 or 16
@@ -1175,10 +1179,10 @@ mod tests {
     #[test]
     fn sets_override_the_file() {
         let sets =
-            ["train.steps=7", "dsv.switch=loss < 0.5", "dsv.keep=0.25", "out.dir=x/y", "model.patch=[2,2,2]"];
+            ["train.steps=7", "dsv.switch=loss < 0.5", "dsv.keep=0.3", "out.dir=x/y", "model.patch=[2,2,2]"];
         let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
         let c = Config::from_toml("[train]\nsteps = 9\nlr = 0.5\n", "f", Some("tiny"), &sets).unwrap();
-        assert_eq!((c.train.steps, c.train.lr, c.dsv.keep), (7, 0.5, Some(0.25)));
+        assert_eq!((c.train.steps, c.train.lr, c.dsv.keep), (7, 0.5, Some(0.3)));
         assert_eq!((c.dsv.switch, c.out.dir.as_path()), (Switch::Loss(0.5), Path::new("x/y")));
         assert_eq!(c.model.patch, [2, 2, 2]);
         let base = Config::preset("tiny").unwrap();

@@ -154,8 +154,8 @@ impl ModelShape {
         let width = self.patch.width();
         let weights = Weights {
             patch: p.linear("patch", dim, width, std(width)),
-            time_in: p.linear("time.in", dim, TIME_WIDTH, 0.02),
-            time_out: p.linear("time.out", dim, dim, 0.02),
+            time_in: p.linear("time.in", dim, TIME_WIDTH, std(TIME_WIDTH / 2)),
+            time_out: p.linear("time.out", dim, dim, std(dim)),
             adaln: p.linear("adaln", 6 * dim, dim, 0.02),
             text_in: p.linear("text.in", dim, self.text_dim, std(self.text_dim)),
             text_out: p.linear("text.out", dim, dim, std(dim)),

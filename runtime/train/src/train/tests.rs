@@ -8,7 +8,7 @@ use crate::engine::CpuEngine;
 fn config() -> Config {
     let mut c = Config::preset("tiny").unwrap();
     (c.model.layers, c.model.heads, c.model.head_dim) = (2, 2, 12);
-    c.model.text_dim = 16;
+    (c.model.text_dim, c.model.patch) = (16, [1, 2, 2]);
     (c.data.frames, c.data.height, c.data.width, c.data.clips, c.data.validation) = (4, 8, 8, 16, 2);
     (c.train.steps, c.train.warmup_steps, c.train.decay) = (24, 2, Decay::Cosine);
     (c.train.grad_accumulation, c.train.ema_decay) = (2, 0.9);
@@ -121,7 +121,7 @@ fn both_stages_run_and_the_loss_falls() {
     assert!(last < 0.85 * first, "loss {first} -> {last}");
     let predictor = |r: &StepRecord| r.predictor_loss.unwrap();
     let (first, last) = (mean(0..5, &predictor), mean(25..30, &predictor));
-    assert!(last < 0.7 * first, "predictor loss {first} -> {last}");
+    assert!(last < 0.8 * first, "predictor loss {first} -> {last}");
     assert!(records[..30].iter().all(|r| r.stage == 1 && r.sparse_share == 0.0));
     assert!(records[30..].iter().all(|r| r.stage == 2 && r.sparse_share == 0.5));
     let stages = events.iter().filter(|e| matches!(e, Event::Stage { step: 30, .. })).count();
@@ -129,6 +129,23 @@ fn both_stages_run_and_the_loss_falls() {
     assert_eq!((stages, decisions), (1, 8));
     let covered = trainer.profile().covered.iter().flatten().copied().fold(f64::INFINITY, f64::min);
     assert!(covered > 0.4, "lists of 40 % of the blocks cover {covered} of the mass");
+}
+
+#[test]
+fn the_baseline_trains_without_predictors_from_the_same_weights_and_noise() {
+    let mut config = config();
+    let data = Dataset::open(&config).unwrap();
+    let first = |config: &Config| {
+        let mut trainer = Trainer::new(config.clone(), engine()).unwrap();
+        let events = run(&mut trainer, &data, &mut DataPosition::default(), 4);
+        records(&events).into_iter().cloned().collect::<Vec<_>>()
+    };
+    let dense_stage = first(&config);
+    config.dsv.enabled = false;
+    let baseline = first(&config);
+    assert!(baseline.iter().all(|r| r.stage == 0 && r.predictor_loss.is_none()));
+    let losses = |r: &[StepRecord]| r.iter().map(|r| r.loss).collect::<Vec<_>>();
+    assert_eq!(losses(&baseline), losses(&dense_stage), "stage 1 is the baseline, bit for bit");
 }
 
 #[test]
