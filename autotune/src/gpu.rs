@@ -2,6 +2,7 @@
 
 use crate::check::HostInputs;
 use crate::plan::{Case, ListKind, Step};
+use crate::reduce::to_nanosecond;
 use dsv_reference::lists::{KvInverse, KvListsBuf, ListDims};
 use dsv_reference::rng::SplitMix64;
 use dsv_runtime::device::{Event, L2Flush};
@@ -159,7 +160,7 @@ impl Gpu {
                 samples.extend(time);
             }
         }
-        Ok(samples.into_iter().map(|s| timing(s)).collect())
+        Ok(samples.into_iter().map(timing).collect())
     }
 }
 
@@ -172,7 +173,11 @@ fn timing(mut samples: Vec<f64>) -> Timing {
         let high = (low + 1).min(samples.len() - 1);
         samples[low] + (samples[high] - samples[low]) * part
     };
-    Timing { median_us: at(0.5), spread_us: at(0.9) - at(0.1), samples: samples.len() as u32 }
+    Timing {
+        median_us: to_nanosecond(at(0.5)),
+        spread_us: to_nanosecond(at(0.9) - at(0.1)),
+        samples: samples.len() as u32,
+    }
 }
 
 /// Device memory of one attention problem, everything [`AttnPlan`] may ask for.

@@ -183,6 +183,9 @@ fn tune(dir: &RunDir, common: &Common, peers: &[Peer]) -> anyhow::Result<ExitCod
     let program =
         std::env::current_exe().context("cannot find this program to start its measuring process")?;
     let ended = supervise(&program, dir, seconds)?;
+    if ended == Supervised::Failed {
+        return Ok(ExitCode::FAILURE);
+    }
     if mode == Mode::Bench {
         print(&summary::records(&dir.read_records()?.records));
     } else {
@@ -361,6 +364,9 @@ fn run_bench(dir: &RunDir, request: &Bench, common: &Common, peers: &[Peer]) -> 
     begin(dir, plan, common.device)?;
     let code = tune(dir, common, peers)?;
     let records = dir.read_records()?;
+    if records.records.is_empty() {
+        return Ok(code);
+    }
     if !peers.is_empty() {
         print(&summary::comparison(&rows(&records.records), peers));
     }

@@ -2,7 +2,7 @@
 //! and is only ever appended to, `kernels.json` holds what the compiler said of each kernel.
 
 use crate::error::TuneError;
-use crate::plan::Plan;
+use crate::plan::{Contest, Plan};
 use dsv_spec::{KernelSpec, Outcome, Problem, TableMeta, TuneRecord};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashSet};
@@ -63,6 +63,15 @@ impl Key {
     pub fn of(record: &TuneRecord) -> Key {
         Key::new(record.spec, record.problem, &record.lists, &record.source_hash)
     }
+}
+
+/// The kernels of a contest that are not on record with the text they have now. A failure on record is not tried again.
+pub fn todo(contest: &Contest, done: &HashSet<Key>, hash: impl Fn(&KernelSpec) -> String) -> Vec<KernelSpec> {
+    let problem = contest.case.problem(contest.step.op());
+    let missing = |spec: &&KernelSpec| {
+        !done.contains(&Key::new(**spec, problem, contest.case.kind.name(), &hash(spec)))
+    };
+    contest.specs.iter().filter(missing).copied().collect()
 }
 
 /// A line of the record file that is no record. It stays where it is.

@@ -291,7 +291,7 @@ pub fn crossovers(rows: &[Row], notes: &mut Vec<String>) -> Vec<Crossover> {
             ));
             continue;
         };
-        let sparse_us: Vec<(u8, f64)> = points.iter().map(|p| (p.0, p.1)).collect();
+        let sparse_us: Vec<(u8, f64)> = points.iter().map(|p| (p.0, to_nanosecond(p.1))).collect();
         let p = &told.3.problem;
         let bucket = p.bucket();
         let row = Crossover {
@@ -300,9 +300,9 @@ pub fn crossovers(rows: &[Row], notes: &mut Vec<String>) -> Vec<Crossover> {
             query_group,
             kv_block,
             seqlen: bucket.seqlen,
-            dense_us,
-            select_us: told.2,
-            crossover: interpolate(dense_us, &sparse_us),
+            dense_us: to_nanosecond(dense_us),
+            select_us: to_nanosecond(told.2),
+            crossover: interpolate(dense_us, &sparse_us).map(|percent| (percent * 100.0).round() / 100.0),
             sparse_us,
             num_heads: p.num_heads,
             workspace_bytes: MemoryNeeded::of(&Problem { op: AttnOp::Bwd, ..*p }).total(),
@@ -357,6 +357,11 @@ pub fn merge(old: DispatchTable, new: DispatchTable) -> (DispatchTable, Option<S
     let crossovers =
         old.crossovers.into_iter().filter(|c| !crossed.contains(&key(c))).chain(new.crossovers).collect();
     (DispatchTable::new(new.meta, entries, crossovers), None)
+}
+
+/// Microseconds to the nanosecond, the clock's own grain; short enough to read, and to survive JSON unchanged.
+pub fn to_nanosecond(us: f64) -> f64 {
+    (us * 1e3).round() / 1e3
 }
 
 /// File stem of a GPU's table: lower case, anything that is no letter or digit a dash (`nvidia-h200`).

@@ -19,13 +19,15 @@ pub enum Supervised {
     Finished,
     /// The time limit came first; what is recorded stands.
     TimeLimit,
+    /// The measuring process could not go on, and has said why and what to do on standard error.
+    Failed,
 }
 
 /// Measures what the run in `dir` plans: starts this program's `worker` command, and starts it again when a kernel
 /// has crashed the GPU's context or hung (which is on record then, and not tried again).
 ///
 /// # Errors
-/// [`TuneError::Worker`] when the process ends without measuring anything; its own error is on standard error then.
+/// [`TuneError::Worker`] when the process crashes without leaving anything on record.
 pub fn supervise(program: &Path, dir: &RunDir, seconds: f64) -> Result<Supervised, TuneError> {
     let started = Instant::now();
     let mut measured = dir.read_records()?.records.len();
@@ -65,11 +67,7 @@ pub fn supervise(program: &Path, dir: &RunDir, seconds: f64) -> Result<Supervise
                 }
                 measured = now;
             }
-            // It has said why.
-            Some(_) => {
-                how = status.to_string();
-                break;
-            }
+            Some(_) => return Ok(Supervised::Failed),
         }
     }
     Err(TuneError::Worker { how, dir: dir.path().to_path_buf() })

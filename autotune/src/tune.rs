@@ -7,7 +7,7 @@ use crate::gpu::{DeviceLists, Failure, Gpu, Launch, Tensors, host_lists, layouts
 use crate::plan::{Case, Contest, DTYPE, Step};
 use crate::progress::Progress;
 use crate::records::{
-    KernelNote, Key, RECORD_FILE, RecordFile, Run, RunDir, outcome_message, to_line, today,
+    self, KernelNote, Key, RECORD_FILE, RecordFile, Run, RunDir, outcome_message, to_line, today,
 };
 use crate::watchdog::Watchdog;
 use dsv_compile::{CompileJob, Compiler, SpillList};
@@ -300,11 +300,7 @@ impl<'a> Session<'a> {
 
     /// The kernels of a contest that are not on record yet.
     fn todo(&self, contest: &Contest) -> Vec<KernelSpec> {
-        let problem = contest.case.problem(contest.step.op());
-        let missing = |spec: &&KernelSpec| {
-            !self.done.contains(&Key::new(**spec, problem, contest.case.kind.name(), &self.hash(spec)))
-        };
-        contest.specs.iter().filter(missing).copied().collect()
+        records::todo(contest, &self.done, |spec| self.hash(spec))
     }
 
     fn record_of(&self, case: &Case, step: Step, spec: KernelSpec, outcome: Outcome) -> TuneRecord {
