@@ -38,6 +38,15 @@ pub(super) fn tests() -> Vec<GpuTest> {
             }
         }
     }
+    for variant in variants().into_iter().filter(|v| v.case.name == "no_multiple") {
+        for form in [Deterministic::No, Deterministic::Yes] {
+            let variant = variant.clone();
+            let kernels = shipped(variant.head_dim, variant.lists, form).unwrap_or_default();
+            tests.push(GpuTest::new(format!("dispatch/{}-{form}", variant.name()), kernels, move |gpu| {
+                dispatched(gpu, &variant, form)
+            }));
+        }
+    }
     for lists in space::shipped_lists().filter(|lists| !lists.is_dense()) {
         for fault in Fault::ALL {
             let (query_group, kv_block) = lists.block_size();
@@ -328,25 +337,46 @@ fn load(gpu: &mut Gpu, kernels: &[KernelSpec]) -> Result<Vec<Arc<Kernel>>, super
     kernels.iter().map(|spec| gpu.kernel(spec)).collect()
 }
 
-fn block_n_of_forward(kernels: &[KernelSpec]) -> usize {
-    match kernels.first() {
-        Some(KernelSpec::Attn(spec)) => usize::from(spec.tile().block_n),
-        _ => 64,
-    }
-}
-
 fn backward(gpu: &mut Gpu, variant: &Variant, spec: AttnSpec, kernels: &[KernelSpec]) -> Outcome {
     let loaded = load(gpu, kernels)?;
-    let block_n = block_n_of_forward(kernels);
+    let form = if spec.op() == AttnOp::BwdDq { Deterministic::Yes } else { spec.deterministic() };
+    forward_and_backward(gpu, variant, form, &loaded)
+}
+
+/// The kernels that the runtime chooses by itself, from the committed table or its defaults.
+fn dispatched(gpu: &mut Gpu, variant: &Variant, form: Deterministic) -> Outcome {
+    let max_selected = Inputs::of(variant).max_selected();
+    let problem = Problem { deterministic: form, ..variant.problem(AttnOp::Bwd, max_selected) };
+    let explained = gpu.runtime.explain(&problem)?;
+    let KernelSpec::Attn(chosen) = explained.kernel else {
+        return Err(format!("attn_bwd is served by {}", explained.kernel).into());
+    };
+    if chosen.deterministic() < form {
+        return Err(format!("a {form} problem is served by {}", explained.kernel).into());
+    }
+    Ok(format!("{explained}\n{}", forward_and_backward(gpu, variant, form, &[])?))
+}
+
+/// Forward, then two backwards, with these kernels where the runtime would choose others.
+fn forward_and_backward(
+    gpu: &mut Gpu,
+    variant: &Variant,
+    form: Deterministic,
+    kernels: &[Arc<Kernel>],
+) -> Outcome {
+    let max_selected = Inputs::of(variant).max_selected();
+    let problem = Problem { deterministic: form, ..variant.problem(AttnOp::Bwd, max_selected) };
+    let plan = gpu.runtime.attention_with(&problem, &Places::of(variant).layouts(), None, kernels)?;
+    let KernelSpec::Attn(forward) = plan.forward_kernel().spec() else {
+        return Err("the forward is no attention kernel".into());
+    };
+    let block_n = usize::from(forward.tile().block_n);
     gpu.expect(variant, block_n, true)?;
     let gpu = &*gpu;
     let expected = gpu.expected()?;
     let (inputs, lowp) = (&expected.inputs, expected.lowp(block_n)?);
     let lowp_grads = expected.grads.as_ref().ok_or("gradients were asked for")?;
     let call = Call::new(gpu, variant, inputs)?;
-    let form = if spec.op() == AttnOp::BwdDq { Deterministic::Yes } else { spec.deterministic() };
-    let problem = Problem { deterministic: form, ..variant.problem(AttnOp::Bwd, inputs.max_selected()) };
-    let plan = gpu.runtime.attention_with(&problem, &call.places.layouts(), None, &loaded)?;
     let (out, lse) = call.forward(gpu, &plan, POISONS[0])?;
     let found = AttnOutput { out: floats(out.rows(gpu)?), lse: lse.read(gpu)? };
     let mut runs = Vec::new();
@@ -437,7 +467,11 @@ fn faulty_lists(
     match fault {
         Fault::IndexTooLarge => bad.index[list + 2] = blocks,
         Fault::IndexNegative => bad.index[list] = i32::MIN,
-        Fault::CountTooLarge => bad.count[GROUP] = dims.max_selected as i32 + 1,
+        Fault::CountTooLarge => {
+            // What the clamped count then reads is in range.
+            bad.index[list + 3..list + dims.max_selected].fill(0);
+            bad.count[GROUP] = dims.max_selected as i32 + 1;
+        }
         Fault::CountNegative => bad.count[GROUP] = -1,
         _ => {}
     }
@@ -447,17 +481,14 @@ fn faulty_lists(
         fault,
         Fault::IndexTooLarge | Fault::IndexNegative | Fault::CountTooLarge | Fault::CountNegative
     );
-    // KV block 0 of head 0: its groups, spoiled.
-    let first = inverse.groups_of(0, 0, 0).len();
     match fault {
-        Fault::InverseGroupTooLarge if first > 0 => inverse.index[0] = dims.groups() as i32,
-        Fault::InverseGroupNegative if first > 0 => inverse.index[0] = -7,
+        Fault::InverseGroupTooLarge => inverse.index[0] = dims.groups() as i32,
+        Fault::InverseGroupNegative => inverse.index[0] = -7,
         Fault::InverseOffsetTooLarge => {
             let last = dims.blocks();
             inverse.offset[last] = (dims.groups() * dims.max_selected) as i32 + 1;
         }
         Fault::InverseOffsetDescending => inverse.offset[1] = -1,
-        _ if in_inverse => return Err("no group lists KV block 0; choose another seed".into()),
         _ => {}
     }
     call.key_lists =
@@ -478,9 +509,8 @@ fn faulty_lists(
         for head in 0..s.num_heads {
             let ours = head == 0 && spoiled.contains(&row) && !in_inverse;
             let at = s.q_layout().offset(0, row, head);
-            for column in at..at + s.head_dim {
-                let (x, y) = (found[column], exact.out[column]);
-                if !x.is_finite() || (!ours && (f64::from(x) - y).abs() > 0.02) {
+            for (x, y) in found[at..at + s.head_dim].iter().zip(&exact.out[at..]) {
+                if !x.is_finite() || (!ours && (f64::from(*x) - y).abs() > 0.02) {
                     return Err(format!("out of row {row}, head {head} is {x}, with good lists {y}").into());
                 }
             }

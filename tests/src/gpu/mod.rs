@@ -16,6 +16,7 @@ use dsv_compile::{CompileJob, Compiled, Compiler};
 use dsv_runtime::{Kernel, Options, Origin, Runtime, Stream, TableSource};
 use dsv_spec::{Arch, Dtype, KernelSpec};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -98,7 +99,7 @@ impl Gpu {
     fn open() -> Result<Gpu, Failure> {
         let bundle = std::env::var_os("DSV_BUNDLE").map(PathBuf::from);
         let report: dsv_runtime::Report = Arc::new(|notice| eprintln!("{notice}"));
-        let runtime = Runtime::open(Options { ordinal: 0, bundle, table: TableSource::None, report })?;
+        let runtime = Runtime::open(Options { ordinal: 0, bundle, table: TableSource::Committed, report })?;
         let stream = runtime.device().new_stream()?;
         Ok(Gpu { runtime, stream, compiler: None, kernels: BTreeMap::new(), expected: None })
     }
@@ -139,8 +140,8 @@ impl Gpu {
         let Some((_, Expected { inputs, lowp, grads: made, .. })) = &mut self.expected else {
             return Err("nothing is expected".into());
         };
-        if !lowp.contains_key(&block_n) {
-            lowp.insert(block_n, Lowp::of(inputs, Dtype::Bf16, block_n)?);
+        if let Entry::Vacant(entry) = lowp.entry(block_n) {
+            entry.insert(Lowp::of(inputs, Dtype::Bf16, block_n)?);
         }
         if grads && made.is_none() {
             *made = Some(lowp[&block_n].grads(inputs)?);

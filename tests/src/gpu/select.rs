@@ -239,7 +239,7 @@ fn numbers(case: &Case) -> (Vec<f32>, Vec<f32>) {
         Scores::ZeroSigns => {
             q.fill(1.0);
             for (i, row) in k.chunks_exact_mut(RANK).enumerate() {
-                row.fill(if i / heads / 128 % 2 == 0 { -0.0 } else { 0.0 });
+                row.fill(if (i / heads / 128).is_multiple_of(2) { -0.0 } else { 0.0 });
             }
         }
     }
