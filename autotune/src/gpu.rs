@@ -131,21 +131,24 @@ impl Gpu {
             .iter()
             .map(|_| Ok((device.new_event()?, device.new_event()?)))
             .collect::<Result<_, Error>>()?;
-        let round = |chosen: &dyn Fn(usize) -> bool| -> Result<Vec<Option<f64>>, Error> {
+        let round = |with_clocks: bool, chosen: &dyn Fn(usize) -> bool| -> Result<Vec<Option<f64>>, Error> {
             for (i, launch) in work.iter().enumerate().filter(|(i, _)| chosen(*i)) {
                 self.flush.flush(&self.stream)?;
                 self.stream.record(&events[i].0)?;
                 launch()?;
                 self.stream.record(&events[i].1)?;
             }
-            // Read while the work queued above is running.
-            self.clocks.borrow_mut().extend(device.clocks());
+            if with_clocks {
+                // Read while the work queued above is running.
+                self.clocks.borrow_mut().extend(device.clocks());
+            }
             self.stream.synchronize()?;
             (0..work.len())
                 .map(|i| chosen(i).then(|| events[i].1.microseconds_since(&events[i].0)).transpose())
                 .collect()
         };
-        let estimate: Vec<f64> = round(&|_| true)?.into_iter().map(|t| t.unwrap_or(f64::INFINITY)).collect();
+        let estimate: Vec<f64> =
+            round(true, &|_| true)?.into_iter().map(|t| t.unwrap_or(f64::INFINITY)).collect();
         let fastest = estimate.iter().copied().fold(f64::INFINITY, f64::min);
         let hopeful = |i: usize| estimate[i] <= HOPELESS * fastest;
         let of_a_round: f64 = (0..work.len()).filter(|&i| hopeful(i)).map(|i| estimate[i] + 60.0).sum();
@@ -155,7 +158,7 @@ impl Gpu {
             if n >= HOPELESS_ROUNDS && over() {
                 break;
             }
-            let times = round(&|i| hopeful(i) || n < HOPELESS_ROUNDS)?;
+            let times = round(false, &|i| hopeful(i) || n < HOPELESS_ROUNDS)?;
             for (samples, time) in samples.iter_mut().zip(times) {
                 samples.extend(time);
             }

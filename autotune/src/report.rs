@@ -337,7 +337,8 @@ impl Report<'_> {
     }
 
     fn every_record(&self) -> String {
-        let mut by_case: BTreeMap<(u16, u32, (u16, u16), u8, &str), Vec<&TuneRecord>> = BTreeMap::new();
+        type CaseKey<'a> = (u16, u32, (u16, u16), u8, &'a str);
+        let mut by_case: BTreeMap<CaseKey<'_>, Vec<&TuneRecord>> = BTreeMap::new();
         for record in self.records {
             let p = &record.problem;
             by_case
@@ -353,11 +354,11 @@ impl Report<'_> {
             } else {
                 format!("query group {qg}, KV block {kb}, {sparsity} % skipped, {}", escape(lists))
             };
-            let _ = write!(
+            let _ = writeln!(
                 out,
                 "<details{}><summary>D {head_dim}, S {}, {what}: {} kernels, {bad} failed</summary><div class=\"wide\"><table>\
                  <tr><th>kernel</th><th class=\"l\">outcome</th><th>ms</th><th>TF</th><th>spread %</th><th>samples</th>\
-                 <th>error / allowed</th><th class=\"l\">reason</th></tr>\n",
+                 <th>error / allowed</th><th class=\"l\">reason</th></tr>",
                 if bad > 0 { " open" } else { "" },
                 tokens(seqlen),
                 records.len()

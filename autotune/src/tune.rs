@@ -129,6 +129,12 @@ fn shorten(message: impl Into<String>) -> String {
     }
 }
 
+/// A failure for the terminal: the record has it all.
+fn first_lines(name: &str, outcome: &Outcome) -> String {
+    let lines: Vec<&str> = outcome_message(outcome).unwrap_or_default().lines().take(4).collect();
+    format!("{name}: {}: {}", records::outcome_name(outcome), lines.join("\n  "))
+}
+
 fn launch_failure(message: impl Into<String>) -> Outcome {
     Outcome::Launch { message: shorten(message) }
 }
@@ -406,6 +412,9 @@ impl<'a> Session<'a> {
                     }
                 }
             };
+            if let Err(outcome) = &kernel {
+                self.progress.note(&first_lines(name, outcome));
+            }
             self.kernels.insert(*spec, kernel);
         }
         self.dir.add_kernels(notes)
@@ -520,11 +529,18 @@ impl<'a> Session<'a> {
         rounds_us + n * one * 3.0 + 60e3
     }
 
-    /// Records a failure; when it took the context down, ends this process.
+    /// Records a failure. When it took the context down, nothing more can be measured in this process, and the kernel is
+    /// not tried on any other case.
     fn failed(&mut self, case: &Case, step: Step, spec: KernelSpec, outcome: Outcome) -> Result<(), Stop> {
         let launch = matches!(outcome, Outcome::Launch { .. });
+        let message = outcome_message(&outcome).unwrap_or_default().to_string();
         self.record(case, step, spec, outcome)?;
         if launch && !self.gpu.alive() {
+            let everywhere =
+                launch_failure(format!("it took the GPU's context down on {}: {message}", case.label()));
+            for (case, step) in self.appearances(spec) {
+                self.record(&case, step, spec, everywhere.clone())?;
+            }
             self.progress.note(&format!("{spec} took the GPU's context down; going on in a new process"));
             return Err(Stop::Ended(Ended::DeviceLost));
         }
@@ -615,10 +631,7 @@ impl<'a> Session<'a> {
                     self.small.insert(spec, ratio);
                 }
                 Err(outcome) => {
-                    self.progress.note(&format!(
-                        "{name}: {}",
-                        outcome_message(&outcome).and_then(|m| m.lines().next()).unwrap_or_default()
-                    ));
+                    self.progress.note(&first_lines(&name, &outcome));
                     if matches!(outcome, Outcome::Launch { .. }) && !self.gpu.alive() {
                         for (case, step) in appearances {
                             self.record(&case, step, spec, outcome.clone())?;
@@ -816,7 +829,10 @@ impl<'a> Session<'a> {
         let problem = case.problem(step.op());
         let mut right: Vec<(KernelSpec, AttnPlan, f64)> = Vec::new();
         for &spec in todo {
-            let lines = self.timeout_lines(&[(case, step)], &[spec], "one run did not end within 20 s");
+            let lines = {
+                let message = format!("one run did not end within 20 s on {}", case.label());
+                self.timeout_lines(&self.appearances(spec), &[spec], &message)
+            };
             let gpu = &self.gpu;
             let result = self.plan(&case, &problem, spec, forward.clone()).and_then(|plan| {
                 let _watched = self.watchdog.watch(HANG, &spec.name(), lines);

@@ -348,6 +348,43 @@ fn the_comparison_names_peers_with_ratios() {
     );
 }
 
+#[cfg(unix)]
+#[test]
+fn the_measuring_process_is_started_again_only_where_it_gets_on() {
+    use dsv_autotune::{Supervised, supervise};
+    use std::os::unix::fs::PermissionsExt;
+    let temp = tempfile::tempdir().unwrap();
+    let line = as_jsonl(&recorded(&quick_d128())[..1]);
+    // Runs a shell script in the measuring process's place; it sees the run's directory as $5 and may count in it.
+    let run = |name: &str, script: &str, seconds: f64| {
+        let dir = RunDir::new(&temp.path().join(name));
+        dir.begin(&Run { plan: quick_d128(), device: 0, machine: None }).unwrap();
+        std::fs::write(dir.file("line"), &line).unwrap();
+        let program = temp.path().join(format!("{name}.sh"));
+        std::fs::write(&program, format!("#!/bin/sh\nset -e\ncd \"$5\"\necho x >> starts\n{script}\n"))
+            .unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let ended = supervise(&program, &dir, seconds);
+        (ended, std::fs::read_to_string(dir.file("starts")).map_or(0, |t| t.lines().count()))
+    };
+    let (ended, starts) = run("finished", "exit 0", 20.0);
+    assert_eq!((ended.unwrap(), starts), (Supervised::Finished, 1));
+    // Down twice, each time with something on record, then through.
+    let twice = "if [ $(wc -l < starts) -lt 3 ]; then cat line >> records.jsonl; exit 5; fi";
+    let (ended, starts) = run("twice", twice, 20.0);
+    assert_eq!((ended.unwrap(), starts), (Supervised::Finished, 3));
+    // A crash (abort) with a record is like a lost device; without one it ends the run.
+    let (ended, starts) =
+        run("crash", "if [ $(wc -l < starts) = 1 ]; then cat line >> records.jsonl; fi; kill -ABRT $$", 20.0);
+    let error = ended.unwrap_err().to_string();
+    assert!(error.contains("without measuring anything") && error.contains("dsv-autotune resume"), "{error}");
+    assert_eq!(starts, 2);
+    let (ended, _) = run("time", "exit 4", 20.0);
+    assert_eq!(ended.unwrap(), Supervised::TimeLimit);
+    let (ended, starts) = run("said_why", "exit 1", 20.0);
+    assert_eq!((ended.unwrap(), starts), (Supervised::Failed, 1));
+}
+
 // ---- the command line ----
 
 fn autotune(dir: &Path, args: &[&str]) -> Output {
