@@ -79,14 +79,14 @@ pub(crate) fn html(plot: &Plot<'_>) -> Result<String, TuneError> {
 
 fn draw(plot: &Plot<'_>, svg: &mut String, x: (f64, f64), y: (f64, f64)) -> Result<(), String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
-    let root = SVGBackend::with_string(svg, (560, 340)).into_drawing_area();
+    let root = SVGBackend::with_string(svg, (560, 360)).into_drawing_area();
     let mut chart = ChartBuilder::on(&root)
         .margin(8)
-        .x_label_area_size(40)
-        .y_label_area_size(58)
+        .x_label_area_size(46)
+        .y_label_area_size(64)
         .build_cartesian_2d(x.0..x.1, y.0..y.1)
         .map_err(|e| text(&e))?;
-    let label = ("sans-serif", 12).into_font().color(&INK);
+    let label = ("sans-serif", 15).into_font().color(&INK);
     chart
         .configure_mesh()
         .x_desc(plot.x)

@@ -238,7 +238,7 @@ impl Report<'_> {
             out += &html(&Plot {
                 title: format!("D {head_dim}, query group {query_group}, KV block {kv_block}"),
                 x: "KV skipped, %",
-                y: "times dense (selection + forward + backward)",
+                y: "times as fast as dense, selection included",
                 x_text: |v| format!("{v:.0}"),
                 y_text: |v| format!("{v:.1}"),
                 x_labels: 10,
