@@ -17,12 +17,21 @@ pub struct Recorder<'a> {
     bar: Option<Bar>,
     began: Instant,
     speed: (f64, f64),
+    /// Which blocks were sparse when that was last said.
+    sparse: Vec<bool>,
 }
 
 impl<'a> Recorder<'a> {
     /// A recorder for one run.
     pub fn new(config: &'a Config) -> Recorder<'a> {
-        Recorder { config, metrics: None, bar: None, began: Instant::now(), speed: (0.0, 0.0) }
+        Recorder {
+            config,
+            metrics: None,
+            bar: None,
+            began: Instant::now(),
+            speed: (0.0, 0.0),
+            sparse: Vec::new(),
+        }
     }
 
     /// Leaves the terminal tidy.
@@ -107,7 +116,10 @@ impl<'a> Recorder<'a> {
                 let sparse: Vec<bool> =
                     decision.blocks.iter().map(|b| b.attention != BlockAttention::Dense).collect();
                 let count = sparse.iter().filter(|s| **s).count();
-                self.say(&format!("step {step}: {count} of {} blocks sparse", sparse.len()));
+                if self.sparse != sparse {
+                    self.say(&format!("step {step}: {count} of {} blocks sparse", sparse.len()));
+                    self.sparse.clone_from(&sparse);
+                }
                 self.write(&Record::Dispatch {
                     step: *step,
                     sparse,

@@ -312,10 +312,10 @@ impl Session<'_> {
                 result?;
                 position = after;
                 let done = trainer.step_number();
-                if t.eval_every > 0 && done % t.eval_every == 0 && done < steps {
+                if t.eval_every > 0 && done.is_multiple_of(t.eval_every) && done < steps {
                     self.evaluate(trainer)?;
                 }
-                if t.checkpoint_every > 0 && done % t.checkpoint_every == 0 && done < steps {
+                if t.checkpoint_every > 0 && done.is_multiple_of(t.checkpoint_every) && done < steps {
                     saved_at = Some(self.save(trainer, position)?);
                 }
             }

@@ -138,7 +138,7 @@ pub fn flow_prepare<T: Math>(
         x_t.par_iter_mut().zip(target).for_each(|(x, noise)| {
             let x0 = *x;
             *x = (T::ONE - t) * x0 + t * *noise;
-            *noise = *noise - x0;
+            *noise -= x0;
         });
     }
 }
