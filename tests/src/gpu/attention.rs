@@ -313,7 +313,8 @@ const POISONS: [u8; 2] = [0xFF, 0x7B];
 fn forward(gpu: &mut Gpu, variant: &Variant, spec: AttnSpec) -> Outcome {
     let kernel = gpu.kernel(&KernelSpec::Attn(spec))?;
     let block_n = usize::from(spec.tile().block_n);
-    gpu.expect(variant, block_n, false)?;
+    gpu.expect(variant)?;
+    gpu.expect_rounding(block_n, false)?;
     let gpu = &*gpu;
     let expected = gpu.expected()?;
     let (inputs, lowp) = (&expected.inputs, expected.lowp(block_n)?);
@@ -345,7 +346,7 @@ fn backward(gpu: &mut Gpu, variant: &Variant, spec: AttnSpec, kernels: &[KernelS
 
 /// The kernels that the runtime chooses by itself, from the committed table or its defaults.
 fn dispatched(gpu: &mut Gpu, variant: &Variant, form: Deterministic) -> Outcome {
-    let max_selected = Inputs::of(variant).max_selected();
+    let max_selected = gpu.expect(variant)?.inputs.max_selected();
     let problem = Problem { deterministic: form, ..variant.problem(AttnOp::Bwd, max_selected) };
     let explained = gpu.runtime.explain(&problem)?;
     let KernelSpec::Attn(chosen) = explained.kernel else {
@@ -364,14 +365,14 @@ fn forward_and_backward(
     form: Deterministic,
     kernels: &[Arc<Kernel>],
 ) -> Outcome {
-    let max_selected = Inputs::of(variant).max_selected();
+    let max_selected = gpu.expect(variant)?.inputs.max_selected();
     let problem = Problem { deterministic: form, ..variant.problem(AttnOp::Bwd, max_selected) };
     let plan = gpu.runtime.attention_with(&problem, &Places::of(variant).layouts(), None, kernels)?;
     let KernelSpec::Attn(forward) = plan.forward_kernel().spec() else {
         return Err("the forward is no attention kernel".into());
     };
     let block_n = usize::from(forward.tile().block_n);
-    gpu.expect(variant, block_n, true)?;
+    gpu.expect_rounding(block_n, true)?;
     let gpu = &*gpu;
     let expected = gpu.expected()?;
     let (inputs, lowp) = (&expected.inputs, expected.lowp(block_n)?);

@@ -128,15 +128,20 @@ impl Gpu {
         Ok(kernel)
     }
 
-    /// Computes what a variant should give, with the rounding of a forward that walks keys in tiles of `block_n`, and
-    /// the backward after it where `grads` says so.
-    fn expect(&mut self, variant: &Variant, block_n: usize, grads: bool) -> Result<(), Failure> {
+    /// Makes a variant's inputs and what they should give.
+    fn expect(&mut self, variant: &Variant) -> Result<&Expected, Failure> {
         let name = variant.name();
         if self.expected.as_ref().is_none_or(|(of, _)| *of != name) {
             let inputs = Inputs::of(variant);
             let oracle = Oracle::of(&inputs)?;
             self.expected = Some((name, Expected { inputs, oracle, lowp: BTreeMap::new(), grads: None }));
         }
+        self.expected()
+    }
+
+    /// Adds, for the variant last expected, the rounding of a forward that walks keys in tiles of `block_n`, and of the
+    /// backward after it where `grads` says so.
+    fn expect_rounding(&mut self, block_n: usize, grads: bool) -> Result<(), Failure> {
         let Some((_, Expected { inputs, lowp, grads: made, .. })) = &mut self.expected else {
             return Err("nothing is expected".into());
         };
