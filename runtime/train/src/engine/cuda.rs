@@ -343,24 +343,18 @@ impl CudaEngine {
         Ok(self.attention.len() - 1)
     }
 
-    fn selection_plan(&mut self, args: &KvSelect) -> Result<usize, EngineError> {
-        let shape = &args.lists.shape;
-        if args.d_lr != RANK {
-            return Err(EngineError::Device(format!(
-                "kv_select with {} columns a low-rank head; the kernels serve {RANK}: --set dsv.d_lr={RANK}",
-                args.d_lr
-            )));
+    /// Plans of selection (with either rule) and inversion, and their kernels.
+    fn load_list_kernels(&mut self, shape: &ListShape, d_lr: usize) -> Result<(), EngineError> {
+        let layout = Layout::bshd(shape.seqlen as u32, shape.heads as u32, d_lr as u32);
+        for &rule in GroupRule::ALL {
+            let problem = selection_problem(shape, d_lr, rule)?;
+            self.runtime.selection(&problem, layout, layout).map_err(device_error)?;
         }
-        let problem = SelectProblem {
-            query_group: shape.query_group as u16,
-            kv_block: shape.kv_block as u16,
-            group_rule: args.rule,
-            batch: shape.batch as u32,
-            num_heads: shape.heads as u32,
-            seqlen_q: shape.seqlen as u32,
-            seqlen_kv: shape.seqlen as u32,
-            max_selected: shape.max_selected as u32,
-        };
+        self.list_plan(shape).map(|_| ())
+    }
+
+    fn selection_plan(&mut self, args: &KvSelect) -> Result<usize, EngineError> {
+        let problem = selection_problem(&args.lists.shape, args.d_lr, args.rule)?;
         let key = (problem, layout(&args.q_lr), layout(&args.k_lr));
         if let Some(at) = self.selections.iter().position(|(k, _)| *k == key) {
             return Ok(at);
@@ -521,6 +515,9 @@ impl CudaEngine {
             let layouts = AttnLayouts::bshd(&problem);
             self.runtime.attention(&problem, &layouts, None).map_err(device_error)?;
         }
+        if let Some(lists) = &dims.lists {
+            self.load_list_kernels(lists, dims.d_lr)?;
+        }
         let arch = self.device().arch().map_err(device_error)?;
         for &op in PointwiseOp::ALL {
             let spec = PointwiseSpec::shipped(op, dsv_spec::Dtype::Bf16, dims.head_dim as u16, arch)
@@ -534,6 +531,24 @@ impl CudaEngine {
         }
         Ok(())
     }
+}
+
+fn selection_problem(shape: &ListShape, d_lr: usize, rule: GroupRule) -> Result<SelectProblem, EngineError> {
+    if d_lr != RANK {
+        return Err(EngineError::Device(format!(
+            "kv_select with {d_lr} columns a low-rank head; the kernels serve {RANK}: --set dsv.rank={RANK}"
+        )));
+    }
+    Ok(SelectProblem {
+        query_group: shape.query_group as u16,
+        kv_block: shape.kv_block as u16,
+        group_rule: rule,
+        batch: shape.batch as u32,
+        num_heads: shape.heads as u32,
+        seqlen_q: shape.seqlen as u32,
+        seqlen_kv: shape.seqlen as u32,
+        max_selected: shape.max_selected as u32,
+    })
 }
 
 /// A view's strides as the runtime takes them.
@@ -1386,5 +1401,36 @@ impl Engine for CudaEngine {
             reserved: 0,
         };
         self.launch(PointwiseOp::Ema, master.len(), &params);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_that_is_not_there_is_an_error_with_the_next_command() {
+        // Without a driver, and with fewer GPUs than that.
+        let Err(error) = CudaEngine::open(&CudaOptions { index: 4711, ..CudaOptions::default() }) else {
+            panic!("GPU 4711 exists")
+        };
+        let text = error.to_string();
+        assert!(text.contains("index 4711") && text.contains("device.kind=cpu"), "{text}");
+    }
+
+    #[test]
+    fn auto_takes_the_cpu_where_there_is_no_such_gpu() {
+        let device =
+            crate::config::Device { kind: crate::config::DeviceKind::Auto, index: 4711, table: None };
+        let engine = open(&device, false).unwrap();
+        assert!(engine.name().contains("CPU"), "{}", engine.name());
+    }
+
+    #[test]
+    fn a_low_rank_the_kernels_do_not_serve_is_refused_with_the_setting() {
+        let shape =
+            ListShape { batch: 1, heads: 1, seqlen: 64, query_group: 64, kv_block: 64, max_selected: 1 };
+        let error = selection_problem(&shape, 8, GroupRule::Centre).unwrap_err().to_string();
+        assert!(error.contains("dsv.rank=16"), "{error}");
     }
 }
