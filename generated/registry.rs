@@ -183,42 +183,42 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "83fafe9d9abab1fdfce9031287765eef8b480119998d37eb924b17e282b6a460",
+        source_hash: "f36a4d1d59964ebffaab7346729370007a6559afbe5b1e1e692857234207a7c5",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4c2966d308b08d65fba6bc3ad4eb3832d0241387d24e4c5ba2b294268aa6195d",
+        source_hash: "a7b0932c12aedfd406bc37597436fcd9cf90cf83e7d6e62fad309d6b00c8775f",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "32674931508d8658599c35c6a4fbec96974ebf2d7bb510534089cdf4670879e2",
+        source_hash: "21edc32f93e79f59a3f3f4912040b9bcd0f5d168715b2869fa047461c8d93346",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "44683f338ff0a2300e716551f68adb20e0899c5f6c993b10af5da91101518ae0",
+        source_hash: "8964fed77c5d9eb9023440b21b11fd934f4fb9a755670799d25b93105cf68b9f",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d2f524d07c47f1ec9f206f0bd8078685bfd83fd8653cae30dc56487c04bfaf04",
+        source_hash: "5083ec7e2d7ec178293ccc94ff4022d920565f9ae691508a967c34a479a384c9",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8bb4a72fbb4be3d448b871cd69b57e1edbf3c3016b0be880190de7bd0a13ca46",
+        source_hash: "7cf866314a7f9ef0756e533f0c2d58c767ce0f70d45e3b630105db0d6fdf448a",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",

@@ -241,14 +241,10 @@ impl AttnSpec {
         let rows = 64 * consumers as u16;
         match self.op {
             AttnOp::Fwd | AttnOp::BwdDq => {
-                // The result and S (and dP), and P or dS as operand, in registers, with about 40 more.
+                // The result and S (and dP), and P or dS as operand, in registers, with about 32 more.
                 let scores = if self.op == AttnOp::Fwd { block_n / 2 } else { block_n };
-                let registers = self.head_dim / 2 + scores + block_n / 4 + 40;
-                let budget = match (consumers, self.op, self.head_dim) {
-                    (3, ..) => 160,
-                    (1, AttnOp::Fwd, 64) => 136,
-                    _ => 240,
-                };
+                let registers = self.head_dim / 2 + scores + block_n / 4 + 32;
+                let budget = if consumers == 3 { 160 } else { 240 };
                 if registers > budget {
                     return Err(SpecError::new(
                         "registers",

@@ -131,7 +131,8 @@ struct Softmax {
             for (int j = 0; j < kBlockN / 8; ++j) m = fmaxf(m, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
             m = dsv::quad_max(m);
             const float m_log2 = m == -dsv::kInf ? 0.0f : m * scale_log2;
-            rescale[r] = dsv::exp2_fast(row_max[r] * scale_log2 - m_log2);
+            // The difference first: exactly 1 where the maximum stays, so that hundreds of tiles add no bias to l.
+            rescale[r] = m == -dsv::kInf ? 1.0f : dsv::exp2_fast((row_max[r] - m) * scale_log2);
             row_max[r] = m;
             float sum = row_sum[r] * rescale[r];
 #pragma unroll
