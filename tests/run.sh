@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 cargo run --release --quiet -p dsv-codegen -- fetch-nvrtc
-cargo test --release --workspace "$@"
+cargo test --release --workspace --no-fail-fast "$@"
