@@ -63,6 +63,20 @@ impl Bundle {
         if problems.is_empty() { Ok(()) } else { Err(Error::Bundle { dir: self.dir.clone(), problems }) }
     }
 
+    /// The bundle in `dir` where this version, GPU and driver can load it; else nothing, and the report says why:
+    /// kernels are then compiled on this machine.
+    pub fn usable(
+        dir: &Path,
+        registry: &Registry,
+        capability: (i32, i32),
+        driver_major: u32,
+        report: &Report,
+    ) -> Option<Bundle> {
+        let opened = Bundle::open(dir, registry)
+            .and_then(|bundle| bundle.check_gpu(capability, driver_major).map(|()| bundle));
+        opened.map_err(|error| report(&Notice::BundleRefused(error.to_string()))).ok()
+    }
+
     /// Where it lies.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -317,27 +331,22 @@ pub struct Kernels {
 }
 
 impl Kernels {
-    /// Kernels from `bundle` where it has them, else compiled here from the registry's text.
-    ///
-    /// # Errors
-    /// [`Error::Bundle`] where this GPU or driver cannot load the bundle.
+    /// Kernels from `bundle` ([`Bundle::usable`] on this GPU) where it has them, else compiled here from the registry's
+    /// text.
     pub fn new(
         device: &Arc<Device>,
         registry: Registry,
         bundle: Option<Bundle>,
         report: Report,
-    ) -> Result<Kernels, Error> {
-        if let Some(bundle) = &bundle {
-            bundle.check_gpu(device.info().capability, device.driver_major())?;
-        }
-        Ok(Kernels {
+    ) -> Kernels {
+        Kernels {
             device: device.clone(),
             registry,
             bundle,
             compiler: OnceLock::new(),
             loaded: Mutex::new(BTreeMap::new()),
             report,
-        })
+        }
     }
 
     /// The GPU.
@@ -358,7 +367,7 @@ impl Kernels {
     /// (seconds), and loads a module.
     ///
     /// # Errors
-    /// [`Error::NoText`], [`Error::Bundle`], [`Error::Compile`], or what the driver answers.
+    /// [`Error::NoText`], [`Error::Compile`], or what the driver answers.
     pub fn load(&self, spec: &KernelSpec) -> Result<Arc<Kernel>, Error> {
         let name = spec.name();
         // Held while compiling: two threads asking for one kernel wait for one compile.
@@ -377,10 +386,13 @@ impl Kernels {
             .registry
             .kernel(name)
             .ok_or_else(|| Error::NoText { name: name.to_string(), arch: spec.arch() })?;
-        if let Some(bundle) = &self.bundle
-            && let Some(cubin) = bundle.cubin(text)?
-        {
-            return Ok((cubin, Origin::Bundle(bundle.dir().to_path_buf())));
+        if let Some(bundle) = &self.bundle {
+            match bundle.cubin(text) {
+                Ok(Some(cubin)) => return Ok((cubin, Origin::Bundle(bundle.dir().to_path_buf()))),
+                Ok(None) => {}
+                // It changed on the disk since it was opened.
+                Err(error) => (self.report)(&Notice::BundleRefused(error.to_string())),
+            }
         }
         let fail = |source| Error::Compile { name: name.to_string(), source: Box::new(source) };
         let compiler = match self.compiler.get() {

@@ -65,18 +65,20 @@ pub struct Runtime {
 }
 
 impl Runtime {
-    /// Opens the GPU, the bundle and the table. A table that cannot be used is reported, not an error.
+    /// Opens the GPU, the bundle and the table. A bundle or a table that cannot be used is reported, not an error:
+    /// kernels are then compiled on this machine, and defaults serve.
     ///
     /// # Errors
-    /// [`Error::NoDriver`], [`Error::NoSuchGpu`], [`Error::UnsupportedGpu`], [`Error::Bundle`], or what the driver
-    /// answers.
+    /// [`Error::NoDriver`], [`Error::NoSuchGpu`], [`Error::UnsupportedGpu`], or what the driver answers.
     pub fn open(options: Options) -> Result<Runtime, Error> {
         let device = Device::open(options.ordinal)?;
         let arch = device.arch()?;
         let registry = Registry::committed();
-        let bundle = options.bundle.as_deref().map(|dir| Bundle::open(dir, &registry)).transpose()?;
-        let kernels = Kernels::new(&device, registry, bundle, options.report.clone())?;
         let info = device.info();
+        let usable =
+            |dir| Bundle::usable(dir, &registry, info.capability, device.driver_major(), &options.report);
+        let bundle = options.bundle.as_deref().and_then(usable);
+        let kernels = Kernels::new(&device, registry, bundle, options.report.clone());
         let gpu = Gpu { name: info.name.clone(), capability: info.capability, arch };
         let dispatch = Dispatch::new(gpu, &options.table, registry, &options.report);
         Ok(Runtime { device, kernels, dispatch, arch })

@@ -24,6 +24,9 @@ pub enum Notice {
         /// GPUs there are tables for.
         available: Vec<String>,
     },
+    /// A bundle, or a kernel of it, cannot be loaded; it is compiled on this machine. The text of
+    /// [`crate::Error::Bundle`].
+    BundleRefused(String),
     /// The first kernel that had to be compiled on this machine.
     CompilingHere {
         /// The kernel.
@@ -60,10 +63,11 @@ impl std::fmt::Display for Notice {
                      tables available: {available}\n  to make one for this GPU: dsv-autotune"
                 )
             }
+            Notice::BundleRefused(why) => write!(f, "WARNING: compiling kernels on this machine instead: {why}"),
             Notice::CompilingHere { kernel, compiler, bundle } => {
                 let why = match bundle {
                     Some(dir) => format!("the bundle {} lacks {kernel}", dir.display()),
-                    None => format!("no cubin bundle was given ({kernel} is the first)"),
+                    None => format!("no cubin bundle is in use ({kernel} is the first)"),
                 };
                 write!(
                     f,

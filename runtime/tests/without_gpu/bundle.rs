@@ -1,7 +1,8 @@
 use crate::registry;
 use dsv_compile::{BundledKernel, Compiled, ResourceReport, write_bundle};
-use dsv_runtime::{Bundle, Error, Registry};
+use dsv_runtime::{Bundle, Error, Notice, Registry, Report};
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 /// A bundle of the registry's first three kernels with made-up cubins.
 fn write(dir: &Path, registry: &Registry, source_hash: impl Fn(usize, &str) -> String) -> Vec<String> {
@@ -91,4 +92,26 @@ fn a_foreign_bundle_is_refused() {
     write(dir.path(), &known, same);
     let other = Registry { kernels: &known.kernels[3..], ..known };
     assert_eq!(problems(Bundle::open(dir.path(), &other)), ["it holds no kernel that this version has"]);
+}
+
+#[test]
+fn a_bundle_that_cannot_be_loaded_is_said_once_and_kernels_are_compiled_instead() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = registry(&[]);
+    let said: Arc<Mutex<Vec<Notice>>> = Arc::default();
+    let report: Report = {
+        let said = said.clone();
+        Arc::new(move |notice| said.lock().unwrap().push(notice.clone()))
+    };
+    let usable = |driver| Bundle::usable(dir.path(), &registry, (9, 0), driver, &report).is_some();
+    assert!(!usable(580), "an empty directory");
+    write(dir.path(), &registry, same);
+    assert!(!usable(550), "a driver older than the cubins' compiler");
+    assert!(usable(580));
+    let texts: Vec<String> = said.lock().unwrap().iter().map(Notice::to_string).collect();
+    assert_eq!(texts.len(), 2, "{texts:#?}");
+    for (text, why) in texts.iter().zip(["manifest.json", "need driver 580 or newer, this one is 550"]) {
+        assert!(text.starts_with("WARNING: compiling kernels on this machine instead: "), "{text}");
+        assert!(text.contains(why) && text.contains("dsv-codegen build --out"), "{text}");
+    }
 }
