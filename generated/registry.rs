@@ -39,6 +39,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "f80a784638451b9cdfa46edca3f94727491f15f204b186461407e55e2b1a9b4c",
     },
     Kernel {
+        name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "348b7c4417196cfa384dd9b2fcfc41c12f29aeb625b809459a3bc466fa5f57f6",
+    },
+    Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
@@ -67,18 +74,32 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "5cac596b1784ba93726d8887226b0fec15caef0e73f21a7083d4a37d43014562",
     },
     Kernel {
-        name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
+        name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1ff92609891ddaf03ac04517ccf34cf73227865e7eea26fcafca4b6e07ecfb55",
+        source_hash: "bc3ebdf55664f363fd6bd8db33fd133e902e9902a7d901de323169ae3ae84e49",
     },
     Kernel {
-        name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
+        name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "69b43b2f55d6e5b8b900d8484f50152b08fe887f4212942d077b632dd242a2fb",
+        source_hash: "cdb736f6270a4c3ccca4c45a6b56b1aea6483d49067ac9de173c0c5eeffa6718",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s3x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s3x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "d89b1b654f70f6ee95802a7a4479b2d24ee2f6110dd6177b026a312e7c0603b8",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s3x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s3x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "5f12355905201654e7edfb5ed976e07c6bfd02457bb38924b6ff0284c632b467",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
@@ -109,18 +130,25 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "6d8427996e273f67e3c9ddebb5e237cf6769e84a78c0bca274f662b5d8502f2b",
     },
     Kernel {
-        name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s2x1_grid_det_sm90a",
+        name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
-            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s2x1_grid_det_sm90a.cu"
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "62eb6d72c930cdf2e727cc6a2879fffcf418384ce4d38bc12ce45a8cab8ed5f4",
+        source_hash: "59825025d6debdd8a35eea788ce3511c00e5bd6e363bb2cb20dfea3f9f4e7c9d",
     },
     Kernel {
-        name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a",
+        name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
-            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a.cu"
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e198d2a9808bc5362f045b519bb781fc5436d287a79661da039038e7a34f0b1b",
+        source_hash: "5e892e4025b2fa54da8b3030c8ef44acee6c7be0c6407f477a5405b36e7cf32e",
+    },
+    Kernel {
+        name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "6c557e4d7d05ccaa7f29a027f4770af08f60ce177cd3701fbbf6023a5ef5c634",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
@@ -130,18 +158,18 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "d13e19f5db2fee4fc9da0a884da3031a25fad67979495c8b342b31bf5d3414e1",
     },
     Kernel {
-        name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s2x1_grid_det_sm90a",
+        name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
-            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s2x1_grid_det_sm90a.cu"
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f67ce6ba880dfdb2ff4873d585689c6d359f5defe03507fc3163e95bb4e8ecf4",
+        source_hash: "3f4defa5513f14213d06896e7b44833076a740cbb659975c6d679aa551634b4a",
     },
     Kernel {
-        name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a",
+        name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
-            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a.cu"
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e082b69e0a0a72f788c7678431300dcc4cc609a1dc66450f3f0f195dafa74bdd",
+        source_hash: "4433811de912d062cbdaa2464a9cb6da6e5faedf82a7157e61fe9d8ea6c6cc06",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
@@ -186,6 +214,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "f36a4d1d59964ebffaab7346729370007a6559afbe5b1e1e692857234207a7c5",
     },
     Kernel {
+        name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "bec19e280f1fa39fb98054217a617a1bc7e724ed3b9211f0f845f33737983aa2",
+    },
+    Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
@@ -200,18 +235,32 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "21edc32f93e79f59a3f3f4912040b9bcd0f5d168715b2869fa047461c8d93346",
     },
     Kernel {
-        name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
+        name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
-            "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8964fed77c5d9eb9023440b21b11fd934f4fb9a755670799d25b93105cf68b9f",
+        source_hash: "a9186af1859fd7c6d5920c62d558372d09ef7b332b2c6fbc36641cc7e93029cb",
     },
     Kernel {
-        name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
+        name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
-            "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5083ec7e2d7ec178293ccc94ff4022d920565f9ae691508a967c34a479a384c9",
+        source_hash: "01a328b2d9c925cb6dd1993ed8f72638f8f86cbd6a3bd9c6ed7152dab9ad35c4",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "1597fb53d54826ebc8657a1ed6933c259f82c1b8a1894caa4553520c710301f2",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "7f00790725e68d9a6d909e6d22a591f15bdf614f30abd369aa5154b3ebc9788f",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",

@@ -35,30 +35,38 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
         cluster: 1,
         schedule: Schedule::Grid,
     };
-    let tiles: Vec<AttnTile> = match op {
-        AttnOp::Fwd => [
-            (128, 128, 2, 2),
+    let small = head_dim <= 64;
+    let tiles: Vec<(u16, u16, u8, u8)> = match op {
+        AttnOp::Fwd if small => vec![
             (192, 128, 3, 2),
-            (128, 176, 2, 2),
-            (128, 64, 2, 3),
-            (128, 64, 2, 4),
-            (192, 96, 3, 2),
+            (64, 128, 1, 2),
             (64, 64, 1, 2),
             (64, 64, 1, 3),
+            (192, 96, 3, 2),
+            (128, 176, 2, 2),
+            (128, 128, 2, 2),
+            (128, 64, 2, 3),
+            (128, 64, 2, 4),
+        ],
+        AttnOp::Fwd => vec![
+            (128, 128, 2, 2),
+            (128, 176, 2, 2),
+            (64, 64, 1, 2),
+            (128, 64, 2, 3),
+            (128, 64, 2, 4),
+            (64, 64, 1, 3),
             (64, 128, 1, 2),
-        ]
-        .map(|(m, n, c, s)| tile(m, n, c, s))
-        .into(),
-        AttnOp::Bwd => [(64, 128, 2, 2), (64, 64, 1, 2), (64, 128, 2, 3), (64, 64, 1, 1), (64, 64, 1, 3)]
-            .map(|(m, n, c, s)| tile(m, n, c, s))
-            .into(),
-        AttnOp::BwdDq => {
-            [(128, 64, 2, 2), (64, 64, 1, 2), (128, 128, 2, 2), (128, 64, 2, 3), (192, 64, 3, 2)]
-                .map(|(m, n, c, s)| tile(m, n, c, s))
-                .into()
+        ],
+        AttnOp::Bwd if small => {
+            vec![(64, 64, 1, 2), (64, 128, 2, 2), (64, 128, 2, 3), (64, 64, 1, 3), (64, 64, 1, 1)]
         }
-        AttnOp::BwdPrep | AttnOp::BwdPost => vec![tile(64, 0, 1, 0)],
+        AttnOp::Bwd => vec![(64, 128, 2, 2), (64, 64, 1, 2), (64, 128, 2, 3), (64, 64, 1, 1), (64, 64, 1, 3)],
+        AttnOp::BwdDq => {
+            vec![(128, 64, 2, 3), (64, 64, 1, 2), (128, 128, 2, 2), (128, 64, 2, 2), (192, 64, 3, 2)]
+        }
+        AttnOp::BwdPrep | AttnOp::BwdPost => vec![(64, 0, 1, 0)],
     };
+    let tiles: Vec<AttnTile> = tiles.into_iter().map(|(m, n, c, s)| tile(m, n, c, s)).collect();
     let sparsity = if lists.is_dense() { Sparsity::Percent(0) } else { Sparsity::Any };
     let forms: &[Deterministic] = if op == AttnOp::Bwd { Deterministic::ALL } else { &[Deterministic::Yes] };
     forms

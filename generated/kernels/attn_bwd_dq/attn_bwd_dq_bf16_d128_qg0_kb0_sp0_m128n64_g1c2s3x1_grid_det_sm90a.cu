@@ -1,7 +1,7 @@
-// attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s2x1_grid_det_sm90a
+// attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a
 // Generated from templates/kernels/attn_bwd_dq.cu.tera by dsv-codegen: do not edit, change the template or the spec.
-// attn_bwd_dq, bf16, head_dim 64, dense, sparsity 0 %, deterministic, sm90a;
-// block_m 128, block_n 64, groups per CTA 1, consumers 2, stages 2, cluster 1, schedule grid
+// attn_bwd_dq, bf16, head_dim 128, dense, sparsity 0 %, deterministic, sm90a;
+// block_m 128, block_n 64, groups per CTA 1, consumers 2, stages 3, cluster 1, schedule grid
 
 // dQ alone, for a tile of queries over the keys its group lists, so that every sum has a fixed order:
 //   P = exp2(c Q K^T - LSE log2 e),  dP = dO V^T,  dS = P (dP - delta),  dQ = scale * sum over tiles of dS K.
@@ -20,18 +20,18 @@
 
 // BEGIN CONFIG
 using Element = dsv::Bf16;
-constexpr int kHeadDim = 64;
+constexpr int kHeadDim = 128;
 constexpr int kQueryGroup = 0;  // tokens sharing one list; 0 = dense
 constexpr int kKvBlock = 0;        // tokens of one listed unit; 0 = dense
 constexpr int kBlockM = 128;
 constexpr int kBlockN = 64;
 constexpr int kConsumers = 2;  // warpgroups of 64 query rows
-constexpr int kStages = 2;
+constexpr int kStages = 3;
 constexpr int kThreads = 384;
 constexpr int kCtasPerSm = 1;
 constexpr int kConsumerRegisters = 240;  // 0: left as compiled
 constexpr int kProducerRegisters = 24;
-constexpr int kSmemBytes = 67584;
+constexpr int kSmemBytes = 165888;
 constexpr int kParamsBytes = 768;
 // END CONFIG
 
@@ -227,7 +227,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
 }
 
 // Grid: (ceil(seqlen_q / kBlockM), H, B), tiles of a head adjacent so that its K and V stay in L2.
-extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s2x1_grid_det_sm90a(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a(const __grid_constant__ Params p) {
     // Swizzle atoms are 1024 bytes; a driver that aligned shared memory less would have to be told from here.
     extern __shared__ __align__(1024) dsv::uint8 raw[];
     if (dsv::smem_address(raw) % 1024 != 0) __trap();
