@@ -75,7 +75,10 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
             ("checkpoint_every", "steps between checkpoints; 0 = only the last"),
             ("keep_checkpoints", "newest checkpoints kept on disk; 0 = all"),
             ("eval_every", "steps between validation losses; 0 = only the last"),
-            ("log_every", "steps between metric lines"),
+            (
+                "log_every",
+                "steps between readings of losses and norms, for which a GPU is waited for; none is lost",
+            ),
             (
                 "recompute",
                 "recompute a block in its backward, keeping only attention's output, LSE and lists",
@@ -120,6 +123,10 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
             ("kind", "\"cpu\", \"cuda\" or \"auto\" (cuda where there is one)"),
             ("index", "which GPU"),
             ("table", "optional: dispatch table; absent = the shipped one of this GPU"),
+            (
+                "bundle",
+                "optional: folder made by dsv-codegen build --out; absent = kernels are compiled at the start",
+            ),
         ],
     ),
     (
@@ -410,6 +417,9 @@ pub struct Device {
     /// Dispatch table; `None` = the shipped one of this GPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub table: Option<PathBuf>,
+    /// Cubins made by `dsv-codegen build --out DIR`; `None` = kernels are compiled on this machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bundle: Option<PathBuf>,
 }
 
 /// Kind of device.
@@ -546,7 +556,7 @@ impl Config {
                 checkpoint_every: 1000,
                 keep_checkpoints: 3,
                 eval_every: 1000,
-                log_every: 1,
+                log_every: 10,
                 recompute: true,
             },
             flow: Flow { logit_mean: 0.0, logit_std: 1.0, shift: 3.0 },
@@ -571,7 +581,7 @@ impl Config {
                 memory_budget_gb: 0.0,
                 dispatch_every: 100,
             },
-            device: Device { kind: DeviceKind::Auto, index: 0, table: None },
+            device: Device { kind: DeviceKind::Auto, index: 0, table: None, bundle: None },
             sample: Sample { steps: 40, guidance: 4.0, solver: Solver::Euler, fps: 12 },
             out: Out { dir: format!("runs/{name}").into() },
         };
@@ -600,6 +610,7 @@ impl Config {
                 c.train.deterministic = true;
                 c.train.checkpoint_every = 100;
                 c.train.eval_every = 50;
+                c.train.log_every = 1;
                 c.flow.shift = 1.0;
                 c.dsv.query_group = 8;
                 c.dsv.kv_block = 8;
@@ -1117,6 +1128,7 @@ mod tests {
         c.dsv.force_sparse = Some(0.9);
         c.dsv.keep = Some(0.2);
         c.device.table = Some("t.json".into());
+        c.device.bundle = Some("cubins".into());
         let table = toml::Table::try_from(&c).unwrap();
         for (section, keys) in KEYS {
             let have: std::collections::BTreeSet<&str> =

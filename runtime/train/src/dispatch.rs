@@ -143,17 +143,18 @@ impl Decision {
         for (place, &block) in order.iter().enumerate() {
             let d = &mut decision.blocks[block];
             let skipped = 100.0 * d.skipped;
-            let crossover = 100.0 * rules.crossover;
             let source = &rules.crossover_source;
+            let wins = if rules.crossover > 1.0 {
+                format!("sparse never wins ({source})")
+            } else {
+                format!("sparse wins from {:.1} % ({source})", 100.0 * rules.crossover)
+            };
             let wanted = if place < forced {
                 Some(format!("sparse: forced, lists skip {skipped:.1} %"))
             } else if d.skipped > rules.crossover {
-                Some(format!(
-                    "sparse: lists skip {skipped:.1} %, sparse wins from {crossover:.1} % ({source})"
-                ))
+                Some(format!("sparse: lists skip {skipped:.1} %, {wins}"))
             } else {
-                d.why =
-                    format!("dense: lists skip {skipped:.1} %, sparse wins from {crossover:.1} % ({source})");
+                d.why = format!("dense: lists skip {skipped:.1} %, {wins}");
                 None
             };
             if let Some(why) = wanted {
@@ -260,6 +261,7 @@ mod tests {
     fn forcing_takes_the_sparsest_and_rounds_up() {
         let d = Decision::choose(&Rules { force_sparse: Some(0.6), crossover: 2.0, ..rules() }, &profile());
         assert_eq!(sparse(&d), [0, 2, 3]);
+        assert_eq!(d.blocks[1].why, "dense: lists skip 50.0 %, sparse never wins (test)");
         let all = Decision::choose(&Rules { force_sparse: Some(1.0), crossover: 2.0, ..rules() }, &profile());
         assert_eq!(sparse(&all), [0, 1, 2, 3]);
     }

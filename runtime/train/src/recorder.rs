@@ -4,7 +4,7 @@ use crate::config::Config;
 use crate::metrics::{Metrics, MetricsError, Progress as Bar, Record, StepMetrics};
 use crate::model::BlockAttention;
 use crate::run::{Observer, Progress};
-use crate::stage::Reason;
+use crate::stage::{LOSS_CRITERION, Reason};
 use crate::train::Event;
 use std::collections::BTreeMap;
 use std::io;
@@ -104,9 +104,9 @@ impl<'a> Recorder<'a> {
                 }
                 self.write(&Record::Step(m))
             }
-            Event::Stage { step, reason } => {
+            Event::Stage { step, reason, predictor_loss } => {
                 let reason = match reason {
-                    Reason::Step(at) => format!("dsv.switch = {at}"),
+                    Reason::Step(at) => format!("dsv.switch = {at}; {}", criterion(*predictor_loss)),
                     Reason::Loss { loss, below } => format!("predictor loss {loss:.4} < {below}"),
                 };
                 self.say(&format!("stage 2 from step {step}: {reason}"));
@@ -132,6 +132,17 @@ impl<'a> Recorder<'a> {
                 self.write(&Record::Profile { step: *step, sparsity, covered: profile.covered.clone() })
             }
         }
+    }
+}
+
+/// What the loss criterion says where the switch was set by step.
+fn criterion(predictor_loss: Option<f64>) -> String {
+    match predictor_loss {
+        Some(loss) if loss < LOSS_CRITERION => {
+            format!("predictor loss {loss:.4}, so the loss criterion (< {LOSS_CRITERION}) holds too")
+        }
+        Some(loss) => format!("predictor loss {loss:.4}, above the loss criterion (< {LOSS_CRITERION})"),
+        None => "no predictor loss was read yet".to_string(),
     }
 }
 

@@ -38,6 +38,9 @@ impl Stage {
     }
 }
 
+/// Mean predictor loss below which the paper ends stage 1; told beside every switch.
+pub const LOSS_CRITERION: f64 = 0.01;
+
 /// Why stage 1 ended.
 #[derive(Copy, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -100,6 +100,8 @@ pub enum Event {
         step: u64,
         /// Why.
         reason: Reason,
+        /// The last mean predictor loss read back.
+        predictor_loss: Option<f64>,
     },
     /// The dispatcher decided before this step.
     Decision {
@@ -324,7 +326,7 @@ impl Trainer {
         let step = self.step;
         let dsv = self.config.dsv.clone();
         if let Some(reason) = self.stages.advance(&dsv, step, self.predictor_loss) {
-            events.push(Event::Stage { step, reason });
+            events.push(Event::Stage { step, reason, predictor_loss: self.predictor_loss });
         }
         if self.stages.dispatches(&dsv, step) {
             let rules = rules(&self.config, &*self.engine, &self.model, self.slots());
@@ -704,7 +706,7 @@ pub(crate) fn rules(config: &Config, engine: &dyn Engine, model: &Model, slots: 
     let dsv = &config.dsv;
     let cost = engine.sparse_cost(&model.shape.self_attn(), dsv.query_group, dsv.kv_block);
     let (crossover, crossover_source) = match cost {
-        Some(cost) => (f64::from(cost.crossover_sparsity), cost.source.to_string()),
+        Some(cost) => (f64::from(cost.crossover_sparsity), cost.source),
         None => (dsv.min_sparsity, "dsv.min_sparsity".to_string()),
     };
     Rules {

@@ -7,8 +7,10 @@
 
 mod matmul;
 mod scratch;
+mod staging;
 
 use super::*;
+use dsv_runtime::device::Plain;
 use dsv_runtime::{
     AttnLayouts, AttnPlan, BwdArgs, Device, DeviceBuffer, FwdArgs, Kernel, KeyLists, Layout, ListPlan,
     Options, QueryLists, Runtime, SelectArgs, SelectPlan, SelectProblem, Stream, TableSource,
@@ -19,6 +21,7 @@ use dsv_spec::{AttnOp, Deterministic, KernelSpec, PointwiseOp, PointwiseSpec, Pr
 use half::bf16;
 use matmul::{Matmul, Operands, Product};
 use scratch::{Bump, GRAM_ROWS, RANK};
+use staging::Staging;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -35,10 +38,12 @@ pub struct CudaOptions {
     pub deterministic: bool,
 }
 
-/// Memory of a run: the arena of the plan, and the engine's scratch.
+/// Memory of a run: the arena of the plan, the engine's scratch, and where inputs wait for the GPU.
 struct Memory {
+    // Freeing the buffers waits for the GPU; nothing copies out of the staging memory after that.
     arena: DeviceBuffer,
     scratch: DeviceBuffer,
+    staging: Staging,
     layout: scratch::Layout,
 }
 
@@ -161,6 +166,15 @@ impl CudaEngine {
     fn scratch(&self) -> Bump {
         let Memory { scratch, layout, .. } = self.memory();
         Bump::new(scratch.address() + layout.op as u64, layout.bytes - layout.op)
+    }
+
+    /// Queues the copy of host values into a buffer.
+    fn write<T: Plain>(&mut self, buf: Buf, element: impl Fn(usize) -> T) -> Result<(), EngineError> {
+        assert_eq!(buf.bytes(), buf.len() * size_of::<T>(), "{buf:?}");
+        let address = self.address(buf);
+        let memory = self.memory.as_mut().expect("reserve() comes before any op");
+        // SAFETY: the range lies in the arena (checked by `address`), and there is one stream.
+        unsafe { memory.staging.queue(&self.stream, address, buf.len(), element) }.map_err(device_error)
     }
 
     fn fail(&mut self, error: EngineError) {
@@ -646,24 +660,23 @@ impl Engine for CudaEngine {
         let (arena, scratch) = (reserve(plan.total_bytes())?, reserve(layout.bytes)?);
         arena.fill(&self.stream, 0).map_err(device_error)?;
         scratch.fill(&self.stream, 0).map_err(device_error)?;
-        self.memory = Some(Memory { arena, scratch, layout });
+        let staging = Staging::new(self.device()).map_err(device_error)?;
+        self.memory = Some(Memory { arena, scratch, staging, layout });
         self.sync()
     }
 
     fn sparse_cost(&self, shape: &AttnShape, query_group: usize, kv_block: usize) -> Option<SparseCost> {
-        let table = self.runtime.dispatch().table()?;
-        let distance = |seqlen: u32| (f64::from(seqlen) / shape.seqlen_kv.max(1) as f64).ln().abs();
-        let crossover = table
-            .crossovers
-            .iter()
-            .filter(|c| {
-                (c.dtype, usize::from(c.head_dim)) == (dsv_spec::Dtype::Bf16, shape.head_dim)
-                    && (usize::from(c.query_group), usize::from(c.kv_block)) == (query_group, kv_block)
-            })
-            .min_by(|a, b| distance(a.seqlen).total_cmp(&distance(b.seqlen)))?;
+        let line = self.runtime.dispatch().table()?.crossover(
+            dsv_spec::Dtype::Bf16,
+            shape.head_dim as u16,
+            query_group as u16,
+            kv_block as u16,
+            shape.seqlen_kv as u32,
+        )?;
         // More than 1: sparse never wins.
-        let percent = crossover.crossover.unwrap_or(200.0);
-        Some(SparseCost { crossover_sparsity: (percent / 100.0) as f32, source: "dispatch table" })
+        let percent = line.crossover.unwrap_or(200.0);
+        let source = format!("dispatch table at {} tokens, {} heads", line.seqlen, line.num_heads);
+        Some(SparseCost { crossover_sparsity: (percent / 100.0) as f32, source })
     }
 
     fn sync(&mut self) -> Result<(), EngineError> {
@@ -672,7 +685,8 @@ impl Engine for CudaEngine {
             return Err(error);
         }
         done?;
-        let Some(memory) = &self.memory else { return Ok(()) };
+        let Some(memory) = &mut self.memory else { return Ok(()) };
+        memory.staging.all_copied();
         let flag = memory.scratch.read::<i32>(&self.stream, memory.layout.flag, 1).map_err(device_error)?[0];
         if flag == 0 {
             return Ok(());
@@ -688,21 +702,16 @@ impl Engine for CudaEngine {
 
     fn write_f32(&mut self, buf: Buf, data: &[f32]) -> Result<(), EngineError> {
         assert_eq!(buf.len(), data.len(), "host data of another length");
-        let arena = &self.memory().arena;
         match buf.dtype() {
-            Dtype::F32 => arena.write(&self.stream, buf.offset_bytes(), data),
-            Dtype::Act => {
-                let rounded: Vec<bf16> = data.iter().map(|&x| bf16::from_f32(x)).collect();
-                arena.write(&self.stream, buf.offset_bytes(), &rounded)
-            }
+            Dtype::F32 => self.write(buf, |i| data[i]),
+            Dtype::Act => self.write(buf, |i| bf16::from_f32(data[i])),
             Dtype::I32 => panic!("write_f32 to {buf:?}"),
         }
-        .map_err(device_error)
     }
 
     fn write_i32(&mut self, buf: Buf, data: &[i32]) -> Result<(), EngineError> {
         assert_eq!((buf.dtype(), buf.len()), (Dtype::I32, data.len()), "host data of another type or length");
-        self.memory().arena.write(&self.stream, buf.offset_bytes(), data).map_err(device_error)
+        self.write(buf, |i| data[i])
     }
 
     fn read_f32(&mut self, buf: Buf) -> Result<Vec<f32>, EngineError> {
@@ -1420,8 +1429,12 @@ mod tests {
 
     #[test]
     fn auto_takes_the_cpu_where_there_is_no_such_gpu() {
-        let device =
-            crate::config::Device { kind: crate::config::DeviceKind::Auto, index: 4711, table: None };
+        let device = crate::config::Device {
+            kind: crate::config::DeviceKind::Auto,
+            index: 4711,
+            table: None,
+            bundle: None,
+        };
         let engine = open(&device, false).unwrap();
         assert!(engine.name().contains("CPU"), "{}", engine.name());
     }

@@ -38,8 +38,12 @@ use thiserror::Error;
 pub fn open(device: &crate::config::Device, deterministic: bool) -> Result<Box<dyn Engine>, EngineError> {
     use crate::config::DeviceKind;
     let cpu = || Box::new(CpuEngine::<f32>::new());
-    let options =
-        CudaOptions { index: device.index, table: device.table.clone(), bundle: None, deterministic };
+    let options = CudaOptions {
+        index: device.index,
+        table: device.table.clone(),
+        bundle: device.bundle.clone(),
+        deterministic,
+    };
     match device.kind {
         DeviceKind::Cpu => Ok(cpu()),
         DeviceKind::Cuda => Ok(Box::new(CudaEngine::open(&options)?)),
@@ -635,13 +639,13 @@ pub struct Dims {
 }
 
 /// Attention speeds an engine can state without running the model, for the dispatcher.
-#[derive(Copy, Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct SparseCost {
     /// Share of KV skipped above which selection + sparse forward + backward beats dense;
     /// more than 1 when sparse never does.
     pub crossover_sparsity: f32,
-    /// Whether the number comes from a dispatch table, a measurement or a default.
-    pub source: &'static str,
+    /// Which line of which table says so.
+    pub source: String,
 }
 
 /// A device that runs the trainer's ops. See the module's text for the rules.

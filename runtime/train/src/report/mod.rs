@@ -5,6 +5,7 @@ mod plot;
 
 use crate::durable::{RealDisk, write_file};
 use crate::metrics::{self, EvalTriple, MetricsError, Record, StepMetrics};
+use crate::stage::LOSS_CRITERION;
 use plot::{Chart, Line};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -307,6 +308,14 @@ fn facts(body: &mut String, runs: &[RunData]) {
     row("Stage 2 from step", &|r| {
         r.stages.iter().rfind(|(_, stage, _)| *stage == 2).map(|(s, _, why)| format!("{s} ({why})"))
     });
+    row(&format!("Loss criterion (predictor loss < {LOSS_CRITERION})"), &|r| {
+        let losses = || r.steps.values().filter_map(|s| s.predictor_loss.map(|loss| (s.step, loss)));
+        let lowest = losses().map(|(_, loss)| loss).min_by(f64::total_cmp)?;
+        Some(match losses().find(|(_, loss)| *loss < LOSS_CRITERION) {
+            Some((step, _)) => format!("met first in step {step}"),
+            None => format!("not met; lowest {lowest:.4}"),
+        })
+    });
     row("Loss, last tenth", &|r| r.final_loss().map(four));
     row("Validation loss, last", &|r| r.evals.last_key_value().map(|(_, (l, _))| four(*l)));
     row("Predictor loss, last", &|r| r.steps.values().rev().find_map(|s| s.predictor_loss).map(four));
@@ -562,6 +571,8 @@ mod tests {
             "4 triples after 60 steps. Mean difference +0.01500 (+3.00 %)",
             "lower on 0 of them",
             "30 (step 30 reached)",
+            "Loss criterion (predictor loss &lt; 0.01)",
+            "met first in step 50",
             "below &lt;crossover&gt;",
             "CPU &amp; co",
             "data:image/gif;base64,R0lGOD",
