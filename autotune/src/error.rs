@@ -11,6 +11,9 @@ pub enum TuneError {
     /// NVRTC is missing or unusable.
     #[error(transparent)]
     Compile(#[from] dsv_compile::CompileError),
+    /// A dispatch table that cannot be read.
+    #[error(transparent)]
+    Table(#[from] dsv_spec::TableError),
     /// An option with a value it cannot have.
     #[error(
         "{what} {value} is not possible\n  allowed: {allowed}\n  to see every option: dsv-autotune --help"

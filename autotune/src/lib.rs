@@ -6,6 +6,7 @@
 
 mod check;
 mod error;
+pub mod explain;
 mod gpu;
 pub mod plan;
 mod plot;

@@ -2,6 +2,7 @@
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
+use dsv_autotune::explain::{Question, explain};
 use dsv_autotune::plan::{BenchRequest, ListKind, Mode, Plan, Step};
 use dsv_autotune::records::{Records, Run, RunDir, outcome_name, write_atomic};
 use dsv_autotune::reduce::{Reduction, gpu_slug, merge, reduce, rows};
@@ -64,6 +65,8 @@ enum Command {
     Report,
     /// Checks and times kernels on problems given here; writes no table.
     Bench(Bench),
+    /// Says which kernels serve a problem, from which line of the table, and why; needs no GPU.
+    Explain(Explain),
     /// The measuring process of the other commands.
     #[command(hide = true)]
     Worker,
@@ -101,6 +104,31 @@ struct Bench {
     /// Print the records as JSON after the table.
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Args)]
+struct Explain {
+    /// Columns of Q, K, V.
+    #[arg(long, default_value_t = 128)]
+    head_dim: u16,
+    /// Tokens.
+    #[arg(long, default_value_t = 32768)]
+    seqlen: u32,
+    /// Heads.
+    #[arg(long, default_value_t = 16)]
+    heads: u32,
+    /// Sequences.
+    #[arg(long, default_value_t = 1)]
+    batch: u32,
+    /// dense, or QUERY_GROUPxKV_BLOCK.
+    #[arg(long, default_value = "64x64")]
+    block: String,
+    /// Share of the KV blocks kept.
+    #[arg(long, default_value_t = 0.1)]
+    keep: f64,
+    /// The same bits every time.
+    #[arg(long)]
+    deterministic: bool,
 }
 
 fn main() -> ExitCode {
@@ -158,6 +186,20 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Some(Command::Report) => {
             report(&dir, &peers)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Some(Command::Explain(asked)) => {
+            let question = Question {
+                head_dim: asked.head_dim,
+                seqlen: asked.seqlen,
+                num_heads: asked.heads,
+                batch: asked.batch,
+                block: asked.block.clone(),
+                keep: asked.keep,
+                deterministic: asked.deterministic,
+            };
+            let report: dsv_runtime::Report = std::sync::Arc::new(|notice| eprintln!("{notice}"));
+            print(&explain(&question, common.device, common.table.as_deref(), &report)?);
             Ok(ExitCode::SUCCESS)
         }
         Some(Command::Bench(request)) => run_bench(&dir, request, common, &peers),

@@ -470,7 +470,7 @@ impl BenchRequest {
 }
 
 /// `dense`, or `QUERY_GROUPxKV_BLOCK`.
-fn parse_block(text: &str) -> Result<Option<(u16, u16)>, TuneError> {
+pub(crate) fn parse_block(text: &str) -> Result<Option<(u16, u16)>, TuneError> {
     if text == "dense" {
         return Ok(None);
     }

@@ -443,6 +443,43 @@ fn a_missing_driver_is_said_with_the_next_command() {
 }
 
 #[test]
+fn explain_names_kernel_line_memory_and_crossover_without_a_gpu() {
+    let temp = tempfile::tempdir().unwrap();
+    let table = reduce(&recorded(&quick_d128()), meta()).table;
+    std::fs::write(temp.path().join("t.json"), table.to_json()).unwrap();
+    let explain = |args: &[&str]| {
+        let output = autotune(temp.path(), &[&["explain", "--table", "t.json"], args].concat());
+        assert!(output.status.success(), "{args:?}: {}", stderr(&output));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let sparse = explain(&["--seqlen", "5000"]);
+    let line = table
+        .entries
+        .iter()
+        .find(|e| (e.bucket.op, e.bucket.seqlen, e.bucket.kv_block) == (dsv_spec::AttnOp::Fwd, 4096, 64))
+        .unwrap();
+    for wanted in [
+        format!("for {}, whose table this is", table.meta.gpu),
+        "seqlen_kv 5000, max_selected 8 (89.9 % skipped)".into(),
+        format!("kernel: {}", line.kernel),
+        "attn_bwd, bf16, head_dim 128, query_group 64, kv_block 64".into(),
+        "found: exact line (seqlen 4096, sparsity 90 %) of t.json".into(),
+        format!("measured: {:.1} us", line.median_us),
+        "memory beside Q, K, V and out: ".into(),
+        "measured at 4096 tokens, 16 heads)".into(),
+    ] {
+        assert!(sparse.contains(&wanted), "no '{wanted}' in\n{sparse}");
+    }
+    let dense = explain(&["--block", "dense", "--deterministic"]);
+    assert!(dense.contains("dense, deterministic") && !dense.contains("sparse beats"), "{dense}");
+    let with = |args: &[&'static str]| [&["explain", "--table", "t.json"], args].concat();
+    refuses(temp.path(), &with(&["--head-dim", "80"]), &["no kernel", "head_dim available", "space.rs"]);
+    refuses(temp.path(), &with(&["--keep", "0"]), &["--keep 0", "above 0"]);
+    refuses(temp.path(), &with(&["--block", "7x7"]), &["--block 7x7", "128x128"]);
+    refuses(temp.path(), &["explain", "--table", "no.json"], &["no.json", "cannot be read"]);
+}
+
+#[test]
 fn reduce_status_and_report_need_no_gpu() {
     let temp = tempfile::tempdir().unwrap();
     let dir = RunDir::new(&temp.path().join("run"));
