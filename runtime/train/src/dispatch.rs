@@ -126,8 +126,9 @@ impl Decision {
 
     /// Dense or sparse for every block.
     ///
-    /// A block is sparse when its lists skip more than the crossover, or when it is among the
-    /// `force_sparse` share with the highest sparsity; list buffers go to the blocks that skip most.
+    /// A block is sparse when its lists skip what sparse needs to be faster, and no more than the profile says is
+    /// not critical (unless the share was configured); or when it is among the `force_sparse` share with the highest
+    /// sparsity. List buffers go to the blocks that skip most.
     pub fn choose(rules: &Rules, profile: &ProfileState) -> Decision {
         let mut decision = Decision::dense(rules, profile);
         let mut order: Vec<usize> = (0..rules.layers).collect();
@@ -151,7 +152,11 @@ impl Decision {
             };
             let wanted = if place < forced {
                 Some(format!("sparse: forced, lists skip {skipped:.1} %"))
-            } else if d.skipped > rules.crossover {
+            } else if rules.keep.is_none() && d.profiled_sparsity < d.skipped {
+                let allowed = 100.0 * d.profiled_sparsity;
+                d.why = format!("dense: lists skip {skipped:.1} %, only {allowed:.1} % are not critical");
+                None
+            } else if d.skipped >= rules.crossover {
                 Some(format!("sparse: lists skip {skipped:.1} %, {wins}"))
             } else {
                 d.why = format!("dense: lists skip {skipped:.1} %, {wins}");
@@ -248,6 +253,17 @@ mod tests {
         assert_eq!(d.blocks[0].attention, BlockAttention::Sparse { slot: 0 }, "most skipped first");
         assert!(d.blocks[3].why.contains("68.8 %") && d.blocks[3].why.contains("test"));
         assert_eq!(d.sparse_share(), 0.5);
+    }
+
+    #[test]
+    fn a_block_whose_critical_keys_no_list_holds_stays_dense() {
+        // Lists of at most an eighth: block 2 needs 10 %, block 3 needs 20 %.
+        let d = Decision::choose(&Rules { max_selected: 8, crossover: 0.5, ..rules() }, &profile());
+        assert_eq!(sparse(&d), [0, 2]);
+        assert_eq!(d.blocks[3].why, "dense: lists skip 87.5 %, only 80.0 % are not critical");
+        // At the crossover itself sparse is as fast: the lowest sparsity that was measured and won.
+        let d = Decision::choose(&Rules { crossover: 0.5, ..rules() }, &profile());
+        assert_eq!(sparse(&d), [0, 1, 2, 3], "block 1 keeps half");
     }
 
     #[test]
