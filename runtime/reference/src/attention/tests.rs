@@ -476,31 +476,3 @@ fn faults_are_named() {
          next: pass the tensor the forward pass returned"
     );
 }
-
-/// Not a test of speed but a way to see it: `cargo test --release -p dsv-reference -- --ignored --nocapture`.
-#[test]
-#[ignore = "prints timings"]
-fn timings() {
-    let case = Case::new(AttnShape::new(1, 1024, 4, 64), 18);
-    let lists = KvListsBuf::clustered(case.list_dims(64, 64), 4, &mut SplitMix64::new(4));
-    for (name, lists) in [("dense", None), ("listed", Some(&lists))] {
-        let view = lists.map(KvListsBuf::view);
-        for _ in 0..3 {
-            let start = std::time::Instant::now();
-            let forward = tiled::forward(&case.shape, &case.inputs(), view.as_ref()).unwrap();
-            let middle = std::time::Instant::now();
-            let out = View::new(&forward.out[..], case.shape.q_layout());
-            tiled::backward(
-                &case.shape,
-                &case.inputs(),
-                view.as_ref(),
-                &out,
-                &forward.lse,
-                &case.dout(),
-                None,
-            )
-            .unwrap();
-            println!("{name}: forward {:?}, backward {:?}", middle - start, middle.elapsed());
-        }
-    }
-}
