@@ -333,12 +333,7 @@ pub struct Kernels {
 impl Kernels {
     /// Kernels from `bundle` ([`Bundle::usable`] on this GPU) where it has them, else compiled here from the registry's
     /// text.
-    pub fn new(
-        device: &Arc<Device>,
-        registry: Registry,
-        bundle: Option<Bundle>,
-        report: Report,
-    ) -> Kernels {
+    pub fn new(device: &Arc<Device>, registry: Registry, bundle: Option<Bundle>, report: Report) -> Kernels {
         Kernels {
             device: device.clone(),
             registry,

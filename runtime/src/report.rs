@@ -63,7 +63,9 @@ impl std::fmt::Display for Notice {
                      tables available: {available}\n  to make one for this GPU: dsv-autotune"
                 )
             }
-            Notice::BundleRefused(why) => write!(f, "WARNING: compiling kernels on this machine instead: {why}"),
+            Notice::BundleRefused(why) => {
+                write!(f, "WARNING: compiling kernels on this machine instead: {why}")
+            }
             Notice::CompilingHere { kernel, compiler, bundle } => {
                 let why = match bundle {
                     Some(dir) => format!("the bundle {} lacks {kernel}", dir.display()),

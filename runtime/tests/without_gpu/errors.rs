@@ -1,4 +1,4 @@
-use dsv_runtime::{Device, Error, Options, Runtime, decode_error_flag};
+use dsv_runtime::{Device, Error, Notice, Options, Runtime, decode_error_flag};
 use dsv_spec::params::error_bits;
 
 #[test]
@@ -67,4 +67,60 @@ fn every_bit_of_the_flag_is_explained() {
     let poisoned = decode_error_flag(-1).unwrap_err();
     assert_eq!(poisoned.problems.len(), bits.len() + 1);
     assert!(poisoned.to_string().contains("not set to 0"), "{poisoned}");
+}
+
+/// A text of every error and notice, so that a change of one is seen.
+#[test]
+fn every_text() {
+    let dir = || "cubins".into();
+    let errors = [
+        Error::NoDriver,
+        Error::OldDriver { cuda_version: 12_040 },
+        Error::NoSuchGpu { ordinal: 3, count: 2 },
+        Error::UnsupportedGpu { gpu: "NVIDIA V100".into(), capability: (7, 0) },
+        Error::Driver {
+            call: "cuMemAlloc of 1024 bytes".into(),
+            code: 2,
+            name: "CUDA_ERROR_OUT_OF_MEMORY".into(),
+            text: "out of memory".into(),
+        },
+        Error::NoText { name: "kv_invert_sm90a".into(), arch: dsv_spec::Arch::Sm90a },
+        Error::Bundle { dir: dir(), problems: vec!["manifest.json: missing".into(), "another".into()] },
+        Error::Compile {
+            name: "kv_invert_sm90a".into(),
+            source: Box::new(dsv_compile::CompileError::NoNvrtc {
+                tried: vec!["here".into(), "there".into()],
+            }),
+        },
+        Error::Plan { what: "attn_fwd".into(), problems: vec!["batch 0; allowed: 1 to 65535".into()] },
+        Error::Argument {
+            kernel: "attn_fwd".into(),
+            what: "address of q",
+            value: "0x8".into(),
+            allowed: "multiples of 16".into(),
+        },
+    ];
+    let table = dsv_spec::TableError { origin: "t.json".into(), problems: vec!["it is not a table".into()] };
+    let notices = [
+        Notice::TableRefused(table),
+        Notice::NoTable { gpu: "NVIDIA B200".into(), available: vec!["NVIDIA H200".into()] },
+        Notice::NoTable { gpu: "NVIDIA B200".into(), available: Vec::new() },
+        Notice::BundleRefused(errors[6].to_string()),
+        Notice::CompilingHere { kernel: "kv_invert_sm90a".into(), compiler: "13.0.88".into(), bundle: None },
+        Notice::CompilingHere {
+            kernel: "kv_invert_sm90a".into(),
+            compiler: "13.0.88".into(),
+            bundle: Some(dir()),
+        },
+        Notice::CompilerComplains {
+            kernel: "attn_bwd".into(),
+            compiler: "12.9.86".into(),
+            spilled: 16,
+            notes: vec!["(C7511) wgmma serialised".into()],
+        },
+    ];
+    let mut texts: Vec<String> = errors.iter().map(Error::to_string).collect();
+    texts.extend(notices.iter().map(Notice::to_string));
+    texts.push(decode_error_flag(-1).unwrap_err().to_string());
+    insta::assert_snapshot!(texts.join("\n\n"));
 }

@@ -105,7 +105,9 @@ pub enum CheckpointError {
         reason: String,
     },
     /// The folder of checkpoints cannot be listed.
-    #[error("cannot list the checkpoints in {path}: {source}")]
+    #[error(
+        "cannot list the checkpoints in {path}: {source}\n  next: name a folder that can be read: dsv-train run --out DIR"
+    )]
     List {
         /// The folder.
         path: PathBuf,

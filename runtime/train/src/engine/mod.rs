@@ -72,7 +72,7 @@ pub enum EngineError {
     },
     /// The arena does not fit.
     #[error(
-        "cannot reserve an arena of {needed_bytes} bytes: {reason}\n  smaller: --set train.batch_size=1, or fewer tokens (data.frames, data.height, data.width)\n  see every component: dsv-train plan"
+        "cannot reserve an arena of {needed_bytes} bytes: {reason}\n  smaller: --set data.batch_size=1, or fewer tokens (data.frames, data.height, data.width)\n  see every component: dsv-train plan"
     )]
     Reserve {
         /// Bytes asked for.
@@ -81,7 +81,9 @@ pub enum EngineError {
         reason: String,
     },
     /// A kernel raised the device error flag.
-    #[error("device error flag raised by {op}: {reason}")]
+    #[error(
+        "device error flag raised by {op}: {reason}\n  next: dsv-train run --resume goes on from the last checkpoint"
+    )]
     Flag {
         /// The op, or the list of ops since the last sync.
         op: String,
