@@ -1,7 +1,7 @@
 //! Validation loss on fixed (clip, timestep, noise) triples, so that two runs can be compared pair by pair.
 
 use crate::config::Config;
-use crate::data::Dataset;
+use crate::data::{Clip, Dataset};
 use crate::engine::{Engine, EngineError};
 use crate::metrics::EvalTriple;
 use crate::model::{BlockAttention, Model};
@@ -106,17 +106,7 @@ pub fn evaluate(
     for chunk in numbers.chunks(batch) {
         // A short last batch is filled with its last triple, whose extra losses are dropped.
         let filled: Vec<usize> = (0..batch).map(|i| chunk[i.min(chunk.len() - 1)]).collect();
-        let clips =
-            filled.iter().map(|t| data.validation_clip(t / TIMES_PER_CLIP)).collect::<Result<Vec<_>, _>>()?;
-        let times: Vec<f32> = filled.iter().map(|t| time_of(config, t % TIMES_PER_CLIP) as f32).collect();
-        let keys: Vec<i32> = filled
-            .iter()
-            .flat_map(|&t| rng::key(NOISE_SEED, Purpose::EvalNoise, t as u64).map(|k| k as i32))
-            .collect();
-        engine.write_f32(model.io.t, &times)?;
-        engine.write_i32(model.io.keys, &keys)?;
-        engine.write_i32(model.io.drop, &vec![0; batch])?;
-        write_latents_and_text(engine, model, &clips)?;
+        let (clips, times) = write_triples(engine, model, config, data, &filled)?;
         model.prepare(engine);
         model.forward(engine, attention, PredictorTask::default());
         model.loss(engine, None);
@@ -134,6 +124,28 @@ pub fn evaluate(
         fingerprint: config.fingerprint(),
         triples,
     })
+}
+
+/// Writes the inputs of these triples, one for each clip of the batch; gives clips and times.
+pub(crate) fn write_triples(
+    engine: &mut dyn Engine,
+    model: &Model,
+    config: &Config,
+    data: &Dataset,
+    triples: &[usize],
+) -> Result<(Vec<Clip>, Vec<f32>), crate::run::RunError> {
+    let clips =
+        triples.iter().map(|t| data.validation_clip(t / TIMES_PER_CLIP)).collect::<Result<Vec<_>, _>>()?;
+    let times: Vec<f32> = triples.iter().map(|t| time_of(config, t % TIMES_PER_CLIP) as f32).collect();
+    let keys: Vec<i32> = triples
+        .iter()
+        .flat_map(|&t| rng::key(NOISE_SEED, Purpose::EvalNoise, t as u64).map(|k| k as i32))
+        .collect();
+    engine.write_f32(model.io.t, &times)?;
+    engine.write_i32(model.io.keys, &keys)?;
+    engine.write_i32(model.io.drop, &vec![0; triples.len()])?;
+    write_latents_and_text(engine, model, &clips)?;
+    Ok((clips, times))
 }
 
 /// Runs `f` with the averaged weights in the compute copy, where the model keeps them.

@@ -13,6 +13,7 @@ pub mod eval;
 pub mod gif;
 pub mod metrics;
 pub mod model;
+pub mod observe;
 pub mod params;
 pub mod plan;
 pub mod predictor;

@@ -2,6 +2,7 @@
 //! progress line.
 
 use crate::durable::{RealDisk, write_file};
+use crate::observe::BlockObservation;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::{Deserialize, Deserializer, Serialize};
 use std::collections::BTreeMap;
@@ -68,6 +69,13 @@ pub enum Record {
         loss: f64,
         /// Each triple, in the same order in every run.
         triples: Vec<EvalTriple>,
+    },
+    /// What the attention looks like at the end of a run.
+    Observed {
+        /// Steps done before it.
+        step: u64,
+        /// Every block.
+        blocks: Vec<BlockObservation>,
     },
     /// Anything worth a line in the report: a checkpoint, a warning.
     Note {
@@ -139,6 +147,7 @@ impl Record {
             | Record::Profile { step, .. }
             | Record::Dispatch { step, .. }
             | Record::Eval { step, .. }
+            | Record::Observed { step, .. }
             | Record::Note { step, .. } => *step,
         }
     }
@@ -183,9 +192,11 @@ impl Record {
                 out
             }
             Record::Eval { loss, .. } => vec![("eval/loss".into(), *loss)],
-            Record::Run { .. } | Record::Stage { .. } | Record::Dispatch { .. } | Record::Note { .. } => {
-                Vec::new()
-            }
+            Record::Run { .. }
+            | Record::Stage { .. }
+            | Record::Dispatch { .. }
+            | Record::Observed { .. }
+            | Record::Note { .. } => Vec::new(),
         }
     }
 }

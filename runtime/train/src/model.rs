@@ -564,12 +564,26 @@ impl Model {
 
     /// Velocity of `io.x_t` at `io.t` under `io.text`, into `io.pred`.
     pub fn forward(&self, engine: &mut dyn Engine, attention: &[BlockAttention], task: PredictorTask) {
+        self.forward_watched(engine, attention, task, &mut |_, _| ());
+    }
+
+    /// The same; `watch` is called after each block with its queries and keys, `[B,S,H,D]` `Act`, normalised and
+    /// rotated, which it may read.
+    pub fn forward_watched(
+        &self,
+        engine: &mut dyn Engine,
+        attention: &[BlockAttention],
+        task: PredictorTask,
+        watch: &mut dyn FnMut(&mut dyn Engine, [Buf; 2]),
+    ) {
         let e = engine;
         self.condition(e);
         let rows = self.shape.rows();
         self.linear(e, self.weights.patch, rows, self.io.x_t, self.input_of(0));
         for (l, &mode) in attention.iter().enumerate() {
             self.block(e, l, Some((mode, task)));
+            let work = self.work_of(l);
+            watch(e, [work.q, work.k]);
             if !self.purposes.train && l + 1 < attention.len() {
                 e.copy(self.last, self.input_of(0));
             }

@@ -171,6 +171,9 @@ impl Observer for Recorder<'_> {
                 self.say(&format!("validation after {} steps: {loss:.5}", result.step));
                 self.write(&Record::Eval { step: result.step, loss, triples: result.triples.clone() })
             }
+            Progress::Observed { step, blocks } => {
+                self.write(&Record::Observed { step: *step, blocks: blocks.clone() })
+            }
             Progress::Checkpoint { path, step } => {
                 let text = format!("checkpoint {}", path.display());
                 self.write(&Record::Note { step: *step, text })

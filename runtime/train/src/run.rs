@@ -8,6 +8,7 @@ use crate::durable::{RealDisk, write_file};
 use crate::engine::{Engine, EngineError};
 use crate::eval::{self, EvalResult};
 use crate::model::{BlockAttention, Model, ModelShape, Purposes};
+use crate::observe::BlockObservation;
 use crate::sample;
 use crate::tensors::{self, TensorView};
 use crate::train::{self, Event, Layout, TrainError, Trainer};
@@ -103,6 +104,13 @@ pub enum Progress {
     },
     /// A validation.
     Eval(EvalResult),
+    /// What the attention looks like at the end of the run.
+    Observed {
+        /// Optimizer steps done.
+        step: u64,
+        /// Every block.
+        blocks: Vec<BlockObservation>,
+    },
     /// A checkpoint was written.
     Checkpoint {
         /// Its folder.
@@ -324,6 +332,8 @@ impl Session<'_> {
         let interrupted = trainer.step_number() < steps;
         if !interrupted {
             self.evaluate(trainer)?;
+            let blocks = trainer.observe(data)?;
+            self.tell(Progress::Observed { step: trainer.step_number(), blocks })?;
         }
         let checkpoint = match saved_at {
             Some(path) if path == checkpoint::folder(&checkpoints(self.out), trainer.step_number()) => path,

@@ -12,6 +12,7 @@ use crate::dispatch::{Decision, ProfileState, Rules};
 use crate::engine::{AdamW, ArenaPlan, Buf, Engine, EngineError, GradNorm};
 use crate::eval::{self, EvalResult};
 use crate::model::{BlockAttention, Model, ModelShape, Purposes};
+use crate::observe::{self, BlockObservation};
 use crate::params::ParamSet;
 use crate::predictor::{PredictorTask, Predictors};
 use crate::rng::{self, Purpose};
@@ -591,6 +592,15 @@ impl Trainer {
         let (model, config, step) = (&self.model, &self.config, self.step);
         eval::with_averaged(&mut *self.engine, model, |engine| {
             eval::evaluate(engine, model, config, data, &attention, step)
+        })?
+    }
+
+    /// What the attention of every block looks like on a held-out clip.
+    pub fn observe(&mut self, data: &Dataset) -> Result<Vec<BlockObservation>, crate::run::RunError> {
+        let attention = self.decision.attention();
+        let (model, config) = (&self.model, &self.config);
+        eval::with_averaged(&mut *self.engine, model, |engine| {
+            observe::observe(engine, model, config, data, &attention)
         })?
     }
 

@@ -65,6 +65,7 @@ fn train_evaluate_sample_report() {
     assert!(said.contains("stage 2 from step 4") && said.contains("1 of 1 blocks sparse"), "{said}");
     let page = std::fs::read_to_string(out.join("report.html")).unwrap();
     assert!(page.contains("<svg") && page.contains("data:image/gif"), "report without plots or sample");
+    assert!(page.contains("What the attention looks like"), "report without observations");
 
     let json = dir.path().join("eval.json");
     let first = ok(bare(&["eval", "--out", path(&out), "--attention", "dense", "--json", path(&json)]));

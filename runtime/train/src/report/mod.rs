@@ -5,6 +5,7 @@ mod plot;
 
 use crate::durable::{RealDisk, write_file};
 use crate::metrics::{self, EvalTriple, MetricsError, Record, StepMetrics};
+use crate::observe::BlockObservation;
 use crate::stage::LOSS_CRITERION;
 use plot::{Chart, Line};
 use std::collections::BTreeMap;
@@ -40,6 +41,8 @@ pub struct RunData {
     pub dispatches: BTreeMap<u64, Dispatch>,
     /// Validations: steps done -> mean and triples.
     pub evals: BTreeMap<u64, (f64, Vec<EvalTriple>)>,
+    /// The attention of every block at the end.
+    pub observed: Vec<BlockObservation>,
     /// Notes.
     pub notes: Vec<(u64, String)>,
     /// GIF files.
@@ -98,6 +101,7 @@ impl RunData {
                 Record::Eval { step, loss, triples } => {
                     run.evals.insert(step, (loss, triples));
                 }
+                Record::Observed { blocks, .. } => run.observed = blocks,
                 Record::Note { step, text } => run.notes.push((step, text)),
             }
         }
@@ -273,6 +277,7 @@ fn page(runs: &[RunData]) -> String {
             }
             body += "</table></div>";
         }
+        observed(&mut body, run, &of);
         gifs(&mut body, run, &of);
         if !run.notes.is_empty() {
             let _ = write!(body, "<h2>Notes{of}</h2><table>");
@@ -350,6 +355,24 @@ fn facts(body: &mut String, runs: &[RunData]) {
         let _ = write!(body, "<tr><th>{}</th>", escape(&label));
         for value in values {
             let _ = write!(body, "<td>{}</td>", escape(&value));
+        }
+        *body += "</tr>";
+    }
+    *body += "</table></div>";
+}
+
+fn observed(body: &mut String, run: &RunData, of: &str) {
+    if run.observed.is_empty() {
+        return;
+    }
+    let _ = write!(
+        body,
+        "<h2>What the attention looks like{of}</h2><p>At the end, on one held-out clip; mean over heads and 32 queries. Critical keys are the fewest that hold theta of a query's mass; distances are on the token grid.</p><div class=\"wide\"><table><tr><th class=\"n\">block</th><th class=\"n\">not critical</th><th class=\"n\">queries served by a tenth of the keys</th><th class=\"n\">critical keys within 5 tokens</th><th class=\"n\">beyond 10 tokens</th><th class=\"n\">shared in a 2x2x2 cube</th></tr>"
+    );
+    for (block, o) in run.observed.iter().enumerate() {
+        let _ = write!(body, "<tr><td class=\"n\">{block}</td>");
+        for share in [o.sparsity, o.power_law, o.near, o.far, o.agreement] {
+            let _ = write!(body, "<td class=\"n\">{:.1} %</td>", 100.0 * share);
         }
         *body += "</tr>";
     }

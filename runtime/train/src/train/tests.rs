@@ -16,7 +16,9 @@ fn config() -> Config {
     c.dsv.rank = 4;
     c.dsv.switch = Switch::Step(9);
     (c.dsv.profile_every, c.dsv.profile_every_stage2, c.dsv.dispatch_every) = (4, 5, 4);
+    // Half of the blocks are forced; lists that skip half are not enough for the others.
     (c.dsv.profile_queries, c.dsv.keep, c.dsv.force_sparse) = (8, Some(0.4), Some(0.5));
+    c.dsv.min_sparsity = 0.6;
     c.validate().unwrap();
     c
 }
