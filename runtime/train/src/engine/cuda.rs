@@ -63,6 +63,9 @@ pub struct CudaEngine {
     error: Option<EngineError>,
 }
 
+/// Device memory left to what the driver and cublasLt load when kernels first run.
+const LIBRARIES_BYTES: usize = 256 << 20;
+
 /// CTAs of 256 threads that fill a multiprocessor.
 const CTAS_PER_SM: usize = 4;
 
@@ -641,7 +644,7 @@ impl Engine for CudaEngine {
     }
 
     fn free_bytes(&self) -> Option<usize> {
-        self.device().memory().ok().map(|(free, _)| free as usize)
+        self.device().memory().ok().map(|(free, _)| (free as usize).saturating_sub(LIBRARIES_BYTES))
     }
 
     fn reserve(&mut self, plan: &ArenaPlan, dims: &Dims) -> Result<(), EngineError> {
