@@ -29,112 +29,112 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a3732a7db735a317f931f9ef8e17b776b2e5b45f2fe439186c2d925c43b6235a",
+        source_hash: "03d70713257d9f5943c97fe544c24282a70ff472fc178bdebcd563082b439960",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "f80a784638451b9cdfa46edca3f94727491f15f204b186461407e55e2b1a9b4c",
+        source_hash: "7fba080e802184376577d6c1514975ad5f27a129f5a9ca59a635b56671e2db99",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "348b7c4417196cfa384dd9b2fcfc41c12f29aeb625b809459a3bc466fa5f57f6",
+        source_hash: "d50abae2254ebffdb1352b2b6f04d4643c9af8a1ff1c338470fddaf17371482f",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "85bc9cb744ee63c3a0801af465b928f65519c124692c92b33dccd83d991df1e2",
+        source_hash: "f4921ba270c2a30b3cb00322bc421924fd2d46bf65fe29381a9e1b7c3899682e",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "e7ace95a5e421dd8bc6aebf8cacbd3c30d75b51d6632c718b6d6075a21294fa6",
+        source_hash: "418434a293a9b8f50eb8385b8f06acb8c63e34dadffa9c217b41a98e83a15991",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bc15d11581e3aa95fb7d3c2b9c6218ed6a6abbc87968e4cc2d6ac3981427a291",
+        source_hash: "396435675d0960deffda7588ab4db37372e257bcf2e80bded504552beee5c1d8",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "5cac596b1784ba93726d8887226b0fec15caef0e73f21a7083d4a37d43014562",
+        source_hash: "ea0265e4d54a1dae6dc124bbee4e876248a93916d4572dc88c889e450ff820ca",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bc3ebdf55664f363fd6bd8db33fd133e902e9902a7d901de323169ae3ae84e49",
+        source_hash: "6bb99e593dca8ddea1e1203a9dbb9c2fbce18b3cab5e552ef271eecb9b587fda",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "cdb736f6270a4c3ccca4c45a6b56b1aea6483d49067ac9de173c0c5eeffa6718",
+        source_hash: "0284e5a66def6c59c5935ce8cfce15f935468d54de254a35dc0e387bcc904cb6",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d89b1b654f70f6ee95802a7a4479b2d24ee2f6110dd6177b026a312e7c0603b8",
+        source_hash: "c7a60ef54d5d0f340414b6da4f982dbe0ae122cf0c5f711fa6e966f99ec78b49",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s3x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s3x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "5f12355905201654e7edfb5ed976e07c6bfd02457bb38924b6ff0284c632b467",
+        source_hash: "4788056a7b9cf3a39692a4f1d55d465204f4e06f8b4306f4fe11a2709cc8a3d1",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "62aaa3ca69542b39368cf62c1b94c1b3598cdeeb44f1ea68d4559d925dc42d8d",
+        source_hash: "aa44a08899d8e6aa9099a98db047948bfb90efe4218e4826f4c3a6ce6cc04837",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "4688865ea2fab01fca349b6d093c92ad40d6ae2bbce2cacbd6abc651bcdaadb6",
+        source_hash: "1e309342fef3d1a080d333e89a00d7cda31d5a77248fa0ec3dc2c58c77578b78",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b7db6a2bddb8d3b44a5db4bfb23559c13d2efaf4d0721a4d17e0c5eaede698a0",
+        source_hash: "e805d21cc39ebff54d1639537f877b250838c4d0cecff09dd407e022eccd9061",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "6d8427996e273f67e3c9ddebb5e237cf6769e84a78c0bca274f662b5d8502f2b",
+        source_hash: "b7b570332ce8476e6c509f2296f011237e728578da584fd6da284f48c7b2252a",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "59825025d6debdd8a35eea788ce3511c00e5bd6e363bb2cb20dfea3f9f4e7c9d",
+        source_hash: "34b2a75d3d2f5e376b02286f1d99975c76420e4d4ae0f4559049b07ef80dbe4f",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",

@@ -209,7 +209,9 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.0f;
 
+    // Every lane has read the stage's statistics and work by ordinary loads: all of them before the leader's word.
     const auto release = [&](dsv::uint64* barrier) {
+        __syncwarp();
         if (warp_leader) dsv::mbarrier_arrive(barrier);
     };
 
@@ -275,8 +277,9 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
             // A lone buffer may still be read by another warp's dQ of the step before.
             if constexpr (kDsBuffers == 1) dsv::named_sync(kDsBarrier, kConsumerThreads);
             dsv::store_fragment<kBlockM, kBlockN>(smem.ds[step % kDsBuffers], kv_row, ds_operand);
-            dsv::fence_async_proxy();
         }
+        // dS before the tensor cores read it, and this stage's LSE and delta before the copy engine overwrites them.
+        dsv::fence_async_proxy();
 
         if constexpr (!kEarlyDv) issue_dv();
         const auto issue_dk = [&] {
