@@ -5,19 +5,13 @@
 //! then `--set section.key=value`. Unknown keys are errors. [`Config::documented_toml`] prints every key with
 //! its value and meaning.
 
+use dsv_spec::space::{SHIPPED_BLOCK_SIZES, SHIPPED_HEAD_DIMS};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 /// Presets that [`Config::preset`] knows, smallest first.
 pub const PRESETS: [&str; 4] = ["tiny", "0.8b", "2.7b", "30b"];
-
-/// Head dims the generated kernels serve.
-pub const CUDA_HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
-/// Query groups the generated kernels serve (tokens that share one list).
-pub const CUDA_QUERY_GROUPS: [usize; 3] = [64, 128, 256];
-/// KV blocks the generated kernels serve (tokens selected together).
-pub const CUDA_KV_BLOCKS: [usize; 5] = [1, 8, 16, 64, 128];
 
 /// Every key, in file order, with what it means. The one list behind unknown-key errors and the documented
 /// TOML; a test compares it with the structs.
@@ -27,7 +21,7 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
         &[
             ("layers", "transformer blocks"),
             ("heads", "attention heads of a block; the width is heads * head_dim"),
-            ("head_dim", "channels of a head; the kernels serve 64, 96, 128, 256, the CPU any even number"),
+            ("head_dim", "channels of a head; the kernels serve 64 and 128, the CPU any even number"),
             ("mlp", "\"geglu\" or \"gelu\" (tanh form)"),
             ("mlp_ratio", "inner width of the MLP over the model's width"),
             ("text_dim", "channels of a text token"),
@@ -858,19 +852,20 @@ impl Config {
             ));
         }
         if device.kind == DeviceKind::Cuda {
-            let mut listed = |key: &str, value: usize, allowed: &[usize]| {
-                if !allowed.contains(&value) {
-                    let list = allowed.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+            let mut served = |what: &str, value: String, available: Vec<String>| {
+                if !available.contains(&value) {
+                    let list = available.join(", ");
                     bad.push(format!(
-                        "{key} is {value}, which no kernel serves on cuda; available: {list} (any on cpu)"
+                        "{what} is {value}, which no kernel serves on cuda; available: {list} (any on cpu)"
                     ));
                 }
             };
-            listed("model.head_dim", model.head_dim, &CUDA_HEAD_DIMS);
+            let dims = SHIPPED_HEAD_DIMS.map(|d| d.to_string()).to_vec();
+            served("model.head_dim", model.head_dim.to_string(), dims);
             if dsv.enabled {
-                listed("dsv.query_group", g, &CUDA_QUERY_GROUPS);
-                listed("dsv.kv_block", n, &CUDA_KV_BLOCKS);
-                listed("dsv.rank", dsv.rank, &[16]);
+                let sizes = SHIPPED_BLOCK_SIZES.map(|(g, n)| format!("{g} x {n}")).to_vec();
+                served("dsv.query_group x dsv.kv_block", format!("{g} x {n}"), sizes);
+                served("dsv.rank", dsv.rank.to_string(), vec!["16".into()]);
             }
         }
         if bad.is_empty() { Ok(()) } else { Err(ConfigError::Impossible(bad)) }
@@ -1164,8 +1159,8 @@ mod tests {
           - data.clips is 4 and data.validation 8; at least one clip must be left to train on
           - dsv.keep is 0.9; allowed: more than 0, up to dsv.max_keep, or absent
           - dsv.query_group is 12 and dsv.kv_block 8; token cubes nest, so one must be a multiple of the other
-          - model.head_dim is 33, which no kernel serves on cuda; available: 64, 96, 128, 256 (any on cpu)
-          - dsv.query_group is 12, which no kernel serves on cuda; available: 64, 128, 256 (any on cpu)
+          - model.head_dim is 33, which no kernel serves on cuda; available: 64, 128 (any on cpu)
+          - dsv.query_group x dsv.kv_block is 12 x 8, which no kernel serves on cuda; available: 64 x 64, 128 x 128 (any on cpu)
           next: correct the keys above, then dsv-train plan CONFIG.toml
         "#);
     }
