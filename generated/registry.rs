@@ -39,6 +39,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "7fba080e802184376577d6c1514975ad5f27a129f5a9ca59a635b56671e2db99",
     },
     Kernel {
+        name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "6540e9007fc46e00e7906049df8defc45b6492177735e2bf1e347e980e4d1cd3",
+    },
+    Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
@@ -88,20 +95,6 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "0284e5a66def6c59c5935ce8cfce15f935468d54de254a35dc0e387bcc904cb6",
     },
     Kernel {
-        name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s3x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s3x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "c7a60ef54d5d0f340414b6da4f982dbe0ae122cf0c5f711fa6e966f99ec78b49",
-    },
-    Kernel {
-        name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s3x1_grid_nondet_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s3x1_grid_nondet_sm90a.cu"
-        ),
-        source_hash: "4788056a7b9cf3a39692a4f1d55d465204f4e06f8b4306f4fe11a2709cc8a3d1",
-    },
-    Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
@@ -128,13 +121,6 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
         source_hash: "b7b570332ce8476e6c509f2296f011237e728578da584fd6da284f48c7b2252a",
-    },
-    Kernel {
-        name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "34b2a75d3d2f5e376b02286f1d99975c76420e4d4ae0f4559049b07ef80dbe4f",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
@@ -242,13 +228,6 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "a9186af1859fd7c6d5920c62d558372d09ef7b332b2c6fbc36641cc7e93029cb",
     },
     Kernel {
-        name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "01a328b2d9c925cb6dd1993ed8f72638f8f86cbd6a3bd9c6ed7152dab9ad35c4",
-    },
-    Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
@@ -268,6 +247,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
         source_hash: "7cf866314a7f9ef0756e533f0c2d58c767ce0f70d45e3b630105db0d6fdf448a",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "99ec8dd5496e119aa3f5f0894f76d866bed8e37d9c13dd847ad4e7688f2cecc7",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",

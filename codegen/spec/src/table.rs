@@ -43,7 +43,8 @@ pub struct TableEntry {
     pub median_us: f64,
     /// Distance between the 10th and 90th percentile.
     pub spread_us: f64,
-    /// Median of the next best, if there was one.
+    /// Median of the fastest other kernel, if there was one. A shipped kernel wins over one that is faster by less
+    /// than the noise between runs, so this may be a little lower than `median_us`.
     pub runner_up_us: Option<f64>,
     /// Candidates tried.
     pub tried: u32,
