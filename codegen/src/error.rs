@@ -107,16 +107,15 @@ pub(crate) fn no_kernel(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, a
         Lists::Blocks { .. } => format!("query_group {query_group}, kv_block {kv_block}"),
     };
     let mut axes = Vec::new();
-    let mut axis = |what: &str, available: String, value: String, list: &str| {
-        axes.push(format!(
-            "  {what} available: {available}\n  to add it: put {value} in {list} ({space_rs}), {then}"
-        ));
+    let mut axis = |what: &str, available: String, fix: String| {
+        axes.push(format!("  {what} available: {available}\n  to add it: {fix}, {then}"));
     };
+    let listed = |value: String, list: &str| format!("put {value} in {list} ({space_rs})");
     if !space::SHIPPED_HEAD_DIMS.contains(&head_dim) {
-        axis("head_dim", joined(space::SHIPPED_HEAD_DIMS), head_dim.to_string(), "SHIPPED_HEAD_DIMS");
+        axis("head_dim", joined(space::SHIPPED_HEAD_DIMS), space::how_to_add_head_dim(head_dim));
     }
     if !space::SHIPPED_DTYPES.contains(&dtype) {
-        axis("dtype", joined(space::SHIPPED_DTYPES), dtype.to_string(), "SHIPPED_DTYPES");
+        axis("dtype", joined(space::SHIPPED_DTYPES), listed(dtype.to_string(), "SHIPPED_DTYPES"));
     }
     if !lists.is_dense() && !space::SHIPPED_BLOCK_SIZES.contains(&(query_group, kv_block)) {
         let sizes =
@@ -124,8 +123,7 @@ pub(crate) fn no_kernel(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, a
         axis(
             "(query_group, kv_block)",
             joined(["dense".to_owned()].into_iter().chain(sizes)),
-            format!("({query_group}, {kv_block})"),
-            "SHIPPED_BLOCK_SIZES",
+            listed(format!("({query_group}, {kv_block})"), "SHIPPED_BLOCK_SIZES"),
         );
     }
     if axes.is_empty() {

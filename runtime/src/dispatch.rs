@@ -238,7 +238,7 @@ impl Dispatch {
         }
         if !space::SHIPPED_HEAD_DIMS.contains(&p.head_dim) {
             let available = list(space::SHIPPED_HEAD_DIMS.iter().map(|d| d.to_string()).collect());
-            line("head_dim", available, format!("put {} in SHIPPED_HEAD_DIMS {space_rs}", p.head_dim));
+            line("head_dim", available, space::how_to_add_head_dim(p.head_dim));
         }
         if !space::shipped_lists().any(|l| l == p.lists) {
             let (query_group, kv_block) = p.lists.block_size();

@@ -13,6 +13,15 @@ pub const SHIPPED_BLOCK_SIZES: [(u16, u16); 2] = [(64, 64), (128, 128)];
 /// Dtypes the shipped attention kernels serve.
 pub const SHIPPED_DTYPES: [Dtype; 1] = [Dtype::Bf16];
 
+/// The edits that make a head_dim served, for error messages.
+pub fn how_to_add_head_dim(head_dim: u16) -> String {
+    let list = format!("put {head_dim} in SHIPPED_HEAD_DIMS (codegen/spec/src/space.rs)");
+    match candidates(AttnOp::Fwd, Dtype::Bf16, head_dim, Lists::Dense, Arch::Sm90a).is_empty() {
+        false => list,
+        true => format!("{list} and let the templates serve it (README.md, \"A head_dim\")"),
+    }
+}
+
 /// Dense and every shipped block size.
 pub fn shipped_lists() -> impl Iterator<Item = Lists> {
     std::iter::once(Lists::Dense).chain(

@@ -11,6 +11,7 @@ use dsv_train::recorder::Recorder;
 use dsv_train::report::{self, RunData};
 use dsv_train::run::{self, Existing};
 use dsv_train::sample;
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -261,12 +262,17 @@ fn sample_clips(args: &SampleArgs) -> anyhow::Result<()> {
     };
     let (model, config) = (trained.model.clone(), trained.config.clone());
     let steps = config.sample.steps;
+    let live = std::io::stderr().is_terminal();
     let latents = eval::with_averaged(&mut *trained.engine, &model, |engine| {
         sample::sample(engine, &model, &config, &texts, args.seed, &trained.attention, |i| {
-            eprint!("\rsampling {i}/{steps} ");
+            if live {
+                eprint!("\rsampling {i}/{steps} ");
+            }
         })
     })??;
-    eprintln!();
+    if live {
+        eprintln!();
+    }
     let to = args.to.clone().unwrap_or_else(|| args.trained.out.join("samples"));
     println!("{}", run::write_sample(&data, &config, &latents, &to)?.display());
     Ok(())
