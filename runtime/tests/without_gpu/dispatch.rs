@@ -199,7 +199,8 @@ fn what_no_kernel_serves_is_said_axis_by_axis() {
     assert_eq!(
         text(Problem { head_dim: 80, ..forward() }),
         "no kernel for attn_fwd, bf16, head_dim 80, query_group 64, kv_block 64 on sm90a\n  head_dim available: 64, \
-         128\n  to add it: put 80 in SHIPPED_HEAD_DIMS (codegen/spec/src/space.rs), then dsv-codegen --arch sm90a"
+         128\n  to add it: put 80 in SHIPPED_HEAD_DIMS (codegen/spec/src/space.rs) and let the templates serve it \
+         (README.md, \"A head_dim\"), then dsv-codegen --arch sm90a"
     );
     let both = text(Problem {
         dtype: Dtype::F16,
