@@ -8,7 +8,8 @@ use dsv_spec::{
 };
 use std::collections::{BTreeMap, BTreeSet};
 
-/// The fastest right kernel of one op on one case, and the field it won against.
+/// The winner among the right kernels of one op on one case: a shipped one within [`WORTH_A_KERNEL`] of the fastest, else
+/// the fastest; and the field it won against.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Best {
     /// The kernel.
@@ -17,7 +18,7 @@ pub struct Best {
     pub source_hash: String,
     /// Its times.
     pub timing: Timing,
-    /// Median of the next best.
+    /// Median of the fastest other.
     pub runner_up_us: Option<f64>,
     /// Candidates tried.
     pub tried: u32,
@@ -103,6 +104,7 @@ pub fn rows(records: &[TuneRecord]) -> Vec<Row> {
         by_op: BTreeMap<AttnOp, BTreeMap<KernelSpec, &'a TuneRecord>>,
     }
     let mut groups: BTreeMap<RowKey, Group<'_>> = BTreeMap::new();
+    let shipped: BTreeSet<KernelSpec> = Arch::ALL.iter().flat_map(|&arch| space::shipped(arch)).collect();
     // Selection and inversion do not depend on head_dim: one measurement serves every row of the same lists.
     let mut list_us: BTreeMap<(bool, RowKey), f64> = BTreeMap::new();
     for record in records {
@@ -137,7 +139,7 @@ pub fn rows(records: &[TuneRecord]) -> Vec<Row> {
             let lists = group.by_op.values().flat_map(|m| m.values()).next().map_or("", |r| &r.lists);
             let best_where = |op, keep: fn(&AttnSpec) -> bool| {
                 let kept = |r: &&TuneRecord| matches!(&r.spec, KernelSpec::Attn(s) if keep(s));
-                group.by_op.get(&op).and_then(|m| best(m.values().copied().filter(kept)))
+                group.by_op.get(&op).and_then(|m| best(m.values().copied().filter(kept), &shipped))
             };
             let best = |op| best_where(op, |_| true);
             let time = |invert: bool, lists: &str| {
@@ -164,7 +166,7 @@ pub fn rows(records: &[TuneRecord]) -> Vec<Row> {
 /// within the noise between runs, and every winner is one more committed text.
 const WORTH_A_KERNEL: f64 = 1.02;
 
-fn best<'a>(records: impl Iterator<Item = &'a TuneRecord>) -> Option<Best> {
+fn best<'a>(records: impl Iterator<Item = &'a TuneRecord>, shipped: &BTreeSet<KernelSpec>) -> Option<Best> {
     let (mut tried, mut failed) = (0, 0);
     let mut timed: Vec<(&TuneRecord, Timing)> = Vec::new();
     for record in records {
@@ -181,7 +183,6 @@ fn best<'a>(records: impl Iterator<Item = &'a TuneRecord>) -> Option<Best> {
         a.1.median_us.total_cmp(&b.1.median_us).then_with(|| a.0.spec.name().cmp(&b.0.spec.name()))
     });
     let fastest = timed.first()?.1.median_us;
-    let shipped: Vec<KernelSpec> = Arch::ALL.iter().flat_map(|&arch| space::shipped(arch)).collect();
     let at = timed
         .iter()
         .position(|(r, t)| t.median_us <= fastest * WORTH_A_KERNEL && shipped.contains(&r.spec))
@@ -317,8 +318,7 @@ pub fn crossovers(rows: &[Row], notes: &mut Vec<String>) -> Vec<Crossover> {
             num_heads: p.num_heads,
             workspace_bytes: MemoryNeeded::of(&Problem { op: AttnOp::Bwd, ..*p }).total(),
         };
-        let key = |c: &Crossover| (c.dtype, c.head_dim, c.query_group, c.kv_block, c.seqlen);
-        match out.iter_mut().find(|c| key(c) == key(&row)) {
+        match out.iter_mut().find(|c| c.key() == row.key()) {
             Some(there) if there.dense_us >= row.dense_us => {}
             Some(there) => *there = row,
             None => out.push(row),
@@ -360,12 +360,11 @@ pub fn merge(old: DispatchTable, new: DispatchTable) -> (DispatchTable, Option<S
         return (new, Some(format!("the old table's lines were dropped: {}", differing.join(", "))));
     }
     let measured: BTreeSet<Bucket> = new.entries.iter().map(|e| e.bucket).collect();
-    let key = |c: &Crossover| (c.dtype, c.head_dim, c.query_group, c.kv_block, c.seqlen);
-    let crossed: BTreeSet<_> = new.crossovers.iter().map(key).collect();
+    let crossed: BTreeSet<_> = new.crossovers.iter().map(Crossover::key).collect();
     let entries =
         old.entries.into_iter().filter(|e| !measured.contains(&e.bucket)).chain(new.entries).collect();
     let crossovers =
-        old.crossovers.into_iter().filter(|c| !crossed.contains(&key(c))).chain(new.crossovers).collect();
+        old.crossovers.into_iter().filter(|c| !crossed.contains(&c.key())).chain(new.crossovers).collect();
     (DispatchTable::new(new.meta, entries, crossovers), None)
 }
 

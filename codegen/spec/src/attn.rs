@@ -284,6 +284,13 @@ impl AttnSpec {
                 }
             }
             AttnOp::Bwd => {
+                if consumers > 2 {
+                    return Err(SpecError::new(
+                        "consumers",
+                        consumers,
+                        "1 or 2 in attn_bwd: consumers share dQ's columns evenly, 32 or 64 a product",
+                    ));
+                }
                 if block_n != rows {
                     return Err(SpecError::new(
                         "block_n",

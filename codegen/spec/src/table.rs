@@ -245,7 +245,8 @@ impl DispatchTable {
 }
 
 impl Crossover {
-    fn key(&self) -> (Dtype, u16, u16, u16, u32) {
+    /// What a crossover is unique by: (dtype, head_dim, query_group, kv_block, seqlen).
+    pub fn key(&self) -> (Dtype, u16, u16, u16, u32) {
         (self.dtype, self.head_dim, self.query_group, self.kv_block, self.seqlen)
     }
 }

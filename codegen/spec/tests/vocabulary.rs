@@ -64,6 +64,13 @@ fn an_infeasible_name_says_why() {
 }
 
 #[test]
+fn a_backward_of_three_consumers_cannot_split_dq() {
+    let name = "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n192_g1c3s2x1_grid_nondet_sm90a";
+    let error = name.parse::<KernelSpec>().unwrap_err().to_string();
+    assert!(error.contains("consumers 3 is not possible: 1 or 2"), "{error}");
+}
+
+#[test]
 fn shared_memory_fits_and_is_the_sum_of_its_tiles() {
     for spec in all_attn() {
         let facts = KernelSpec::Attn(spec).facts();
