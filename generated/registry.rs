@@ -17,444 +17,444 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "aa9859c56a4f7d48031c1a3db11a5c6acb7f4034e5f45b85adde44277cb63b5a",
+        source_hash: "7d47e998fe3c95b06e5a20e53080ac7507e004ab226b096ac51378b9ae7ef289",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "2438e6988fa874cdeb3cff449234e210f533142686691d2e86c9e3167ebd6b1e",
+        source_hash: "f97dc2c21989e6e2239f35350f07084d12f21a03a3c91a5dffd07404baf7bc25",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "03d70713257d9f5943c97fe544c24282a70ff472fc178bdebcd563082b439960",
+        source_hash: "dcb08e6bc26e4a457a6af36e6d31a17f0404be42ca7f9dc6554cf131222b9d4d",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "7fba080e802184376577d6c1514975ad5f27a129f5a9ca59a635b56671e2db99",
+        source_hash: "2c75e470595512b3cb519fa8e0e991650d666d73404afbf55c8e67b1dd3a32f6",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "6540e9007fc46e00e7906049df8defc45b6492177735e2bf1e347e980e4d1cd3",
+        source_hash: "1dcab5bef752cd08bf3e8e7d1104224a17a99fc631ae13370e6b05bfe1a4e1e5",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d50abae2254ebffdb1352b2b6f04d4643c9af8a1ff1c338470fddaf17371482f",
+        source_hash: "3e5848b2ecba695c4f11443428c1d85ce07bd923d8657b7e617461ae77684fdd",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f4921ba270c2a30b3cb00322bc421924fd2d46bf65fe29381a9e1b7c3899682e",
+        source_hash: "019bc2fab0a9c4e7e650455ee66934ffa3c70c024c3e903bc7d0d48fad0317bf",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "418434a293a9b8f50eb8385b8f06acb8c63e34dadffa9c217b41a98e83a15991",
+        source_hash: "a088ad7cbc6bd032c914519322f671ebd6cf7f03a91e90c1c25c8dd5d0a75358",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "396435675d0960deffda7588ab4db37372e257bcf2e80bded504552beee5c1d8",
+        source_hash: "3773762d50aa2e01a0634c0796628fdf0b8a01952bd446925c6e498b4afbc5a0",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ea0265e4d54a1dae6dc124bbee4e876248a93916d4572dc88c889e450ff820ca",
+        source_hash: "e018d59108418abbefd2b452c4a48fb921134b57e75701c07ba83f6f8c8d913f",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6bb99e593dca8ddea1e1203a9dbb9c2fbce18b3cab5e552ef271eecb9b587fda",
+        source_hash: "3aa565a88c0e9dd2a8cef7e7600a143cfa550582482a8b9ffbee7a70bdfa7527",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "0284e5a66def6c59c5935ce8cfce15f935468d54de254a35dc0e387bcc904cb6",
+        source_hash: "bf84540c75ac9dd1b5e69dfd8be578216541c7b2535121fda02edefe29ac7f1c",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "aa44a08899d8e6aa9099a98db047948bfb90efe4218e4826f4c3a6ce6cc04837",
+        source_hash: "11edf8fa0c4aec307ab59fd8dccc8450026ce44a30b7525561e0d97d9a487408",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "1e309342fef3d1a080d333e89a00d7cda31d5a77248fa0ec3dc2c58c77578b78",
+        source_hash: "8e23a09fb839ecf0a2be1c13536fe2bd8f8303d17baa6d817c0969987a0a1ec8",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e805d21cc39ebff54d1639537f877b250838c4d0cecff09dd407e022eccd9061",
+        source_hash: "e837055fbfc46014e8cef0f048d62687e7e13af48752236cb39629fa06783a36",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b7b570332ce8476e6c509f2296f011237e728578da584fd6da284f48c7b2252a",
+        source_hash: "d9a263883a4e6d2c42fc4952baf656ec18282c335e073db58e080e08f953e0dd",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5e892e4025b2fa54da8b3030c8ef44acee6c7be0c6407f477a5405b36e7cf32e",
+        source_hash: "ce75694ab136cb4a5ff1f0981e796ee6479bcf87b7c511689c597c5fd55dbb96",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6c557e4d7d05ccaa7f29a027f4770af08f60ce177cd3701fbbf6023a5ef5c634",
+        source_hash: "77cf4861148bb093ddc4db95163d260b68dd5dcd6039750f5b21231c92776844",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d13e19f5db2fee4fc9da0a884da3031a25fad67979495c8b342b31bf5d3414e1",
+        source_hash: "34b5f1e50a533397bb72716a4762e4b29fe3bf0e47585b6c981570a396330600",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3f4defa5513f14213d06896e7b44833076a740cbb659975c6d679aa551634b4a",
+        source_hash: "9b3d55fcdd181f01b2b1fc31693dc6380dec1fcfb95821169d77add6a0f391d4",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4433811de912d062cbdaa2464a9cb6da6e5faedf82a7157e61fe9d8ea6c6cc06",
+        source_hash: "230c64eadffc2d7d18810e825a5cb6d693d7995e6d34da0dd5bbc6dd69998862",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a4fd749029b672cee1911b665d56b13818bca2091c3010bb6ed1802e422fc4c7",
+        source_hash: "818204ec0e0fec722b3a0ab69850655d4583d2db37d58e5f48c3955f2eac3b29",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "78cc26cd9646b6f8cfd17e291423933ea2a65c0c387109c765fe44bcfc9c8c37",
+        source_hash: "ff16b7656e40a7a5d1804f294c00073b1b32a36770ff4f07553ab1cbe3c56dd5",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2f702d49731cca94f231c5db0bfd2bf74f3b1ab7b6c60a0cee64ac8f9e49367d",
+        source_hash: "54346e07f87a366e45bf360efadebf1fa24800c04a9540dbf7a966d740604b2b",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "19ce122f8b947b3653867de3abcddd4ed18ce1b7d372c7acfc6b7e80ac40cee6",
+        source_hash: "19f041abed83695a033cfeaff6cd8881ab22f7bc8877b895f2ef01002cacd0e2",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8a71aef2e642eaf84542f25aeb3ff5d5b8aabef7c1288d46aa44f53d1c517f8e",
+        source_hash: "f4c562235377595253e014c956ad13eadaa09f09965bb65d0025485ab81e0191",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f36a4d1d59964ebffaab7346729370007a6559afbe5b1e1e692857234207a7c5",
+        source_hash: "56967e3bf9e471999a6e37c11657d27fd2a6beb3dca5c31f4d3566b1ca04b2b1",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bec19e280f1fa39fb98054217a617a1bc7e724ed3b9211f0f845f33737983aa2",
+        source_hash: "05f17ce2d0e3d6eb6bcc5c7cc9248c0e679d0f2b2084dc51c163219323291e78",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a7b0932c12aedfd406bc37597436fcd9cf90cf83e7d6e62fad309d6b00c8775f",
+        source_hash: "f599007e15bdd59c4d7fa5e35c5c188b53fe03b5a5f032e36d39ada34f505a58",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "21edc32f93e79f59a3f3f4912040b9bcd0f5d168715b2869fa047461c8d93346",
+        source_hash: "732d0d583dfc041c819acbc153aadde2862167c682ac166b8d2851157fe85ff3",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a9186af1859fd7c6d5920c62d558372d09ef7b332b2c6fbc36641cc7e93029cb",
+        source_hash: "c6f67dd5a39cde914506cd1f2532d519fcf3ffc4fd4d48f86d14988e8ed20e6e",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1597fb53d54826ebc8657a1ed6933c259f82c1b8a1894caa4553520c710301f2",
+        source_hash: "97cf9d90ee7c1d5421cb8a72a79adbadf04db98a3c03aac1b35fa8687dc9c4d8",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7f00790725e68d9a6d909e6d22a591f15bdf614f30abd369aa5154b3ebc9788f",
+        source_hash: "4dffe064c9cd702743ac28148dab56b617687f13b1ed9314093e76833040a7c5",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7cf866314a7f9ef0756e533f0c2d58c767ce0f70d45e3b630105db0d6fdf448a",
+        source_hash: "a6a556e6efa6d31c544e34017cc1435eaaddfc002e62b655184ca9028c50a01e",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "99ec8dd5496e119aa3f5f0894f76d866bed8e37d9c13dd847ad4e7688f2cecc7",
+        source_hash: "2780c5b64c515f88705af6550139df3dc7cdb70b616b4a5e683f5306b767fa24",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "222e1909cf7940bbcf74457f76000d884053427933be7be9804836750e2c5052",
+        source_hash: "c308e46503e0e38188c353129780b72463fadad14e202cd33d8be54a2dc026d8",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "767b6503c520e8188d635682db80803c7a894b4a96cfce53b99135128f2fd276",
+        source_hash: "5559e94e86f9e2b3c88c7226deb1d743740dfc11196a4bf25c2ab515c190992a",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "614843d693ac28f5a70dc89c340427e738a74b2369a31d0ab1a3c1ff83a86ede",
+        source_hash: "8912f6bf2fea5ab80343bf5e85fc9cd856d1f4d40e60948694e809185d5ec4ef",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "4132d180437e764acb3c7008c7934cca35270aa2682126bd24951a3dd15a7c57",
+        source_hash: "b1a3368beb7c2e8ed934bf21895dc2c73bdef316dbae3a35fc49a92faa6e55f1",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "b738f6005c30bd50e079e956b0466819a0204f6b066508def82e1641d24aea36",
+        source_hash: "9081102bdd1dabcbaf6f8aaf68d746743a355370de6cde7bd4fd1b27467fb36d",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "57acb647c911e543e9516f5fcb65ad3356989cc8bde0f3197dd0a3157d30fa0f",
+        source_hash: "7f0846d1c8f68984078c432397de703c9c230df51d76eac8b49a3b131d2284a3",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "269ac213174a2637f8909cbba6fe0a966abaa493f1d3f360c094a8aca9416a14",
+        source_hash: "50873525bf3824de4e21b7427c821174b802204079702af27f00824124529148",
     },
     Kernel {
         name: "gram_key_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_v1_sm90a.cu"),
-        source_hash: "f8218f25bc0658897e7d9dbc782fca486c0d2f6faf65f2aa192820ffb563642d",
+        source_hash: "db537dcc6f5c6f805b94385a0192aa4942e332718c1ad963f771039ef4668908",
     },
     Kernel {
         name: "gram_key_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_v1_sm90a.cu"),
-        source_hash: "2300e5ec8a93c4b57e7996658125db97f0e9122034b5def2392b2c16bceb5b99",
+        source_hash: "641d089edc13916846f9d5f38c8ac5a9187ea35cebbdffe48a66a5c7fd3fb3d2",
     },
     Kernel {
         name: "gram_query_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_v1_sm90a.cu"),
-        source_hash: "b3619cdaa7f398dc96b3f7400b6d29143752e23754ead3a7427925394c7d0d6b",
+        source_hash: "784daa7300c563fb6f4c766905031303bd96356e43306cc2e63da3637e5a4d5a",
     },
     Kernel {
         name: "gram_query_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_v1_sm90a.cu"),
-        source_hash: "be51ebe84c08c1903fb0e351d2eaff9f9926f6b7d9179b34b4c6e91ecd0c9249",
+        source_hash: "779735892b688169fa08459962527ee29dbe8af8f31bc9e3f8e110aab4c2378a",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "07ed571658602d7a994e6939ae4cff05d0b1a231d282832d185012be66c70b75",
+        source_hash: "72e2b6b3dd76a9d216ef124e2a0df2250a780eeca492409a8c4cc0c2dd9e83da",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "a8d03cafeb52d443d33295e73d6911b86dd344db3c94f15e149002a542088909",
+        source_hash: "a807ca18f5767b5e74a3138abca99177ecb0625923d1b2d1864f4147d862fd26",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "b38b2c172d1f65e140c7ed9e417db2a0819170cd796220333a3569b647676448",
+        source_hash: "589096810e4ee34712ffb5008786b45eea2a8b5657d5219eea0015c930102004",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "f0196cb7e725f67dba15fd6ab1b6b91b8c998c3ecbf1896e27b3438b7db0dda3",
+        source_hash: "594bee2856144c8a64342896b744ef812386a94a1d380837a0b3af0e76ed29b1",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "b5c7a48d753aa297c26bacb6de4abb1c8101571c48bc868613466c281d41c718",
+        source_hash: "6e076f0e6ce0f8352039aae3b3f2008eb8322d560541f9d231db633099a4ddb7",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "bd0f84e239a223a2e03bc914655de8596ca84ea7d288dabe690f8bbf85bd01d8",
+        source_hash: "25b4a68cfbc47fe96b7d1535f7d6e37c94c08edfdae6beb206d6fbf2523b6d52",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "2b44a54a2bb33c1d4ccc006e291ba7c73e9c22e61f2ddb9876ef44895bb64a6b",
+        source_hash: "3ca8a96f7d45ba339987b9733d9336d2c4626df7a7c16df727ff3684981374d9",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "5a9ccd780b87e58cb8c04cc850d4b2ab6d2aad3068190d33c6debc86b7ed1bec",
+        source_hash: "b0327941b10692ed3e793b970b95156d7320ee561df9ccfc0761faed5db17900",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "b4787faa6a49bb018aca3d835b084def79c7f0f1081c1ea666bb2b3572d6b3aa",
+        source_hash: "5b39a07a19b0bb64d635f1d78cb251f13ec3c6ce0da40594f908299611c915cf",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "29c6f7bc7ec266b9fa70b8242bab759f5ec6972e109a498497f788ae32420613",
+        source_hash: "0cac9fb232f06c3225bb62597ed0cef8be44f555ce95d0d062576198c70db59b",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "f7c8c974812aebece36525625cc72da8a5051c1d0782e89eb77b35e370f8d97c",
+        source_hash: "1975cbd801d938f914c3ceb048e946adfcb4bcdb540e3d695d04e4f82b0ad091",
     },
     Kernel {
         name: "profile_f32_d0_v1_sm90a",
         source: include_str!("kernels/profile/profile_f32_d0_v1_sm90a.cu"),
-        source_hash: "9be7280319616cb899d32cc1adfd02f24a958e658957681c7a687deefd7f76e5",
+        source_hash: "5f45043858af578fbb4c0bbf95f0d7f95cafcf171b19a34e1444ed833ed27737",
     },
     Kernel {
         name: "profile_logits_bf16_d128_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d128_v1_sm90a.cu"
         ),
-        source_hash: "b4c2586b24f8a885d7b357a7ae00438b19c65ab0b9c221433cb036257518e5c8",
+        source_hash: "eebe47e759dc9159ca3a067af14a329eba4e71e8a6d26682d489a24cbdc8f144",
     },
     Kernel {
         name: "profile_logits_bf16_d64_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d64_v1_sm90a.cu"
         ),
-        source_hash: "518da5754bee1f76752ca2f97c4024c7f82cc9b6c66ac1de21b292568391d656",
+        source_hash: "dd77b90426dd9f3216da5d3b7bab0bf34fb9093c5b837cd6e95b3327e0959573",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "c9279d79a0e6c1516c2e4b1b4111a9ad372f1aa515d39699d7d5b456b625338f",
+        source_hash: "5f5bbdb6477aa2c279c41b5d6ad37f54348b524ed3d186d0e1bce6ed3e61c74a",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "7d536f72c8573614f7421873d18bf6cbe608daef0439c4eb5f6044a24cfc4149",
+        source_hash: "4f724b9fb7e48f94fa6528d29d4aaa71182ad8846c6355c51aa9549dd038493b",
     },
     Kernel {
         name: "residual_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_bwd/residual_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "402a07131fce9d026d2ee8e768709298e6858fc2f84f39caa542ca814b1b7901",
+        source_hash: "712f50a9713829bd897e979340830f6bd26ce97597052552db636f22fc25a297",
     },
     Kernel {
         name: "residual_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_fwd/residual_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "9809086ad7711cafce9ca43ec7b13b902fa311f162197c3ac78909131f7de921",
+        source_hash: "3448a1b518a6e87916d2ab950668c5d59d3bb3bf901ec4c2a997cede80c50ff6",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "6ee459eab0b7c203532c6217cbc92a66f7205c8fe804ee431aa8b1ea401e4024",
+        source_hash: "b4ec03f03b2631404cdcf4fd0b15a6713d197a2dfefbd2e3979d5cf26e964ae8",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "841f3ff2867f7cb485b44f8243a43e4230517937d2b6d2924ec46be1280a1bc0",
+        source_hash: "1e6421296acd9247ee306fb24bb415a08cd29a7585ad548022f5b8634efabe55",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "1f8219b9dcd1f553ee259ea2620486ebc213cd9e9340c21ccadad3215fe24e3f",
+        source_hash: "ce9069bcfd4c95829273368f0abf18bef86f176d87f3d2ed2809c1b7110a1c41",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "4a33fea8a6e1734c4535e9448e1b71e15242e4ab8cf1d5c03b2567ceac97f39e",
+        source_hash: "4d7c76f4abf7f81ab4bd763bcf2d22ea6700f200a91c7343d7191239330346e7",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "5da63645c1e9047c705e9aff46cc2249fe87c92790d690b078cbbf598a279126",
+        source_hash: "2009c6667ade4dcc14da4afff475f2b02565c62019da86744651742987d8c048",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "9435aa98d19c774506039129a2a2001f581fb73045cb04f2f89a30e64f93145a",
+        source_hash: "6346c1972c9213b43ada799b1148df3bfe42f062923a93ff6112d4c40dcb3541",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "37e4f7edbe87b53daaaeb4c6d939ba6fc428cfa3790a5e8c25dc46d31bcce717",
+        source_hash: "0ed1edf22d514e4320b875ab156fa4ed330952bb96a297cf7ba8b9e4960b79e1",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "5467d818ec4c9341571ef68f62ef1ee841dca8d92f29d7d11e81357b3a76b477",
+        source_hash: "1cfc66409093f4ed60ea7a1c95e413242674465bebe7cbba087489de5dd386a9",
     },
 ];
 

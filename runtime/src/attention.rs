@@ -3,7 +3,7 @@
 use crate::device::Stream;
 use crate::error::Error;
 use crate::kernels::Kernel;
-use crate::layout::{ALIGN_BYTES, Extent, Layout};
+use crate::layout::{ALIGN_BYTES, Extent, Layout, pair_of_rows_map};
 use dsv_spec::params::{AttnBwd, AttnBwdDq, AttnBwdPost, AttnBwdPrep, AttnFwd, AttnSizes};
 use dsv_spec::{AttnOp, AttnSpec, AttnTile, Deterministic, Dtype, KernelSpec, Lists, Problem, limits};
 use std::sync::Arc;
@@ -75,6 +75,15 @@ impl AttnLayouts {
         if !matches!(p.op, AttnOp::Fwd | AttnOp::Bwd) {
             problems.push(format!("op {}; allowed: attn_fwd, or attn_bwd with all its kernels", p.op));
         }
+        if problems.is_empty() && p.op == AttnOp::Bwd && statistics_rows(p) > i32::MAX as u64 {
+            problems.push(format!(
+                "batch {} x num_heads {} x {} padded query tokens = {} rows of attn_bwd; allowed: below 2^31",
+                p.batch,
+                p.num_heads,
+                seqlen_q_padded(p),
+                statistics_rows(p)
+            ));
+        }
         match p.lists {
             Lists::Dense if p.max_selected != 0 => {
                 problems.push(format!("max_selected {} of a dense problem; allowed: 0", p.max_selected));
@@ -136,6 +145,11 @@ pub(crate) fn seqlen_q_padded(p: &Problem) -> u32 {
     p.seqlen_q.next_multiple_of(limits::BWD_BLOCK_M as u32)
 }
 
+/// Rows of the backward's `lse_log2` and `delta`.
+fn statistics_rows(p: &Problem) -> u64 {
+    p.batch as u64 * p.num_heads as u64 * seqlen_q_padded(p) as u64
+}
+
 /// Byte offsets of the backward's workspace: f32 `lse_log2` and `delta` [B, H, seqlen_q_padded], then, where dQ is
 /// accumulated, its f32 accumulator [B, H, seqlen_q_padded, D]; each aligned to 256 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,7 +162,7 @@ pub(crate) struct Workspace {
 impl Workspace {
     /// A deterministic `attn_bwd` leaves dQ to another kernel, and accumulates none.
     pub(crate) fn of(p: &Problem, main: Deterministic) -> Workspace {
-        let rows = p.batch as u64 * p.num_heads as u64 * seqlen_q_padded(p) as u64;
+        let rows = statistics_rows(p);
         let statistics = (rows * 4).next_multiple_of(256);
         let accumulator = match main {
             Deterministic::Yes => 0,
@@ -451,8 +465,7 @@ impl AttnPlan {
             map_v: kv.tensor_map(args.v, &layouts.v, block_n)?,
             map_dk: kv.tensor_map(args.dk, &layouts.dk, CONSUMER_ROWS)?,
             map_dv: kv.tensor_map(args.dv, &layouts.dv, CONSUMER_ROWS)?,
-            lse_log2,
-            delta,
+            map_rows: pair_of_rows_map(lse_log2, statistics_rows(p), self.workspace.delta)?,
             dq_accum,
             k2q_offset: key.k2q_offset,
             k2q_index: key.k2q_index,

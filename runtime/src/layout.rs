@@ -99,30 +99,67 @@ impl Extent {
         const COLUMNS: u32 = 64;
         let chunks = self.head_dim / COLUMNS;
         let bytes = self.dtype.bytes() as i64;
-        let dims: [u64; 5] = [COLUMNS, self.seqlen, chunks, self.heads, self.batch].map(u64::from);
-        let strides: [u64; 4] =
-            [layout.seq, COLUMNS as i64, layout.head, layout.batch].map(|stride| (stride * bytes) as u64);
-        let window: [u32; 5] = [COLUMNS, rows, chunks, 1, 1];
-        let steps: [u32; 5] = [1; 5];
+        Tiled {
+            dtype: self.dtype,
+            address,
+            dims: [COLUMNS, self.seqlen, chunks, self.heads, self.batch].map(u64::from),
+            strides: [layout.seq, COLUMNS as i64, layout.head, layout.batch]
+                .map(|stride| (stride * bytes) as u64),
+            window: [COLUMNS, rows, chunks, 1, 1],
+            swizzle: sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
+        }
+        .encode()
+    }
+}
+
+/// The descriptor of two f32 arrays of `len` values, `distance` bytes apart, read 64 values of one of them at a time.
+pub(crate) fn pair_of_rows_map(address: u64, len: u64, distance: u64) -> Result<TensorMap, Error> {
+    Tiled {
+        dtype: Dtype::F32,
+        address,
+        dims: [len, 2],
+        strides: [distance],
+        window: [64, 1],
+        swizzle: sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_NONE,
+    }
+    .encode()
+}
+
+/// What `cuTensorMapEncodeTiled` asks for: sizes of each of `RANK` dimensions, byte strides of all but the innermost
+/// (`OUTER` = `RANK` - 1), and the box one load brings.
+#[derive(Debug)]
+struct Tiled<const RANK: usize, const OUTER: usize> {
+    dtype: Dtype,
+    address: u64,
+    dims: [u64; RANK],
+    strides: [u64; OUTER],
+    window: [u32; RANK],
+    swizzle: sys::CUtensorMapSwizzle_enum,
+}
+
+impl<const RANK: usize, const OUTER: usize> Tiled<RANK, OUTER> {
+    fn encode(&self) -> Result<TensorMap, Error> {
+        let steps = [1u32; RANK];
         let kind = match self.dtype {
             Dtype::Bf16 => sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             Dtype::F16 => sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             Dtype::F32 => sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
         };
         let mut map = std::mem::MaybeUninit::<sys::CUtensorMap>::uninit();
-        // SAFETY: writes the map alone; the address is stored, not followed.
+        // SAFETY: reads RANK sizes, box sizes and steps, and OUTER strides; writes the map alone. The address is
+        // stored, not followed.
         let answer = unsafe {
             sys::cuTensorMapEncodeTiled(
                 map.as_mut_ptr(),
                 kind,
-                5,
-                address as *mut std::ffi::c_void,
-                dims.as_ptr(),
-                strides.as_ptr(),
-                window.as_ptr(),
+                RANK as u32,
+                self.address as *mut std::ffi::c_void,
+                self.dims.as_ptr(),
+                self.strides.as_ptr(),
+                self.window.as_ptr(),
                 steps.as_ptr(),
                 sys::CUtensorMapInterleave_enum::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
+                self.swizzle,
                 sys::CUtensorMapL2promotion_enum::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 sys::CUtensorMapFloatOOBfill_enum::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )
@@ -130,11 +167,8 @@ impl Extent {
         match answer {
             // SAFETY: the call above has written it.
             sys::CUresult::CUDA_SUCCESS => Ok(TensorMap(unsafe { map.assume_init() }.opaque)),
-            _ => crate::device::driver(
-                format!("cuTensorMapEncodeTiled at {address:#x}, dims {dims:?}, strides {strides:?}, box {window:?}"),
-                answer.result(),
-            )
-            .map(|()| TensorMap::default()),
+            _ => crate::device::driver(format!("cuTensorMapEncodeTiled of {self:?}"), answer.result())
+                .map(|()| TensorMap::default()),
         }
     }
 }

@@ -135,10 +135,8 @@ pub struct AttnBwd {
     pub map_dk: TensorMap,
     /// dV, box of 64 rows.
     pub map_dv: TensorMap,
-    /// f32 [B, H, seqlen_q_padded].
-    pub lse_log2: u64,
-    /// f32 [B, H, seqlen_q_padded].
-    pub delta: u64,
+    /// f32 [2, B * H * seqlen_q_padded]: `lse_log2`, then `delta`. 2-D, box 64 values of one of them, no swizzle.
+    pub map_rows: TensorMap,
     /// f32 [B, H, seqlen_q_padded / 64, 64 * D] in the kernel's own order; only `attn_bwd_post` reads it.
     pub dq_accum: u64,
     /// i32 [B, H, N + 1], relative to the (b, h) slab of `k2q_index`.

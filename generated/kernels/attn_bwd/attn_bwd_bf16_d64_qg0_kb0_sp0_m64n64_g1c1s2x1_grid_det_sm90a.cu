@@ -33,7 +33,7 @@ constexpr int kCtasPerSm = 2;
 constexpr int kConsumerRegisters = 224;  // 0: left as compiled
 constexpr int kProducerRegisters = 32;
 constexpr int kSmemBytes = 52224;
-constexpr int kParamsBytes = 896;
+constexpr int kParamsBytes = 1024;
 // END CONFIG
 
 constexpr bool kDense = kKvBlock == 0;
@@ -46,7 +46,7 @@ constexpr int kChunks = kHeadDim / kConsumers / kChunk;                         
 constexpr dsv::uint32 kTileBytesKv = kBlockN * kHeadDim * 2;
 constexpr dsv::uint32 kTileBytesQ = kBlockM * kHeadDim * 2;
 constexpr dsv::uint32 kStatBytes = kBlockM * 4;
-constexpr dsv::uint32 kDsBytes = kDeterministic ? 16 : kBlockN * kBlockM * 2;
+constexpr dsv::uint32 kDsBytes = kDeterministic ? 128 : kBlockN * kBlockM * 2;
 
 // dV beside dP keeps every accumulator and both operands alive at once: 226 registers at head_dim 128.
 constexpr bool kEarlyDv = kHeadDim < 128 || kConsumers > 1;
@@ -64,8 +64,7 @@ struct Params {
     dsv::TensorMap map_v;          // [B, Skv, Hkv, D], box kBlockN rows
     dsv::TensorMap map_dk;         // [B, Skv, Hkv, D], box 64 rows
     dsv::TensorMap map_dv;         // [B, Skv, Hkv, D], box 64 rows
-    const float* lse_log2;         // [B, H, Sq_padded]
-    const float* delta;            // [B, H, Sq_padded]
+    dsv::TensorMap map_rows;       // [2, B * H * Sq_padded]: lse_log2 and delta, box 64 of one
     float* dq_accum;               // [B, H, Sq_padded / 64, D / 8, 128, 4], see reduce_dq
     const dsv::int32* k2q_offset;  // [B, H, N + 1]
     const dsv::int32* k2q_index;   // [B, H, G * max_selected]
@@ -80,12 +79,12 @@ struct SharedStorage {
     dsv::uint8 q[kStages][kTileBytesQ];
     dsv::uint8 d_o[kStages][kTileBytesQ];
     dsv::uint8 ds[kDsBuffers][kDsBytes];  // dS^T, [KV rows][64 queries]; unused when kDeterministic
-    float lse_log2[kStages][kBlockM];
-    float delta[kStages][kBlockM];
+    alignas(128) float lse_log2[kStages][kBlockM];
+    alignas(128) float delta[kStages][kBlockM];
     dsv::uint64 full_kv;
     dsv::uint64 full_q[kStages], empty_q[kStages];
     dsv::uint64 full_do[kStages], empty_do[kStages];
-    int2 work[kStages];  // query tile and head of a stage; tile -1 ends the walk
+    int query_tile[kStages];  // of a stage, counted over batch and heads; -1 ends the walk
 };
 static_assert(sizeof(SharedStorage) + 1024 <= kSmemBytes, "shared memory with slack to align it");
 
@@ -102,23 +101,23 @@ struct Producer {
 
     // One thread.
     __device__ __forceinline__ void feed(int tile, int head) {
-        // 32 bits: 2^32 rows of Q would be a terabyte.
-        const dsv::uint32 row = (batch * p.sizes.num_heads + head) * p.sizes.seqlen_q_padded + tile * kBlockM;
+        // 32 bits: 2^31 rows of Q would be 256 GiB.
+        const int row = (batch * p.sizes.num_heads + head) * p.sizes.seqlen_q_padded + tile * kBlockM;
         const int s = ring.index;
         dsv::mbarrier_wait(&smem.empty_q[s], ring.phase ^ 1);
-        smem.work[s] = make_int2(tile, head);
+        smem.query_tile[s] = row / kBlockM;
         dsv::mbarrier_arrive_expect(&smem.full_q[s], kTileBytesQ + kStatBytes);
         dsv::tma_load_tile(smem.q[s], &p.map_q, &smem.full_q[s], tile * kBlockM, head, batch);
-        dsv::bulk_load(smem.lse_log2[s], p.lse_log2 + row, kStatBytes, &smem.full_q[s]);
+        dsv::tma_load_row(smem.lse_log2[s], &p.map_rows, &smem.full_q[s], row, 0);
         dsv::mbarrier_wait(&smem.empty_do[s], ring.phase ^ 1);
         dsv::mbarrier_arrive_expect(&smem.full_do[s], kTileBytesQ + kStatBytes);
         dsv::tma_load_tile(smem.d_o[s], &p.map_do, &smem.full_do[s], tile * kBlockM, head, batch);
-        dsv::bulk_load(smem.delta[s], p.delta + row, kStatBytes, &smem.full_do[s]);
+        dsv::tma_load_row(smem.delta[s], &p.map_rows, &smem.full_do[s], row, 1);
     }
 
     __device__ __forceinline__ void finish() {
         dsv::mbarrier_wait(&smem.empty_q[ring.index], ring.phase ^ 1);
-        smem.work[ring.index] = make_int2(-1, 0);
+        smem.query_tile[ring.index] = -1;
         dsv::mbarrier_arrive(&smem.full_q[ring.index]);
     }
 };
@@ -198,7 +197,6 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
     const bool warp_leader = lane == 0;
     const int kv_row = consumer * kRows;  // in the tile
     const float scale_log2 = p.sizes.scale_log2;
-    const int tiles = p.sizes.seqlen_q_padded / kBlockM;
     // Keys of this CTA that exist; only the last tile is short.
     const int valid = p.sizes.seqlen_kv - kv_tile * kBlockN;
     const bool cut = valid < kBlockN;
@@ -209,7 +207,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.0f;
 
-    // Every lane has read the stage's statistics and work by ordinary loads: all of them before the leader's word.
+    // Every lane has read the stage's statistics by ordinary loads: all of them before the leader's word.
     const auto release = [&](dsv::uint64* barrier) {
         __syncwarp();
         if (warp_leader) dsv::mbarrier_arrive(barrier);
@@ -220,8 +218,11 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
     for (int step = 0;; ++step) {
         const int stage = ring.index;
         dsv::mbarrier_wait(&smem.full_q[stage], ring.phase);
-        const int2 work = smem.work[stage];
-        if (work.x < 0) break;
+        // Read by the lane whose arrival frees the stage.
+        int query_tile = 0;
+        if (warp_leader) query_tile = smem.query_tile[stage];
+        query_tile = __shfl_sync(0xFFFFFFFF, query_tile, 0);
+        if (query_tile < 0) break;
 
         float s[kBlockM / 2];
         float dp[kBlockM / 2];
@@ -295,8 +296,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
             issue_dk();
         } else {
             dsv::named_sync(kDsBarrier, kConsumerThreads);
-            const dsv::int64 dq_index = (dsv::int64{batch} * p.sizes.num_heads + work.y) * tiles + work.x;
-            float* dq_tile = p.dq_accum + dq_index * (kBlockM * kHeadDim);
+            float* dq_tile = p.dq_accum + dsv::int64{query_tile} * (kBlockM * kHeadDim);
 #pragma unroll
             for (int chunk = 0; chunk < kChunks; ++chunk) {
                 const int column = (consumer * kChunks + chunk) * kChunk;

@@ -27,12 +27,13 @@ __device__ __forceinline__ void tma_store_tile(const TensorMap* map, const void*
                  : "memory");
 }
 
-// Copies contiguous bytes (a multiple of 16, both sides 16-byte aligned).
-__device__ __forceinline__ void bulk_load(void* smem, const void* global, uint32 bytes, uint64* barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     smem_address(smem)),
-                 "l"(global), "r"(bytes), "r"(smem_address(barrier))
-                 : "memory");
+// Loads 32-bit values [first, first + box) of one row of a 2-D map without swizzle; `smem` is aligned to 128 bytes.
+__device__ __forceinline__ void tma_load_row(void* smem, const TensorMap* map, uint64* barrier, int first, int row) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+            smem_address(smem)),
+        "l"(map), "r"(smem_address(barrier)), "r"(first), "r"(row)
+        : "memory");
 }
 
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
