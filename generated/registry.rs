@@ -39,13 +39,6 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "2c75e470595512b3cb519fa8e0e991650d666d73404afbf55c8e67b1dd3a32f6",
     },
     Kernel {
-        name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
-        ),
-        source_hash: "1dcab5bef752cd08bf3e8e7d1104224a17a99fc631ae13370e6b05bfe1a4e1e5",
-    },
-    Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
@@ -79,6 +72,20 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
         source_hash: "e018d59108418abbefd2b452c4a48fb921134b57e75701c07ba83f6f8c8d913f",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "61cb82bd852ffa3cdd60fed39c0a1ae5bb98e0782335b450b6e414c1f71a00cb",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "cf8752692a814f63e156a6a3a0cc645213422a40cc864db2da11b9817eb8779f",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
@@ -121,6 +128,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
         source_hash: "d9a263883a4e6d2c42fc4952baf656ec18282c335e073db58e080e08f953e0dd",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "fd50d0c5acdd4e700718eefe9be75b9530efca8b74a8387941a849bd1e3129f0",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
@@ -233,6 +247,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
         source_hash: "97cf9d90ee7c1d5421cb8a72a79adbadf04db98a3c03aac1b35fa8687dc9c4d8",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "bb97a0820e6249fa3bdab3605df00f3a17dd7ab2d348a2c8ad713000d445b68a",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
