@@ -17,465 +17,479 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "7d47e998fe3c95b06e5a20e53080ac7507e004ab226b096ac51378b9ae7ef289",
+        source_hash: "2db0e4423e53cb6d4da27e6c79ac52258b0e01e8273743afc1c05b80c5670245",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "f97dc2c21989e6e2239f35350f07084d12f21a03a3c91a5dffd07404baf7bc25",
+        source_hash: "297021be2a5144beafcfefd091c1d8d1b96e2efd92173082b2809153db4108a6",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "dcb08e6bc26e4a457a6af36e6d31a17f0404be42ca7f9dc6554cf131222b9d4d",
+        source_hash: "ee273493f74d6ef12bf9bf48137a6f772b30b40e15405da1d3178a0d36fecb7c",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "2c75e470595512b3cb519fa8e0e991650d666d73404afbf55c8e67b1dd3a32f6",
+        source_hash: "5a289d08e734660a7e8fc7d1918275270e14d24c6585153f13031eafec156acc",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3e5848b2ecba695c4f11443428c1d85ce07bd923d8657b7e617461ae77684fdd",
+        source_hash: "ac04d6d3d2951f6277c460076415a16e1e0fb8eaab543f883ca84cf3f7bb7828",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "019bc2fab0a9c4e7e650455ee66934ffa3c70c024c3e903bc7d0d48fad0317bf",
+        source_hash: "f8ff82973c049c2bdb23e8ad597163e836975b40f2abdbad82ef8919cd7f5af1",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "a088ad7cbc6bd032c914519322f671ebd6cf7f03a91e90c1c25c8dd5d0a75358",
+        source_hash: "eb5deca19d27c92b04a1ba400131b4caf7312b9c9f3b92dca016561e7846d0ce",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3773762d50aa2e01a0634c0796628fdf0b8a01952bd446925c6e498b4afbc5a0",
+        source_hash: "1a70193674b18a2dc46de1e79deec66952a5775923afc6a71a6ec15fe37a3baa",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "e018d59108418abbefd2b452c4a48fb921134b57e75701c07ba83f6f8c8d913f",
+        source_hash: "1724fc3716e931e5a451433be9d65d04c26ffd365f5fcb427e65ea0eed6a0837",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "61cb82bd852ffa3cdd60fed39c0a1ae5bb98e0782335b450b6e414c1f71a00cb",
+        source_hash: "2ad43baa99712d0a2c97b0bc83919d1f6d901fb9f9f8bcb6a6cf5c842f746ccd",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "cf8752692a814f63e156a6a3a0cc645213422a40cc864db2da11b9817eb8779f",
+        source_hash: "862bc7bc2d0800bb2d31193549ee32e8f6c959adce8a4a5fe38f98da64a85170",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3aa565a88c0e9dd2a8cef7e7600a143cfa550582482a8b9ffbee7a70bdfa7527",
+        source_hash: "4e2548b5088986d45d8f161806e5a7b2f2333ab183a01bffd3500c33780797ca",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "bf84540c75ac9dd1b5e69dfd8be578216541c7b2535121fda02edefe29ac7f1c",
+        source_hash: "341c9718d089f17766261326e696f9d43c1f74d675ece84661ceacc59f19d487",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "b9f1212cb3ca2f5ff77c2c2ea53c795b6cfcb4e3b33653feaec89429b0391cad",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "cc5c4014b6b9f8d9fac059fb79138cfc92816e383ea5c244335d9594620ff728",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "11edf8fa0c4aec307ab59fd8dccc8450026ce44a30b7525561e0d97d9a487408",
+        source_hash: "a1353c596e99d123e7e9ec78fc45dc275146625a97bc1458c157952bab3c2142",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "8e23a09fb839ecf0a2be1c13536fe2bd8f8303d17baa6d817c0969987a0a1ec8",
+        source_hash: "279be772e6f0c3f8cc18fbd22ebdbdf6dc4c22e769987e4b7f40b9e5745f01c4",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e837055fbfc46014e8cef0f048d62687e7e13af48752236cb39629fa06783a36",
+        source_hash: "afb666265b2649d45cae79300eba3cbd1ef75d7dc461dd7a9fe7e79d43c4650f",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "d9a263883a4e6d2c42fc4952baf656ec18282c335e073db58e080e08f953e0dd",
+        source_hash: "e70b4c5d25accfa46a2a26bc9f444af9a27109eb12a7072be65d7cb7e39dae84",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "fd50d0c5acdd4e700718eefe9be75b9530efca8b74a8387941a849bd1e3129f0",
+        source_hash: "086d88761777ae7fba5ff00f77d97dc44f3f150a74236a4c7a79b26fd95c21d8",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ce75694ab136cb4a5ff1f0981e796ee6479bcf87b7c511689c597c5fd55dbb96",
+        source_hash: "0d10991a12e55ee62e55e4651c6333915b1ca1a8d05b5efe9d1fce4bc88ba889",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "77cf4861148bb093ddc4db95163d260b68dd5dcd6039750f5b21231c92776844",
+        source_hash: "89472f270a4a92622dcde49b972da2810cbf4aa9c086f6ac53a825ec15e0195b",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "34b5f1e50a533397bb72716a4762e4b29fe3bf0e47585b6c981570a396330600",
+        source_hash: "577b47634f028c85cdbf7b6a9e36df80eed9da86c12f20bff652457557ac42c5",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9b3d55fcdd181f01b2b1fc31693dc6380dec1fcfb95821169d77add6a0f391d4",
+        source_hash: "6ddc532512497e2b10e2ebf1dbc5de2958bda07f9e601eeaca58cb143309cc63",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "230c64eadffc2d7d18810e825a5cb6d693d7995e6d34da0dd5bbc6dd69998862",
+        source_hash: "48acab4a5c7339a21283cb544648fbcaf84a632e8fdbc3d6faed55e8c54dbabc",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "818204ec0e0fec722b3a0ab69850655d4583d2db37d58e5f48c3955f2eac3b29",
+        source_hash: "041550d9ec96b988207baf03a2bd49d85be39266b4c51023df3518abce3b483b",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ff16b7656e40a7a5d1804f294c00073b1b32a36770ff4f07553ab1cbe3c56dd5",
+        source_hash: "cc2e61930340353f295799be6679640648ee1583bc3dca2691df5b985be6d9c0",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "54346e07f87a366e45bf360efadebf1fa24800c04a9540dbf7a966d740604b2b",
+        source_hash: "45df74c1eb35229bc4e78f245c8914ac5b35cab3b847a253e8c69c28dc766c46",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "19f041abed83695a033cfeaff6cd8881ab22f7bc8877b895f2ef01002cacd0e2",
+        source_hash: "519415142dad49aadf23f54850695b7a6a588b3ed7c5756e7f5619ed18a8f462",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f4c562235377595253e014c956ad13eadaa09f09965bb65d0025485ab81e0191",
+        source_hash: "39eca09002f45521745ea66ee96859bf8e3641d8c6c3d9e645e2a502f115e1cb",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "56967e3bf9e471999a6e37c11657d27fd2a6beb3dca5c31f4d3566b1ca04b2b1",
+        source_hash: "5b50578f382a8a8cd8c0e1cecd038fd2a8e95a37b3467a7cce7193883bce9a48",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "05f17ce2d0e3d6eb6bcc5c7cc9248c0e679d0f2b2084dc51c163219323291e78",
+        source_hash: "626adefa0e60fe7c9a2925e606a27e96a8be54c387ecae255bd9bec64aa6997b",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f599007e15bdd59c4d7fa5e35c5c188b53fe03b5a5f032e36d39ada34f505a58",
+        source_hash: "6fb743463a860a380e0a232c7f9417d6d1dd260542f28792578d1354f6ff95f5",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "732d0d583dfc041c819acbc153aadde2862167c682ac166b8d2851157fe85ff3",
+        source_hash: "5f16575477ad3dbf5d1f6c10a267f9ce0fc8ff7abfc6b00ebaa284f92c979d4c",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c6f67dd5a39cde914506cd1f2532d519fcf3ffc4fd4d48f86d14988e8ed20e6e",
+        source_hash: "365574313b27a5210dd02a0c91a01216edfb5e777fa096d70225800850bc653f",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "97cf9d90ee7c1d5421cb8a72a79adbadf04db98a3c03aac1b35fa8687dc9c4d8",
+        source_hash: "88941d689e474fad29d14acc1ad4ecff19a652deca68653d96673145d8a5def7",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bb97a0820e6249fa3bdab3605df00f3a17dd7ab2d348a2c8ad713000d445b68a",
+        source_hash: "f1f598ec42e2f629e85172222fb7d53e061a7d5b9e2cd1391af8fb477b9be5a4",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4dffe064c9cd702743ac28148dab56b617687f13b1ed9314093e76833040a7c5",
+        source_hash: "674f8583c2018946391bf66605733b2dbb809dd45b89e851ee348219b47aa48e",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a6a556e6efa6d31c544e34017cc1435eaaddfc002e62b655184ca9028c50a01e",
+        source_hash: "08ad1b644ee9bc7f688030b3a4e88def47c2fb5967cc475b7254e508e454f634",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2780c5b64c515f88705af6550139df3dc7cdb70b616b4a5e683f5306b767fa24",
+        source_hash: "8ea1ccb73a56683135bdd4a292e2dc13f4a978767aca5a7c99f174311681b648",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "c308e46503e0e38188c353129780b72463fadad14e202cd33d8be54a2dc026d8",
+        source_hash: "5210f7f3fa33490ece506e76e4f37a612ef50174ebb56f904c5d77e0da029788",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "5559e94e86f9e2b3c88c7226deb1d743740dfc11196a4bf25c2ab515c190992a",
+        source_hash: "f9f5dda134b2d4e7df284d9e2843466d58b71ffa46ec2d6528e4cb3569a2f5d8",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "8912f6bf2fea5ab80343bf5e85fc9cd856d1f4d40e60948694e809185d5ec4ef",
+        source_hash: "b5f2dcaacc986f4996e9b55190ca658fb18ea3f836ff01a81afd6a32ec059aff",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "b1a3368beb7c2e8ed934bf21895dc2c73bdef316dbae3a35fc49a92faa6e55f1",
+        source_hash: "0c819d7f41d6a24fbb8cec0b85650c3a7f2fe2c4d0473c21a4c3b2a6ba97339d",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "9081102bdd1dabcbaf6f8aaf68d746743a355370de6cde7bd4fd1b27467fb36d",
+        source_hash: "290c28c21fb396b264c2e9a968f31d5af4b17f227ff2f7da603f62889df9c89b",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "7f0846d1c8f68984078c432397de703c9c230df51d76eac8b49a3b131d2284a3",
+        source_hash: "9bf80afd5de59092cc780e495b20589cc9502c80b02a6f0a3db7a7922c508f0d",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "50873525bf3824de4e21b7427c821174b802204079702af27f00824124529148",
+        source_hash: "8beccd6c6e156eb48fe2c2a3d5b802f9c9cec741779785a33dd181f89b338587",
     },
     Kernel {
         name: "gram_key_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_v1_sm90a.cu"),
-        source_hash: "db537dcc6f5c6f805b94385a0192aa4942e332718c1ad963f771039ef4668908",
+        source_hash: "a3d0c95af27cd9ebbce8b54550789db3cfcd1b9512c1c98cec8032401da7618a",
     },
     Kernel {
         name: "gram_key_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_v1_sm90a.cu"),
-        source_hash: "641d089edc13916846f9d5f38c8ac5a9187ea35cebbdffe48a66a5c7fd3fb3d2",
+        source_hash: "32476ebe98b6e7005e889b4581197d2edea6f3db07b7aff0551b482b4afb02e2",
     },
     Kernel {
         name: "gram_query_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_v1_sm90a.cu"),
-        source_hash: "784daa7300c563fb6f4c766905031303bd96356e43306cc2e63da3637e5a4d5a",
+        source_hash: "3b1c2f09bafb23ffbeaf081c00f63ca5c76bcdd8fe298414bcdc92091bb87f60",
     },
     Kernel {
         name: "gram_query_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_v1_sm90a.cu"),
-        source_hash: "779735892b688169fa08459962527ee29dbe8af8f31bc9e3f8e110aab4c2378a",
+        source_hash: "d29edf0ede887de7c7986b3ad66b9de02a0bd3c658ec587b17d4003498d8aaa0",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "72e2b6b3dd76a9d216ef124e2a0df2250a780eeca492409a8c4cc0c2dd9e83da",
+        source_hash: "be33cf0e987991b5664f92e9882a51d9560e88eb7a1862b7a67cd692af1174c3",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "a807ca18f5767b5e74a3138abca99177ecb0625923d1b2d1864f4147d862fd26",
+        source_hash: "8bb6c9fabd6ced7b7c3adf878ef7a003bc33fce8a246e417e29ee7e5c940cdbb",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "589096810e4ee34712ffb5008786b45eea2a8b5657d5219eea0015c930102004",
+        source_hash: "5ab54a735a60a1f8c8db452ce19259452f472d4a8ce2211549b557698f543ee2",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "594bee2856144c8a64342896b744ef812386a94a1d380837a0b3af0e76ed29b1",
+        source_hash: "19b36f9a73563f112a98e45f183f9260913754aa6acd08ff1479e8d556095f33",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "6e076f0e6ce0f8352039aae3b3f2008eb8322d560541f9d231db633099a4ddb7",
+        source_hash: "0d2a9eee19e9a2f1479ff512d13577dfbd6242c74bc4b34075ecec9c0b8b4e3e",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "25b4a68cfbc47fe96b7d1535f7d6e37c94c08edfdae6beb206d6fbf2523b6d52",
+        source_hash: "c67f2cd009ff3ab6712fd41586a58a7ea80c0a2b0cff9743e310e329bbff53d2",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "3ca8a96f7d45ba339987b9733d9336d2c4626df7a7c16df727ff3684981374d9",
+        source_hash: "fc2703b6bc5c27853c45d5bc9b420bf336fae7581af9f5fbb4fa9f2e6bbce92b",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "b0327941b10692ed3e793b970b95156d7320ee561df9ccfc0761faed5db17900",
+        source_hash: "df1b3cb42326f30ace078c08b62bb504d33d798e74ca02a72f0544f79307b809",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "5b39a07a19b0bb64d635f1d78cb251f13ec3c6ce0da40594f908299611c915cf",
+        source_hash: "e4066e79bc6a6d8957e45f4d93a498425f042b84a5d3b5d68afd4da1c007923e",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "0cac9fb232f06c3225bb62597ed0cef8be44f555ce95d0d062576198c70db59b",
+        source_hash: "f502ac5b6bad2fe07fe4b57d9bf46d3a78505265d4c409e6e8f57bc16169678a",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "1975cbd801d938f914c3ceb048e946adfcb4bcdb540e3d695d04e4f82b0ad091",
+        source_hash: "082accbbabdcd0e55bc0b4e1fb34e44090426686640bdba8bc45f523804f3bdf",
     },
     Kernel {
         name: "profile_f32_d0_v1_sm90a",
         source: include_str!("kernels/profile/profile_f32_d0_v1_sm90a.cu"),
-        source_hash: "5f45043858af578fbb4c0bbf95f0d7f95cafcf171b19a34e1444ed833ed27737",
+        source_hash: "504d371faa044e27d8fad37c5d137e09d240df81c42846613fad6a4a6c304cb1",
     },
     Kernel {
         name: "profile_logits_bf16_d128_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d128_v1_sm90a.cu"
         ),
-        source_hash: "eebe47e759dc9159ca3a067af14a329eba4e71e8a6d26682d489a24cbdc8f144",
+        source_hash: "80a3df7e5cde77f5137c7c21753b28532020afdd15d059ae61231804533fdf9d",
     },
     Kernel {
         name: "profile_logits_bf16_d64_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d64_v1_sm90a.cu"
         ),
-        source_hash: "dd77b90426dd9f3216da5d3b7bab0bf34fb9093c5b837cd6e95b3327e0959573",
+        source_hash: "ed2965f465f3aedd42c13fc7ab2c057370a39e040e086947961a3d5a2bb9d3f2",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "5f5bbdb6477aa2c279c41b5d6ad37f54348b524ed3d186d0e1bce6ed3e61c74a",
+        source_hash: "3f21ab56943417542d7d2c4eb38305cca0a74094130acfc16b471b3beddeb7e0",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "4f724b9fb7e48f94fa6528d29d4aaa71182ad8846c6355c51aa9549dd038493b",
+        source_hash: "9d914ab48aa023d900eb9b1d1ed8e02ef8797f8839d3eb92f93810716d6a100b",
     },
     Kernel {
         name: "residual_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_bwd/residual_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "712f50a9713829bd897e979340830f6bd26ce97597052552db636f22fc25a297",
+        source_hash: "fb0dc2cdffec6ce6ab8babef01ec5d0a3d79f17758f78c2dca8f3616f997819c",
     },
     Kernel {
         name: "residual_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_fwd/residual_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "3448a1b518a6e87916d2ab950668c5d59d3bb3bf901ec4c2a997cede80c50ff6",
+        source_hash: "7da6742059e7daf32073dac8f190dbe2eec03573cd24018267611819dc86cc17",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "b4ec03f03b2631404cdcf4fd0b15a6713d197a2dfefbd2e3979d5cf26e964ae8",
+        source_hash: "50f8c89f6e926dad5b1078dd093b279a7f75ff01ccabbd30b58dac6033a6d96a",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "1e6421296acd9247ee306fb24bb415a08cd29a7585ad548022f5b8634efabe55",
+        source_hash: "1400518a84419f434ce36e70fbfcb44d8c9b2f373942b5bd59ee641d3ad4397a",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "ce9069bcfd4c95829273368f0abf18bef86f176d87f3d2ed2809c1b7110a1c41",
+        source_hash: "586d7631e1e7ae670822ea95625525310454dbae92f0820f486304ca5de68392",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "4d7c76f4abf7f81ab4bd763bcf2d22ea6700f200a91c7343d7191239330346e7",
+        source_hash: "b92c7d049f82c87afcddf9b225d214fb694c7eaade0c78b29a39ea8602d70d52",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "2009c6667ade4dcc14da4afff475f2b02565c62019da86744651742987d8c048",
+        source_hash: "2335e49486cdb7087af5f1cd894f2b40ed78af75ea6178d31cba7f49acc2b290",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "6346c1972c9213b43ada799b1148df3bfe42f062923a93ff6112d4c40dcb3541",
+        source_hash: "308bbc7f0211522783e57449aa425c7024270ab51ef3aa9b4b622a491f3b6f53",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "0ed1edf22d514e4320b875ab156fa4ed330952bb96a297cf7ba8b9e4960b79e1",
+        source_hash: "7b2e8f7c87fc02451c32ca554382bc07a56daa2b6cfef4f8ec9526fc19f521fa",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "1cfc66409093f4ed60ea7a1c95e413242674465bebe7cbba087489de5dd386a9",
+        source_hash: "aa7b06da3594093afb4d4cb4257bb9724f0c832677c4995f639803a5c3cffa8b",
     },
 ];
 

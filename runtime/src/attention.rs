@@ -140,9 +140,9 @@ fn extent_kv(p: &Problem) -> Extent {
     Extent { batch, seqlen, heads, head_dim: p.head_dim as u32, dtype: p.dtype }
 }
 
-/// Query tokens rounded up to the backward's query tile.
+/// Query tokens rounded up to the backward's longest query tile.
 pub(crate) fn seqlen_q_padded(p: &Problem) -> u32 {
-    p.seqlen_q.next_multiple_of(limits::BWD_BLOCK_M as u32)
+    p.seqlen_q.next_multiple_of(limits::BWD_PADDING as u32)
 }
 
 /// Rows of the backward's `lse_log2` and `delta`.

@@ -298,8 +298,13 @@ impl AttnSpec {
                         format!("{rows}: 64 KV rows for each of {consumers} consumers"),
                     ));
                 }
-                if block_m != limits::BWD_BLOCK_M {
-                    return Err(SpecError::new("block_m", block_m, "64: the layout of dQ's accumulator"));
+                let wide = block_m == 2 * limits::BWD_BLOCK_M && self.head_dim == 64 && consumers == 2;
+                if block_m != limits::BWD_BLOCK_M && !wide {
+                    return Err(SpecError::new(
+                        "block_m",
+                        block_m,
+                        "64, the layout of dQ's accumulator, or 128 with head_dim 64 and 2 consumers",
+                    ));
                 }
                 if let Lists::Blocks { query_group, kv_block } = self.lists {
                     if kv_block != block_n {

@@ -10,8 +10,11 @@ pub mod limits {
     pub const SMEM_BYTES_PER_CTA: u32 = 232_448;
     /// Shared memory of one sm90 multiprocessor (228 KB), of which each CTA takes 1 KB more than it asks for.
     pub const SMEM_BYTES_PER_SM: u32 = 233_472;
-    /// Rows of the backward's query tile: the unit of dQ's f32 accumulator and of the padded row statistics.
+    /// Rows of the unit of dQ's f32 accumulator, and of the backward's usual query tile.
     pub const BWD_BLOCK_M: u16 = 64;
+    /// Rows of the backward's statistics and of dQ's accumulator are padded to a multiple of this: the longest query
+    /// tile.
+    pub const BWD_PADDING: u16 = 128;
     /// 32-bit registers of one multiprocessor.
     pub const REGISTERS_PER_SM: u32 = 65_536;
 }
@@ -124,7 +127,7 @@ impl Facts {
 /// Dynamic shared memory of an attention CTA: the tiles, 1 KB for barriers and row statistics' alignment, and
 /// 1 KB of slack to align the swizzle atoms.
 pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
-    let AttnTile { block_m, block_n, stages, .. } = spec.tile();
+    let AttnTile { block_m, block_n, stages, consumers, .. } = spec.tile();
     let (m, n, stages) = (block_m as u32, block_n as u32, stages as u32);
     let (d, bytes) = (spec.head_dim() as u32, spec.dtype().bytes());
     let tiles = match spec.op() {
@@ -136,12 +139,15 @@ pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
         // two buffers where warpgroups exchange it, one where a lone warpgroup keeps it to itself, none where dQ is
         // another kernel's.
         AttnOp::Bwd => {
-            let ds = match (spec.deterministic(), spec.tile().consumers) {
+            let ds = match (spec.deterministic(), consumers) {
                 (Deterministic::Yes, _) => 0,
                 (Deterministic::No, 1) => n * m * bytes,
                 (Deterministic::No, _) => 2 * n * m * bytes,
             };
-            2 * n * d * bytes + stages * (2 * m * d * bytes + 2 * m * 4) + ds
+            // dQ on its way to the copy engine, where there is room.
+            let staged = consumers > 1 || spec.head_dim() <= 64;
+            let dq = if spec.deterministic() == Deterministic::No && staged { m * d * 4 } else { 0 };
+            2 * n * d * bytes + stages * (2 * m * d * bytes + 2 * m * 4) + ds + dq
         }
         AttnOp::BwdPrep | AttnOp::BwdPost => 0,
     };

@@ -52,7 +52,7 @@ pub struct AttnSizes {
     pub seqlen_q: i32,
     /// KV tokens.
     pub seqlen_kv: i32,
-    /// Query tokens rounded up to 64: rows of `lse_log2`, `delta` and of dQ's accumulator.
+    /// Query tokens rounded up to 128: rows of `lse_log2`, `delta` and of dQ's accumulator.
     pub seqlen_q_padded: i32,
     /// G = ceil(seqlen_q / query_group); 0 when dense.
     pub num_groups: i32,

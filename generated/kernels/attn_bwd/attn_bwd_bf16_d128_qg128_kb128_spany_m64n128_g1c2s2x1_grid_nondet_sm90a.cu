@@ -32,26 +32,39 @@ constexpr int kThreads = 384;
 constexpr int kCtasPerSm = 1;
 constexpr int kConsumerRegisters = 240;  // 0: left as compiled
 constexpr int kProducerRegisters = 24;
-constexpr int kSmemBytes = 166912;
+constexpr int kSmemBytes = 199680;
 constexpr int kParamsBytes = 1024;
 // END CONFIG
 
 constexpr bool kDense = kKvBlock == 0;
 constexpr int kRows = 64;                                             // KV rows of one consumer
 constexpr int kTilesPerGroup = kDense ? 1 : kQueryGroup / kBlockM;    // query tiles of one listing group
+constexpr int kHalves = kBlockM / 64;                                 // 64 queries: of the copies and of dQ's accumulator
 constexpr int kConsumerThreads = 128 * kConsumers;
 constexpr int kDsBuffers = kConsumers == 1 ? 1 : 2;
-constexpr int kChunk = kHeadDim / kConsumers < 64 ? kHeadDim / kConsumers : 64;  // dQ columns of one product
-constexpr int kChunks = kHeadDim / kConsumers / kChunk;                          // and how many a consumer makes
+// Of dQ a consumer makes its share of the columns, or, with as many halves as consumers, all columns of its half.
+constexpr bool kDqByRows = kHalves > 1;
+constexpr int kDqColumns = kDqByRows ? kHeadDim : kHeadDim / kConsumers;
+constexpr int kChunk = kDqColumns < 64 ? kDqColumns : 64;  // columns of one product
+constexpr int kChunks = kDqColumns / kChunk;
 constexpr dsv::uint32 kTileBytesKv = kBlockN * kHeadDim * 2;
 constexpr dsv::uint32 kTileBytesQ = kBlockM * kHeadDim * 2;
 constexpr dsv::uint32 kStatBytes = kBlockM * 4;
+// dQ goes to the copy engine, which adds it while the consumers go on; where shared memory has no room for it beside a
+// second CTA, from the registers.
+constexpr bool kStagedDq = !kDeterministic && (kConsumers > 1 || kHeadDim <= 64);
+constexpr dsv::uint32 kDqBytes = kStagedDq ? 64 * kDqColumns * 4 : 128;  // of one consumer
+// Two consumers make dQ of a tile while they are at the next: neither waits for the other's dS.
+constexpr bool kDqLater = kStagedDq && kConsumers > 1;
+// dK may run into the next tile, which then needs a stage of its own.
+constexpr bool kDkAcross = kStages > 1 && !kDqLater;
 constexpr dsv::uint32 kDsBytes = kDeterministic ? 128 : kBlockN * kBlockM * 2;
 
 // dV beside dP keeps every accumulator and both operands alive at once: 226 registers at head_dim 128.
-constexpr bool kEarlyDv = kHeadDim < 128 || kConsumers > 1;
+constexpr bool kEarlyDv = kHalves == 1 && (kHeadDim < 128 || kConsumers > 1);
 
-static_assert(kBlockM == 64, "the layout of dQ's accumulator");
+static_assert(kHalves == 1 || (kHalves == kConsumers && kHeadDim == 64), "64 queries, or 128 as one 64-column slab");
+static_assert(!kStagedDq || kChunks == 1, "dQ of a consumer leaves as one piece");
 static_assert(kBlockN == kRows * kConsumers, "one wgmma M of 64 rows a consumer");
 static_assert(kHeadDim % 64 == 0, "whole 128-byte swizzle columns");
 static_assert(kDense || kKvBlock == kBlockN, "a CTA serves one listed block");
@@ -79,18 +92,21 @@ struct SharedStorage {
     dsv::uint8 q[kStages][kTileBytesQ];
     dsv::uint8 d_o[kStages][kTileBytesQ];
     dsv::uint8 ds[kDsBuffers][kDsBytes];  // dS^T, [KV rows][64 queries]; unused when kDeterministic
+    dsv::uint8 dq[kConsumers][kDqBytes];         // f32, in the accumulator's order; unused unless kStagedDq
     alignas(128) float lse_log2[kStages][kBlockM];
     alignas(128) float delta[kStages][kBlockM];
     dsv::uint64 full_kv;
     dsv::uint64 full_q[kStages], empty_q[kStages];
     dsv::uint64 full_do[kStages], empty_do[kStages];
-    int query_tile[kStages];  // of a stage, counted over batch and heads; -1 ends the walk
+    dsv::uint64 full_ds[kDsBuffers], empty_ds[kDsBuffers];  // dS of all consumers, when kDqLater
+    int query_tile[kStages];  // of a stage, in 64 queries over batch and heads; -1 ends the walk
 };
 static_assert(sizeof(SharedStorage) + 1024 <= kSmemBytes, "shared memory with slack to align it");
 
-// Named barriers: all consumers on a written dS, all consumers before the epilogue.
+// Named barriers: all consumers on a written dS, all consumers before the epilogue, each consumer on its written dQ.
 constexpr int kDsBarrier = 1;
 constexpr int kEpilogueBarrier = 2;
+constexpr int kDqBarrier = 3;
 
 // Hands stage after stage to the consumers: Q with LSE, then dO with delta.
 struct Producer {
@@ -105,14 +121,22 @@ struct Producer {
         const int row = (batch * p.sizes.num_heads + head) * p.sizes.seqlen_q_padded + tile * kBlockM;
         const int s = ring.index;
         dsv::mbarrier_wait(&smem.empty_q[s], ring.phase ^ 1);
-        smem.query_tile[s] = row / kBlockM;
+        smem.query_tile[s] = row / 64;
         dsv::mbarrier_arrive_expect(&smem.full_q[s], kTileBytesQ + kStatBytes);
-        dsv::tma_load_tile(smem.q[s], &p.map_q, &smem.full_q[s], tile * kBlockM, head, batch);
-        dsv::tma_load_row(smem.lse_log2[s], &p.map_rows, &smem.full_q[s], row, 0);
+        load(smem.q[s], p.map_q, smem.lse_log2[s], 0, &smem.full_q[s], tile * kBlockM, head, row);
         dsv::mbarrier_wait(&smem.empty_do[s], ring.phase ^ 1);
         dsv::mbarrier_arrive_expect(&smem.full_do[s], kTileBytesQ + kStatBytes);
-        dsv::tma_load_tile(smem.d_o[s], &p.map_do, &smem.full_do[s], tile * kBlockM, head, batch);
-        dsv::tma_load_row(smem.delta[s], &p.map_rows, &smem.full_do[s], row, 1);
+        load(smem.d_o[s], p.map_do, smem.delta[s], 1, &smem.full_do[s], tile * kBlockM, head, row);
+    }
+
+    // A tile and its row statistics, 64 queries a copy.
+    __device__ __forceinline__ void load(dsv::uint8* to, const dsv::TensorMap& map, float* statistics, int which,
+                                         dsv::uint64* barrier, int query, int head, int row) {
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+            dsv::tma_load_tile(to + half * 64 * dsv::kRowBytes, &map, barrier, query + 64 * half, head, batch);
+            dsv::tma_load_row(statistics + half * 64, &p.map_rows, barrier, row + 64 * half, which);
+        }
     }
 
     __device__ __forceinline__ void finish() {
@@ -176,10 +200,11 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
     if (leader) producer.finish();
 }
 
-// Adds a 64 x kChunk fragment to the accumulator of one query tile. The accumulator keeps fragments as they are,
-// [D / 8][128 threads][4], so that a warp adds 512 contiguous bytes; attn_bwd_post puts elements in their places.
-__device__ __forceinline__ void reduce_dq(float* tile, int first_column, const float (&dq)[kChunk / 2]) {
-    float* target = tile + (first_column / 8 * 128 + threadIdx.x % 128) * 4;
+// Adds a 64 x kChunk fragment of columns [column, column + kChunk) to the accumulator of 64 queries. The accumulator
+// keeps fragments as they are, [D / 8][128 threads][4], so that a warp adds 512 contiguous bytes; attn_bwd_post puts
+// elements in their places.
+__device__ __forceinline__ void reduce_dq(float* tile, int column, const float (&dq)[kChunk / 2]) {
+    float* target = tile + (column / 8 * 128 + threadIdx.x % 128) * 4;
 #pragma unroll
     for (int j = 0; j < kChunk / 8; ++j) {
         asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target + j * 512), "f"(dq[4 * j]),
@@ -188,10 +213,28 @@ __device__ __forceinline__ void reduce_dq(float* tile, int first_column, const f
     }
 }
 
+// The same by way of shared memory, in the same order; `staged` is read until bulk_wait_read of the consumer's thread 0.
+__device__ __forceinline__ void reduce_dq_staged(float* tile, int column, float* staged, int barrier,
+                                                 const float (&dq)[kChunk / 2]) {
+    if (threadIdx.x % 128 == 0) dsv::bulk_wait_read();
+    dsv::named_sync(barrier, 128);
+    float4* target = reinterpret_cast<float4*>(staged) + threadIdx.x % 128;
+#pragma unroll
+    for (int j = 0; j < kChunk / 8; ++j) {
+        target[j * 128] = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+    }
+    dsv::fence_async_proxy();
+    dsv::named_sync(barrier, 128);
+    if (threadIdx.x % 128 == 0) {
+        dsv::bulk_reduce_add(tile + column / 8 * 512, staged, kDqBytes);
+        dsv::bulk_commit();
+    }
+}
+
 __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
     const int3 cta = dsv::cta_index();
     const int kv_tile = cta.x, kv_head = cta.y, batch = cta.z;
-    const int consumer = threadIdx.x / 128;
+    const int consumer = dsv::warpgroup_index();
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32 % 4;
     const bool warp_leader = lane == 0;
@@ -213,28 +256,39 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
         if (warp_leader) dsv::mbarrier_arrive(barrier);
     };
 
-    dsv::mbarrier_wait(&smem.full_kv, 0);
-    dsv::RingState<kStages> ring;
-    for (int step = 0;; ++step) {
-        const int stage = ring.index;
-        dsv::mbarrier_wait(&smem.full_q[stage], ring.phase);
-        // Read by the lane whose arrival frees the stage.
-        int query_tile = 0;
-        if (warp_leader) query_tile = smem.query_tile[stage];
-        query_tile = __shfl_sync(0xFFFFFFFF, query_tile, 0);
-        if (query_tile < 0) break;
-
-        float s[kBlockM / 2];
-        float dp[kBlockM / 2];
+    using Scores = float[kBlockM / 2];                 // S and P, or dP and dS, transposed
+    using Operand = dsv::uint32[kBlockM / 16][4];      // P or dS
+    const auto issue_s = [&](Scores& s, int stage) {
         dsv::wgmma_fence();
         dsv::gemm_ss_kk<Element, kBlockM, kHeadDim, kBlockN, kBlockM>(s, smem.k + kv_row * dsv::kRowBytes, smem.q[stage]);
         dsv::wgmma_commit();
-        dsv::mbarrier_wait(&smem.full_do[stage], ring.phase);
+    };
+    const auto issue_dp = [&](Scores& dp, int stage) {
         dsv::wgmma_fence();
         dsv::gemm_ss_kk<Element, kBlockM, kHeadDim, kBlockN, kBlockM>(dp, smem.v + kv_row * dsv::kRowBytes, smem.d_o[stage]);
         dsv::wgmma_commit();
-
-        dsv::wgmma_wait<1>();
+    };
+    const auto issue_dv = [&](const Operand& p_operand, int stage) {
+        dsv::pin(dv);
+        dsv::wgmma_fence();
+        dsv::gemm_rs_mn<Element, kHeadDim, kBlockM>(dv, p_operand, smem.d_o[stage]);
+        dsv::wgmma_commit();
+    };
+    const auto issue_dk = [&](const Operand& ds_operand, int stage) {
+        dsv::pin(dk);
+        dsv::wgmma_fence();
+        dsv::gemm_rs_mn<Element, kHeadDim, kBlockM>(dk, ds_operand, smem.q[stage]);
+        dsv::wgmma_commit();
+    };
+    const auto issue_dq = [&](float (&dq)[kChunk / 2], int buffer, int column) {
+        const dsv::uint32 k_offset = column / 64 * dsv::slab_bytes(kBlockN) + column % 64 * 2;
+        const dsv::uint32 ds_offset = kDqByRows ? consumer * dsv::slab_bytes(kBlockN) : 0;
+        dsv::wgmma_fence();
+        dsv::gemm_ss_mn<Element, kChunk, kBlockN>(dq, smem.ds[buffer] + ds_offset, smem.k + k_offset);
+        dsv::wgmma_commit();
+    };
+    // S becomes P.
+    const auto make_p = [&](Scores& s, int stage) {
         dsv::pin(s);
 #pragma unroll
         for (int j = 0; j < kBlockM / 8; ++j) {
@@ -250,18 +304,9 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
                 if (my_row + i / 2 % 2 * 8 >= valid) s[i] = 0.0f;
             }
         }
-        dsv::uint32 p_operand[kBlockM / 16][4];
-        dsv::to_operand<Element, kBlockM>(p_operand, s);
-        const auto issue_dv = [&] {
-            dsv::pin(dv);
-            dsv::wgmma_fence();
-            dsv::gemm_rs_mn<Element, kHeadDim, kBlockM>(dv, p_operand, smem.d_o[stage]);
-            dsv::wgmma_commit();
-        };
-        if constexpr (kEarlyDv) issue_dv();
-
-        // dP is there; an early dV runs while dS is made.
-        dsv::wgmma_wait<kEarlyDv ? 1 : 0>();
+    };
+    // dP becomes dS, as operand and in shared memory.
+    const auto make_ds = [&](Operand& ds_operand, Scores& dp, const Scores& s, int stage, int buffer, dsv::uint32 phase) {
         dsv::pin(dp);
 #pragma unroll
         for (int j = 0; j < kBlockM / 8; ++j) {
@@ -271,53 +316,123 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
                 dp[4 * j + i] = s[4 * j + i] * (dp[4 * j + i] - (i % 2 == 0 ? delta.x : delta.y));
             }
         }
-        dsv::uint32 ds_operand[kBlockM / 16][4];
         dsv::to_operand<Element, kBlockM>(ds_operand, dp);
-
+        if constexpr (kDqLater) dsv::mbarrier_wait(&smem.empty_ds[buffer], phase ^ 1);
         if constexpr (!kDeterministic) {
             // A lone buffer may still be read by another warp's dQ of the step before.
             if constexpr (kDsBuffers == 1) dsv::named_sync(kDsBarrier, kConsumerThreads);
-            dsv::store_fragment<kBlockM, kBlockN>(smem.ds[step % kDsBuffers], kv_row, ds_operand);
+            dsv::store_fragment<kBlockM, kBlockN>(smem.ds[buffer], kv_row, ds_operand);
         }
         // dS before the tensor cores read it, and this stage's LSE and delta before the copy engine overwrites them.
         dsv::fence_async_proxy();
+    };
 
-        if constexpr (!kEarlyDv) issue_dv();
-        const auto issue_dk = [&] {
+    // dQ of a tile whose dS lies in `buffer`; `after` runs while its product does.
+    const auto add_dq = [&](int tile, int buffer, auto&& after) {
+        float* dq_tile = p.dq_accum + dsv::int64{tile + (kDqByRows ? consumer : 0)} * (64 * kHeadDim);
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks; ++chunk) {
+            const int column = (kDqByRows ? 0 : consumer * kDqColumns) + chunk * kChunk;
+            float dq[kChunk / 2];
+            issue_dq(dq, buffer, column);
+            if (chunk == 0) {
+                after();
+            } else {
+                dsv::wgmma_wait<0>();
+            }
+            dsv::pin(dq);
+            if constexpr (kStagedDq) {
+                float* staged = reinterpret_cast<float*>(smem.dq[consumer]);
+                reduce_dq_staged(dq_tile, column, staged, kDqBarrier + consumer, dq);
+            } else {
+                reduce_dq(dq_tile, column, dq);
+            }
+        }
+    };
+
+    dsv::mbarrier_wait(&smem.full_kv, 0);
+    dsv::RingState<kStages> ring;
+    dsv::RingState<2> ds_ring, dq_ring;  // of dS written, and of dS read, when kDqLater
+    int pending = -1;                    // tile whose dQ is still to be made, when kDqLater
+    int previous = -1;  // stage of the tile before, if its dK still runs
+    for (int step = 0;; ++step) {
+        const int stage = ring.index;
+        dsv::mbarrier_wait(&smem.full_q[stage], ring.phase);
+        // Read by the lane whose arrival frees the stage.
+        int tile = 0;
+        if (warp_leader) tile = smem.query_tile[stage];
+        tile = __shfl_sync(0xFFFFFFFF, tile, 0);
+        if (tile < 0) break;
+
+        // Of this tile alone: what a name outlives takes registers from dQ.
+        Scores s, dp;
+        Operand p_operand, ds_operand;
+        issue_s(s, stage);
+        dsv::mbarrier_wait(&smem.full_do[stage], ring.phase);
+        if constexpr (kDkAcross) {
+            dsv::wgmma_wait<1>();  // dK of the tile before, whose operand lies where dP goes
             dsv::pin(dk);
-            dsv::wgmma_fence();
-            dsv::gemm_rs_mn<Element, kHeadDim, kBlockM>(dk, ds_operand, smem.q[stage]);
-            dsv::wgmma_commit();
+            if (previous >= 0) release(&smem.empty_q[previous]);
+        }
+        issue_dp(dp, stage);
+        dsv::wgmma_wait<1>();
+        make_p(s, stage);
+        dsv::to_operand<Element, kBlockM>(p_operand, s);
+        if constexpr (kEarlyDv) issue_dv(p_operand, stage);
+        dsv::wgmma_wait<kEarlyDv ? 1 : 0>();  // dP; an early dV runs while dS is made
+        make_ds(ds_operand, dp, s, stage, kDqLater ? ds_ring.index : step % kDsBuffers, ds_ring.phase);
+        if constexpr (!kEarlyDv) issue_dv(p_operand, stage);
+        // dK runs while dQ is reduced.
+        const auto issue_dk_and_free_do = [&] {
+            issue_dk(ds_operand, stage);
             dsv::wgmma_wait<1>();
             dsv::pin(dv);
             release(&smem.empty_do[stage]);
         };
-        if constexpr (kDeterministic) {
-            issue_dk();
+        if constexpr (kDqLater) {
+            release(&smem.full_ds[ds_ring.index]);
+            ds_ring.advance();
+            issue_dk(ds_operand, stage);
+            const auto free_stage = [&] {
+                dsv::pin(dv);
+                dsv::pin(dk);
+                release(&smem.empty_do[stage]);
+                release(&smem.empty_q[stage]);
+            };
+            if (pending >= 0) {
+                dsv::mbarrier_wait(&smem.full_ds[dq_ring.index], dq_ring.phase);
+                add_dq(pending, dq_ring.index, [&] {
+                    dsv::wgmma_wait<1>();
+                    free_stage();
+                    dsv::wgmma_wait<0>();
+                    release(&smem.empty_ds[dq_ring.index]);
+                });
+                dq_ring.advance();
+            } else {
+                dsv::wgmma_wait<0>();
+                free_stage();
+            }
+            pending = tile;
+        } else if constexpr (kDeterministic) {
+            issue_dk_and_free_do();
         } else {
             dsv::named_sync(kDsBarrier, kConsumerThreads);
-            float* dq_tile = p.dq_accum + dsv::int64{query_tile} * (kBlockM * kHeadDim);
-#pragma unroll
-            for (int chunk = 0; chunk < kChunks; ++chunk) {
-                const int column = (consumer * kChunks + chunk) * kChunk;
-                const dsv::uint32 k_offset = column / 64 * dsv::slab_bytes(kBlockN) + column % 64 * 2;
-                float dq[kChunk / 2];
-                dsv::wgmma_fence();
-                dsv::gemm_ss_mn<Element, kChunk, kBlockN>(dq, smem.ds[step % kDsBuffers], smem.k + k_offset);
-                dsv::wgmma_commit();
-                if (chunk == 0) {
-                    issue_dk();  // runs while dQ is reduced
-                } else {
-                    dsv::wgmma_wait<0>();
-                }
-                dsv::pin(dq);
-                reduce_dq(dq_tile, column, dq);
-            }
+            add_dq(tile, step % kDsBuffers, issue_dk_and_free_do);
         }
-        dsv::wgmma_wait<0>();
-        dsv::pin(dk);
-        release(&smem.empty_q[stage]);
+        if constexpr (kDkAcross) {
+            previous = stage;
+        } else if constexpr (!kDqLater) {
+            dsv::wgmma_wait<0>();
+            dsv::pin(dk);
+            release(&smem.empty_q[stage]);
+        }
         ring.advance();
+    }
+    dsv::wgmma_wait<0>();
+    dsv::pin(dk);
+    if (pending >= 0) {
+        dsv::mbarrier_wait(&smem.full_ds[dq_ring.index], dq_ring.phase);
+        add_dq(pending, dq_ring.index, [] { dsv::wgmma_wait<0>(); });
     }
 
     // K and V are read by no one any more once every consumer is here: their room carries dK and dV out.
@@ -337,8 +452,8 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
         dsv::tma_store_tile(&p.map_dk, dk_tile, kv_tile * kBlockN + kv_row, kv_head, batch);
         dsv::tma_store_tile(&p.map_dv, dv_tile, kv_tile * kBlockN + kv_row, kv_head, batch);
         dsv::bulk_commit();
-        dsv::bulk_wait_read();
     }
+    dsv::bulk_wait_read();
 }
 
 // Grid: (ceil(seqlen_kv / kBlockN), num_kv_heads, B), tiles of a head adjacent so that its Q, dO and dQ stay in L2.
@@ -355,6 +470,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_bf16
             dsv::mbarrier_init(&smem.full_do[i], 1);
             dsv::mbarrier_init(&smem.empty_q[i], kConsumerThreads / 32);
             dsv::mbarrier_init(&smem.empty_do[i], kConsumerThreads / 32);
+        }
+        for (int i = 0; i < kDsBuffers; ++i) {
+            dsv::mbarrier_init(&smem.full_ds[i], kConsumerThreads / 32);
+            dsv::mbarrier_init(&smem.empty_ds[i], kConsumerThreads / 32);
         }
         dsv::mbarrier_init_fence();
     }

@@ -113,7 +113,7 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
 __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
     const int3 cta = dsv::cta_index();
     const int first_row = cta.x * kBlockM, head = cta.y, batch = cta.z;
-    const int consumer = threadIdx.x / 128;
+    const int consumer = dsv::warpgroup_index();
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32 % 4;
     const int row0 = first_row + consumer * kRows;

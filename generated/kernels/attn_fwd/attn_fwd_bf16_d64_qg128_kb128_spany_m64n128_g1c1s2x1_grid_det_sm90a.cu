@@ -151,7 +151,7 @@ struct Softmax {
 __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
     const int3 cta = dsv::cta_index();
     const int first_row = cta.x * kBlockM, head = cta.y, batch = cta.z;
-    const int consumer = threadIdx.x / 128;
+    const int consumer = dsv::warpgroup_index();
     const bool warp_leader = threadIdx.x % 32 == 0;
     const int row0 = first_row + consumer * kRows;
     const Walk walk(p.q2k_index, p.q2k_count, p.error_flag, p.sizes, first_row, head, batch);

@@ -10,7 +10,7 @@ struct AttnSizes {
     int32 num_kv_heads;     // divides H
     int32 seqlen_q;         // Sq
     int32 seqlen_kv;        // Skv
-    int32 seqlen_q_padded;  // Sq rounded up to 64
+    int32 seqlen_q_padded;  // Sq rounded up to 128
     int32 num_groups;       // G; 0 when dense
     int32 num_kv_blocks;    // N; 0 when dense
     int32 max_selected;     // width of the lists; 0 when dense

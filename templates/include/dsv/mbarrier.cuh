@@ -53,6 +53,10 @@ __device__ __forceinline__ int3 cta_index() {
     return index;
 }
 
+// This thread's warpgroup. By way of a shuffle, so that the compiler knows it to be the same in all lanes and keeps what
+// follows from it (descriptors above all) in uniform registers.
+__device__ __forceinline__ int warpgroup_index() { return __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0); }
+
 // Named hardware barriers. Id 0 is __syncthreads. The unaligned forms are used because warpgroups reach different
 // instructions of the same barrier.
 __device__ __forceinline__ void named_sync(uint32 id, uint32 threads) {

@@ -36,6 +36,13 @@ __device__ __forceinline__ void tma_load_row(void* smem, const TensorMap* map, u
         : "memory");
 }
 
+// Adds contiguous f32 (a multiple of 16 bytes, both sides 16-byte aligned) to global memory, in any order.
+__device__ __forceinline__ void bulk_reduce_add(float* global, const float* smem, uint32 bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global),
+                 "r"(smem_address(smem)), "r"(bytes)
+                 : "memory");
+}
+
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Until every committed store of this thread has read its shared memory.
