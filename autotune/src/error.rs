@@ -100,6 +100,14 @@ pub enum TuneError {
         /// The document.
         path: PathBuf,
     },
+    /// A record of tables that cannot be read.
+    #[error("{} is no record of tables: {why}\n  to make it from its run's records: dsv-autotune tables --out DIR", path.display())]
+    BenchFile {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        why: String,
+    },
     /// Nothing that was measured can be put into a table.
     #[error(
         "no kernel was both right and timed, so no table was written\n  {} failures; to see them: dsv-autotune report --out {}",

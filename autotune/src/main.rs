@@ -72,7 +72,11 @@ enum Command {
     /// Writes the HTML report and prints the comparison, without a GPU.
     Report,
     /// Makes the tables of `bench --tables` from the records in --out, without a GPU.
-    Tables,
+    Tables {
+        /// A bench.json to show instead: nothing is made, and of --out nothing is read.
+        #[arg(long, value_name = "FILE", conflicts_with_all = ["ruler", "table"])]
+        from: Option<PathBuf>,
+    },
     /// Checks and times kernels on problems given here; writes no table.
     Bench(Bench),
     /// Says which kernels serve a problem, from which line of the table, and why; needs no GPU.
@@ -183,7 +187,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             "--quick, --full and --only belong to a new run\n  to start one: dsv-autotune --quick\n  a command (resume, reduce, status, report) takes them from the run in --out"
         );
     }
-    let bench = matches!(cli.command, Some(Command::Bench(_)));
+    let bench = matches!(cli.command, Some(Command::Bench(_) | Command::Tables { .. }));
     let default = if bench { ".dsv/bench" } else { ".dsv/autotune" };
     let dir = RunDir::new(common.out.as_deref().unwrap_or(Path::new(default)));
     // Read before anything is measured: a typo should not cost a run.
@@ -211,7 +215,11 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             report(&dir, &peers)?;
             Ok(ExitCode::SUCCESS)
         }
-        Some(Command::Tables) => {
+        Some(Command::Tables { from: Some(path) }) => {
+            show_tables(path, common, &Tables::read(path)?)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Some(Command::Tables { from: None }) => {
             write_tables(&dir, common, &peers)?;
             Ok(ExitCode::SUCCESS)
         }
@@ -338,8 +346,13 @@ fn reduce_run(dir: &RunDir, common: &Common) -> anyhow::Result<()> {
 
 /// Measurements planned and not on record, by kernel and case; source changes since count as measured.
 fn open_measurements(run: &Run, records: &Records) -> Result<usize, TuneError> {
-    let (gpu, arch) = run.machine.as_ref().map_or(("", Arch::Sm90a), |m| (m.gpu.as_str(), m.arch));
-    let service = run.plan.served.as_ref().map(|by| Service::new(gpu, arch, by)).transpose()?;
+    let arch = run.machine.as_ref().map_or(Arch::Sm90a, |m| m.arch);
+    let service = match (&run.plan.served, &run.machine) {
+        (None, _) => None,
+        (Some(by), Some(machine)) => Some(Service::new(&machine.gpu, arch, by)?),
+        // Which table it will be is not known yet; that it serves one kernel a form is.
+        (Some(_), None) => Some(Service::defaults("a GPU not reached yet", arch)),
+    };
     let contests = match &service {
         Some(service) => run.plan.contests_served(service),
         None => run.plan.contests(arch),
@@ -414,10 +427,14 @@ fn write_tables(dir: &RunDir, common: &Common, peers: &[Peer]) -> anyhow::Result
     if !changed.is_empty() {
         eprintln!("measured with another text than this program carries: {}", changed.join(", "));
     }
+    show_tables(&path, common, &bench)
+}
+
+fn show_tables(path: &Path, common: &Common, bench: &Tables) -> anyhow::Result<()> {
     if let Some(document) = &common.markdown {
-        write_markdown(document, &path, &bench)?;
+        write_markdown(document, path, bench)?;
     }
-    print(&page::text(&bench));
+    print(&page::text(bench));
     Ok(())
 }
 

@@ -2,9 +2,12 @@
 //! alone, so that what a document shows can be compared with what was committed.
 
 use crate::error::TuneError;
+use crate::listgen::ListKind;
 use crate::ruler::Peer;
 use crate::summary::tokens;
-use crate::tables::{Cell, DETERMINISTIC_AT_MOST, MIXED_AT_MOST, Section, TableRow, Tables, Target};
+use crate::tables::{
+    CLUSTERED_AT_MOST, Cell, DETERMINISTIC_AT_MOST, MIXED_AT_MOST, Section, TableRow, Tables, Target,
+};
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -89,7 +92,11 @@ fn kernels(row: &TableRow) -> String {
             other => other.kernel().map_or("-".to_string(), tile),
         })
         .collect();
-    words.join(" ")
+    match &words[..] {
+        [fwd, bwd, det] if fwd == "-" && bwd == "-" && det == "-" => "-".to_string(),
+        [fwd, bwd, det] if bwd == det => format!("{fwd} {bwd} ="),
+        _ => words.join(" "),
+    }
 }
 
 /// Columns as wide as their widest word, one blank between.
@@ -133,8 +140,10 @@ fn pass(cell: &Cell, target: Option<&Target>) -> [String; 4] {
 
 fn line(row: &TableRow) -> Vec<String> {
     let number = |x: Option<f64>, digits: usize| x.map_or(String::new(), |x| format!("{x:.digits$}"));
-    let [fwd_us, fwd_spread, fwd_tf, fwd_goal] = pass(&row.forward, row.goal.as_ref().map(|g| &g.forward));
-    let [bwd_us, bwd_spread, bwd_tf, bwd_goal] = pass(&row.backward, row.goal.as_ref().map(|g| &g.backward));
+    let [fwd_us, fwd_spread, fwd_tf, fwd_target] =
+        pass(&row.forward, row.targets.as_ref().map(|g| &g.forward));
+    let [bwd_us, bwd_spread, bwd_tf, bwd_target] =
+        pass(&row.backward, row.targets.as_ref().map(|g| &g.backward));
     let det = match &row.deterministic {
         Cell::Failed { outcome, .. } => outcome.to_uppercase(),
         _ => row.deterministic_factor().map_or(String::new(), |x| {
@@ -144,7 +153,14 @@ fn line(row: &TableRow) -> Vec<String> {
         }),
     };
     let lists_us = row.select_us.zip(row.invert_us).map(|(select, invert)| select + invert);
-    let speed_up = row.speed_up().map_or(String::new(), |x| match &row.speed_up_goal {
+    let most = if row.lists == ListKind::Mixed.name() { MIXED_AT_MOST } else { CLUSTERED_AT_MOST };
+    let other = match row.of_other() {
+        (Some(fwd), Some(bwd)) => {
+            format!("{}{}", pair((Some(fwd), Some(bwd))), if fwd.max(bwd) <= most { '=' } else { '-' })
+        }
+        some => pair(some),
+    };
+    let speed_up = row.speed_up().map_or(String::new(), |x| match &row.speed_up_target {
         Some(t) => format!("{x:.1}{} ({}/{})", mark(x, t), t.must, t.aim),
         None => format!("{x:.1}"),
     });
@@ -156,16 +172,16 @@ fn line(row: &TableRow) -> Vec<String> {
         fwd_us,
         fwd_spread,
         fwd_tf,
-        fwd_goal,
+        fwd_target,
         bwd_us,
         bwd_spread,
         bwd_tf,
-        bwd_goal,
+        bwd_target,
         det,
         number(lists_us, 0),
         pair(row.of_cudnn()),
         speed_up,
-        pair(row.of_other()),
+        other,
         number(row.error_ratio(), 2),
         kernels(row),
     ]
@@ -179,11 +195,11 @@ const HEADER: [&str; 19] = [
     "fwd us",
     "+-%",
     "TF",
-    "goal",
+    "target",
     "bwd us",
     "+-%",
     "TF",
-    "goal",
+    "target",
     "det/bwd",
     "sel+inv",
     "TF/cuDNN",
@@ -199,7 +215,7 @@ fn beside(peer: &Peer, row: &TableRow) -> String {
     let ours = (ratio(row.forward.tf(), peer.fwd_tf), ratio(row.backward.tf(), peer.bwd_tf));
     let ours = match pair(ours) {
         text if text.is_empty() => text,
-        text => format!(" (ours {text})"),
+        text => format!(" ({text})"),
     };
     format!("{}: {}|{}{ours}", peer.name, whole(peer.fwd_tf), whole(peer.bwd_tf))
 }
@@ -225,10 +241,11 @@ pub fn text(bench: &Tables) -> String {
     let m = &bench.machine;
     let mut out = format!(
         "{}, driver {}, NVRTC {}, {}, {}; kernels {}; served by {}\n\
-         us: median; +-%: 10th to 90th percentile. TF: on the pairs kept; of the goal (must/aim, H100) + aim, = must, - less.\n\
-         det/bwd: deterministic backward over default (goal {}/{}). sel+inv: us. TF/cuDNN: of its dense TF, fwd|bwd. speed-up: its\n\
-         dense fwd+bwd over ours, lists given. us/other: over random, or uniform lists of the same work (goal {MIXED_AT_MOST}). err: largest\n\
-         error over its tolerance, below 1 is right. Tiles: ~ nearest line of the table, * default, ^ text not committed.\n\
+         us: median; +-%: 10th to 90th percentile. TF: on the pairs kept; of the target (must/aim, H100) + aim, = must, - less.\n\
+         det/bwd: deterministic backward over default (target {}/{}). sel+inv: us. TF/cuDNN: of its dense TF, fwd|bwd. speed-up:\n\
+         its dense fwd+bwd over ours, lists given. us/other: clustered over random (target {CLUSTERED_AT_MOST:.2}), mixed over\n\
+         uniform lists of the same work (target {MIXED_AT_MOST:.2}). err: largest error over its tolerance, below 1 is right. Tiles: ~ nearest line of the\n\
+         table, * default, ^ text not committed, = as before it.\n\
          Below a row its peers: TF fwd|bwd, and ours over theirs.\n",
         m.gpu,
         m.driver,
@@ -287,24 +304,43 @@ fn markdown_pass(cell: &Cell) -> String {
     }
 }
 
+/// Lines of at most 120 characters.
+fn wrap(text: &str) -> String {
+    let mut out = String::new();
+    let mut length = 0;
+    for word in text.split(' ') {
+        if length > 0 && length + 1 + word.chars().count() > 120 {
+            out.push('\n');
+            length = 0;
+        } else if length > 0 {
+            out.push(' ');
+            length += 1;
+        }
+        out += word;
+        length += word.chars().count();
+    }
+    out + "\n"
+}
+
 /// The tables as Markdown, one a section; rows the run has nothing of are left out.
 pub fn markdown(bench: &Tables) -> String {
     let m = &bench.machine;
-    let mut out = format!(
-        "{}, driver {}, NVRTC {}, {} under load, {}; kernels `{}`, served by {}. bf16, batch 1, medians; TFLOP/s (TF) count\n\
-         the pairs kept; goals are of an H100, at least / hoped for. cuDNN is PyTorch's scaled_dot_product_attention on the same\n\
-         GPU; the speed-up is its dense forward + backward over ours, lists given. Every kernel timed was compared with the f64\n\
-         oracle on the inputs it was timed on.\n",
+    let intro = format!(
+        "{}, driver {}, NVRTC {}, {} under load, {}; kernels `{}`, served by {}. bf16, batch 1, medians; TFLOP/s (TF) count \
+         the pairs kept. Targets are of an H100: at least / hoped for. cuDNN is PyTorch's scaled_dot_product_attention on the \
+         same GPU; the speed-up is its dense forward + backward over ours, lists given. Every kernel timed was compared with \
+         the f64 oracle on the inputs it was timed on.",
         m.gpu, m.driver, m.compiler, m.clocks, m.date, bench.kernels, bench.served_by
     );
+    let mut out = wrap(&intro);
     for section in &bench.sections {
         let rows: Vec<&TableRow> = section.rows.iter().filter(|row| row.is_told()).collect();
         if rows.iter().all(|row| row.forward.us().is_none() && row.backward.us().is_none()) {
             continue;
         }
         let compared = rows.iter().any(|row| row.against.is_some());
-        let mut header = vec!["head_dim", "heads, tokens", "attention", "kept", "forward ms (TF)", "goal"];
-        header.extend(["backward ms (TF)", "goal", "same bits ms (TF)", "selection + inversion ms"]);
+        let mut header = vec!["head_dim", "heads, tokens", "attention", "kept", "forward ms (TF)", "target"];
+        header.extend(["backward ms (TF)", "target", "same bits ms (TF)", "selection + inversion ms"]);
         header.extend(["TF / cuDNN dense", "speed-up"]);
         if compared {
             header.push("time / other lists");
@@ -335,14 +371,14 @@ pub fn markdown(bench: &Tables) -> String {
                 name(row),
                 if row.keep >= 1.0 { String::new() } else { format!("{:.1} %", 100.0 * row.keep) },
                 markdown_pass(&row.forward),
-                spaced(row.goal.as_ref().map(|g| &g.forward)),
+                spaced(row.targets.as_ref().map(|g| &g.forward)),
                 markdown_pass(&row.backward),
-                spaced(row.goal.as_ref().map(|g| &g.backward)),
+                spaced(row.targets.as_ref().map(|g| &g.backward)),
                 markdown_pass(&row.deterministic),
                 lists_us.map_or(String::new(), milliseconds),
                 ratio(row.of_cudnn()),
-                row.speed_up().map_or(String::new(), |x| match &row.speed_up_goal {
-                    Some(t) => format!("{x:.1} (goal {} / {})", t.must, t.aim),
+                row.speed_up().map_or(String::new(), |x| match &row.speed_up_target {
+                    Some(t) => format!("{x:.1} (target {} / {})", t.must, t.aim),
                     None => format!("{x:.1}"),
                 }),
             ];

@@ -283,7 +283,7 @@ impl<'a> Session<'a> {
         let problem = case.problem(op);
         let fresh = |r: &&TuneRecord| {
             let hash = self.texts.get(&r.spec).and_then(|t| t.as_ref().ok()).map(|(_, hash)| hash);
-            r.problem == problem && r.lists == case.kind.name() && hash.is_none_or(|h| *h == r.source_hash)
+            r.problem == problem && r.lists == case.kind.name() && hash.is_some_and(|h| *h == r.source_hash)
         };
         self.records
             .iter()

@@ -174,7 +174,7 @@ fn the_tables_end_within_three_minutes() {
 }
 
 #[test]
-fn goals_are_those_of_an_h100() {
+fn targets_are_those_of_an_h100() {
     let at = |section: &str, head_dim, block, kind: ListKind| {
         let found = |l: &dsv_autotune::tables::Line| {
             (l.case.head_dim, l.case.lists.block_size(), l.case.kind) == (head_dim, block, kind)
@@ -183,8 +183,8 @@ fn goals_are_those_of_an_h100() {
         lines().into_iter().find(found).unwrap()
     };
     let words = |line: dsv_autotune::tables::Line| {
-        let goal = line.goal.unwrap();
-        [goal.forward.must, goal.forward.aim, goal.backward.must, goal.backward.aim]
+        let target = line.targets.unwrap();
+        [target.forward.must, target.forward.aim, target.backward.must, target.backward.aim]
     };
     assert_eq!(words(at("32,768", 128, (0, 0), ListKind::Dense)), [640.0, 700.0, 570.0, 650.0]);
     assert_eq!(words(at("32,768", 64, (64, 64), ListKind::Random)), [410.0, 460.0, 330.0, 400.0]);
@@ -197,7 +197,7 @@ fn goals_are_those_of_an_h100() {
     );
     assert_eq!(at("32,768", 96, (0, 0), ListKind::Dense).case.num_heads, 16);
     assert_eq!(at("32,768", 256, (0, 0), ListKind::Dense).case.num_heads, 8);
-    assert!(at("32,768", 96, (64, 64), ListKind::Random).goal.is_none());
+    assert!(at("32,768", 96, (64, 64), ListKind::Random).targets.is_none());
 }
 
 #[test]
@@ -323,7 +323,7 @@ fn the_text_fits_and_says_it_all() {
     let shown = text(&tables);
     assert!(shown.len() <= 12_000, "{} characters", shown.len());
     insta::assert_snapshot!("text", text(&fixed()));
-    for words in ["cuDNN-frontend BSA 64 clustered: 400|- (ours 1.39|-)", "64x64 mixed", "12.5+ (6.8/7.5)"] {
+    for words in ["cuDNN-frontend BSA 64 clustered: 400|- (1.39|-)", "64x64 mixed", "12.5+ (6.8/7.5)"] {
         assert!(shown.contains(words), "no '{words}' in\n{shown}");
     }
 }
@@ -379,6 +379,28 @@ fn a_document_has_its_place_replaced() {
     }
 }
 
+/// README's tables are those of the newest committed record, character by character. To bring them up to date:
+/// dsv-autotune tables --from autotune/record/DATE-GPU/bench.json --markdown README.md
+#[test]
+fn the_readme_shows_the_newest_committed_record() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
+    let (record, shown) = placed(&readme).expect("README.md has marks for the tables");
+    let tables = Tables::read(&root.join(record)).unwrap();
+    assert_eq!(shown, markdown(&tables), "README.md does not show {record}");
+    assert!(tables.rows().filter(|row| row.forward.us().is_some()).count() >= 8, "{record} holds too little");
+    let mut records = 0;
+    for entry in std::fs::read_dir(root.join("autotune/record")).unwrap() {
+        let path = entry.unwrap().path().join(BENCH_FILE);
+        if path.exists() {
+            records += 1;
+            let (theirs, date) = (Tables::read(&path).unwrap().machine.date, &tables.machine.date);
+            assert!(theirs <= *date, "{} is newer than {record}, which README.md shows", path.display());
+        }
+    }
+    assert!(records > 0);
+}
+
 #[test]
 fn the_command_line_makes_them_without_a_gpu() {
     let temp = tempfile::tempdir().unwrap();
@@ -402,16 +424,26 @@ fn the_command_line_makes_them_without_a_gpu() {
     assert!(json == tables().to_json(), "{json}");
     let page = std::fs::read_to_string(temp.path().join("page.md")).unwrap();
     assert_eq!(placed(&page), Some(("run/bench.json", markdown(&tables()).as_str())));
+    // The record alone makes the same.
+    let (ok, again, errors) = autotune(&["tables", "--from", "run/bench.json", "--markdown", "again.md"]);
+    assert!(ok && again == shown, "{errors}");
+    assert_eq!(std::fs::read_to_string(temp.path().join("again.md")).unwrap(), page);
     let (_, status, errors) = autotune(&["status", "--out", "run"]);
     assert!(
         status.contains("to measure: 0\n") && status.contains("next: dsv-autotune tables"),
         "{status}{errors}"
     );
+    // Before a GPU is reached, too.
+    let early = RunDir::new(&temp.path().join("early"));
+    early.begin(&Run { plan: plan(ServedBy::File("t.json".into())), device: 0, machine: None }).unwrap();
+    let (ok, status, errors) = autotune(&["status", "--out", "early"]);
+    assert!(ok && status.contains(&format!("to measure: {}\n", recorded().len())), "{status}{errors}");
     for (args, words) in [
         (&["bench", "--tables", "--heads", "4"][..], "cannot be used with"),
         (&["bench", "--tables", "--table", "no.json"], "no.json"),
         (&["bench", "--form", "fast"], "--form fast is not possible\n  allowed: default, deterministic"),
         (&["bench", "--lists", "window"], "allowed: random, clustered, mixed"),
+        (&["tables", "--from", "peers.json"], "peers.json is no record of tables"),
         (&["tables", "--out", "nowhere"], "there is no run in nowhere"),
     ] {
         let (ok, _, errors) = autotune(args);
