@@ -1,6 +1,7 @@
 //! Is a kernel right? On a small problem every element is compared with the oracle; on a timed one, rows and keys
 //! drawn at random are, each recomputed in f64 from the same inputs. Needs no GPU: it judges what is handed to it.
 
+use crate::listgen::head_counts;
 use crate::plan::{Case, DTYPE};
 use dsv_reference::attention::{AttnError, AttnGrads, AttnInputs, AttnOutput, AttnShape, View, lowp, oracle};
 use dsv_reference::compare::{Comparison, all_passed, compare};
@@ -486,16 +487,17 @@ pub(crate) fn judge_selection(
     let (query_group, kv_block) = pieces(case);
     let (seqlen, heads, width) = (case.seqlen as usize, case.num_heads as usize, case.max_selected as usize);
     let (groups, blocks) = (seqlen.div_ceil(query_group), seqlen.div_ceil(kv_block));
+    let counts = head_counts(case);
     let mut rng = SplitMix64::new(13);
     for n in 0..16 {
         let (b, h) = (rng.below(case.batch as usize), rng.below(heads));
         let group = if n == 0 { groups - 1 } else { rng.below(groups) };
         let list = (b * heads + h) * groups + group;
         let at = format!("(batch {b}, head {h}, group {group})");
-        if count[list] as usize != width {
-            return Err(format!("{at}: count {} instead of {width}", count[list]));
+        if count[list] as usize != counts[h] {
+            return Err(format!("{at}: count {} instead of {}", count[list], counts[h]));
         }
-        let ids = &index[list * width..][..width];
+        let ids = &index[list * width..][..counts[h]];
         let ascending = ids.windows(2).all(|w| w[0] < w[1]);
         if !ascending || ids.iter().any(|&id| id < 0 || id as usize >= blocks) {
             return Err(format!("{at}: ids are not ascending within 0..{blocks}: {ids:?}"));
@@ -526,7 +528,7 @@ pub(crate) fn judge_selection(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::ListKind;
+    use crate::listgen::ListKind;
 
     const BLOCKS: Lists = Lists::Blocks { query_group: 64, kv_block: 64 };
 
@@ -556,7 +558,7 @@ mod tests {
         let inputs = HostInputs::random(&case);
         let (s, heads, dim) = (case.seqlen as usize, case.num_heads as usize, case.head_dim as usize);
         let shape = AttnShape::new(case.batch as usize, s, heads, dim);
-        let lists = (!case.lists.is_dense()).then(|| crate::gpu::host_lists(&case));
+        let lists = (!case.lists.is_dense()).then(|| crate::listgen::host_lists(&case));
         let view = lists.as_ref().map(KvListsBuf::view);
         let packed = AttnInputs::packed(&shape, &inputs.q, &inputs.k, &inputs.v);
         let dout = View::new(&inputs.d_out, shape.q_layout());
@@ -594,7 +596,7 @@ mod tests {
         let case = Case::sparse(128, 2, 512, (64, 64), 0.5, ListKind::Random);
         let len = 512 * 2 * 16;
         let (q_lr, k_lr) = (normals(len, 1), normals(len, 2));
-        let dims = crate::gpu::list_dims(&case);
+        let dims = crate::listgen::list_dims(&case);
         use dsv_reference::attention::Layout;
         use dsv_reference::select::{scores_f64, top_k};
         let layout = Layout::bshd(512, 2, 16);

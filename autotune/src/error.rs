@@ -89,6 +89,25 @@ pub enum TuneError {
         /// Every problem.
         problems: Vec<String>,
     },
+    /// A document that has no place for the tables.
+    #[error(
+        "{} has no place for the tables
+  needed: a line that begins with '{}' and, below it, the line '{}'
+  to write them into a file of their own: --markdown NEW-FILE",
+        path.display(), crate::page::BEGIN, crate::page::END
+    )]
+    Document {
+        /// The document.
+        path: PathBuf,
+    },
+    /// A record of tables that cannot be read.
+    #[error("{} is no record of tables: {why}\n  to make it from its run's records: dsv-autotune tables --out DIR", path.display())]
+    BenchFile {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        why: String,
+    },
     /// Nothing that was measured can be put into a table.
     #[error(
         "no kernel was both right and timed, so no table was written\n  {} failures; to see them: dsv-autotune report --out {}",

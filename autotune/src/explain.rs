@@ -2,7 +2,8 @@
 //! or without a GPU.
 
 use crate::error::TuneError;
-use crate::plan::{Case, DTYPE, ListKind, parse_block};
+use crate::listgen::ListKind;
+use crate::plan::{Case, DTYPE, parse_block};
 use dsv_runtime::{Device, Dispatch, Error, Gpu, MemoryNeeded, Registry, Report, TableSource};
 use dsv_spec::{Arch, AttnOp, Deterministic, DispatchTable, Lists, Problem, TableError};
 use std::fmt::Write as _;

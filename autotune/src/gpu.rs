@@ -1,10 +1,9 @@
 //! The GPU's part of measuring: buffers of a case, runs that are checked, and times.
 
 use crate::check::HostInputs;
-use crate::plan::{Case, ListKind, Step};
+use crate::plan::{Case, Step};
 use crate::reduce::to_nanosecond;
-use dsv_reference::lists::{KvInverse, KvListsBuf, ListDims};
-use dsv_reference::rng::SplitMix64;
+use dsv_reference::lists::{KvInverse, KvListsBuf};
 use dsv_runtime::device::{Event, L2Flush};
 use dsv_runtime::{
     AttnLayouts, AttnPlan, BwdArgs, Clocks, Device, DeviceBuffer, Error, FwdArgs, KeyLists, MemoryNeeded,
@@ -13,30 +12,6 @@ use dsv_runtime::{
 use dsv_spec::{AttnOp, Problem, Timing};
 use half::bf16;
 use std::sync::Arc;
-
-/// Sizes of a case's lists.
-pub(crate) fn list_dims(case: &Case) -> ListDims {
-    let (query_group, kv_block) = case.lists.block_size();
-    ListDims {
-        batch: case.batch as usize,
-        num_heads: case.num_heads as usize,
-        seqlen_q: case.seqlen as usize,
-        seqlen_kv: case.seqlen as usize,
-        query_group: query_group as usize,
-        kv_block: kv_block as usize,
-        max_selected: case.max_selected as usize,
-    }
-}
-
-/// The lists of a case, the same each time.
-pub(crate) fn host_lists(case: &Case) -> KvListsBuf {
-    let dims = list_dims(case);
-    let mut rng = SplitMix64::new(17 + case.seqlen as u64 * 1000 + case.max_selected as u64);
-    match case.kind {
-        ListKind::Clustered => KvListsBuf::clustered(dims, dims.max_selected, &mut rng),
-        ListKind::Dense | ListKind::Random => KvListsBuf::random(dims, dims.max_selected, &mut rng),
-    }
-}
 
 /// Why a launch gave no result.
 #[derive(Debug)]
@@ -67,8 +42,21 @@ pub(crate) struct Gpu {
     clocks: std::cell::RefCell<Vec<Clocks>>,
 }
 
-/// Launches one call of a candidate.
-pub(crate) type Launch<'a> = Box<dyn Fn() -> Result<(), Error> + 'a>;
+/// One candidate while it is timed.
+pub(crate) struct Timed<'a> {
+    /// Makes what it writes NaN.
+    pub(crate) poison: Box<dyn Fn() -> Result<(), Error> + 'a>,
+    /// Launches one call.
+    pub(crate) launch: Box<dyn Fn() -> Result<(), Error> + 'a>,
+    /// Compares what the call wrote; the largest error over its tolerance.
+    pub(crate) judge: Box<dyn Fn() -> Result<f64, Failure> + 'a>,
+}
+
+/// The times of a candidate, and what became of its last timed launch.
+pub(crate) struct Judged {
+    pub(crate) timing: Timing,
+    pub(crate) error_ratio: Result<f64, Failure>,
+}
 
 /// Rounds of timed launches: at least and at most this many.
 const ROUNDS: std::ops::RangeInclusive<usize> = 5..=30;
@@ -119,24 +107,22 @@ impl Gpu {
 
     /// Times candidates in turns, each after writing over the L2 cache (which also keeps the host ahead of the GPU,
     /// so that launch overhead is not measured). Every candidate has run before. `over` ends the rounds early, never
-    /// before the first three.
+    /// before the first three. The last timed launch of each is judged: it writes over poisoned results, and its error
+    /// flag is read.
     pub(crate) fn time(
         &self,
-        work: &[Launch<'_>],
+        work: &[Timed<'_>],
         budget_us: f64,
         over: impl Fn() -> bool,
-    ) -> Result<Vec<Timing>, Error> {
+    ) -> Result<Vec<Judged>, Error> {
         let device = self.device();
         let events: Vec<(Event, Event)> = work
             .iter()
             .map(|_| Ok((device.new_event()?, device.new_event()?)))
             .collect::<Result<_, Error>>()?;
         let round = |with_clocks: bool, chosen: &dyn Fn(usize) -> bool| -> Result<Vec<Option<f64>>, Error> {
-            for (i, launch) in work.iter().enumerate().filter(|(i, _)| chosen(*i)) {
-                self.flush.flush(&self.stream)?;
-                self.stream.record(&events[i].0)?;
-                launch()?;
-                self.stream.record(&events[i].1)?;
+            for i in (0..work.len()).filter(|&i| chosen(i)) {
+                self.timed_launch(&work[i], &events[i])?;
             }
             if with_clocks {
                 // Read while the work queued above is running.
@@ -154,16 +140,35 @@ impl Gpu {
         let of_a_round: f64 = (0..work.len()).filter(|&i| hopeful(i)).map(|i| estimate[i] + 60.0).sum();
         let rounds = ((budget_us / of_a_round) as usize).clamp(*ROUNDS.start(), *ROUNDS.end());
         let mut samples: Vec<Vec<f64>> = vec![Vec::with_capacity(rounds); work.len()];
-        for n in 0..rounds {
-            if n >= HOPELESS_ROUNDS && over() {
+        // All but the last launch of each.
+        for n in 0..rounds - 1 {
+            if n + 1 >= HOPELESS_ROUNDS && over() {
                 break;
             }
-            let times = round(false, &|i| hopeful(i) || n < HOPELESS_ROUNDS)?;
+            let times = round(false, &|i| hopeful(i) || n + 1 < HOPELESS_ROUNDS)?;
             for (samples, time) in samples.iter_mut().zip(times) {
                 samples.extend(time);
             }
         }
-        Ok(samples.into_iter().map(timing).collect())
+        let mut judged = Vec::with_capacity(work.len());
+        for ((timed, events), mut samples) in work.iter().zip(&events).zip(samples) {
+            (timed.poison)()?;
+            let launched = self.checked_run(|| self.timed_launch(timed, events));
+            // A launch that failed has no time.
+            if !matches!(launched, Err(Failure::Launch(_))) {
+                samples.push(events.1.microseconds_since(&events.0)?);
+            }
+            let error_ratio = launched.and_then(|()| (timed.judge)());
+            judged.push(Judged { timing: timing(samples), error_ratio });
+        }
+        Ok(judged)
+    }
+
+    fn timed_launch(&self, timed: &Timed<'_>, events: &(Event, Event)) -> Result<(), Error> {
+        self.flush.flush(&self.stream)?;
+        self.stream.record(&events.0)?;
+        (timed.launch)()?;
+        self.stream.record(&events.1)
     }
 }
 
@@ -354,16 +359,5 @@ mod tests {
         assert_eq!((t.median_us, t.samples), (3.0, 5));
         assert!((t.spread_us - (4.6 - 1.4)).abs() < 1e-12);
         assert_eq!(timing(vec![2.0]), Timing { median_us: 2.0, spread_us: 0.0, samples: 1 });
-    }
-
-    #[test]
-    fn lists_of_a_case_are_full_and_repeatable() {
-        for kind in [ListKind::Random, ListKind::Clustered] {
-            let case = Case::sparse(64, 2, 4096, (64, 64), 0.1, kind);
-            let lists = host_lists(&case);
-            lists.validate().unwrap();
-            assert!(lists.count.iter().all(|&c| c == case.max_selected as i32));
-            assert_eq!(lists, host_lists(&case));
-        }
     }
 }

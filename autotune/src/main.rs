@@ -3,13 +3,17 @@
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use dsv_autotune::explain::{Question, explain};
-use dsv_autotune::plan::{BenchRequest, ListKind, Mode, Plan, Step};
+use dsv_autotune::listgen::ListKind;
+use dsv_autotune::plan::{BenchRequest, Mode, Plan, ServedBy, Step};
 use dsv_autotune::records::{Records, Run, RunDir, outcome_name, write_atomic};
 use dsv_autotune::reduce::{Reduction, gpu_slug, merge, reduce, rows};
 use dsv_autotune::report::Report;
 use dsv_autotune::ruler::{self, Peer};
-use dsv_autotune::{Supervised, TuneError, summary, supervise, work};
-use dsv_spec::{Arch, DispatchTable};
+use dsv_autotune::service::Service;
+use dsv_autotune::tables::{self, BENCH_FILE, Tables};
+use dsv_autotune::{Supervised, TuneError, page, summary, supervise, work};
+use dsv_runtime::Registry;
+use dsv_spec::{Arch, Deterministic, DispatchTable, TableError};
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -39,12 +43,16 @@ struct Common {
     /// Directory of the run: records, kernel reports, HTML report.
     #[arg(long, global = true, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// The dispatch table to write; by default generated/tables/<gpu>.json of the checkout.
+    /// The dispatch table to write; by default generated/tables/<gpu>.json of the checkout. `bench` and `tables`
+    /// read it instead: the table that serves, by default the committed one of the GPU.
     #[arg(long, global = true, value_name = "PATH")]
     table: Option<PathBuf>,
     /// JSON rows of a PyTorch run on the same GPU, to compare with.
     #[arg(long, global = true, value_name = "FILE")]
     ruler: Option<PathBuf>,
+    /// Writes the tables of `bench --tables` into this Markdown file: between its marks, or, where there is none, a new one.
+    #[arg(long, global = true, value_name = "FILE")]
+    markdown: Option<PathBuf>,
     /// Hard limit of the run; what is not measured by then is left for `resume`.
     #[arg(long, global = true, value_name = "SECONDS")]
     time_limit: Option<f64>,
@@ -63,6 +71,12 @@ enum Command {
     Status,
     /// Writes the HTML report and prints the comparison, without a GPU.
     Report,
+    /// Makes the tables of `bench --tables` from the records in --out, without a GPU.
+    Tables {
+        /// A bench.json to show instead: nothing is made, and of --out nothing is read.
+        #[arg(long, value_name = "FILE", conflicts_with_all = ["ruler", "table"])]
+        from: Option<PathBuf>,
+    },
     /// Checks and times kernels on problems given here; writes no table.
     Bench(Bench),
     /// Says which kernels serve a problem, from which line of the table, and why; needs no GPU.
@@ -92,12 +106,25 @@ struct Bench {
     /// Shares of the KV blocks kept.
     #[arg(long, value_delimiter = ',', default_value = "0.1")]
     keep: Vec<f64>,
-    /// How lists are made: random, clustered.
+    /// How lists are made: random, clustered (8 neighbouring groups share 80 % of their blocks), mixed (heads of 50 % to
+    /// 99 % sparsity in one launch, whatever --keep says).
     #[arg(long, value_delimiter = ',', default_value = "random")]
     lists: Vec<String>,
     /// fwd, bwd, dq, select, invert.
     #[arg(long, value_delimiter = ',', default_value = "fwd,bwd")]
     op: Vec<String>,
+    /// Forms of the backward: default, deterministic.
+    #[arg(long, value_delimiter = ',', default_value = "default,deterministic")]
+    form: Vec<String>,
+    /// Only the kernels that the table (--table, else the committed one of this GPU) serves.
+    #[arg(long)]
+    served: bool,
+    /// The tables of the project's figures instead: dense and sparse at 32k and 64k tokens, 5 % and 20 % kept, clustered
+    /// and mixed lists, each with the kernels the table serves. About three minutes.
+    #[arg(long, conflicts_with_all = [
+        "head_dim", "seqlen", "heads", "batch", "block", "keep", "lists", "op", "form", "served", "kernel"
+    ])]
+    tables: bool,
     /// Names of kernels, feasible ones that are no candidates included; by default every candidate.
     #[arg(long, value_delimiter = ',')]
     kernel: Vec<String>,
@@ -160,7 +187,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             "--quick, --full and --only belong to a new run\n  to start one: dsv-autotune --quick\n  a command (resume, reduce, status, report) takes them from the run in --out"
         );
     }
-    let bench = matches!(cli.command, Some(Command::Bench(_)));
+    let bench = matches!(cli.command, Some(Command::Bench(_) | Command::Tables { .. }));
     let default = if bench { ".dsv/bench" } else { ".dsv/autotune" };
     let dir = RunDir::new(common.out.as_deref().unwrap_or(Path::new(default)));
     // Read before anything is measured: a typo should not cost a run.
@@ -186,6 +213,14 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Some(Command::Report) => {
             report(&dir, &peers)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Some(Command::Tables { from: Some(path) }) => {
+            show_tables(path, common, &Tables::read(path)?)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Some(Command::Tables { from: None }) => {
+            write_tables(&dir, common, &peers)?;
             Ok(ExitCode::SUCCESS)
         }
         Some(Command::Explain(asked)) => {
@@ -228,17 +263,19 @@ fn tune(dir: &RunDir, common: &Common, peers: &[Peer]) -> anyhow::Result<ExitCod
     if ended == Supervised::Failed {
         return Ok(ExitCode::FAILURE);
     }
-    if mode == Mode::Bench {
-        print(&summary::records(&dir.read_records()?.records));
-    } else {
-        reduce_run(dir, common)?;
-        report(dir, peers)?;
-    }
     if ended == Supervised::TimeLimit {
         eprintln!(
-            "the time limit of {seconds:.0} s came before the end; table and report hold what was measured\n  to measure the rest: dsv-autotune resume --out {}",
+            "the time limit of {seconds:.0} s came before the end; what follows holds what was measured\n  to measure the rest: dsv-autotune resume --out {}",
             dir.path().display()
         );
+    }
+    match mode {
+        Mode::Bench => print(&summary::records(&dir.read_records()?.records)),
+        Mode::Tables => write_tables(dir, common, peers)?,
+        Mode::Quick | Mode::Full => {
+            reduce_run(dir, common)?;
+            report(dir, peers)?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -283,7 +320,7 @@ fn reduce_run(dir: &RunDir, common: &Common) -> anyhow::Result<()> {
     let path = table_path(common, dir, &table.meta.gpu);
     let measured = table.entries.len();
     let whole =
-        run.plan.mode == Mode::Full && run.plan.only.is_none() && open_measurements(&run, &records) == 0;
+        run.plan.mode == Mode::Full && run.plan.only.is_none() && open_measurements(&run, &records)? == 0;
     let table = match std::fs::read_to_string(&path) {
         Ok(text) if !whole => {
             let old = DispatchTable::from_json(&path.display().to_string(), &text).context(
@@ -308,19 +345,28 @@ fn reduce_run(dir: &RunDir, common: &Common) -> anyhow::Result<()> {
 }
 
 /// Measurements planned and not on record, by kernel and case; source changes since count as measured.
-fn open_measurements(run: &Run, records: &Records) -> usize {
+fn open_measurements(run: &Run, records: &Records) -> Result<usize, TuneError> {
     let arch = run.machine.as_ref().map_or(Arch::Sm90a, |m| m.arch);
+    let service = match (&run.plan.served, &run.machine) {
+        (None, _) => None,
+        (Some(by), Some(machine)) => Some(Service::new(&machine.gpu, arch, by)?),
+        // Which table it will be is not known yet; that it serves one kernel a form is.
+        (Some(_), None) => Some(Service::defaults("a GPU not reached yet", arch)),
+    };
+    let contests = match &service {
+        Some(service) => run.plan.contests_served(service),
+        None => run.plan.contests(arch),
+    };
     let done: std::collections::HashSet<_> =
         records.records.iter().map(|r| (r.spec, r.problem, r.lists.as_str())).collect();
-    run.plan
-        .contests(arch)
+    Ok(contests
         .iter()
         .flat_map(|c| {
             let (problem, lists) = (c.case.problem(c.step.op()), c.case.kind.name());
             c.specs.iter().map(move |spec| (*spec, problem, lists))
         })
         .filter(|key| !done.contains(key))
-        .count()
+        .count())
 }
 
 fn status(dir: &RunDir) -> anyhow::Result<()> {
@@ -333,12 +379,16 @@ fn status(dir: &RunDir) -> anyhow::Result<()> {
         *outcomes.entry(outcome_name(&record.outcome)).or_default() += 1;
     }
     let outcomes: Vec<String> = outcomes.into_iter().map(|(name, n)| format!("{n} {name}")).collect();
-    let open = open_measurements(&run, &records);
+    let open = open_measurements(&run, &records)?;
     print(&format!("{}: {:?} run of {} cases", dir.path().display(), run.plan.mode, run.plan.cases.len()));
     print(&format!("  machine: {machine}"));
     print(&format!("  on record: {} ({})", records.records.len(), outcomes.join(", ")));
     print(&format!("  to measure: {open}"));
-    let next = if open > 0 { "resume" } else { "report" };
+    let next = match run.plan.mode {
+        _ if open > 0 => "resume",
+        Mode::Tables => "tables",
+        _ => "report",
+    };
     print(&format!("  next: dsv-autotune {next} --out {}", dir.path().display()));
     Ok(())
 }
@@ -364,21 +414,88 @@ fn report(dir: &RunDir, peers: &[Peer]) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The tables of whatever is on record: [`BENCH_FILE`], the Markdown asked for, and on standard output.
+fn write_tables(dir: &RunDir, common: &Common, peers: &[Peer]) -> anyhow::Result<()> {
+    let (run, records) = read(dir)?;
+    let machine = run.machine.ok_or_else(|| TuneError::NotStarted { dir: dir.path().to_path_buf() })?;
+    let by = common.table.clone().map(ServedBy::File).or(run.plan.served).unwrap_or(ServedBy::Committed);
+    let service = Service::new(&machine.gpu, machine.arch, &by)?;
+    let bench = Tables::new(&machine, &records.records, &service, peers);
+    let path = dir.file(BENCH_FILE);
+    write_atomic(&path, &bench.to_json())?;
+    let changed = bench.changed(&Registry::committed());
+    if !changed.is_empty() {
+        eprintln!("measured with another text than this program carries: {}", changed.join(", "));
+    }
+    show_tables(&path, common, &bench)
+}
+
+fn show_tables(path: &Path, common: &Common, bench: &Tables) -> anyhow::Result<()> {
+    if let Some(document) = &common.markdown {
+        write_markdown(document, path, bench)?;
+    }
+    print(&page::text(bench));
+    Ok(())
+}
+
+fn write_markdown(document: &Path, record: &Path, bench: &Tables) -> anyhow::Result<()> {
+    let old = match std::fs::read_to_string(document) {
+        Ok(text) => Some(text),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
+        Err(why) => {
+            return Err(TuneError::Io { what: "cannot read", path: document.to_path_buf(), why }.into());
+        }
+    };
+    // The record as the document's reader finds it, where it lies beside or below.
+    let folder = document.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let below = || {
+        let (record, folder) = (record.canonicalize().ok()?, folder.canonicalize().ok()?);
+        Some(record.strip_prefix(folder).ok()?.to_path_buf())
+    };
+    let name = below().unwrap_or_else(|| record.to_path_buf());
+    let text = page::place(document, old.as_deref(), &name.display().to_string(), &page::markdown(bench))?;
+    write_atomic(document, &text)?;
+    eprintln!("{}: the tables of {}", document.display(), name.display());
+    Ok(())
+}
+
 fn run_bench(dir: &RunDir, request: &Bench, common: &Common, peers: &[Peer]) -> anyhow::Result<ExitCode> {
     let word = |what: &str, value: &str, allowed: &str| {
         anyhow::anyhow!(
             "{what} {value} is not possible\n  allowed: {allowed}\n  to see every option: dsv-autotune bench --help"
         )
     };
+    let served = common.table.clone().map_or(ServedBy::Committed, ServedBy::File);
+    if let ServedBy::File(path) = &served {
+        // Read before anything is measured.
+        let fail = |why: String| TableError { origin: path.display().to_string(), problems: vec![why] };
+        let json = std::fs::read_to_string(path).map_err(|e| fail(format!("it cannot be read: {e}")))?;
+        DispatchTable::from_json(&path.display().to_string(), &json)?;
+    }
+    if request.tables {
+        begin(dir, tables::plan(served), common.device)?;
+        return tune(dir, common, peers);
+    }
     let kinds = request
         .lists
         .iter()
-        .map(|text| match text.as_str() {
-            "random" => Ok(ListKind::Random),
-            "clustered" => Ok(ListKind::Clustered),
-            other => Err(word("--lists", other, "random, clustered")),
+        .map(|text| {
+            let names = ListKind::WITH_LISTS.map(ListKind::name);
+            let kind = ListKind::WITH_LISTS.into_iter().find(|kind| kind.name() == text);
+            kind.ok_or_else(|| word("--lists", text, &names.join(", ")))
         })
         .collect::<anyhow::Result<Vec<ListKind>>>()?;
+    let mut forms = request
+        .form
+        .iter()
+        .map(|text| match text.as_str() {
+            "default" => Ok(Deterministic::No),
+            "deterministic" => Ok(Deterministic::Yes),
+            other => Err(word("--form", other, "default, deterministic")),
+        })
+        .collect::<anyhow::Result<Vec<Deterministic>>>()?;
+    forms.sort();
+    forms.dedup();
     let mut steps = request
         .op
         .iter()
@@ -401,6 +518,8 @@ fn run_bench(dir: &RunDir, request: &Bench, common: &Common, peers: &[Peer]) -> 
         kinds,
         steps,
         kernels: request.kernel.clone(),
+        forms,
+        served: request.served.then_some(served),
     }
     .plan()?;
     begin(dir, plan, common.device)?;
@@ -413,7 +532,7 @@ fn run_bench(dir: &RunDir, request: &Bench, common: &Common, peers: &[Peer]) -> 
         print(&summary::comparison(&rows(&records.records), peers));
     }
     let json = summary::json(&records.records);
-    write_atomic(&dir.file("bench.json"), &json)?;
+    write_atomic(&dir.file("rows.json"), &json)?;
     if request.json {
         print(&json);
     }

@@ -1,34 +1,15 @@
 //! What a run measures: cases (shapes with lists), the steps on each, and the kernels that compete in each step.
 
 use crate::error::TuneError;
+use crate::listgen::{self, ListKind, mixed_counts, uniform_count};
+use crate::service::Service;
 use dsv_spec::{
-    Arch, AttnOp, Deterministic, Dtype, GroupRule, KernelSpec, ListOp, ListSpec, Lists, Problem, space,
+    Arch, AttnOp, AttnSpec, Deterministic, Dtype, GroupRule, KernelSpec, ListOp, ListSpec, Lists, Problem,
+    space,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
-
-/// How the lists of a case are made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ListKind {
-    /// No lists: every key.
-    Dense,
-    /// Each group draws its blocks independently and uniformly. The table is made of these.
-    Random,
-    /// 8 neighbouring groups share 80 % of their blocks, as trained models have it.
-    Clustered,
-}
-
-impl ListKind {
-    /// The spelling in records.
-    pub const fn name(self) -> &'static str {
-        match self {
-            ListKind::Dense => "dense",
-            ListKind::Random => "random",
-            ListKind::Clustered => "clustered",
-        }
-    }
-}
+use std::path::PathBuf;
 
 /// One shape with one set of lists: self-attention of `seqlen` tokens, as many KV heads as heads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -88,6 +69,26 @@ impl Case {
         Case { head_dim, batch: 1, num_heads, seqlen, lists, max_selected, kind }
     }
 
+    /// A case whose heads keep between 50 % and 1 % of the KV blocks; `max_selected` is the width of the widest.
+    pub fn mixed(head_dim: u16, num_heads: u32, seqlen: u32, (query_group, kv_block): (u16, u16)) -> Case {
+        let blocks = seqlen.div_ceil(kv_block.max(1) as u32);
+        let max_selected = mixed_counts(num_heads, blocks).into_iter().max().unwrap_or(1);
+        let lists = Lists::Blocks { query_group, kv_block };
+        Case { head_dim, batch: 1, num_heads, seqlen, lists, max_selected, kind: ListKind::Mixed }
+    }
+
+    /// The case of random lists, all of one width, that does the same work as a mixed one; another case as it is.
+    pub fn uniform(self) -> Case {
+        let blocks = self.problem(AttnOp::Fwd).num_kv_blocks();
+        match self.kind {
+            ListKind::Mixed => {
+                let max_selected = uniform_count(self.num_heads, blocks);
+                Case { max_selected, kind: ListKind::Random, ..self }
+            }
+            _ => self,
+        }
+    }
+
     /// The problem of one op.
     pub const fn problem(&self, op: AttnOp) -> Problem {
         Problem {
@@ -110,9 +111,9 @@ impl Case {
         self.problem(AttnOp::Fwd).bucket().sparsity
     }
 
-    /// Share of the KV blocks kept; 1 when dense.
+    /// Share of the KV blocks kept, over all heads; 1 when dense.
     pub fn kept(&self) -> f64 {
-        1.0 - self.problem(AttnOp::Fwd).sparsity_percent() / 100.0
+        listgen::kept(&self.problem(AttnOp::Fwd), self.kind.name())
     }
 
     /// The case in a few words; what `--only` looks into.
@@ -127,13 +128,14 @@ impl Case {
 
     /// Multiply-adds count twice: 4 B H S^2 D kept in the forward, 2.5 times that in the backward.
     pub fn flops(&self, op: AttnOp) -> f64 {
-        flops(&self.problem(op))
+        flops(&self.problem(op), self.kind.name())
     }
 }
 
-/// Floating-point operations of one call on the pairs kept: 4 B H Sq Skv D kept forward, 2.5 times that backward.
-pub fn flops(p: &Problem) -> f64 {
-    let kept = 1.0 - p.sparsity_percent() / 100.0;
+/// Floating-point operations of one call on the pairs kept by lists of a kind: 4 B H Sq Skv D kept forward, 2.5 times
+/// that backward.
+pub fn flops(p: &Problem, lists: &str) -> f64 {
+    let kept = listgen::kept(p, lists);
     let pairs = p.batch as f64 * p.num_heads as f64 * p.seqlen_q as f64 * p.seqlen_kv as f64 * kept;
     let factor = if p.op == AttnOp::Fwd { 4.0 } else { 10.0 };
     factor * pairs * p.head_dim as f64
@@ -190,6 +192,8 @@ pub enum Mode {
     Full,
     /// What the command line of `bench` names.
     Bench,
+    /// The tables of the project's figures ([`crate::tables`]).
+    Tables,
 }
 
 impl Mode {
@@ -198,6 +202,7 @@ impl Mode {
         match self {
             Mode::Quick => 115.0,
             Mode::Full | Mode::Bench => 470.0,
+            Mode::Tables => 210.0,
         }
     }
 
@@ -207,6 +212,7 @@ impl Mode {
             Mode::Quick => 400e3,
             Mode::Full => 800e3,
             Mode::Bench => 1000e3,
+            Mode::Tables => 250e3,
         }
     }
 }
@@ -225,6 +231,27 @@ pub struct Plan {
     pub steps: Vec<Step>,
     /// The competing kernels of attention; empty means every feasible candidate.
     pub kernels: Vec<KernelSpec>,
+    /// The forms of the backward measured.
+    #[serde(default = "both_forms")]
+    pub forms: Vec<Deterministic>,
+    /// Instead of candidates the kernels that a table serves, where this says which.
+    #[serde(default)]
+    pub served: Option<ServedBy>,
+}
+
+/// The table whose kernels are measured.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ServedBy {
+    /// The committed one of the GPU.
+    Committed,
+    /// This file.
+    File(PathBuf),
+}
+
+/// The form that may differ between runs, and the one that may not.
+pub fn both_forms() -> Vec<Deterministic> {
+    Deterministic::ALL.to_vec()
 }
 
 /// Sparsities a full run measures, percent of KV skipped.
@@ -262,6 +289,8 @@ impl Plan {
             cases,
             steps: Step::ALL.to_vec(),
             kernels: Vec::new(),
+            forms: both_forms(),
+            served: None,
         };
         if let Some(only) = only {
             let words: Vec<&str> = only.split([' ', ',']).filter(|w| !w.is_empty()).collect();
@@ -292,20 +321,39 @@ impl Plan {
     /// Which kernels compete in which step of which case, in the order they are measured. Selection and inversion do
     /// not depend on head_dim: they are measured once for each (length, heads, block size, width, kind).
     pub fn contests(&self, arch: Arch) -> Vec<Contest> {
+        self.contests_of(arch, |case, step| self.attention(case, step.op(), arch))
+    }
+
+    /// As [`Plan::contests`], with the one kernel that a table serves for each form in the place of the candidates.
+    /// Of a case that nothing serves, nothing is measured.
+    pub fn contests_served(&self, service: &Service) -> Vec<Contest> {
+        let mut contests = self.contests_of(service.arch(), |case, step| {
+            let mut specs: Vec<KernelSpec> = Vec::new();
+            for &deterministic in &self.forms {
+                let problem = Problem { deterministic, ..case.problem(step.op()) };
+                specs.extend(service.serve(&problem).map(|found| found.kernel));
+            }
+            let mut seen = HashSet::new();
+            specs.retain(|spec| seen.insert(*spec));
+            specs
+        });
+        contests.retain(|c| service.serve(&c.case.problem(AttnOp::Fwd)).is_some());
+        contests
+    }
+
+    fn contests_of(&self, arch: Arch, attention: impl Fn(&Case, Step) -> Vec<KernelSpec>) -> Vec<Contest> {
         let mut seen = HashSet::new();
         let mut contests = Vec::new();
         for &case in &self.cases {
             for &step in &self.steps {
                 let specs = match step {
-                    Step::Forward | Step::BackwardDq | Step::Backward => {
-                        self.attention(&case, step.op(), arch)
-                    }
+                    Step::Forward | Step::BackwardDq | Step::Backward => attention(&case, step),
                     Step::Select | Step::Invert => {
                         let key = (step, Case { head_dim: 0, ..case });
                         // How lists are clustered changes nothing about choosing them.
                         let wanted = !case.lists.is_dense()
                             && (step == Step::Invert
-                                || case.kind == ListKind::Random
+                                || case.kind != ListKind::Clustered
                                 || self.mode == Mode::Bench);
                         if !wanted || !seen.insert(key) {
                             continue;
@@ -331,8 +379,9 @@ impl Plan {
 
     fn attention(&self, case: &Case, op: AttnOp, arch: Arch) -> Vec<KernelSpec> {
         if self.kernels.is_empty() {
+            let wanted = |s: &AttnSpec| op != AttnOp::Bwd || self.forms.contains(&s.deterministic());
             let candidates = space::candidates(op, DTYPE, case.head_dim, case.lists, arch);
-            return candidates.into_iter().map(KernelSpec::Attn).collect();
+            return candidates.into_iter().filter(wanted).map(KernelSpec::Attn).collect();
         }
         let serves = |spec: &&KernelSpec| {
             matches!(spec, KernelSpec::Attn(s)
@@ -374,6 +423,10 @@ pub struct BenchRequest {
     pub steps: Vec<Step>,
     /// Names of kernels; empty means every candidate.
     pub kernels: Vec<String>,
+    /// Forms of the backward.
+    pub forms: Vec<Deterministic>,
+    /// Only the kernels that this table serves.
+    pub served: Option<ServedBy>,
 }
 
 impl BenchRequest {
@@ -422,6 +475,10 @@ impl BenchRequest {
                         None => cases.push(Case::dense(head_dim, self.num_heads, seqlen)),
                         Some(size) => {
                             for &kind in &self.kinds {
+                                if kind == ListKind::Mixed {
+                                    cases.push(Case::mixed(head_dim, self.num_heads, seqlen, size));
+                                    continue;
+                                }
                                 for &keep in &self.keeps {
                                     if !(keep > 0.0 && keep <= 1.0) {
                                         return Err(TuneError::option("--keep", keep, "above 0, at most 1"));
@@ -444,7 +501,22 @@ impl BenchRequest {
         for case in &mut cases {
             case.batch = self.batch;
         }
-        let plan = Plan { mode: Mode::Bench, only: None, cases, steps: self.steps.clone(), kernels };
+        if self.served.is_some() && !kernels.is_empty() {
+            return Err(TuneError::option(
+                "--kernel",
+                self.kernels.join(", "),
+                "no --served beside it: either the kernels named, or those a table serves",
+            ));
+        }
+        let plan = Plan {
+            mode: Mode::Bench,
+            only: None,
+            cases,
+            steps: self.steps.clone(),
+            kernels,
+            forms: self.forms.clone(),
+            served: self.served.clone(),
+        };
         let unused: Vec<String> = plan
             .kernels
             .iter()
@@ -458,11 +530,11 @@ impl BenchRequest {
                 "kernels whose op, head_dim and block size are among --op, --head-dim and --block",
             ));
         }
-        if plan.cases.is_empty() || plan.steps.is_empty() {
+        if plan.cases.is_empty() || plan.steps.is_empty() || plan.forms.is_empty() {
             return Err(TuneError::option(
                 "the request",
                 "nothing",
-                "at least one length, block size and op",
+                "at least one length, block size, kind of lists, op and form",
             ));
         }
         Ok(plan)
@@ -544,6 +616,8 @@ mod tests {
             kinds: vec![ListKind::Random],
             steps: vec![Step::Forward],
             kernels: vec![],
+            forms: both_forms(),
+            served: None,
         };
         let plan = good.plan().unwrap();
         assert_eq!(plan.cases.len(), 2);
@@ -566,7 +640,49 @@ mod tests {
         let other = space::candidates(AttnOp::Bwd, DTYPE, 128, Lists::Dense, Arch::Sm90a)[0];
         let name = KernelSpec::Attn(other).name();
         expect(BenchRequest { kernels: vec![name.clone()], ..good.clone() }, &[&name, "--op"]);
-        let own = BenchRequest { steps: vec![Step::Backward], kernels: vec![name], ..good };
+        let own = BenchRequest { steps: vec![Step::Backward], kernels: vec![name], ..good.clone() };
         assert_eq!(own.plan().unwrap().contests(Arch::Sm90a).len(), 1);
+        let both = BenchRequest { served: Some(ServedBy::Committed), ..own };
+        expect(both, &["--kernel attn_bwd", "no --served"]);
+        // Mixed lists have a sparsity of their own: one case, whatever is kept.
+        let kinds = BenchRequest {
+            kinds: vec![ListKind::Random, ListKind::Mixed],
+            keeps: vec![0.1, 0.2],
+            seqlens: vec![4096],
+            ..good
+        };
+        let cases = kinds.plan().unwrap().cases;
+        let labels: Vec<String> = cases.iter().map(Case::label).collect();
+        assert_eq!(
+            labels,
+            [
+                "b2 d128 h4 s4096 dense",
+                "b2 d128 h4 s4096 qg128 kb128 sp90 random",
+                "b2 d128 h4 s4096 qg128 kb128 sp80 random",
+                "b2 d128 h4 s4096 qg128 kb128 sp50 mixed"
+            ]
+        );
+    }
+
+    #[test]
+    fn forms_choose_among_backwards() {
+        let all = Plan::tune(Mode::Quick, Some("d128 s4096 kb64 bwd")).unwrap();
+        let only = |form| Plan { forms: vec![form], ..all.clone() }.contests(Arch::Sm90a).remove(0).specs;
+        let (fast, same) = (only(Deterministic::No), only(Deterministic::Yes));
+        assert!(fast.iter().all(|s| s.name().contains("_nondet_")) && !fast.is_empty());
+        assert!(same.iter().all(|s| s.name().contains("_det_")) && !same.is_empty());
+        assert_eq!(all.contests(Arch::Sm90a)[0].specs.len(), fast.len() + same.len());
+    }
+
+    #[test]
+    fn the_served_kernels_are_the_only_ones() {
+        let service = Service::defaults("some GPU", Arch::Sm90a);
+        let plan = Plan { served: Some(ServedBy::Committed), ..Plan::tune(Mode::Quick, None).unwrap() };
+        let contests = plan.contests_served(&service);
+        assert_eq!(contests.len(), plan.contests(Arch::Sm90a).len());
+        for contest in &contests {
+            let wanted = if contest.step == Step::Backward { 2 } else { 1 };
+            assert_eq!(contest.specs.len(), wanted, "{} {}", contest.case.label(), contest.step.name());
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! From records to a dispatch table: a pure function, so that anyone can repeat it on the recorded JSONL.
 
-use crate::plan::{ListKind, flops};
+use crate::listgen::{self, ListKind};
+use crate::plan::flops;
 use dsv_runtime::MemoryNeeded;
 use dsv_spec::{
     Arch, AttnOp, AttnSpec, Bucket, Crossover, Deterministic, DispatchTable, KernelSpec, ListOp, Lists,
@@ -33,7 +34,7 @@ pub struct Row {
     pub problem: Problem,
     /// Percent of KV skipped, one of the table's.
     pub sparsity: u8,
-    /// `dense`, `random` or `clustered`.
+    /// The kind of lists, a name of [`ListKind`].
     pub lists: String,
     /// Forward.
     pub forward: Option<Best>,
@@ -52,14 +53,14 @@ pub struct Row {
 impl Row {
     /// Share of the KV blocks kept; 1 when dense.
     pub fn kept(&self) -> f64 {
-        1.0 - self.problem.sparsity_percent() / 100.0
+        listgen::kept(&self.problem, &self.lists)
     }
 
     /// Effective TFLOP/s of an op, on the pairs kept.
     pub fn tflops(&self, op: AttnOp) -> Option<f64> {
         let best = if op == AttnOp::Fwd { &self.forward } else { &self.backward };
         let p = Problem { op, ..self.problem };
-        best.as_ref().map(|b| flops(&p) / b.timing.median_us / 1e6)
+        best.as_ref().map(|b| flops(&p, &self.lists) / b.timing.median_us / 1e6)
     }
 
     /// Forward + backward, and for lists selection + inversion too; microseconds.
@@ -207,12 +208,16 @@ pub struct Reduction {
     pub notes: Vec<String>,
 }
 
-/// Reduces records to a table: winners by bucket from dense and random lists (clustered ones are recorded, and
-/// reported, but a table must hold for lists nobody has seen), and the crossovers. Each bucket has a line for callers
+/// A table must hold for lists nobody has seen: the other kinds are recorded, and reported, but make no line of it.
+const OF_THE_TABLE: [ListKind; 2] = [ListKind::Dense, ListKind::Random];
+
+/// Reduces records to a table: winners by bucket from dense and random lists, and the crossovers. Each bucket has a line for callers
 /// that need the same bits every time, and one for those that do not.
 pub fn reduce(records: &[TuneRecord], meta: TableMeta) -> Reduction {
-    let rows: Vec<Row> =
-        rows(records).into_iter().filter(|row| row.lists != ListKind::Clustered.name()).collect();
+    let rows: Vec<Row> = rows(records)
+        .into_iter()
+        .filter(|row| OF_THE_TABLE.iter().any(|kind| kind.name() == row.lists))
+        .collect();
     let mut notes = Vec::new();
     let mut by_bucket: BTreeMap<Bucket, Vec<(&Row, &Best)>> = BTreeMap::new();
     for row in &rows {
@@ -236,7 +241,9 @@ pub fn reduce(records: &[TuneRecord], meta: TableMeta) -> Reduction {
         // Several cases of one bucket: the one nearest to the bucket's length, then the one with the most work.
         let distance = |row: &Row| (row.problem.seqlen_kv as f64 / bucket.seqlen as f64).ln().abs();
         found.sort_by(|(a, _), (b, _)| {
-            distance(a).total_cmp(&distance(b)).then_with(|| flops(&b.problem).total_cmp(&flops(&a.problem)))
+            distance(a)
+                .total_cmp(&distance(b))
+                .then_with(|| flops(&b.problem, &b.lists).total_cmp(&flops(&a.problem, &a.lists)))
         });
         let (row, best) = found[0];
         if found.len() > 1 {

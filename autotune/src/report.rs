@@ -118,7 +118,7 @@ impl Report<'_> {
                 let (mut low, mut high) = (f64::INFINITY, f64::NEG_INFINITY);
                 for row in here.iter().filter(|r| !r.problem.lists.is_dense()) {
                     if let Some(tf) = row.tflops(op) {
-                        let percent = row.problem.sparsity_percent();
+                        let percent = 100.0 * (1.0 - row.kept());
                         (low, high) = (low.min(percent), high.max(percent));
                         series
                             .entry(format!("{}, {}", row.block_label(), row.lists))
@@ -288,7 +288,7 @@ impl Report<'_> {
                 let peers: Vec<String> = self
                     .peers
                     .iter()
-                    .filter(|peer| peer.matches(row))
+                    .filter(|peer| peer.matches(&row.problem, &row.lists))
                     .filter_map(|peer| {
                         let theirs = if op == AttnOp::Fwd { peer.fwd_tf } else { peer.bwd_tf }?;
                         Some(format!("{} ({theirs:.0}, {:.2}x)", escape(&peer.name), tf / theirs))
@@ -368,7 +368,10 @@ impl Report<'_> {
                     Outcome::Ok { timing, error_ratio } => {
                         let tf = match record.spec {
                             KernelSpec::Attn(_) => {
-                                format!("{:.0}", flops(&record.problem) / timing.median_us / 1e6)
+                                format!(
+                                    "{:.0}",
+                                    flops(&record.problem, &record.lists) / timing.median_us / 1e6
+                                )
                             }
                             _ => String::new(),
                         };

@@ -1,14 +1,15 @@
 //! What peers measured on the same GPU: the rows a PyTorch run of cuDNN, FlashAttention and others writes.
 
 use crate::error::TuneError;
-use crate::reduce::Row;
-use serde::Deserialize;
+use crate::listgen::{self, ListKind};
+use dsv_spec::Problem;
+use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// One measured peer.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Peer {
-    /// Its name; `clustered` in it says what its lists were.
+    /// Its name; `clustered` in it says what its lists were, `64x64` or `BSA 64` its block size.
     pub name: String,
     /// Heads.
     pub h: u32,
@@ -36,14 +37,61 @@ pub struct Peer {
 pub const KEEP_TOLERANCE: f64 = 0.02;
 
 impl Peer {
-    /// Whether this peer did the same work as a row: shape, kept share, and the kind of lists.
-    pub fn matches(&self, row: &Row) -> bool {
-        let p = &row.problem;
-        let dense = |keep: f64| keep >= 1.0 - 1e-9;
+    /// Whether this peer did the same work as ours on lists of a kind: shape, kept share, block size, and the kind of
+    /// lists. Lists of mixed heads no peer has.
+    pub fn matches(&self, p: &Problem, lists: &str) -> bool {
+        let kept = listgen::kept(p, lists);
+        let of_kind = self.name.contains("clustered") == (lists == ListKind::Clustered.name());
         (self.h, self.s, self.d, 1) == (p.num_heads, p.seqlen_kv, p.head_dim, p.batch)
-            && dense(self.keep) == dense(row.kept())
-            && (self.keep - row.kept()).abs() <= KEEP_TOLERANCE
-            && (dense(self.keep) || self.name.contains("clustered") == (row.lists == "clustered"))
+            && self.is_dense() == p.lists.is_dense()
+            && (self.keep - kept).abs() <= KEEP_TOLERANCE
+            && (self.is_dense()
+                || (of_kind && lists != ListKind::Mixed.name() && self.fits(p.lists.block_size())))
+    }
+
+    /// Whether this is cuDNN's dense attention of a problem's shape.
+    pub fn is_cudnn_dense(&self, p: &Problem) -> bool {
+        (self.h, self.s, self.d, 1) == (p.num_heads, p.seqlen_kv, p.head_dim, p.batch)
+            && self.is_dense()
+            && self.name.to_lowercase().contains("cudnn")
+    }
+
+    /// To the nanosecond and a tenth of a TFLOP/s, so that it survives JSON unchanged.
+    pub fn rounded(&self) -> Peer {
+        let to = |x: Option<f64>, steps: f64| x.map(|x| (x * steps).round() / steps);
+        Peer {
+            keep: (self.keep * 1e6).round() / 1e6,
+            fwd_ms: to(self.fwd_ms, 1e6),
+            bwd_ms: to(self.bwd_ms, 1e6),
+            fwd_tf: to(self.fwd_tf, 10.0),
+            bwd_tf: to(self.bwd_tf, 10.0),
+            ..self.clone()
+        }
+    }
+
+    fn is_dense(&self) -> bool {
+        self.keep >= 1.0 - 1e-9
+    }
+
+    /// The block size its name tells: `64x64`, or a number after `BSA`.
+    fn block_size(&self) -> Option<(u16, u16)> {
+        let words: Vec<&str> = self.name.split_whitespace().collect();
+        let pair = |word: &&str| {
+            let (q, k) = word.split_once('x')?;
+            Some((q.parse().ok()?, k.parse().ok()?))
+        };
+        let after_bsa = || {
+            let at = words.iter().position(|word| *word == "BSA")?;
+            let side: u16 = words.get(at + 1)?.parse().ok()?;
+            Some((side, side))
+        };
+        words.iter().find_map(pair).or_else(after_bsa)
+    }
+
+    /// Whether it stands beside a row of this block size. One larger than (128, 128) stands beside that.
+    fn fits(&self, (query_group, kv_block): (u16, u16)) -> bool {
+        self.block_size()
+            .is_none_or(|(q, k)| (q.min(128), k.min(128)) == (query_group.min(128), kv_block.min(128)))
     }
 }
 
@@ -89,22 +137,9 @@ fn parse(path: &Path, text: &str) -> Result<Vec<Peer>, TuneError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::{Case, ListKind};
+    use crate::listgen::ListKind;
+    use crate::plan::Case;
     use dsv_spec::AttnOp;
-
-    fn row(case: Case) -> Row {
-        Row {
-            problem: case.problem(AttnOp::Fwd),
-            sparsity: case.sparsity(),
-            lists: case.kind.name().to_string(),
-            forward: None,
-            backward: None,
-            backward_deterministic: None,
-            dq: None,
-            select_us: None,
-            invert_us: None,
-        }
-    }
 
     #[test]
     fn peers_match_the_same_work_only() {
@@ -116,12 +151,15 @@ mod tests {
         let peers = parse(Path::new("peers.json"), text).unwrap();
         assert_eq!(peers[1].bwd_ms, None);
         let named = |case: Case| -> Vec<&str> {
-            peers.iter().filter(|p| p.matches(&row(case))).map(|p| p.name.as_str()).collect()
+            let problem = case.problem(AttnOp::Fwd);
+            peers.iter().filter(|p| p.matches(&problem, case.kind.name())).map(|p| p.name.as_str()).collect()
         };
         let sparse = |keep, kind| Case::sparse(128, 16, 32768, (128, 128), keep, kind);
         assert_eq!(named(Case::dense(128, 16, 32768)), ["sdpa cudnn"]);
         assert_eq!(named(sparse(0.1, ListKind::Random)), ["BSA 128 random"]);
         assert_eq!(named(sparse(0.1, ListKind::Clustered)), ["BSA 128 clustered"]);
+        let small = Case::sparse(128, 16, 32768, (64, 64), 0.1, ListKind::Random);
+        assert!(named(small).is_empty(), "blocks of 128 are not blocks of 64");
         assert!(named(sparse(0.15, ListKind::Random)).is_empty());
         assert!(named(sparse(0.99, ListKind::Random)).is_empty(), "nearly dense is not dense");
         assert!(named(Case::dense(64, 16, 32768)).is_empty());

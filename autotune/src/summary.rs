@@ -96,7 +96,7 @@ pub fn comparison(rows: &[Row], peers: &[Peer]) -> String {
             lists_us.map_or("-".to_string(), |us| milliseconds(us / 1e3)),
             String::new(),
         ]);
-        for peer in peers.iter().filter(|peer| peer.matches(row)) {
+        for peer in peers.iter().filter(|peer| peer.matches(&row.problem, &row.lists)) {
             let ratio = |ours: Option<f64>, theirs: Option<f64>| match (ours, theirs) {
                 (Some(ours), Some(theirs)) => format!("{:.2}x", ours / theirs),
                 _ => "-".to_string(),
@@ -150,7 +150,7 @@ pub fn records(records: &[TuneRecord]) -> String {
         let (time, spread, error) = match &record.outcome {
             Outcome::Ok { timing, error_ratio } => {
                 let attention = matches!(record.spec, KernelSpec::Attn(_));
-                let tf = attention.then(|| crate::plan::flops(p) / timing.median_us / 1e6);
+                let tf = attention.then(|| crate::plan::flops(p, &record.lists) / timing.median_us / 1e6);
                 (
                     time_and_tf(Some(timing.median_us / 1e3), tf),
                     format!("{:.1} %", 100.0 * timing.spread_us / timing.median_us),
@@ -165,7 +165,7 @@ pub fn records(records: &[TuneRecord]) -> String {
         out.add_row(vec![
             record.spec.name(),
             format!("{}, {}, {}, {}", p.batch, p.num_heads, tokens(p.seqlen_kv), p.head_dim),
-            percent(1.0 - p.sparsity_percent() / 100.0),
+            percent(crate::listgen::kept(p, &record.lists)),
             record.lists.clone(),
             time,
             spread,
@@ -226,12 +226,12 @@ pub fn json(records: &[TuneRecord]) -> String {
                 h: p.num_heads,
                 s: p.seqlen_kv,
                 d: p.head_dim,
-                keep: 1.0 - p.sparsity_percent() / 100.0,
+                keep: crate::listgen::kept(p, &r.lists),
                 lists: &r.lists,
                 outcome: outcome_name(&r.outcome),
                 ms: timing.map(|t| t.median_us / 1e3),
                 spread_ms: timing.map(|t| t.spread_us / 1e3),
-                tf: timing.filter(|_| attention).map(|t| crate::plan::flops(p) / t.median_us / 1e6),
+                tf: timing.filter(|_| attention).map(|t| crate::plan::flops(p, &r.lists) / t.median_us / 1e6),
                 error_ratio,
                 message: outcome_message(&r.outcome),
             }

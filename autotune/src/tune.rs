@@ -3,12 +3,14 @@
 
 use crate::check::{HostInputs, KeySamples, RowSamples, SmallCase, judge_selection, normals};
 use crate::error::TuneError;
-use crate::gpu::{DeviceLists, Failure, Gpu, Launch, Tensors, host_lists, layouts, read_rows};
+use crate::gpu::{DeviceLists, Failure, Gpu, Judged, Tensors, Timed, layouts, read_rows};
+use crate::listgen::{head_counts, host_lists};
 use crate::plan::{Case, Contest, DTYPE, Step};
 use crate::progress::Progress;
 use crate::records::{
     self, KernelNote, Key, RECORD_FILE, RecordFile, Run, RunDir, outcome_message, to_line, today,
 };
+use crate::service::Service;
 use crate::watchdog::Watchdog;
 use dsv_compile::{CompileJob, Compiler, SpillList};
 use dsv_reference::lists::{KvInverse, KvListsBuf};
@@ -90,6 +92,8 @@ struct Session<'a> {
     dir: &'a RunDir,
     run: Run,
     arch: Arch,
+    /// The table whose kernels are measured; none where candidates are.
+    service: Option<Service>,
     gpu: Gpu,
     watchdog: Watchdog,
     file: RecordFile,
@@ -176,7 +180,11 @@ impl<'a> Session<'a> {
             let theirs = machine.gpu.clone();
             return Err(TuneError::OtherGpu { dir: dir.path().to_path_buf(), theirs, ours: info.name });
         }
-        let contests = run.plan.contests(arch);
+        let service = run.plan.served.as_ref().map(|by| Service::new(&info.name, arch, by)).transpose()?;
+        let contests = match &service {
+            Some(service) => run.plan.contests_served(service),
+            None => run.plan.contests(arch),
+        };
         if !contests.iter().any(|c| matches!(c.step, Step::Forward | Step::BackwardDq | Step::Backward))
             && run.plan.steps.iter().any(|s| matches!(s, Step::Forward | Step::BackwardDq | Step::Backward))
         {
@@ -205,6 +213,7 @@ impl<'a> Session<'a> {
             dir,
             run,
             arch,
+            service,
             gpu,
             watchdog,
             file,
@@ -239,15 +248,27 @@ impl<'a> Session<'a> {
 
     // ---- kernels ----
 
+    /// The kernel of an op that runs beside one under test, in its deterministic form: what the table serves, where a table
+    /// is measured, else the default.
+    fn beside(&self, op: AttnOp, case: &Case) -> Option<KernelSpec> {
+        let deterministic = Deterministic::Yes;
+        match &self.service {
+            Some(service) => {
+                service.serve(&Problem { deterministic, ..case.problem(op) }).map(|found| found.kernel)
+            }
+            None => default_attn(op, case, deterministic, self.arch),
+        }
+    }
+
     /// The kernels a backward of this case needs beside the one under test.
     fn support(&self, case: &Case) -> Vec<KernelSpec> {
-        let (no, yes) = (Deterministic::No, Deterministic::Yes);
+        let no = Deterministic::No;
         let mut specs: Vec<KernelSpec> = [
             default_attn(AttnOp::BwdPrep, case, no, self.arch),
             default_attn(AttnOp::BwdPost, case, no, self.arch),
-            default_attn(AttnOp::Bwd, case, yes, self.arch),
-            default_attn(AttnOp::BwdDq, case, yes, self.arch),
-            default_attn(AttnOp::Fwd, case, no, self.arch),
+            self.beside(AttnOp::Bwd, case),
+            self.beside(AttnOp::BwdDq, case),
+            self.beside(AttnOp::Fwd, case),
         ]
         .into_iter()
         .flatten()
@@ -262,7 +283,7 @@ impl<'a> Session<'a> {
         let problem = case.problem(op);
         let fresh = |r: &&TuneRecord| {
             let hash = self.texts.get(&r.spec).and_then(|t| t.as_ref().ok()).map(|(_, hash)| hash);
-            r.problem == problem && r.lists == case.kind.name() && hash.is_none_or(|h| *h == r.source_hash)
+            r.problem == problem && r.lists == case.kind.name() && hash.is_some_and(|h| *h == r.source_hash)
         };
         self.records
             .iter()
@@ -433,18 +454,18 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// A forward kernel for this case, right or not: a plan of the backward wants one.
-    fn any_forward(&self, case: &Case) -> Result<Arc<Kernel>, Outcome> {
+    /// A deterministic kernel of an op for this case: that of [`Session::beside`], or, on the small case, whose bucket no one
+    /// asked about, any that is loaded.
+    fn any(&self, op: AttnOp, case: &Case) -> Result<Arc<Kernel>, Outcome> {
+        let loaded = |spec: KernelSpec| self.kernels.get(&spec)?.as_ref().ok().cloned();
         let fits = |s: &AttnSpec| {
-            (s.op(), s.dtype(), s.head_dim(), s.lists()) == (AttnOp::Fwd, DTYPE, case.head_dim, case.lists)
+            (s.op(), s.dtype(), s.head_dim(), s.lists(), s.deterministic())
+                == (op, DTYPE, case.head_dim, case.lists, Deterministic::Yes)
         };
-        self.kernels
-            .iter()
-            .filter(|(spec, _)| attn(spec).is_some_and(fits))
-            .find_map(|(_, kernel)| kernel.as_ref().ok().cloned())
-            .ok_or_else(|| {
-                launch_failure("no forward kernel of this head_dim and block size could be loaded")
-            })
+        let mut others = self.kernels.keys().copied().filter(|spec| attn(spec).is_some_and(fits));
+        self.beside(op, case).and_then(loaded).or_else(|| others.find_map(loaded)).ok_or_else(|| {
+            launch_failure(format!("no {op} kernel of this head_dim and block size could be loaded"))
+        })
     }
 
     /// The plan that runs one kernel: the forward alone, or a whole backward around it.
@@ -461,25 +482,29 @@ impl<'a> Session<'a> {
             None => return Err(launch_failure("it was not compiled")),
         };
         let Some(s) = attn(&spec) else { return Err(launch_failure("it is no kernel of attention")) };
-        let yes = Deterministic::Yes;
-        let default = |op| default_attn(op, case, yes, self.arch);
+        let helper = |op| default_attn(op, case, Deterministic::No, self.arch);
         let (problem, forward, backward) = match s.op() {
             AttnOp::Fwd => (Problem { op: AttnOp::Fwd, ..*problem }, own, None),
             op => {
-                let prep = self.kernel(default(AttnOp::BwdPrep), "attn_bwd_prep")?;
+                let prep = self.kernel(helper(AttnOp::BwdPrep), "attn_bwd_prep")?;
                 let (main, dq) = if op == AttnOp::BwdDq {
-                    (self.kernel(default(AttnOp::Bwd), "deterministic attn_bwd")?, own)
-                } else if s.deterministic() == yes {
-                    let best = self
-                        .recorded_best(case, AttnOp::BwdDq)
-                        .filter(|b| matches!(self.kernels.get(b), Some(Ok(_))));
-                    (own, self.kernel(best.or_else(|| default(AttnOp::BwdDq)), "attn_bwd_dq")?)
+                    (self.any(AttnOp::Bwd, case)?, own)
+                } else if s.deterministic() == Deterministic::Yes {
+                    // A table names its own; else the best that was measured before.
+                    let best = match &self.service {
+                        Some(_) => None,
+                        None => self.recorded_best(case, AttnOp::BwdDq),
+                    };
+                    match best.and_then(|b| self.kernels.get(&b)?.as_ref().ok().cloned()) {
+                        Some(best) => (own, best),
+                        None => (own, self.any(AttnOp::BwdDq, case)?),
+                    }
                 } else {
-                    (own, self.kernel(default(AttnOp::BwdPost), "attn_bwd_post")?)
+                    (own, self.kernel(helper(AttnOp::BwdPost), "attn_bwd_post")?)
                 };
                 let forward = match forward {
                     Some(kernel) => kernel,
-                    None => self.any_forward(case)?,
+                    None => self.any(AttnOp::Fwd, case)?,
                 };
                 (Problem { op: AttnOp::Bwd, ..*problem }, forward, Some(BackwardKernels { prep, main, dq }))
             }
@@ -748,10 +773,7 @@ impl<'a> Session<'a> {
         data: &CaseData<'_>,
     ) -> Result<Result<(Arc<Kernel>, KeySamples), Outcome>, Stop> {
         let case = data.case;
-        let choices = [
-            self.recorded_best(&case, AttnOp::Fwd),
-            default_attn(AttnOp::Fwd, &case, Deterministic::No, self.arch),
-        ];
+        let choices = [self.recorded_best(&case, AttnOp::Fwd), self.beside(AttnOp::Fwd, &case)];
         let Some(kernel) =
             choices.into_iter().flatten().find_map(|spec| self.kernels.get(&spec)?.as_ref().ok().cloned())
         else {
@@ -862,13 +884,15 @@ impl<'a> Session<'a> {
         let ratios: Vec<f64> = right.iter().map(|r| r.2).collect();
         let result = {
             let gpu = &self.gpu;
-            let work: Vec<Launch<'_>> = right
+            let work: Vec<Timed<'_>> = right
                 .iter()
-                .map(|(_, plan, _)| -> Launch<'_> {
-                    Box::new(move || match step {
+                .map(|(_, plan, _)| Timed {
+                    poison: Box::new(|| data.tensors.poison(gpu, step)),
+                    launch: Box::new(move || match step {
                         Step::Forward => data.tensors.launch_forward(gpu, plan, data.device_lists()),
                         _ => data.tensors.launch_backward(gpu, plan, data.device_lists()),
-                    })
+                    }),
+                    judge: Box::new(|| self.judge_rows(data, step, keys)),
                 })
                 .collect();
             self.time(&case, step, &specs, &work)
@@ -881,8 +905,8 @@ impl<'a> Session<'a> {
         case: &Case,
         step: Step,
         specs: &[KernelSpec],
-        work: &[Launch<'_>],
-    ) -> Result<Vec<dsv_spec::Timing>, dsv_runtime::Error> {
+        work: &[Timed<'_>],
+    ) -> Result<Vec<Judged>, dsv_runtime::Error> {
         let message = format!("one of {} kernels timed together did not end in time", specs.len());
         let lines = self.timeout_lines(&[(*case, step)], specs, &message);
         let budget_us = self.run.plan.mode.budget_us();
@@ -897,12 +921,29 @@ impl<'a> Session<'a> {
         step: Step,
         specs: &[KernelSpec],
         ratios: &[f64],
-        result: Result<Vec<dsv_spec::Timing>, dsv_runtime::Error>,
+        result: Result<Vec<Judged>, dsv_runtime::Error>,
     ) -> Result<(), Stop> {
         match result {
-            Ok(timings) => {
-                for ((&spec, &error_ratio), timing) in specs.iter().zip(ratios).zip(timings) {
-                    self.record(case, step, spec, Outcome::Ok { timing, error_ratio })?;
+            Ok(judged) => {
+                for ((&spec, &before), Judged { timing, error_ratio }) in specs.iter().zip(ratios).zip(judged)
+                {
+                    match error_ratio {
+                        Ok(ratio) => {
+                            let error_ratio = before.max(ratio);
+                            self.record(case, step, spec, Outcome::Ok { timing, error_ratio })?;
+                        }
+                        Err(failure) => {
+                            let outcome = match Outcome::from(failure) {
+                                Outcome::Wrong { message } => Outcome::Wrong {
+                                    message: shorten(format!(
+                                        "right at first, wrong when it was timed: {message}"
+                                    )),
+                                },
+                                other => other,
+                            };
+                            self.failed(case, step, spec, outcome)?;
+                        }
+                    }
                 }
                 Ok(())
             }
@@ -922,6 +963,7 @@ impl<'a> Session<'a> {
         case: &Case,
         step: Step,
         spec: KernelSpec,
+        poison: &dyn Fn(&Gpu) -> Result<(), dsv_runtime::Error>,
         launch: &dyn Fn(&Gpu) -> Result<(), dsv_runtime::Error>,
         judge: &dyn Fn(&Gpu) -> Result<(), Failure>,
     ) -> Result<(), Stop> {
@@ -929,14 +971,21 @@ impl<'a> Session<'a> {
             let gpu = &self.gpu;
             let lines = self.timeout_lines(&[(*case, step)], &[spec], "one run did not end within 20 s");
             let _watched = self.watchdog.watch(HANG, &spec.name(), lines);
-            gpu.checked_run(|| launch(gpu)).and_then(|()| judge(gpu))
+            poison(gpu)
+                .map_err(Failure::from)
+                .and_then(|()| gpu.checked_run(|| launch(gpu)))
+                .and_then(|()| judge(gpu))
         };
         if let Err(failure) = result {
             return self.failed(case, step, spec, failure.into());
         }
         let result = {
             let gpu = &self.gpu;
-            let work: Vec<Launch<'_>> = vec![Box::new(move || launch(gpu))];
+            let work = [Timed {
+                poison: Box::new(|| poison(gpu)),
+                launch: Box::new(|| launch(gpu)),
+                judge: Box::new(|| judge(gpu).map(|()| 0.0)),
+            }];
             self.time(case, step, &[spec], &work)
         };
         self.record_times(case, step, &[spec], &[0.0], result)
@@ -966,7 +1015,7 @@ impl<'a> Session<'a> {
         let shape = problem.lists();
         let upload = |gpu: &Gpu| {
             let (device, stream) = (gpu.device(), &gpu.stream);
-            let top_k = vec![case.max_selected as i32; case.num_heads as usize];
+            let top_k: Vec<i32> = head_counts(&case).into_iter().map(|n| n as i32).collect();
             Ok::<_, dsv_runtime::Error>((
                 device.upload(stream, &q_lr)?,
                 device.upload(stream, &k_lr)?,
@@ -976,10 +1025,7 @@ impl<'a> Session<'a> {
             ))
         };
         let (q, k, top_k, index, count) = upload(&self.gpu).map_err(TuneError::from)?;
-        index
-            .poison(&self.gpu.stream)
-            .and_then(|()| count.poison(&self.gpu.stream))
-            .map_err(TuneError::from)?;
+        let poison = |gpu: &Gpu| index.poison(&gpu.stream).and_then(|()| count.poison(&gpu.stream));
         let launch = |gpu: &Gpu| {
             let args = SelectArgs {
                 q_lr: q.address(),
@@ -997,7 +1043,7 @@ impl<'a> Session<'a> {
             let count = count.read::<i32>(&gpu.stream, 0, shape.count_bytes() as usize / 4)?;
             judge_selection(&case, &q_lr, &k_lr, rank as usize, &index, &count).map_err(Failure::Wrong)
         };
-        self.list_kernel(&case, Step::Select, spec, &launch, &judge)
+        self.list_kernel(&case, Step::Select, spec, &poison, &launch, &judge)
     }
 
     fn invert(&mut self, data: &CaseData<'_>, spec: KernelSpec) -> Result<(), Stop> {
@@ -1010,10 +1056,7 @@ impl<'a> Session<'a> {
         };
         let alloc = |bytes: u64| self.gpu.device().alloc(bytes as usize).map_err(TuneError::from);
         let (offset, index) = (alloc(shape.offset_bytes())?, alloc(shape.index_bytes())?);
-        offset
-            .poison(&self.gpu.stream)
-            .and_then(|()| index.poison(&self.gpu.stream))
-            .map_err(TuneError::from)?;
+        let poison = |gpu: &Gpu| offset.poison(&gpu.stream).and_then(|()| index.poison(&gpu.stream));
         let launch = |gpu: &Gpu| {
             let to = KeyLists { k2q_offset: offset.address(), k2q_index: index.address() };
             // SAFETY: the buffers were made for these lists, and outlive the wait that ends every step.
@@ -1037,6 +1080,6 @@ impl<'a> Session<'a> {
                 ))),
             }
         };
-        self.list_kernel(&case, Step::Invert, spec, &launch, &judge)
+        self.list_kernel(&case, Step::Invert, spec, &poison, &launch, &judge)
     }
 }

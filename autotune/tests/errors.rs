@@ -17,6 +17,8 @@ fn every_text() {
         TuneError::OtherGpu { dir: dir(), theirs: "NVIDIA H100".into(), ours: "NVIDIA H200".into() },
         TuneError::NotStarted { dir: dir() },
         TuneError::Ruler { path: "peers.json".into(), problems: vec!["row 2: no fwd_ms".into()] },
+        TuneError::Document { path: "README.md".into() },
+        TuneError::BenchFile { path: "run/bench.json".into(), why: "EOF while parsing".into() },
         TuneError::NothingMeasured { dir: dir(), failures: 12 },
         TuneError::Worker { how: "signal 11".into(), dir: dir() },
         TuneError::Plot { title: "speed".into(), why: "no points".into() },

@@ -59,7 +59,7 @@ pub struct TuneRecord {
     pub problem: Problem,
     /// Percent of KV skipped in the lists it was run on (one of the sparsity buckets).
     pub sparsity: u8,
-    /// How lists were made: `dense`, `random` or `clustered`.
+    /// How lists were made: `dense`, `random`, `clustered` or `mixed`.
     pub lists: String,
     /// blake3 of the kernel's source and headers.
     pub source_hash: String,

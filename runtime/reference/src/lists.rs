@@ -314,8 +314,17 @@ impl KvListsBuf {
         })
     }
 
-    /// Lists as trained models have them (paper.md, observation 5): 8 neighbouring groups share round(0.8 *
-    /// kept) of their `kept` blocks, and each draws the others for itself.
+    /// Each group of head h lists `kept[h]` blocks (all, where there are fewer), drawn independently and uniformly: heads
+    /// of different sparsity in one launch. Panics where `kept` has not one number a head.
+    pub fn random_by_head(dims: ListDims, kept: &[usize], rng: &mut SplitMix64) -> Self {
+        assert_eq!(kept.len(), dims.num_heads, "one count a head");
+        let all: Vec<i32> = (0..dims.blocks() as i32).collect();
+        KvListsBuf::from_fn(dims, |_, head, _| ascending(rng.sample(&all, kept[head])))
+    }
+
+    /// Lists as trained models have them, where neighbouring queries agree on what matters: of each head, groups 8c to
+    /// 8c + 7 all list the same round(0.8 * kept) blocks, drawn for these 8, and each draws its other blocks by itself
+    /// from those not shared. So two of the 8 have 80 % of their blocks in common, and by chance a few more.
     pub fn clustered(dims: ListDims, kept: usize, rng: &mut SplitMix64) -> Self {
         let all: Vec<i32> = (0..dims.blocks() as i32).collect();
         let kept = kept.min(all.len());
@@ -531,12 +540,31 @@ mod tests {
             |a: usize, b: usize| view.blocks_of(a).iter().filter(|n| view.blocks_of(b).contains(n)).count();
         for group in 0..31 {
             let shared = common(group, group + 1);
+            if group % 8 == 0 && group + 8 <= 32 {
+                let by_all = view
+                    .blocks_of(group)
+                    .iter()
+                    .filter(|n| (group..group + 8).all(|other| view.blocks_of(other).contains(n)));
+                assert_eq!(by_all.count(), 40, "blocks that groups {group} to {} all list", group + 7);
+            }
             if group % 8 == 7 {
                 assert!(shared < 25, "groups {group} and the next are of different clusters: {shared}");
             } else {
                 assert!(shared >= 40, "neighbours {group} share {shared} of 50");
             }
         }
+    }
+
+    #[test]
+    fn every_head_has_its_own_count() {
+        let d = ListDims { max_selected: 12, ..dims() };
+        let lists = KvListsBuf::random_by_head(d, &[12, 3, 1], &mut SplitMix64::new(2));
+        lists.validate().unwrap();
+        for (list, &count) in lists.count.iter().enumerate() {
+            assert_eq!(count, [12, 3, 1][list / d.groups() % 3]);
+        }
+        let (a, b) = (lists.view().blocks_of(9), lists.view().blocks_of(10));
+        assert!(a.len() == 3 && a != b, "groups of a head draw independently");
     }
 
     #[test]
