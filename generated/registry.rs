@@ -15,6 +15,11 @@ pub struct Kernel {
 /// Every generated kernel, sorted by name.
 pub static KERNELS: &[Kernel] = &[
     Kernel {
+        name: "adamw_bf16_d0_v4_sm80",
+        source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
+        source_hash: "47f160b3088b9751d70d224e00ee73fadbd4471fe1a73f019f26fbe579c36e61",
+    },
+    Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
         source_hash: "7d47e998fe3c95b06e5a20e53080ac7507e004ab226b096ac51378b9ae7ef289",
@@ -39,6 +44,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "2c75e470595512b3cb519fa8e0e991650d666d73404afbf55c8e67b1dd3a32f6",
     },
     Kernel {
+        name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
+        ),
+        source_hash: "cb195f10bd1a25ce402551967f2562f82e8b5ce1af5243702d314116db77d5a6",
+    },
+    Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
@@ -58,6 +70,20 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
         source_hash: "a088ad7cbc6bd032c914519322f671ebd6cf7f03a91e90c1c25c8dd5d0a75358",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
+        ),
+        source_hash: "87134c547773838cd474b9fd4a571e5f1dd039b3ad737809d923e77302958ab9",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
+        ),
+        source_hash: "9166695a50f6b6999b3977dafe8855cb3774f8d0dee22be69c9bc87aafba61fb",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
@@ -95,6 +121,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "3aa565a88c0e9dd2a8cef7e7600a143cfa550582482a8b9ffbee7a70bdfa7527",
     },
     Kernel {
+        name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
+        ),
+        source_hash: "63b709e089046fbc2367ef6f4072962b8922c148b1af8de006c8ef69556d14f3",
+    },
+    Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
@@ -116,11 +149,25 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "8e23a09fb839ecf0a2be1c13536fe2bd8f8303d17baa6d817c0969987a0a1ec8",
     },
     Kernel {
+        name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
+        ),
+        source_hash: "f8fdaad3789af6137ba225330226a82e7c7acb560ddde952e51eb702c7520e63",
+    },
+    Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
         source_hash: "e837055fbfc46014e8cef0f048d62687e7e13af48752236cb39629fa06783a36",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
+        ),
+        source_hash: "b613865fe0e73a76033909a3c1d72157565f49d6c6d3205b07cb985b9b4df950",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
@@ -179,11 +226,25 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "818204ec0e0fec722b3a0ab69850655d4583d2db37d58e5f48c3955f2eac3b29",
     },
     Kernel {
+        name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
+        source: include_str!(
+            "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
+        ),
+        source_hash: "19e224a844a898ae6e569f6b1a94656a98ca9e2ede696dbe99cee08d2229e08c",
+    },
+    Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
         source_hash: "ff16b7656e40a7a5d1804f294c00073b1b32a36770ff4f07553ab1cbe3c56dd5",
+    },
+    Kernel {
+        name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
+        source: include_str!(
+            "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
+        ),
+        source_hash: "3e84156aa47a18f129b457312c3b786414c6dee6ae8973677db0bfa4ff573f95",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
@@ -193,11 +254,25 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "54346e07f87a366e45bf360efadebf1fa24800c04a9540dbf7a966d740604b2b",
     },
     Kernel {
+        name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
+        source: include_str!(
+            "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
+        ),
+        source_hash: "e8632f1f4cb3ef5076034afa2cafd4415743a177851fe53deab4a8618cebc303",
+    },
+    Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
         source_hash: "19f041abed83695a033cfeaff6cd8881ab22f7bc8877b895f2ef01002cacd0e2",
+    },
+    Kernel {
+        name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
+        source: include_str!(
+            "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
+        ),
+        source_hash: "722ea47bfb9320bdc586f1e28ef7df6f3a73c2493468d0e7983fdd93d0f45c97",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
@@ -221,11 +296,32 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "05f17ce2d0e3d6eb6bcc5c7cc9248c0e679d0f2b2084dc51c163219323291e78",
     },
     Kernel {
+        name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
+        ),
+        source_hash: "94fb908dd3f5a2924e4e4de273aca63024c3f6f45dd712cdd80ee46f72718f20",
+    },
+    Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
         source_hash: "f599007e15bdd59c4d7fa5e35c5c188b53fe03b5a5f032e36d39ada34f505a58",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
+        ),
+        source_hash: "11d5c957b1f2b575ce3116d08109eea872ed486feadac892dc3e965a9f66a8a4",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
+        ),
+        source_hash: "56f71ae058379b660f9997233779b0cbf17afa5e36e16b6183d5f3c514f9530b",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
@@ -235,11 +331,25 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "732d0d583dfc041c819acbc153aadde2862167c682ac166b8d2851157fe85ff3",
     },
     Kernel {
+        name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
+        ),
+        source_hash: "00aadadacde6f09abaa7e93cfa4f7a226080736550e0def9fe1ea4b28be5cbfb",
+    },
+    Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
         source_hash: "c6f67dd5a39cde914506cd1f2532d519fcf3ffc4fd4d48f86d14988e8ed20e6e",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
+        ),
+        source_hash: "4752d6952ea8f347704e8e1f646b2dea439a11c1e52540de52dbcaa3d7646cca",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
@@ -261,6 +371,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
         source_hash: "4dffe064c9cd702743ac28148dab56b617687f13b1ed9314093e76833040a7c5",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
+        ),
+        source_hash: "3535e3938fbb41e4cb963c45068aa68eb7df90ebcc06cccbce8a93e3e96fdf9c",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
@@ -332,9 +449,21 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "779735892b688169fa08459962527ee29dbe8af8f31bc9e3f8e110aab4c2378a",
     },
     Kernel {
+        name: "kv_invert_sm80",
+        source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
+        source_hash: "740e58173ee8946b2c3fe224106169eee58a66c5798df528ea8d28bdc7adff5e",
+    },
+    Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
         source_hash: "72e2b6b3dd76a9d216ef124e2a0df2250a780eeca492409a8c4cc0c2dd9e83da",
+    },
+    Kernel {
+        name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
+        source: include_str!(
+            "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
+        ),
+        source_hash: "08de46b4767e4e4fb001898de1b477e29fcd7016078578bfb35e7a4afb31e5b4",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
@@ -344,11 +473,25 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "a807ca18f5767b5e74a3138abca99177ecb0625923d1b2d1864f4147d862fd26",
     },
     Kernel {
+        name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
+        source: include_str!(
+            "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
+        ),
+        source_hash: "b105bc08f9c4578b42863926abf80f5e72c265acdbb660e49ccbc05384ef88e1",
+    },
+    Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
         source_hash: "589096810e4ee34712ffb5008786b45eea2a8b5657d5219eea0015c930102004",
+    },
+    Kernel {
+        name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
+        source: include_str!(
+            "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
+        ),
+        source_hash: "090c6035147ca51d4a965456f4e09461275e1ec47bec99c71f808f826ee66ba9",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
@@ -358,11 +501,23 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "594bee2856144c8a64342896b744ef812386a94a1d380837a0b3af0e76ed29b1",
     },
     Kernel {
+        name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
+        source: include_str!(
+            "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
+        ),
+        source_hash: "1787e36899a5330587f6ecb84436e6618200d99f6f8145fbe3ac085de59ee0da",
+    },
+    Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
         source_hash: "6e076f0e6ce0f8352039aae3b3f2008eb8322d560541f9d231db633099a4ddb7",
+    },
+    Kernel {
+        name: "kv_validate_sm80",
+        source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
+        source_hash: "ab9e25a901026983067dab6a7cafa037c039b8c903e6bdcad41219a02e708567",
     },
     Kernel {
         name: "kv_validate_sm90a",
@@ -490,6 +645,14 @@ pub static HEADERS: &[(&str, &str)] = &[
     ("dsv/operand.cuh", include_str!("../templates/include/dsv/operand.cuh")),
     ("dsv/patches.cuh", include_str!("../templates/include/dsv/patches.cuh")),
     ("dsv/philox.cuh", include_str!("../templates/include/dsv/philox.cuh")),
+    (
+        "dsv/sm80/cp_async.cuh",
+        include_str!("../templates/include/dsv/sm80/cp_async.cuh"),
+    ),
+    (
+        "dsv/sm80/products.cuh",
+        include_str!("../templates/include/dsv/sm80/products.cuh"),
+    ),
     ("dsv/tma.cuh", include_str!("../templates/include/dsv/tma.cuh")),
     ("dsv/types.cuh", include_str!("../templates/include/dsv/types.cuh")),
     ("dsv/vector.cuh", include_str!("../templates/include/dsv/vector.cuh")),

@@ -101,6 +101,9 @@ struct Bench {
     /// Names of kernels, feasible ones that are no candidates included; by default every candidate.
     #[arg(long, value_delimiter = ',')]
     kernel: Vec<String>,
+    /// The architecture whose kernels are timed, where it is not the GPU's own: sm80 runs on an H100 too.
+    #[arg(long)]
+    arch: Option<String>,
     /// Print the records as JSON after the table.
     #[arg(long)]
     json: bool,
@@ -391,6 +394,11 @@ fn run_bench(dir: &RunDir, request: &Bench, common: &Common, peers: &[Peer]) -> 
         .collect::<anyhow::Result<Vec<Step>>>()?;
     steps.sort();
     steps.dedup();
+    let arch = request
+        .arch
+        .as_ref()
+        .map(|text| Arch::from_name(text).ok_or_else(|| word("--arch", text, "sm80, sm90")))
+        .transpose()?;
     let plan = BenchRequest {
         head_dims: request.head_dim.clone(),
         seqlens: request.seqlen.clone(),
@@ -401,6 +409,7 @@ fn run_bench(dir: &RunDir, request: &Bench, common: &Common, peers: &[Peer]) -> 
         kinds,
         steps,
         kernels: request.kernel.clone(),
+        arch,
     }
     .plan()?;
     begin(dir, plan, common.device)?;

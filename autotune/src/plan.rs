@@ -225,6 +225,9 @@ pub struct Plan {
     pub steps: Vec<Step>,
     /// The competing kernels of attention; empty means every feasible candidate.
     pub kernels: Vec<KernelSpec>,
+    /// The architecture whose kernels are measured, where it is not the GPU's own.
+    #[serde(default)]
+    pub arch: Option<Arch>,
 }
 
 /// Sparsities a full run measures, percent of KV skipped.
@@ -262,6 +265,7 @@ impl Plan {
             cases,
             steps: Step::ALL.to_vec(),
             kernels: Vec::new(),
+            arch: None,
         };
         if let Some(only) = only {
             let words: Vec<&str> = only.split([' ', ',']).filter(|w| !w.is_empty()).collect();
@@ -374,6 +378,8 @@ pub struct BenchRequest {
     pub steps: Vec<Step>,
     /// Names of kernels; empty means every candidate.
     pub kernels: Vec<String>,
+    /// The architecture whose kernels are measured; none means the GPU's own, or that of `kernels`.
+    pub arch: Option<Arch>,
 }
 
 impl BenchRequest {
@@ -444,18 +450,22 @@ impl BenchRequest {
         for case in &mut cases {
             case.batch = self.batch;
         }
-        let plan = Plan { mode: Mode::Bench, only: None, cases, steps: self.steps.clone(), kernels };
+        // Kernels of one architecture say which.
+        let arch = self.arch.or_else(|| kernels.first().map(KernelSpec::arch));
+        let plan = Plan { mode: Mode::Bench, only: None, cases, steps: self.steps.clone(), kernels, arch };
         let unused: Vec<String> = plan
             .kernels
             .iter()
-            .filter(|k| !plan.contests(k.arch()).iter().any(|c| c.specs.contains(k)))
+            .filter(|k| {
+                arch != Some(k.arch()) || !plan.contests(k.arch()).iter().any(|c| c.specs.contains(k))
+            })
             .map(|k| k.name())
             .collect();
         if !unused.is_empty() {
             return Err(TuneError::option(
                 "--kernel",
                 unused.join(", "),
-                "kernels whose op, head_dim and block size are among --op, --head-dim and --block",
+                "kernels of one architecture (--arch) whose op, head_dim and block size are among --op, --head-dim and --block",
             ));
         }
         if plan.cases.is_empty() || plan.steps.is_empty() {
@@ -544,6 +554,7 @@ mod tests {
             kinds: vec![ListKind::Random],
             steps: vec![Step::Forward],
             kernels: vec![],
+            arch: None,
         };
         let plan = good.plan().unwrap();
         assert_eq!(plan.cases.len(), 2);
