@@ -577,7 +577,19 @@ mod tests {
         let other = space::candidates(AttnOp::Bwd, DTYPE, 128, Lists::Dense, Arch::Sm90a)[0];
         let name = KernelSpec::Attn(other).name();
         expect(BenchRequest { kernels: vec![name.clone()], ..good.clone() }, &[&name, "--op"]);
-        let own = BenchRequest { steps: vec![Step::Backward], kernels: vec![name], ..good };
+        let own = BenchRequest { steps: vec![Step::Backward], kernels: vec![name], ..good.clone() };
         assert_eq!(own.plan().unwrap().contests(Arch::Sm90a).len(), 1);
+        // Another architecture's kernels, all or by name, but not those of two.
+        let all = BenchRequest { kernels: vec![], arch: Some(Arch::Sm80), ..own.clone() }.plan().unwrap();
+        assert_eq!(all.arch, Some(Arch::Sm80));
+        let contests = all.contests(Arch::Sm80);
+        assert!(
+            contests.iter().all(|c| c.specs.iter().all(|s| s.arch() == Arch::Sm80)) && contests.len() == 2
+        );
+        let sm80 = contests[0].specs[0].name();
+        let named = BenchRequest { kernels: vec![sm80.clone()], ..own.clone() };
+        assert_eq!(named.plan().unwrap().arch, Some(Arch::Sm80));
+        let both = [own.kernels.clone(), vec![sm80.clone()]].concat();
+        expect(BenchRequest { kernels: both, ..own.clone() }, &[&sm80, "of one architecture"]);
     }
 }
