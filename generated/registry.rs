@@ -48,7 +48,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "cb195f10bd1a25ce402551967f2562f82e8b5ce1af5243702d314116db77d5a6",
+        source_hash: "e900f7c8f434bb4befaac7f29c39bbe9c1e650b374fc18c2726650f791e7a165",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
@@ -76,14 +76,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "87134c547773838cd474b9fd4a571e5f1dd039b3ad737809d923e77302958ab9",
+        source_hash: "0e57552392a984c13be0f999649154eb930e49c1784dec96b49bdca4404b092b",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "9166695a50f6b6999b3977dafe8855cb3774f8d0dee22be69c9bc87aafba61fb",
+        source_hash: "30201449f0e99c4170a2f6252bfba821b7a7a63a69f95ae89da06fe96de1638b",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
@@ -125,7 +125,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "63b709e089046fbc2367ef6f4072962b8922c148b1af8de006c8ef69556d14f3",
+        source_hash: "6c5610084437af2789194ce99153802afe9e812a61d268d05a4d346f7c136e7e",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a",
@@ -153,7 +153,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "f8fdaad3789af6137ba225330226a82e7c7acb560ddde952e51eb702c7520e63",
+        source_hash: "532a443ac12981b956956fa14089271e2b3d5f25fb4bdb8d8961bc62a797296b",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
@@ -167,7 +167,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "b613865fe0e73a76033909a3c1d72157565f49d6c6d3205b07cb985b9b4df950",
+        source_hash: "caf646324aa59d1ba7148cf0831e5ec62b6365dbc27effae39b1479306749103",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",

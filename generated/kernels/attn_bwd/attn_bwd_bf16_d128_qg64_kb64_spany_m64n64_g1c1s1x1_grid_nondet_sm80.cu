@@ -39,8 +39,6 @@ constexpr int kTilesPerGroup = kDense ? 1 : kQueryGroup / kBlockM;  // query til
 constexpr int kTilesPerBlock = kDense ? 1 : kKvBlock / kBlockN;     // CTAs of one listed block
 constexpr int kColumns = kHeadDim / kWarpgroups;                    // of dQ, that a warp makes for its 16 query rows
 constexpr int kChunk = 32;                                          // of them in one product
-// Unrolled where a lone stage leaves the registers for it: elsewhere ptxas spills.
-constexpr int kChunksAtOnce = kHeadDim < 128 || kStages > 1 ? 1 : kColumns / kChunk;
 constexpr int kTileBytesKv = kBlockN * kHeadDim * 2;
 constexpr int kTileBytesQ = kBlockM * kHeadDim * 2;
 
@@ -270,7 +268,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_bf16
         ds.chunk ^= 2 * (warp % 4);
 #pragma unroll
         for (int k = 0; k < kBlockN / 16; ++k) dsv::load_matrices_transposed(ds_rows[0][k], ds.at<kBlockN>(16 * k, 0));
-#pragma unroll kChunksAtOnce
+#pragma unroll 1
         for (int chunk = 0; chunk < kColumns / kChunk; ++chunk) {
             const int column = warp / 4 * kColumns + chunk * kChunk;
             float dq[1][kChunk / 2];
