@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-/// (name, path) of every file with an ending in a folder, sorted by name.
+/// (name, path) of every file with an ending right in a folder, sorted by name.
 fn files(folder: &Path, ending: &str) -> Vec<(String, PathBuf)> {
     println!("cargo::rerun-if-changed={}", folder.display());
     let entries = fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
@@ -20,15 +20,25 @@ fn main() {
     let templates =
         Path::new(&env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it")).join("../templates");
     let mut text = String::from(
-        "/// (op, text of its template), sorted.\npub(crate) static KERNELS: &[(&str, &str)] = &[\n",
+        "/// (name, text) of every template, sorted.\npub(crate) static KERNELS: &[(&str, &str)] = &[\n",
     );
     for (op, path) in files(&templates.join("kernels"), ".cu.tera") {
         writeln!(text, "    ({op:?}, include_str!({path:?})),").expect("a string takes any text");
     }
-    text += "];\n\n/// (`dsv/xxx.cuh`, text) of every device header, sorted: given to NVRTC by name beside any source, and part of\n\
-             /// every source hash.\npub static HEADERS: &[(&str, &str)] = &[\n";
-    for (name, path) in files(&templates.join("include/dsv"), ".cuh") {
-        writeln!(text, "    (\"dsv/{name}.cuh\", include_str!({path:?})),").expect("a string takes any text");
+    text += "];\n\n/// (`dsv/xxx.cuh`, text) of every device header, sorted, those of one architecture in a folder (`dsv/sm80/xxx.cuh`):\n\
+             /// given to NVRTC by name beside any source; see [`source_hash`] for what a text is hashed with.\n\
+             pub static HEADERS: &[(&str, &str)] = &[\n";
+    let include = templates.join("include/dsv");
+    let mut headers: Vec<(String, PathBuf)> = ["", "sm80/"]
+        .iter()
+        .flat_map(|folder| {
+            let named = |(name, path)| (format!("dsv/{folder}{name}.cuh"), path);
+            files(&include.join(folder), ".cuh").into_iter().map(named).collect::<Vec<_>>()
+        })
+        .collect();
+    headers.sort();
+    for (name, path) in headers {
+        writeln!(text, "    ({name:?}, include_str!({path:?})),").expect("a string takes any text");
     }
     text += "];\n";
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it")).join("templates.rs");

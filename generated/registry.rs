@@ -15,6 +15,11 @@ pub struct Kernel {
 /// Every generated kernel, sorted by name.
 pub static KERNELS: &[Kernel] = &[
     Kernel {
+        name: "adamw_bf16_d0_v4_sm80",
+        source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
+        source_hash: "8c95e86603842dddfef9946d2ba400b888304e17db07004e5364163a80dabc39",
+    },
+    Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
         source_hash: "2db0e4423e53cb6d4da27e6c79ac52258b0e01e8273743afc1c05b80c5670245",
@@ -39,6 +44,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "5a289d08e734660a7e8fc7d1918275270e14d24c6585153f13031eafec156acc",
     },
     Kernel {
+        name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
+        ),
+        source_hash: "f55686a4d36dc1f74cf25fbb970882f24064e694823826e3481be4bb7c5ecbb8",
+    },
+    Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
@@ -58,6 +70,20 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
         source_hash: "eb5deca19d27c92b04a1ba400131b4caf7312b9c9f3b92dca016561e7846d0ce",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
+        ),
+        source_hash: "086dfd82fc950c68a8c99f598fef6177ed72c897b88d9b8505aa7ab343c507f0",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
+        ),
+        source_hash: "22f12daecfb949c7c98192d476fef69f6368e4df5653fb5115e0f355a0503858",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
@@ -95,6 +121,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "4e2548b5088986d45d8f161806e5a7b2f2333ab183a01bffd3500c33780797ca",
     },
     Kernel {
+        name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
+        ),
+        source_hash: "007fb3e931b8f5d9ca4af15bd4875f7a0d08a0d960ee41344dd58e914d912b04",
+    },
+    Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
@@ -130,11 +163,25 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "279be772e6f0c3f8cc18fbd22ebdbdf6dc4c22e769987e4b7f40b9e5745f01c4",
     },
     Kernel {
+        name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
+        ),
+        source_hash: "5d65616a9fdd971efd5c77ea39ddf20c285ed12f012238462eadc5291f057834",
+    },
+    Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
         source_hash: "afb666265b2649d45cae79300eba3cbd1ef75d7dc461dd7a9fe7e79d43c4650f",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
+        ),
+        source_hash: "bd114496bf888d46633f1eb61e790d17867c7dddcc69c00950dd75b5a927ec85",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
@@ -193,11 +240,25 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "041550d9ec96b988207baf03a2bd49d85be39266b4c51023df3518abce3b483b",
     },
     Kernel {
+        name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
+        source: include_str!(
+            "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
+        ),
+        source_hash: "27e4d485a856fad6ebf376732590edc0dd42bee6e31139d25633894543da708b",
+    },
+    Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
         source_hash: "cc2e61930340353f295799be6679640648ee1583bc3dca2691df5b985be6d9c0",
+    },
+    Kernel {
+        name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
+        source: include_str!(
+            "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
+        ),
+        source_hash: "9266e34bc736cccd9f290af4866190c544387dfc0df323c3d55069a6265dc676",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
@@ -207,11 +268,25 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "45df74c1eb35229bc4e78f245c8914ac5b35cab3b847a253e8c69c28dc766c46",
     },
     Kernel {
+        name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
+        source: include_str!(
+            "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
+        ),
+        source_hash: "3fb346466c68024708ad8967fdc15a4cff12722b739bbdfdbb1200aa4e75b07b",
+    },
+    Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
         source_hash: "519415142dad49aadf23f54850695b7a6a588b3ed7c5756e7f5619ed18a8f462",
+    },
+    Kernel {
+        name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
+        source: include_str!(
+            "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
+        ),
+        source_hash: "2810169c9275ccaf028d996130252744c1dc0b4509f8881e573a0353464881cf",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
@@ -235,11 +310,32 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "626adefa0e60fe7c9a2925e606a27e96a8be54c387ecae255bd9bec64aa6997b",
     },
     Kernel {
+        name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
+        ),
+        source_hash: "d22906bca5115d77d81c5452d476cef6261789390deb5374f0c732794995ee11",
+    },
+    Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
         source_hash: "6fb743463a860a380e0a232c7f9417d6d1dd260542f28792578d1354f6ff95f5",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
+        ),
+        source_hash: "949fa7434dd56b368f45bdc68743cd5a938fb290e4f1cbc4fee06ceb936bc036",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
+        ),
+        source_hash: "fbeacb9c1e649b28c1961d3973e9ee85d96011e5358f044fb8e9e59da49dcc5a",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
@@ -249,11 +345,25 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "5f16575477ad3dbf5d1f6c10a267f9ce0fc8ff7abfc6b00ebaa284f92c979d4c",
     },
     Kernel {
+        name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
+        ),
+        source_hash: "4218b8f20ded01ce544f2b4cdae8828c182a3129f5f3db61b2599588532a26b2",
+    },
+    Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
         source_hash: "365574313b27a5210dd02a0c91a01216edfb5e777fa096d70225800850bc653f",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
+        ),
+        source_hash: "84ae982bab6852fbc28e79a36b1bc47428737c93eb6c4838d1fb361470f1785c",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
@@ -275,6 +385,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
         source_hash: "674f8583c2018946391bf66605733b2dbb809dd45b89e851ee348219b47aa48e",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
+        ),
+        source_hash: "a31080d541b95c2a55d201e56678122acce428ea314ef1dce683bcaeaff09666",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
@@ -346,9 +463,21 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "d29edf0ede887de7c7986b3ad66b9de02a0bd3c658ec587b17d4003498d8aaa0",
     },
     Kernel {
+        name: "kv_invert_sm80",
+        source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
+        source_hash: "72b132b714d2171d41a84ec0de1a2f3dbaa310e2bb6046c2b56d291d4d56a60f",
+    },
+    Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
         source_hash: "be33cf0e987991b5664f92e9882a51d9560e88eb7a1862b7a67cd692af1174c3",
+    },
+    Kernel {
+        name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
+        source: include_str!(
+            "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
+        ),
+        source_hash: "4a51c9a534bff094c46a1891e7c53b9aba378e647c174fc0c2c16093e33f2e92",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
@@ -358,11 +487,25 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "8bb6c9fabd6ced7b7c3adf878ef7a003bc33fce8a246e417e29ee7e5c940cdbb",
     },
     Kernel {
+        name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
+        source: include_str!(
+            "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
+        ),
+        source_hash: "b3ce66885338873dcddb6cd6095a4ba28b8edfcfb0fe9f1169ee7c58053fc98f",
+    },
+    Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
         source_hash: "5ab54a735a60a1f8c8db452ce19259452f472d4a8ce2211549b557698f543ee2",
+    },
+    Kernel {
+        name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
+        source: include_str!(
+            "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
+        ),
+        source_hash: "95d50b5380541f3975eac60850dbb8328d3f1e12d10a13f0eaf7aed41cfdd159",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
@@ -372,11 +515,23 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "19b36f9a73563f112a98e45f183f9260913754aa6acd08ff1479e8d556095f33",
     },
     Kernel {
+        name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
+        source: include_str!(
+            "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
+        ),
+        source_hash: "60402449ac41423e99ece60be1bebb5e131c2be81723599b79e79f37e36e8d95",
+    },
+    Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
         source_hash: "0d2a9eee19e9a2f1479ff512d13577dfbd6242c74bc4b34075ecec9c0b8b4e3e",
+    },
+    Kernel {
+        name: "kv_validate_sm80",
+        source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
+        source_hash: "cb76cc90f8d1d712c6034d5de9291bf3164b4bf22e64f895330820dae928893b",
     },
     Kernel {
         name: "kv_validate_sm90a",
@@ -504,6 +659,14 @@ pub static HEADERS: &[(&str, &str)] = &[
     ("dsv/operand.cuh", include_str!("../templates/include/dsv/operand.cuh")),
     ("dsv/patches.cuh", include_str!("../templates/include/dsv/patches.cuh")),
     ("dsv/philox.cuh", include_str!("../templates/include/dsv/philox.cuh")),
+    (
+        "dsv/sm80/cp_async.cuh",
+        include_str!("../templates/include/dsv/sm80/cp_async.cuh"),
+    ),
+    (
+        "dsv/sm80/products.cuh",
+        include_str!("../templates/include/dsv/sm80/products.cuh"),
+    ),
     ("dsv/tma.cuh", include_str!("../templates/include/dsv/tma.cuh")),
     ("dsv/types.cuh", include_str!("../templates/include/dsv/types.cuh")),
     ("dsv/vector.cuh", include_str!("../templates/include/dsv/vector.cuh")),

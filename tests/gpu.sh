@@ -43,13 +43,13 @@ step() {
 run() {
     cd "$here" || exit 1
     mkdir -p log
-    step kernels 300 ./gpu-kernels
+    step kernels 480 ./gpu-kernels
     step trainer 120 ./gpu-trainer --test-threads 1
     export DSV_GPU_TEST_IN_PROCESS=1 DSV_GPU_TEST_LIMIT=120
-    step memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 9 ./gpu-kernels no_multiple
+    step memcheck 200 compute-sanitizer --tool memcheck --error-exitcode 9 ./gpu-kernels no_multiple
     step memcheck-faults 60 compute-sanitizer --tool memcheck --error-exitcode 9 ./gpu-kernels faults
     step memcheck-lists 60 compute-sanitizer --tool memcheck --error-exitcode 9 ./gpu-kernels kv_
-    step racecheck 120 compute-sanitizer --tool racecheck --error-exitcode 9 ./gpu-kernels no_multiple
+    step racecheck 200 compute-sanitizer --tool racecheck --error-exitcode 9 ./gpu-kernels no_multiple
     step racecheck-lists 60 compute-sanitizer --tool racecheck --error-exitcode 9 ./gpu-kernels kv_
     for name in kernels trainer; do grep -E 'FAILED|panicked|times the tolerance|outside tolerance' "log/$name" | head -20; done
     printf '%s\n' "${summary[@]}"

@@ -9,7 +9,7 @@ use dsv_runtime::{
     AttnLayouts, AttnPlan, BwdArgs, Clocks, Device, DeviceBuffer, Error, FwdArgs, KeyLists, MemoryNeeded,
     Options, QueryLists, Runtime, Stream, TableSource, decode_error_flag, silent,
 };
-use dsv_spec::{AttnOp, Problem, Timing};
+use dsv_spec::{Arch, AttnOp, Problem, Timing};
 use half::bf16;
 use std::sync::Arc;
 
@@ -66,9 +66,9 @@ const HOPELESS: f64 = 2.0;
 const HOPELESS_ROUNDS: usize = 3;
 
 impl Gpu {
-    pub(crate) fn open(ordinal: usize) -> Result<Gpu, Error> {
-        let runtime =
-            Runtime::open(Options { ordinal, bundle: None, table: TableSource::None, report: silent() })?;
+    pub(crate) fn open(ordinal: usize, arch: Option<Arch>) -> Result<Gpu, Error> {
+        let table = TableSource::None;
+        let runtime = Runtime::open(Options { ordinal, bundle: None, table, arch, report: silent() })?;
         let device = runtime.device();
         let stream = device.new_stream()?;
         let (flush, flag) = (L2Flush::new(device)?, device.alloc(256)?);

@@ -128,6 +128,9 @@ struct Bench {
     /// Names of kernels, feasible ones that are no candidates included; by default every candidate.
     #[arg(long, value_delimiter = ',')]
     kernel: Vec<String>,
+    /// The architecture whose kernels are timed, where it is not the GPU's own: sm80 runs on an H100 too.
+    #[arg(long)]
+    arch: Option<String>,
     /// Print the records as JSON after the table.
     #[arg(long)]
     json: bool,
@@ -508,6 +511,11 @@ fn run_bench(dir: &RunDir, request: &Bench, common: &Common, peers: &[Peer]) -> 
         .collect::<anyhow::Result<Vec<Step>>>()?;
     steps.sort();
     steps.dedup();
+    let arch = request
+        .arch
+        .as_ref()
+        .map(|text| Arch::from_name(text).ok_or_else(|| word("--arch", text, "sm80, sm90")))
+        .transpose()?;
     let plan = BenchRequest {
         head_dims: request.head_dim.clone(),
         seqlens: request.seqlen.clone(),
@@ -520,6 +528,7 @@ fn run_bench(dir: &RunDir, request: &Bench, common: &Common, peers: &[Peer]) -> 
         kernels: request.kernel.clone(),
         forms,
         served: request.served.then_some(served),
+        arch,
     }
     .plan()?;
     begin(dir, plan, common.device)?;

@@ -237,6 +237,9 @@ pub struct Plan {
     /// Instead of candidates the kernels that a table serves, where this says which.
     #[serde(default)]
     pub served: Option<ServedBy>,
+    /// The architecture whose kernels are measured, where it is not the GPU's own.
+    #[serde(default)]
+    pub arch: Option<Arch>,
 }
 
 /// The table whose kernels are measured.
@@ -291,6 +294,7 @@ impl Plan {
             kernels: Vec::new(),
             forms: both_forms(),
             served: None,
+            arch: None,
         };
         if let Some(only) = only {
             let words: Vec<&str> = only.split([' ', ',']).filter(|w| !w.is_empty()).collect();
@@ -427,6 +431,8 @@ pub struct BenchRequest {
     pub forms: Vec<Deterministic>,
     /// Only the kernels that this table serves.
     pub served: Option<ServedBy>,
+    /// The architecture whose kernels are measured; none means the GPU's own, or that of `kernels`.
+    pub arch: Option<Arch>,
 }
 
 impl BenchRequest {
@@ -501,6 +507,8 @@ impl BenchRequest {
         for case in &mut cases {
             case.batch = self.batch;
         }
+        // Kernels of one architecture say which.
+        let arch = self.arch.or_else(|| kernels.first().map(KernelSpec::arch));
         if self.served.is_some() && !kernels.is_empty() {
             return Err(TuneError::option(
                 "--kernel",
@@ -516,18 +524,21 @@ impl BenchRequest {
             kernels,
             forms: self.forms.clone(),
             served: self.served.clone(),
+            arch,
         };
         let unused: Vec<String> = plan
             .kernels
             .iter()
-            .filter(|k| !plan.contests(k.arch()).iter().any(|c| c.specs.contains(k)))
+            .filter(|k| {
+                arch != Some(k.arch()) || !plan.contests(k.arch()).iter().any(|c| c.specs.contains(k))
+            })
             .map(|k| k.name())
             .collect();
         if !unused.is_empty() {
             return Err(TuneError::option(
                 "--kernel",
                 unused.join(", "),
-                "kernels whose op, head_dim and block size are among --op, --head-dim and --block",
+                "kernels of one architecture (--arch) whose op, head_dim and block size are among --op, --head-dim and --block",
             ));
         }
         if plan.cases.is_empty() || plan.steps.is_empty() || plan.forms.is_empty() {
@@ -618,6 +629,7 @@ mod tests {
             kernels: vec![],
             forms: both_forms(),
             served: None,
+            arch: None,
         };
         let plan = good.plan().unwrap();
         assert_eq!(plan.cases.len(), 2);
@@ -642,6 +654,18 @@ mod tests {
         expect(BenchRequest { kernels: vec![name.clone()], ..good.clone() }, &[&name, "--op"]);
         let own = BenchRequest { steps: vec![Step::Backward], kernels: vec![name], ..good.clone() };
         assert_eq!(own.plan().unwrap().contests(Arch::Sm90a).len(), 1);
+        // Another architecture's kernels, all or by name, but not those of two.
+        let all = BenchRequest { kernels: vec![], arch: Some(Arch::Sm80), ..own.clone() }.plan().unwrap();
+        assert_eq!(all.arch, Some(Arch::Sm80));
+        let contests = all.contests(Arch::Sm80);
+        assert!(
+            contests.iter().all(|c| c.specs.iter().all(|s| s.arch() == Arch::Sm80)) && contests.len() == 2
+        );
+        let sm80 = contests[0].specs[0].name();
+        let named = BenchRequest { kernels: vec![sm80.clone()], ..own.clone() };
+        assert_eq!(named.plan().unwrap().arch, Some(Arch::Sm80));
+        let two = [own.kernels.clone(), vec![sm80.clone()]].concat();
+        expect(BenchRequest { kernels: two, ..own.clone() }, &[&sm80, "of one architecture"]);
         let both = BenchRequest { served: Some(ServedBy::Committed), ..own };
         expect(both, &["--kernel attn_bwd", "no --served"]);
         // Mixed lists have a sparsity of their own: one case, whatever is kept.

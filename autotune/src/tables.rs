@@ -187,6 +187,7 @@ pub fn plan(served: ServedBy) -> Plan {
         kernels: Vec::new(),
         forms: both_forms(),
         served: Some(served),
+        arch: None,
     }
 }
 

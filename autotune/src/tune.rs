@@ -68,7 +68,7 @@ const SPILLS: &str = include_str!("../../codegen/spills.txt");
 pub fn work(dir: &RunDir, seconds: f64) -> Result<Ended, TuneError> {
     let deadline = Instant::now() + Duration::from_secs_f64(seconds);
     let run = dir.read_run()?;
-    let gpu = Gpu::open(run.device)?;
+    let gpu = Gpu::open(run.device, run.plan.arch)?;
     let compiler = Compiler::new()?;
     let mut session = Session::open(dir, run, gpu, &compiler, deadline)?;
     let ended = session.all(&compiler);
@@ -172,7 +172,7 @@ impl<'a> Session<'a> {
         compiler: &Compiler,
         deadline: Instant,
     ) -> Result<Session<'a>, TuneError> {
-        let arch = gpu.device().arch()?;
+        let arch = gpu.device().arch_or(run.plan.arch)?;
         let info = gpu.device().info().clone();
         if let Some(machine) = &run.machine
             && machine.gpu != info.name
@@ -396,13 +396,14 @@ impl<'a> Session<'a> {
                 }
             }
         }
+        let (major, minor) = self.gpu.device().info().capability;
         let jobs: Vec<CompileJob<'_>> = sources
             .iter()
             .map(|(spec, name, source)| CompileJob {
                 name,
                 source,
                 headers: dsv_codegen::HEADERS,
-                arch: spec.arch().nvrtc(),
+                arch: spec.arch().nvrtc_for(major, minor).unwrap_or(spec.arch().nvrtc()),
             })
             .collect();
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());

@@ -134,3 +134,15 @@ pub(crate) fn no_kernel(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, a
     }
     CodegenError::NoKernel { asked: format!("{op}, {dtype}, head_dim {head_dim}, {size} on {arch}"), axes }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shipped_axes_without_a_tile_name_the_place_to_add_one() {
+        let error = no_kernel(AttnOp::BwdDq, Dtype::Bf16, 128, Lists::Dense, Arch::Sm80).to_string();
+        assert!(error.contains("arch available: sm80, sm90a"), "{error}");
+        assert!(error.contains("give attn_bwd_dq a feasible tile for sm80 in candidates"), "{error}");
+    }
+}

@@ -38,11 +38,11 @@ use dsv_spec::{Arch, AttnOp, Dtype, KernelSpec, Lists, space};
 pub use bundle::build_bundle;
 pub use dsv_spec as spec;
 pub use error::CodegenError;
-pub use templates::{HEADERS, render, source_hash, template_path};
+pub use templates::{HEADERS, render, source_hash, template_name, template_path};
 pub use tree::{COMMITTED_ARCHES, Tree, Written, committed_specs};
 
 /// The shipped kernels of attention, forward and backward, for one (dtype, head_dim, block size): the defaults that
-/// serve where no table answers, deterministic forms included. Sorted by name.
+/// serve where no table answers, deterministic forms included where the architecture has them. Sorted by name.
 ///
 /// # Errors
 /// [`CodegenError::NoKernel`] names each axis that is not shipped, what is, and how to add it.
@@ -61,7 +61,10 @@ pub fn attention(
         _ => false,
     };
     let specs: Vec<KernelSpec> = space::shipped(arch).into_iter().filter(asked).collect();
-    match AttnOp::ALL.iter().find(|op| !specs.iter().any(|spec| spec.op() == op.name())) {
+    // On sm80 dQ is always accumulated.
+    let needed = |op: &&AttnOp| (**op, arch) != (AttnOp::BwdDq, Arch::Sm80);
+    let missing = |op: &&AttnOp| !specs.iter().any(|spec| spec.op() == op.name());
+    match AttnOp::ALL.iter().filter(needed).find(missing) {
         None => Ok(specs),
         Some(&op) => Err(error::no_kernel(op, dtype, head_dim, lists, arch)),
     }

@@ -13,7 +13,7 @@ use dsv_compile::{Compiler, SpillList, fetch_nvrtc};
 #[derive(Parser)]
 #[command(name = "dsv-codegen", version, args_conflicts_with_subcommands = true)]
 struct Cli {
-    /// Write the kernels of this architecture: sm90 (which means sm90a).
+    /// Write generated/, in which this architecture has kernels: sm90 (which means sm90a) or sm80. All are written.
     #[arg(long)]
     arch: Option<String>,
     /// The checkout; by default the one this program was built from, else the current directory.

@@ -12,9 +12,15 @@ use crate::context::{describe, variables};
 // KERNELS and HEADERS, listed by the build script.
 include!(concat!(env!("OUT_DIR"), "/templates.rs"));
 
-/// Path of an op's template within the checkout.
-pub fn template_path(op: &str) -> String {
-    format!("templates/kernels/{op}.cu.tera")
+/// Name of a spec's template: `<op>_<arch>` where the architecture has one of its own, else `<op>`.
+pub fn template_name(spec: &KernelSpec) -> &'static str {
+    let own = format!("{}_{}", spec.op(), spec.arch());
+    KERNELS.iter().map(|(name, _)| *name).find(|name| *name == own).unwrap_or(spec.op())
+}
+
+/// Path of a template within the checkout, by [`template_name`].
+pub fn template_path(name: &str) -> String {
+    format!("templates/kernels/{name}.cu.tera")
 }
 
 /// Tera with the delimiters that no CUDA text contains, and no escaping.
@@ -45,7 +51,7 @@ impl Templates {
     }
 
     fn render(&self, spec: &KernelSpec) -> Result<String, CodegenError> {
-        let (op, name) = (spec.op(), spec.name());
+        let (op, name) = (template_name(spec), spec.name());
         let Some(engine) = self.0.get(op) else {
             let available = self.0.keys().map(|op| (*op).to_owned()).collect();
             return Err(CodegenError::NoTemplate { op: op.to_owned(), available });
@@ -84,11 +90,17 @@ pub fn render(spec: &KernelSpec) -> Result<String, CodegenError> {
     TEMPLATES.get_or_init(|| Templates::new(KERNELS)).render(spec)
 }
 
-/// blake3, in hex, of a kernel's text and every header: what the registry, the dispatch table and the bundle call
-/// the source hash. A changed template makes exactly its own kernels stale.
+/// blake3, in hex, of a kernel's text and the headers it may include: what the registry, the dispatch table and the
+/// bundle call the source hash. A changed template makes exactly its own kernels stale, and a changed header of one
+/// architecture (`dsv/sm80/`) exactly those that include from its folder.
 pub fn source_hash(source: &str) -> String {
+    let folder = |name: &str| name.rfind('/').map_or(0, |at| at + 1);
+    let included = |name: &str| {
+        let folder = &name[..folder(name)];
+        folder == "dsv/" || source.contains(&format!("#include \"{folder}"))
+    };
     let mut hasher = blake3::Hasher::new();
-    for (name, text) in [("", source)].iter().chain(HEADERS) {
+    for (name, text) in [("", source)].iter().chain(HEADERS.iter().filter(|(name, _)| included(name))) {
         for part in [name, text] {
             hasher.update(&(part.len() as u64).to_le_bytes());
             hasher.update(part.as_bytes());
@@ -181,5 +193,23 @@ mod tests {
         assert_eq!(source_hash("a"), source_hash("a"));
         assert_ne!(source_hash("a"), source_hash("b"));
         assert_ne!(source_hash("a").as_str(), blake3::hash(b"a").to_hex().as_str(), "headers are not hashed");
+        // Headers of an architecture belong to the texts that include from their folder.
+        let by_hand = |source: &str| {
+            let mut plain = blake3::Hasher::new();
+            for (name, text) in [("", source)].iter().chain(HEADERS) {
+                if name.starts_with("dsv/sm80/") && !source.contains("sm80") {
+                    continue;
+                }
+                for part in [name, text] {
+                    plain.update(&(part.len() as u64).to_le_bytes());
+                    plain.update(part.as_bytes());
+                }
+            }
+            plain.finalize().to_hex().to_string()
+        };
+        for source in ["#include \"dsv/types.cuh\"", "#include \"dsv/sm80/cp_async.cuh\""] {
+            assert_eq!(source_hash(source), by_hand(source), "{source}");
+        }
+        assert!(HEADERS.iter().any(|(name, _)| name.starts_with("dsv/sm80/")));
     }
 }

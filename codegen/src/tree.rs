@@ -9,7 +9,7 @@ use dsv_spec::{Arch, DispatchTable, KernelSpec, space};
 use crate::{CodegenError, HEADERS, registry, render, source_hash};
 
 /// Architectures whose kernels are committed under `generated/`.
-pub const COMMITTED_ARCHES: [Arch; 1] = [Arch::Sm90a];
+pub const COMMITTED_ARCHES: [Arch; 2] = [Arch::Sm80, Arch::Sm90a];
 
 /// The committed kernels: the shipped set of every committed architecture, and the winners that the tables in
 /// `<generated>/tables` name. Sorted by name.

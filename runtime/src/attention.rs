@@ -4,8 +4,10 @@ use crate::device::Stream;
 use crate::error::Error;
 use crate::kernels::Kernel;
 use crate::layout::{ALIGN_BYTES, Extent, Layout, pair_of_rows_map};
-use dsv_spec::params::{AttnBwd, AttnBwdDq, AttnBwdPost, AttnBwdPrep, AttnFwd, AttnSizes};
-use dsv_spec::{AttnOp, AttnSpec, AttnTile, Deterministic, Dtype, KernelSpec, Lists, Problem, limits};
+use dsv_spec::params::{
+    AttnBwd, AttnBwdDq, AttnBwdPost, AttnBwdPrep, AttnBwdViews, AttnFwd, AttnFwdViews, AttnSizes,
+};
+use dsv_spec::{Arch, AttnOp, AttnSpec, AttnTile, Deterministic, Dtype, KernelSpec, Lists, Problem, limits};
 use std::sync::Arc;
 
 /// Where the tensors of one attention call lie. Those of the backward are not looked at for `attn_fwd`.
@@ -381,6 +383,24 @@ impl AttnPlan {
         let (q, kv) = (extent_q(&self.problem), extent_kv(&self.problem));
         let AttnTile { block_m, block_n, .. } = tile(kernel);
         stream.bind()?;
+        let p = &self.problem;
+        let grid = [p.seqlen_q.div_ceil(block_m as u32), p.num_heads, p.batch];
+        let smem_bytes = kernel.facts().smem_bytes;
+        if kernel.spec().arch() == Arch::Sm80 {
+            let params = AttnFwdViews {
+                q: self.layouts.q.view(args.q),
+                k: self.layouts.k.view(args.k),
+                v: self.layouts.v.view(args.v),
+                o: self.layouts.out.view(args.out),
+                lse: args.lse,
+                q2k_index: lists.q2k_index,
+                q2k_count: lists.q2k_count,
+                error_flag: args.error_flag,
+                sizes: self.sizes,
+            };
+            // SAFETY: the caller's promise; the parameters are those of attn_fwd on sm80.
+            return unsafe { kernel.launch(stream, grid, smem_bytes, &params) };
+        }
         let params = AttnFwd {
             map_q: q.tensor_map(args.q, &self.layouts.q, CONSUMER_ROWS)?,
             map_k: kv.tensor_map(args.k, &self.layouts.k, block_n as u32)?,
@@ -392,10 +412,8 @@ impl AttnPlan {
             error_flag: args.error_flag,
             sizes: self.sizes,
         };
-        let p = &self.problem;
-        let grid = [p.seqlen_q.div_ceil(block_m as u32), p.num_heads, p.batch];
         // SAFETY: the caller's promise; the parameters are those of attn_fwd.
-        unsafe { kernel.launch(stream, grid, kernel.facts().smem_bytes, &params) }
+        unsafe { kernel.launch(stream, grid, smem_bytes, &params) }
     }
 
     /// Queues dQ, dK and dV: three launches in stream order.
@@ -458,6 +476,34 @@ impl AttnPlan {
             sizes: self.sizes,
         };
         let block_n = tile(&kernels.main).block_n as u32;
+        let kv_tiles = [p.seqlen_kv.div_ceil(block_n), p.num_kv_heads, p.batch];
+        let smem_bytes = |kernel: &Kernel| kernel.facts().smem_bytes;
+        // SAFETY: the caller's promise; the parameters are those of attn_bwd_prep, and the workspace holds what it
+        // hands on.
+        unsafe { kernels.prep.launch(stream, row_tiles, smem_bytes(&kernels.prep), &prep)? };
+        let post = AttnBwdPost { dq: layouts.dq.view(args.dq), dq_accum, sizes: self.sizes };
+        if kernels.main.spec().arch() == Arch::Sm80 {
+            let main = AttnBwdViews {
+                q: layouts.q.view(args.q),
+                d_o: layouts.d_out.view(args.d_out),
+                k: layouts.k.view(args.k),
+                v: layouts.v.view(args.v),
+                dk: layouts.dk.view(args.dk),
+                dv: layouts.dv.view(args.dv),
+                lse_log2,
+                delta,
+                dq_accum,
+                k2q_offset: key.k2q_offset,
+                k2q_index: key.k2q_index,
+                error_flag: args.error_flag,
+                sizes: self.sizes,
+            };
+            // SAFETY: as above, of attn_bwd on sm80, which accumulates dQ, and of attn_bwd_post.
+            return unsafe {
+                kernels.main.launch(stream, kv_tiles, smem_bytes(&kernels.main), &main)?;
+                kernels.dq.launch(stream, row_tiles, smem_bytes(&kernels.dq), &post)
+            };
+        }
         let main = AttnBwd {
             map_q: q.tensor_map(args.q, &layouts.q, CONSUMER_ROWS)?,
             map_do: q.tensor_map(args.d_out, &layouts.d_out, CONSUMER_ROWS)?,
@@ -472,14 +518,9 @@ impl AttnPlan {
             error_flag: args.error_flag,
             sizes: self.sizes,
         };
-        let kv_tiles = [p.seqlen_kv.div_ceil(block_n), p.num_kv_heads, p.batch];
-        // SAFETY: the caller's promise; the parameters are those of each op, and the workspace holds what passes
-        // between them.
-        unsafe {
-            kernels.prep.launch(stream, row_tiles, kernels.prep.facts().smem_bytes, &prep)?;
-            kernels.main.launch(stream, kv_tiles, kernels.main.facts().smem_bytes, &main)?;
-        }
-        let smem_bytes = kernels.dq.facts().smem_bytes;
+        // SAFETY: as above, of attn_bwd.
+        unsafe { kernels.main.launch(stream, kv_tiles, smem_bytes(&kernels.main), &main)? };
+        let smem_bytes = smem_bytes(&kernels.dq);
         if fixed_order {
             let AttnTile { block_m, block_n, .. } = tile(&kernels.dq);
             let dq = AttnBwdDq {
@@ -499,7 +540,6 @@ impl AttnPlan {
             // SAFETY: as above.
             unsafe { kernels.dq.launch(stream, grid, smem_bytes, &dq) }
         } else {
-            let post = AttnBwdPost { dq: layouts.dq.view(args.dq), dq_accum, sizes: self.sizes };
             // SAFETY: as above.
             unsafe { kernels.dq.launch(stream, row_tiles, smem_bytes, &post) }
         }

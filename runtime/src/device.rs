@@ -143,6 +143,24 @@ impl Device {
         })
     }
 
+    /// The architecture asked for, where this GPU has its instructions; its own where none is asked for.
+    ///
+    /// # Errors
+    /// [`Error::UnsupportedGpu`]; [`Error::Architecture`] with those this GPU runs.
+    pub fn arch_or(&self, asked: Option<Arch>) -> Result<Arch, Error> {
+        let own = self.arch()?;
+        let (major, minor) = self.info.capability;
+        match asked {
+            None => Ok(own),
+            Some(arch) if arch.nvrtc_for(major, minor).is_some() => Ok(arch),
+            Some(arch) => Err(Error::Architecture {
+                arch,
+                gpu: self.info.name.clone(),
+                capability: self.info.capability,
+            }),
+        }
+    }
+
     /// The clocks now; `None` without NVML.
     pub fn clocks(&self) -> Option<Clocks> {
         self.nvml.as_ref().and_then(Nvml::clocks)

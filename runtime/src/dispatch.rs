@@ -28,7 +28,7 @@ pub struct Gpu {
     pub name: String,
     /// Compute capability (major, minor).
     pub capability: (i32, i32),
-    /// The architecture whose kernels run on it.
+    /// The architecture whose kernels are to serve.
     pub arch: Arch,
 }
 
@@ -229,8 +229,8 @@ impl Dispatch {
         };
         let list = |items: Vec<String>| items.join(", ");
         let space_rs = "(codegen/spec/src/space.rs)";
-        if arch != Arch::Sm90a {
-            line("arch", "sm90a for attention".into(), String::new());
+        if arch == Arch::Sm80 && p.op != AttnOp::Fwd && p.deterministic == Deterministic::Yes {
+            line("deterministic", "nondet on sm80, det on sm90a".into(), String::new());
         }
         if !space::SHIPPED_DTYPES.contains(&p.dtype) {
             let available = list(space::SHIPPED_DTYPES.iter().map(|d| d.to_string()).collect());
@@ -261,6 +261,11 @@ impl Dispatch {
 fn checked(origin: String, json: &str, gpu: &Gpu) -> Result<(String, DispatchTable), TableError> {
     let table = DispatchTable::from_json(&origin, json)?;
     table.check_gpu(&origin, &gpu.name, gpu.capability.0, gpu.capability.1)?;
+    if table.meta.arch != gpu.arch {
+        let problem =
+            format!("its kernels are for {}, those of {} were asked for", table.meta.arch, gpu.arch);
+        return Err(TableError { origin, problems: vec![problem] });
+    }
     Ok((origin, table))
 }
 

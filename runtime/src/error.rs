@@ -34,10 +34,23 @@ pub enum Error {
     },
     /// A GPU no kernel is written for.
     #[error(
-        "'{gpu}' has compute capability {}.{}, for which no kernel is written\n  compute capabilities available: 9.0 (attention), 8.x (lists and optimizer only)\n  to see the kernels: dsv-codegen list",
+        "'{gpu}' has compute capability {}.{}, for which no kernel is written\n  compute capabilities available: 9.0, 8.x (no deterministic backward, not the trainer's kernels)\n  to see the kernels: dsv-codegen list",
         capability.0, capability.1
     )]
     UnsupportedGpu {
+        /// The GPU's name.
+        gpu: String,
+        /// Its compute capability.
+        capability: (i32, i32),
+    },
+    /// Kernels of an architecture whose instructions the GPU lacks.
+    #[error(
+        "kernels of {arch} do not run on '{gpu}' (compute capability {}.{})\n  architectures available there: {}",
+        capability.0, capability.1, architectures(*capability)
+    )]
+    Architecture {
+        /// The architecture.
+        arch: dsv_spec::Arch,
         /// The GPU's name.
         gpu: String,
         /// Its compute capability.
@@ -115,6 +128,12 @@ fn ordinals(count: usize) -> String {
         1 => "0".to_string(),
         n => format!("0 to {}", n - 1),
     }
+}
+
+/// The architectures whose texts a GPU of this compute capability can be given.
+fn architectures((major, minor): (i32, i32)) -> String {
+    let here = |arch: &&dsv_spec::Arch| arch.nvrtc_for(major, minor).is_some();
+    dsv_spec::Arch::ALL.iter().filter(here).map(|arch| arch.name()).collect::<Vec<_>>().join(", ")
 }
 
 /// The next command for the driver's codes a user meets.

@@ -381,7 +381,15 @@ impl Kernels {
             .registry
             .kernel(name)
             .ok_or_else(|| Error::NoText { name: name.to_string(), arch: spec.arch() })?;
-        if let Some(bundle) = &self.bundle {
+        let (major, minor) = self.device.info().capability;
+        let arch = spec.arch();
+        let target = arch.nvrtc_for(major, minor).ok_or_else(|| Error::Architecture {
+            arch,
+            gpu: self.device.info().name.clone(),
+            capability: (major, minor),
+        })?;
+        // A bundle's cubins are for the first GPUs of their architecture; where those do not run, the text still does.
+        if let Some(bundle) = self.bundle.as_ref().filter(|_| arch.runs_on(major, minor)) {
             match bundle.cubin(text) {
                 Ok(Some(cubin)) => return Ok((cubin, Origin::Bundle(bundle.dir().to_path_buf()))),
                 Ok(None) => {}
@@ -402,12 +410,7 @@ impl Kernels {
                 self.compiler.get_or_init(|| compiler)
             }
         };
-        let job = CompileJob {
-            name,
-            source: text.source,
-            headers: self.registry.headers,
-            arch: spec.arch().nvrtc(),
-        };
+        let job = CompileJob { name, source: text.source, headers: self.registry.headers, arch: target };
         let compiled = compiler.compile(job).map_err(fail)?;
         let spilled = compiled.report.spill_store_bytes.max(compiled.report.spill_load_bytes);
         if !compiled.notes.is_empty() || spilled > 0 {

@@ -46,13 +46,16 @@ pub struct Options {
     pub bundle: Option<PathBuf>,
     /// The dispatch table.
     pub table: TableSource,
+    /// The architecture whose kernels serve, where it is not the GPU's own: [`Arch::Sm80`] runs on an H100 too, compiled
+    /// there, slower than its own kernels. For tests and comparisons.
+    pub arch: Option<Arch>,
     /// Receives notices.
     pub report: Report,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { ordinal: 0, bundle: None, table: TableSource::Committed, report: silent() }
+        Options { ordinal: 0, bundle: None, table: TableSource::Committed, arch: None, report: silent() }
     }
 }
 
@@ -70,9 +73,10 @@ impl Runtime {
     ///
     /// # Errors
     /// [`Error::NoDriver`], [`Error::NoSuchGpu`], [`Error::UnsupportedGpu`], or what the driver answers.
+    /// [`Error::Architecture`] for an `arch` whose instructions the GPU lacks.
     pub fn open(options: Options) -> Result<Runtime, Error> {
         let device = Device::open(options.ordinal)?;
-        let arch = device.arch()?;
+        let arch = device.arch_or(options.arch)?;
         let registry = Registry::committed();
         let info = device.info();
         let usable =

@@ -195,24 +195,31 @@ impl AttnSpec {
 
     fn check_matmul(&self) -> Result<(), SpecError> {
         let AttnTile { block_m, block_n, groups, consumers, stages, cluster, schedule } = self.tile;
-        if self.arch != Arch::Sm90a {
-            return Err(SpecError::new("arch", self.arch, "sm90a: the only attention templates so far"));
-        }
         if !self.head_dim.is_multiple_of(64) || self.head_dim > 128 {
             return Err(SpecError::new(
                 "head_dim",
                 self.head_dim,
-                "64 or 128 with the sm90a templates (whole 128-byte swizzle columns, accumulators in registers)",
+                format!(
+                    "64 or 128 with the {} templates (whole 128-byte swizzle columns, accumulators in registers)",
+                    self.arch
+                ),
             ));
         }
         if cluster != 1 {
-            return Err(SpecError::new("cluster", cluster, "1 with the sm90a templates"));
+            return Err(SpecError::new("cluster", cluster, format!("1 with the {} templates", self.arch)));
         }
         if schedule != Schedule::Grid {
-            return Err(SpecError::new("schedule", schedule, "grid with the sm90a templates"));
+            return Err(SpecError::new(
+                "schedule",
+                schedule,
+                format!("grid with the {} templates", self.arch),
+            ));
         }
         if groups != 1 {
-            return Err(SpecError::new("groups", groups, "1 with the sm90a templates"));
+            return Err(SpecError::new("groups", groups, format!("1 with the {} templates", self.arch)));
+        }
+        if self.arch == Arch::Sm80 {
+            return self.check_sm80();
         }
         if !(1..=4).contains(&stages) {
             return Err(SpecError::new("stages", stages, "1 to 4"));
@@ -327,6 +334,78 @@ impl AttnSpec {
                 "shared memory",
                 smem,
                 format!("at most {} bytes a CTA", limits::SMEM_BYTES_PER_CTA),
+            ));
+        }
+        Ok(())
+    }
+
+    /// The rules of the templates for mma.sync and cp.async.
+    fn check_sm80(&self) -> Result<(), SpecError> {
+        let AttnTile { block_m, block_n, consumers, stages, .. } = self.tile;
+        if self.op == AttnOp::BwdDq || (self.op, self.deterministic) == (AttnOp::Bwd, Deterministic::Yes) {
+            return Err(SpecError::new(
+                "arch",
+                self.arch,
+                "sm90a for a deterministic backward: on sm80 attn_bwd adds dQ with atomics, and there is no attn_bwd_dq",
+            ));
+        }
+        if consumers > 2 {
+            return Err(SpecError::new("consumers", consumers, "1 or 2 on sm80: 4 or 8 warps"));
+        }
+        if self.op == AttnOp::Fwd {
+            if !(1..=4).contains(&stages) {
+                return Err(SpecError::new("stages", stages, "1 to 4"));
+            }
+            let rows = 64 * consumers as u16;
+            if block_m != rows && block_m != 2 * rows {
+                return Err(SpecError::new(
+                    "block_m",
+                    block_m,
+                    format!("{rows} or {}: 16 or 32 rows for each of {} warps", 2 * rows, 4 * consumers),
+                ));
+            }
+            if !block_n.is_multiple_of(32) || !(32..=128).contains(&block_n) {
+                return Err(SpecError::new("block_n", block_n, "32, 64, 96 or 128 on sm80"));
+            }
+            // O and S in registers for every 16 rows of a warp, with about 60 more.
+            let registers = block_m / rows * (self.head_dim / 2 + block_n / 2) + 60;
+            if registers > 255 {
+                return Err(SpecError::new("registers", registers, "at most 255 a thread"));
+            }
+        } else {
+            if !(1..=2).contains(&stages) {
+                return Err(SpecError::new("stages", stages, "1 or 2 in attn_bwd on sm80"));
+            }
+            if block_m != limits::BWD_BLOCK_M {
+                return Err(SpecError::new("block_m", block_m, "64: the layout of dQ's accumulator"));
+            }
+            let rows = 64 * consumers as u16;
+            if block_n != rows {
+                return Err(SpecError::new(
+                    "block_n",
+                    block_n,
+                    format!("{rows}: 16 KV rows for each of {} warps", 4 * consumers),
+                ));
+            }
+        }
+        if let Lists::Blocks { query_group, kv_block } = self.lists {
+            if !query_group.is_multiple_of(block_m) {
+                return Err(SpecError::new(
+                    "block_m",
+                    block_m,
+                    format!("a divisor of query_group {query_group}"),
+                ));
+            }
+            if !kv_block.is_multiple_of(block_n) {
+                return Err(SpecError::new("block_n", block_n, format!("a divisor of kv_block {kv_block}")));
+            }
+        }
+        let smem = attn_smem_bytes(self);
+        if smem > limits::SM80_SMEM_BYTES_PER_CTA {
+            return Err(SpecError::new(
+                "shared memory",
+                smem,
+                format!("at most {} bytes a CTA", limits::SM80_SMEM_BYTES_PER_CTA),
             ));
         }
         Ok(())

@@ -1,7 +1,7 @@
 use crate::attn::{AttnOp, AttnSpec, AttnTile};
 use crate::params;
 use crate::select::SelectSpec;
-use crate::types::Deterministic;
+use crate::types::{Arch, Deterministic};
 use crate::{KernelSpec, ListOp};
 
 /// Hardware limits and layout constants, each named once.
@@ -10,6 +10,12 @@ pub mod limits {
     pub const SMEM_BYTES_PER_CTA: u32 = 232_448;
     /// Shared memory of one sm90 multiprocessor (228 KB), of which each CTA takes 1 KB more than it asks for.
     pub const SMEM_BYTES_PER_SM: u32 = 233_472;
+    /// Shared memory one CTA may ask for on sm80 of compute capability 8.0 (163 KB).
+    pub const SM80_SMEM_BYTES_PER_CTA: u32 = 166_912;
+    /// Shared memory of one multiprocessor of 8.0 (164 KB), of which each CTA takes 1 KB more than it asks for.
+    pub const SM80_SMEM_BYTES_PER_SM: u32 = 167_936;
+    /// Shared memory one CTA may ask for on the smallest GPUs that run sm80, 8.6 and 8.9 (99 KB): defaults fit it.
+    pub const SM86_SMEM_BYTES_PER_CTA: u32 = 101_376;
     /// Rows of the unit of dQ's f32 accumulator, and of the backward's usual query tile.
     pub const BWD_BLOCK_M: u16 = 64;
     /// Rows of the backward's statistics and of dQ's accumulator are padded to a multiple of this: the longest query
@@ -65,12 +71,14 @@ impl Facts {
 
     fn of_attn(spec: &AttnSpec) -> Facts {
         let consumers = spec.tile().consumers as u32;
-        let params_bytes = match spec.op() {
-            AttnOp::Fwd => size_of::<params::AttnFwd>(),
-            AttnOp::BwdPrep => size_of::<params::AttnBwdPrep>(),
-            AttnOp::Bwd => size_of::<params::AttnBwd>(),
-            AttnOp::BwdDq => size_of::<params::AttnBwdDq>(),
-            AttnOp::BwdPost => size_of::<params::AttnBwdPost>(),
+        let params_bytes = match (spec.op(), spec.arch()) {
+            (AttnOp::Fwd, Arch::Sm80) => size_of::<params::AttnFwdViews>(),
+            (AttnOp::Fwd, Arch::Sm90a) => size_of::<params::AttnFwd>(),
+            (AttnOp::BwdPrep, _) => size_of::<params::AttnBwdPrep>(),
+            (AttnOp::Bwd, Arch::Sm80) => size_of::<params::AttnBwdViews>(),
+            (AttnOp::Bwd, Arch::Sm90a) => size_of::<params::AttnBwd>(),
+            (AttnOp::BwdDq, _) => size_of::<params::AttnBwdDq>(),
+            (AttnOp::BwdPost, _) => size_of::<params::AttnBwdPost>(),
         } as u32;
         match spec.op() {
             AttnOp::BwdPrep | AttnOp::BwdPost => Facts {
@@ -81,6 +89,25 @@ impl Facts {
                 consumer_registers: 0,
                 producer_registers: 0,
             },
+            AttnOp::Fwd | AttnOp::Bwd | AttnOp::BwdDq if spec.arch() == Arch::Sm80 => {
+                let smem_bytes = attn_smem_bytes(spec);
+                // 255 registers a thread and two CTAs of four warps: one computes while the other waits. A CTA with 16
+                // query rows a warp needs fewer, and three share a multiprocessor.
+                let ctas = match (consumers, spec.op()) {
+                    (1, AttnOp::Fwd) if spec.tile().block_m == 64 => 3,
+                    (1, _) => 2,
+                    _ => 1,
+                };
+                let by_smem = limits::SM80_SMEM_BYTES_PER_SM / (smem_bytes + 1024);
+                Facts {
+                    threads: 128 * consumers,
+                    ctas_per_sm: by_smem.min(ctas).max(1),
+                    smem_bytes,
+                    params_bytes,
+                    consumer_registers: 0,
+                    producer_registers: 0,
+                }
+            }
             AttnOp::Fwd | AttnOp::Bwd | AttnOp::BwdDq => {
                 let smem_bytes = attn_smem_bytes(spec);
                 // A producer warpgroup hands registers over to the consumers (setmaxnreg moves whole warpgroups). With
@@ -124,12 +151,24 @@ impl Facts {
     }
 }
 
-/// Dynamic shared memory of an attention CTA: the tiles, 1 KB for barriers and row statistics' alignment, and
-/// 1 KB of slack to align the swizzle atoms.
+/// Dynamic shared memory of an attention CTA: the tiles; on sm90a also 1 KB for barriers and row statistics' alignment,
+/// and 1 KB of slack to align the swizzle atoms.
 pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
     let AttnTile { block_m, block_n, stages, consumers, .. } = spec.tile();
     let (m, n, stages) = (block_m as u32, block_n as u32, stages as u32);
     let (d, bytes) = (spec.head_dim() as u32, spec.dtype().bytes());
+    if spec.arch() == Arch::Sm80 {
+        return match spec.op() {
+            // Q (its room serves out in the epilogue), then the ring of K and V.
+            AttnOp::Fwd => m * d * bytes + stages * 2 * n * d * bytes,
+            // K and V, the stages of Q and dO with LSE and delta, dS, and 2 KB a warp for dQ on its way out.
+            AttnOp::Bwd => {
+                let stage = 2 * m * d * bytes + 2 * m * 4;
+                2 * n * d * bytes + stages * stage + n * m * bytes + n / 16 * 2048
+            }
+            AttnOp::BwdDq | AttnOp::BwdPrep | AttnOp::BwdPost => 0,
+        };
+    }
     let tiles = match spec.op() {
         // Q (its room serves out in the epilogue), then the ring of K and V.
         AttnOp::Fwd => m * d * bytes + stages * 2 * n * d * bytes,

@@ -95,6 +95,30 @@ pub struct AttnFwd {
     pub sizes: AttnSizes,
 }
 
+/// Launch parameters of `attn_fwd` on sm80, which has no TMA.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AttnFwdViews {
+    /// Q.
+    pub q: TensorView,
+    /// K.
+    pub k: TensorView,
+    /// V.
+    pub v: TensorView,
+    /// out.
+    pub o: TensorView,
+    /// f32 [B, H, seqlen_q]: LSE out.
+    pub lse: u64,
+    /// i32 [B, H, G, max_selected].
+    pub q2k_index: u64,
+    /// i32 [B, H, G].
+    pub q2k_count: u64,
+    /// i32 [1]: OR of [`error_bits`].
+    pub error_flag: u64,
+    /// Sizes.
+    pub sizes: AttnSizes,
+}
+
 /// Launch parameters of `attn_bwd_prep`. Grid: (seqlen_q_padded / 64, H, B).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -137,6 +161,38 @@ pub struct AttnBwd {
     pub map_dv: TensorMap,
     /// f32 [2, B * H * seqlen_q_padded]: `lse_log2`, then `delta`. 2-D, box 64 values of one of them, no swizzle.
     pub map_rows: TensorMap,
+    /// f32 [B, H, seqlen_q_padded / 64, 64 * D] in the kernel's own order; only `attn_bwd_post` reads it.
+    pub dq_accum: u64,
+    /// i32 [B, H, N + 1], relative to the (b, h) slab of `k2q_index`.
+    pub k2q_offset: u64,
+    /// i32 [B, H, G * max_selected]: group ids, ascending within a KV block.
+    pub k2q_index: u64,
+    /// i32 [1].
+    pub error_flag: u64,
+    /// Sizes.
+    pub sizes: AttnSizes,
+}
+
+/// Launch parameters of `attn_bwd` on sm80, which has no TMA. Grid: as [`AttnBwd`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AttnBwdViews {
+    /// Q.
+    pub q: TensorView,
+    /// Gradient of out.
+    pub d_o: TensorView,
+    /// K.
+    pub k: TensorView,
+    /// V.
+    pub v: TensorView,
+    /// dK out.
+    pub dk: TensorView,
+    /// dV out.
+    pub dv: TensorView,
+    /// f32 [B, H, seqlen_q_padded].
+    pub lse_log2: u64,
+    /// f32 [B, H, seqlen_q_padded].
+    pub delta: u64,
     /// f32 [B, H, seqlen_q_padded / 64, 64 * D] in the kernel's own order; only `attn_bwd_post` reads it.
     pub dq_accum: u64,
     /// i32 [B, H, N + 1], relative to the (b, h) slab of `k2q_index`.

@@ -46,6 +46,16 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
     };
     let small = head_dim <= 64;
     let tiles: Vec<(u16, u16, u8, u8)> = match op {
+        AttnOp::Fwd if arch == Arch::Sm80 => vec![
+            (128, 64, 1, if small { 2 } else { 1 }),
+            (64, 64, 1, 2),
+            (64, 64, 1, 1),
+            (128, 64, 1, 2),
+            (128, 64, 2, 2),
+            (128, 128, 1, 1),
+        ],
+        AttnOp::Bwd if arch == Arch::Sm80 && small => vec![(64, 64, 1, 2), (64, 64, 1, 1), (64, 128, 2, 1)],
+        AttnOp::Bwd if arch == Arch::Sm80 => vec![(64, 64, 1, 1), (64, 64, 1, 2), (64, 128, 2, 1)],
         AttnOp::Fwd if small => vec![
             (192, 128, 3, 2),
             (64, 128, 1, 2),
@@ -67,7 +77,7 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
             (64, 128, 1, 2),
         ],
         AttnOp::Bwd if small => {
-            vec![(64, 64, 1, 2), (128, 128, 2, 2), (64, 128, 2, 2), (64, 128, 2, 3), (64, 64, 1, 3)]
+            vec![(128, 128, 2, 2), (64, 64, 1, 2), (64, 128, 2, 2), (64, 64, 1, 3)]
         }
         AttnOp::Bwd => vec![(64, 128, 2, 2), (64, 64, 1, 2), (64, 128, 2, 3), (64, 64, 1, 3)],
         AttnOp::BwdDq => {
@@ -131,7 +141,8 @@ pub fn shipped(arch: Arch) -> Vec<KernelSpec> {
                 }
             }
         }
-        for &op in PointwiseOp::ALL {
+        // Of the trainer's kernels, sm80 ships what the runtime itself launches.
+        for &op in PointwiseOp::ALL.iter().filter(|&&op| arch != Arch::Sm80 || op == PointwiseOp::AdamW) {
             for dim in SHIPPED_HEAD_DIMS {
                 specs.extend(PointwiseSpec::shipped(op, dtype, dim, arch).map(KernelSpec::Pointwise));
             }

@@ -66,7 +66,8 @@ impl Arch {
         }
     }
 
-    /// The value of NVRTC's `--gpu-architecture`.
+    /// The value of NVRTC's `--gpu-architecture` for the first GPUs of this architecture: what ships ahead is compiled
+    /// for.
     pub const fn nvrtc(self) -> &'static str {
         match self {
             Arch::Sm80 => "sm_80",
@@ -83,7 +84,18 @@ impl Arch {
         }
     }
 
-    /// Whether a device of this compute capability runs a cubin of this architecture.
+    /// The value of NVRTC's `--gpu-architecture` with which a text of this architecture is compiled for a device of this
+    /// compute capability; `None` where the device lacks its instructions. The architecture says which instructions a
+    /// text uses: a text of sm80 is compiled for a GPU of 9.0 as well, though a cubin made for 8.0 does not run there.
+    pub const fn nvrtc_for(self, major: i32, minor: i32) -> Option<&'static str> {
+        match (self, major, minor) {
+            (Arch::Sm80, 8, 0..) => Some(Arch::Sm80.nvrtc()),
+            (Arch::Sm80 | Arch::Sm90a, 9, 0) => Some(Arch::Sm90a.nvrtc()),
+            _ => None,
+        }
+    }
+
+    /// Whether a device of this compute capability runs a cubin made ahead, with [`Arch::nvrtc`].
     pub const fn runs_on(self, major: i32, minor: i32) -> bool {
         match self {
             Arch::Sm80 => major == 8 && minor >= 0,

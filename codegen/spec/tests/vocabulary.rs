@@ -11,13 +11,10 @@ fn all_attn() -> Vec<AttnSpec> {
                 let block_sizes =
                     [64u16, 128, 256].into_iter().flat_map(|q| [1u16, 8, 16, 64, 128].map(|k| (q, k)));
                 for (q, k) in block_sizes.chain([(0, 0)]) {
-                    specs.extend(space::candidates(
-                        op,
-                        dtype,
-                        head_dim,
-                        Lists::from_block_size(q, k),
-                        Arch::Sm90a,
-                    ));
+                    let lists = Lists::from_block_size(q, k);
+                    for &arch in Arch::ALL {
+                        specs.extend(space::candidates(op, dtype, head_dim, lists, arch));
+                    }
                 }
             }
         }
@@ -74,8 +71,12 @@ fn a_backward_of_three_consumers_cannot_split_dq() {
 fn shared_memory_fits_and_is_the_sum_of_its_tiles() {
     for spec in all_attn() {
         let facts = KernelSpec::Attn(spec).facts();
-        assert!(facts.smem_bytes <= facts::SMEM, "{spec:?}");
-        assert!(facts.ctas_per_sm * (facts.smem_bytes + 1024) <= 233_472, "{spec:?}");
+        let (of_cta, of_sm) = match spec.arch() {
+            Arch::Sm80 => (limits::SM80_SMEM_BYTES_PER_CTA, limits::SM80_SMEM_BYTES_PER_SM),
+            Arch::Sm90a => (limits::SMEM_BYTES_PER_CTA, limits::SMEM_BYTES_PER_SM),
+        };
+        assert!(facts.smem_bytes <= of_cta, "{spec:?}");
+        assert!(facts.ctas_per_sm * (facts.smem_bytes + 1024) <= of_sm, "{spec:?}");
     }
     let spec =
         space::default_attn(AttnOp::Fwd, Dtype::Bf16, 128, Lists::Dense, Deterministic::No, Arch::Sm90a)
@@ -84,8 +85,36 @@ fn shared_memory_fits_and_is_the_sum_of_its_tiles() {
     assert_eq!(KernelSpec::Attn(spec).facts().smem_bytes, 2 * (128 * 128 + 2 * 2 * 128 * 128) + 2048);
 }
 
-mod facts {
-    pub(super) const SMEM: u32 = dsv_spec::limits::SMEM_BYTES_PER_CTA;
+#[test]
+fn shipped_sm80_kernels_fit_the_smallest_gpu_that_runs_them() {
+    let shipped = space::shipped(Arch::Sm80);
+    assert!(shipped.iter().filter(|s| matches!(s, KernelSpec::Attn(_))).count() >= 16);
+    for spec in shipped {
+        assert!(spec.facts().smem_bytes <= limits::SM86_SMEM_BYTES_PER_CTA, "{spec}");
+    }
+}
+
+#[test]
+fn sm80_has_no_deterministic_backward_and_says_so() {
+    for name in [
+        "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm80",
+        "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm80",
+    ] {
+        let error = name.parse::<KernelSpec>().unwrap_err().to_string();
+        assert!(error.contains("arch sm80 is not possible: sm90a for a deterministic backward"), "{error}");
+    }
+}
+
+#[test]
+fn a_text_runs_where_its_instructions_are() {
+    assert_eq!(Arch::Sm80.nvrtc_for(8, 0), Some("sm_80"));
+    assert_eq!(Arch::Sm80.nvrtc_for(8, 9), Some("sm_80"));
+    assert_eq!(Arch::Sm80.nvrtc_for(9, 0), Some("sm_90a"));
+    assert_eq!(Arch::Sm90a.nvrtc_for(9, 0), Some("sm_90a"));
+    assert_eq!(Arch::Sm90a.nvrtc_for(8, 0), None);
+    assert_eq!(Arch::Sm80.nvrtc_for(7, 5), None);
+    // A cubin made ahead is another matter.
+    assert!(!Arch::Sm80.runs_on(9, 0) && Arch::Sm80.runs_on(8, 6));
 }
 
 fn meta() -> TableMeta {

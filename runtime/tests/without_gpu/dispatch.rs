@@ -151,6 +151,30 @@ fn a_foreign_table_is_refused_once_with_every_problem_and_repeated_by_explain() 
 }
 
 #[test]
+fn sm80_kernels_serve_where_they_are_asked_for() {
+    let p = problem();
+    let a100 = Gpu { name: "NVIDIA A100-SXM4-80GB".to_string(), capability: (8, 0), arch: Arch::Sm80 };
+    let h100 = Gpu { arch: Arch::Sm80, ..gpu() };
+    for gpu in [a100, h100] {
+        let (dispatch, _) = open(gpu, &TableSource::None, Registry::committed());
+        for op in [AttnOp::Fwd, AttnOp::BwdPrep, AttnOp::Bwd, AttnOp::BwdPost] {
+            let found = dispatch.explain(&Problem { op, ..p }).unwrap();
+            assert_eq!((found.kernel.op(), found.kernel.arch()), (op.name(), Arch::Sm80));
+        }
+        let exact = Problem { deterministic: Deterministic::Yes, ..p };
+        let error = dispatch.explain(&exact).unwrap_err().to_string();
+        assert!(error.contains("deterministic on sm80"), "{error}");
+        assert!(error.contains("deterministic available: nondet on sm80, det on sm90a"), "{error}");
+    }
+    // A table of this very GPU, but of its own kernels.
+    let (_dir, source) = file(&table(H100, vec![entry(&forward(), default_kernel(&forward()), "x")]));
+    let (dispatch, notices) = open(Gpu { arch: Arch::Sm80, ..gpu() }, &source, Registry::committed());
+    let [Notice::TableRefused(error)] = &notices[..] else { panic!("{notices:?}") };
+    assert_eq!(error.problems, ["its kernels are for sm90a, those of sm80 were asked for"]);
+    assert_eq!(dispatch.explain(&forward()).unwrap().kernel.arch(), Arch::Sm80);
+}
+
+#[test]
 fn corrupt_tables_are_refused_with_every_problem() {
     let p = forward();
     let good = table(H100, vec![entry(&p, default_kernel(&p), "x")]);

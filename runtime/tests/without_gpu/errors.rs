@@ -84,6 +84,7 @@ fn every_text() {
             name: "CUDA_ERROR_OUT_OF_MEMORY".into(),
             text: "out of memory".into(),
         },
+        Error::Architecture { arch: dsv_spec::Arch::Sm90a, gpu: "NVIDIA L40".into(), capability: (8, 9) },
         Error::NoText { name: "kv_invert_sm90a".into(), arch: dsv_spec::Arch::Sm90a },
         Error::Bundle { dir: dir(), problems: vec!["manifest.json: missing".into(), "another".into()] },
         Error::Compile {

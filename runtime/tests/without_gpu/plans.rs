@@ -1,7 +1,8 @@
 use crate::problem;
 use dsv_runtime::{AttnLayouts, Error, Layout, ListShape, MemoryNeeded, SelectProblem};
 use dsv_spec::params::{
-    AdamW, AttnBwd, AttnBwdDq, AttnBwdPost, AttnBwdPrep, AttnFwd, KvInvert, KvSelect, KvValidate,
+    AdamW, AttnBwd, AttnBwdDq, AttnBwdPost, AttnBwdPrep, AttnBwdViews, AttnFwd, AttnFwdViews, KvInvert,
+    KvSelect, KvValidate,
 };
 use dsv_spec::{
     Arch, AttnOp, Deterministic, GroupRule, KernelSpec, ListOp, Lists, PointwiseOp, Problem, limits, space,
@@ -119,14 +120,16 @@ fn memory_of_a_problem() {
 
 #[test]
 fn launch_parameters_have_the_size_the_facts_say() {
-    for spec in space::shipped(Arch::Sm90a) {
+    for spec in Arch::ALL.iter().flat_map(|&arch| space::shipped(arch)) {
         let bytes = match &spec {
-            KernelSpec::Attn(s) => match s.op() {
-                AttnOp::Fwd => size_of::<AttnFwd>(),
-                AttnOp::BwdPrep => size_of::<AttnBwdPrep>(),
-                AttnOp::Bwd => size_of::<AttnBwd>(),
-                AttnOp::BwdDq => size_of::<AttnBwdDq>(),
-                AttnOp::BwdPost => size_of::<AttnBwdPost>(),
+            KernelSpec::Attn(s) => match (s.op(), s.arch()) {
+                (AttnOp::Fwd, Arch::Sm80) => size_of::<AttnFwdViews>(),
+                (AttnOp::Fwd, Arch::Sm90a) => size_of::<AttnFwd>(),
+                (AttnOp::BwdPrep, _) => size_of::<AttnBwdPrep>(),
+                (AttnOp::Bwd, Arch::Sm80) => size_of::<AttnBwdViews>(),
+                (AttnOp::Bwd, Arch::Sm90a) => size_of::<AttnBwd>(),
+                (AttnOp::BwdDq, _) => size_of::<AttnBwdDq>(),
+                (AttnOp::BwdPost, _) => size_of::<AttnBwdPost>(),
             },
             KernelSpec::Select(_) => size_of::<KvSelect>(),
             KernelSpec::List(s) if s.op == ListOp::Invert => size_of::<KvInvert>(),

@@ -1,7 +1,7 @@
 //! Attention forward and backward over the corpus, faults in lists, CUDA graphs.
 
 use super::tensor::{Flat, Tensor, flag_is, same};
-use super::{ARCH, Gpu, GpuTest, Outcome};
+use super::{ARCH, ARCHES, Gpu, GpuTest, Outcome};
 use crate::corpus::{ListKind, Variant, variants};
 use crate::engines::{compare_grads, compare_output, lines};
 use crate::inputs::{Inputs, Placement};
@@ -10,7 +10,7 @@ use dsv_reference::compare::all_passed;
 use dsv_reference::lists::KvListsBuf;
 use dsv_runtime::{AttnLayouts, AttnPlan, BwdArgs, FwdArgs, Kernel, KeyLists, QueryLists};
 use dsv_spec::params::error_bits;
-use dsv_spec::{AttnOp, AttnSpec, Deterministic, Dtype, KernelSpec, Lists, Problem, space};
+use dsv_spec::{Arch, AttnOp, AttnSpec, Deterministic, Dtype, KernelSpec, Lists, Problem, space};
 use half::bf16;
 use std::sync::Arc;
 
@@ -41,19 +41,21 @@ pub(super) fn tests() -> Vec<GpuTest> {
     for variant in variants().into_iter().filter(|v| v.case.name == "no_multiple") {
         for form in [Deterministic::No, Deterministic::Yes] {
             let variant = variant.clone();
-            let kernels = shipped(variant.head_dim, variant.lists, form).unwrap_or_default();
+            let kernels = shipped(variant.head_dim, variant.lists, form, ARCH).unwrap_or_default();
             tests.push(GpuTest::new(format!("dispatch/{}-{form}", variant.name()), kernels, move |gpu| {
                 dispatched(gpu, &variant, form)
             }));
         }
     }
+    let forms =
+        || ARCHES.into_iter().flat_map(|arch| [Deterministic::No, Deterministic::Yes].map(|d| (arch, d)));
     for lists in space::shipped_lists().filter(|lists| !lists.is_dense()) {
         for fault in Fault::ALL {
             let (query_group, kv_block) = lists.block_size();
-            for deterministic in [Deterministic::No, Deterministic::Yes] {
-                let Some(kernels) = shipped(64, lists, deterministic) else { continue };
+            for (arch, deterministic) in forms() {
+                let Some(kernels) = shipped(64, lists, deterministic, arch) else { continue };
                 tests.push(GpuTest::new(
-                    format!("faults/{fault:?}-qg{query_group}kb{kv_block}-{deterministic}"),
+                    format!("faults/{fault:?}-qg{query_group}kb{kv_block}-{deterministic}-{arch}"),
                     kernels.clone(),
                     move |gpu| faulty_lists(gpu, lists, fault, &kernels, deterministic),
                 ));
@@ -63,10 +65,10 @@ pub(super) fn tests() -> Vec<GpuTest> {
     for head_dim in space::SHIPPED_HEAD_DIMS {
         for lists in space::shipped_lists() {
             let (query_group, kv_block) = lists.block_size();
-            for deterministic in [Deterministic::No, Deterministic::Yes] {
-                let Some(kernels) = shipped(head_dim, lists, deterministic) else { continue };
+            for (arch, deterministic) in forms() {
+                let Some(kernels) = shipped(head_dim, lists, deterministic, arch) else { continue };
                 tests.push(GpuTest::new(
-                    format!("graph/d{head_dim}-qg{query_group}kb{kv_block}-{deterministic}"),
+                    format!("graph/d{head_dim}-qg{query_group}kb{kv_block}-{deterministic}-{arch}"),
                     kernels.clone(),
                     move |gpu| in_a_graph(gpu, head_dim, lists, &kernels, deterministic),
                 ));
@@ -77,11 +79,18 @@ pub(super) fn tests() -> Vec<GpuTest> {
 }
 
 fn candidates(op: AttnOp, head_dim: u16, lists: Lists) -> Vec<AttnSpec> {
-    space::candidates(op, Dtype::Bf16, head_dim, lists, ARCH)
+    let of = |arch| space::candidates(op, Dtype::Bf16, head_dim, lists, arch);
+    ARCHES.into_iter().flat_map(of).collect()
 }
 
-fn shipped_attn(op: AttnOp, head_dim: u16, lists: Lists, form: Deterministic) -> Option<KernelSpec> {
-    space::default_attn(op, Dtype::Bf16, head_dim, lists, form, ARCH).map(KernelSpec::Attn)
+fn shipped_attn(
+    op: AttnOp,
+    head_dim: u16,
+    lists: Lists,
+    form: Deterministic,
+    arch: Arch,
+) -> Option<KernelSpec> {
+    space::default_attn(op, Dtype::Bf16, head_dim, lists, form, arch).map(KernelSpec::Attn)
 }
 
 /// The op that writes dQ after this form of `attn_bwd`.
@@ -90,10 +99,10 @@ fn dq_op(form: Deterministic) -> AttnOp {
 }
 
 /// The shipped forward and backward; none where that form is not shipped.
-fn shipped(head_dim: u16, lists: Lists, form: Deterministic) -> Option<Vec<KernelSpec>> {
+fn shipped(head_dim: u16, lists: Lists, form: Deterministic, arch: Arch) -> Option<Vec<KernelSpec>> {
     [AttnOp::Fwd, AttnOp::BwdPrep, AttnOp::Bwd, dq_op(form)]
         .into_iter()
-        .map(|op| shipped_attn(op, head_dim, lists, form))
+        .map(|op| shipped_attn(op, head_dim, lists, form, arch))
         .collect()
 }
 
@@ -106,7 +115,7 @@ fn backward_kernels(spec: AttnSpec) -> Vec<KernelSpec> {
             if op == spec.op() {
                 Some(KernelSpec::Attn(spec))
             } else {
-                shipped_attn(op, spec.head_dim(), spec.lists(), form)
+                shipped_attn(op, spec.head_dim(), spec.lists(), form, spec.arch())
             }
         })
         .collect()

@@ -26,8 +26,10 @@ type Failure = Box<dyn std::error::Error>;
 /// What a test that passed has to say, or why it failed.
 type Outcome = Result<String, Failure>;
 
-/// The architecture whose kernels are tested.
+/// The architecture of the GPU.
 const ARCH: Arch = Arch::Sm90a;
+/// The architectures whose attention kernels are tested, all on that GPU.
+const ARCHES: [Arch; 2] = [Arch::Sm90a, Arch::Sm80];
 
 /// One test: a name, the kernels it needs, what to run.
 struct GpuTest {
@@ -99,7 +101,8 @@ impl Gpu {
     fn open() -> Result<Gpu, Failure> {
         let bundle = std::env::var_os("DSV_BUNDLE").map(PathBuf::from);
         let report: dsv_runtime::Report = Arc::new(|notice| eprintln!("{notice}"));
-        let runtime = Runtime::open(Options { ordinal: 0, bundle, table: TableSource::Committed, report })?;
+        let runtime =
+            Runtime::open(Options { bundle, table: TableSource::Committed, report, ..Options::default() })?;
         let stream = runtime.device().new_stream()?;
         Ok(Gpu { runtime, stream, compiler: None, kernels: BTreeMap::new(), expected: None })
     }
@@ -178,8 +181,13 @@ fn compile(
         name: &spec.name(),
         source,
         headers: dsv_codegen::HEADERS,
-        arch: spec.arch().nvrtc(),
+        arch: target(spec),
     })
+}
+
+/// What a kernel is compiled for: the GPU of [`ARCH`], whichever instructions the text uses.
+fn target(spec: &KernelSpec) -> &'static str {
+    spec.arch().nvrtc_for(9, 0).unwrap_or(spec.arch().nvrtc())
 }
 
 /// Compiles the kernels into the cache, all cores at once, so that tests find them there. What does not compile is
@@ -188,7 +196,7 @@ fn compile_ahead(specs: &[KernelSpec]) -> Result<(), Failure> {
     let compiler = Compiler::new()?;
     let texts: Vec<(String, String, &str)> = specs
         .iter()
-        .filter_map(|spec| Some((spec.name(), dsv_codegen::render(spec).ok()?, spec.arch().nvrtc())))
+        .filter_map(|spec| Some((spec.name(), dsv_codegen::render(spec).ok()?, target(spec))))
         .collect();
     let jobs: Vec<CompileJob<'_>> = texts
         .iter()

@@ -86,6 +86,7 @@ impl CudaEngine {
             ordinal: options.index,
             bundle: options.bundle.clone(),
             table,
+            arch: None,
             report: Arc::new(|notice| eprintln!("{notice}")),
         })
         .map_err(no_device)?;
