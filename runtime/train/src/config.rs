@@ -58,6 +58,7 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
             ("decay", "\"cosine\", \"linear\" or \"constant\" after the warm-up"),
             ("final_lr_factor", "learning rate at the last step over the peak, where it decays"),
             ("grad_clip", "largest norm of the gradient; 0 = off"),
+            ("max_skipped", "skipped steps in a row (loss or a gradient not finite) that end the run"),
             ("grad_accumulation", "micro-batches of one step"),
             ("weight_decay", "AdamW's decoupled weight decay"),
             ("betas", "AdamW's two decay rates"),
@@ -247,6 +248,8 @@ pub struct Train {
     pub final_lr_factor: f64,
     /// Largest gradient norm; 0 = off.
     pub grad_clip: f64,
+    /// Skipped steps in a row that end the run.
+    pub max_skipped: u32,
     /// Micro-batches of one step.
     pub grad_accumulation: usize,
     /// Decoupled weight decay.
@@ -539,6 +542,7 @@ impl Config {
                 decay: Decay::Constant,
                 final_lr_factor: 0.1,
                 grad_clip: 1.0,
+                max_skipped: 5,
                 grad_accumulation: 1,
                 weight_decay: 0.01,
                 betas: [0.9, 0.99],
@@ -726,6 +730,7 @@ impl Config {
             ("data.width", data.width),
             ("data.batch_size", data.batch_size),
             ("train.steps", train.steps as usize),
+            ("train.max_skipped", train.max_skipped as usize),
             ("train.grad_accumulation", train.grad_accumulation),
             ("train.log_every", train.log_every as usize),
             ("dsv.query_group", dsv.query_group),

@@ -8,7 +8,8 @@
 use crate::config::{self, Config, Mlp};
 use crate::engine::{
     ArenaPlan, AttnBwd, AttnFwd, AttnShape, Buf, Dims, Engine, EngineError, FlowLoss, FlowPrepare, Gemm,
-    GemmLayout, GroupRule, ListShape, Lists, MlpAct, NormMod, PatchShape, QkPrep, Residual, TextSelect, View,
+    GemmLayout, GradNorm, GroupRule, ListShape, Lists, MlpAct, NormMod, PatchShape, QkPrep, Residual,
+    TextSelect, View,
 };
 use crate::params::{Init, Linear, ParamId, ParamPlan, ParamSet};
 use crate::predictor::{PredictorShape, PredictorTask, Predictors};
@@ -626,6 +627,54 @@ impl Model {
         }
         self.linear_bwd(e, self.weights.patch, rows, self.io.x_t, back.x, None);
         self.condition_bwd(e);
+    }
+
+    /// Name of the first input, weight or activation of the last training pass that is not finite, in the order of
+    /// the forward pass; `None` where all are. Of a step with micro-batches it is the last one's. `norm` (`F32 [2]`) and
+    /// `culprit` (`I32 [1]`) are overwritten. Reads activations to the host: for steps that were skipped.
+    pub fn first_not_finite(
+        &self,
+        engine: &mut dyn Engine,
+        norm: Buf,
+        culprit: Buf,
+    ) -> Result<Option<String>, EngineError> {
+        let bad = |engine: &mut dyn Engine, buf: Buf| -> Result<bool, EngineError> {
+            Ok(engine.read_f32(buf)?.iter().any(|x| !x.is_finite()))
+        };
+        for (name, buf) in [("latents", self.io.latents), ("text embeddings", self.io.text)] {
+            if bad(engine, buf)? {
+                return Ok(Some(format!("{name} of the batch")));
+            }
+        }
+        for set in [Some(&self.params), self.predictors.as_ref().map(|p| &p.params)].into_iter().flatten() {
+            let segments = set.state().segments;
+            engine.grad_norm(&GradNorm {
+                grad: set.master,
+                segments,
+                max_norm: f32::INFINITY,
+                clip: norm,
+                culprit,
+            });
+            if let Ok(segment) = usize::try_from(engine.read_i32(culprit)?[0]) {
+                return Ok(Some(format!("weight {}", set.segment_name(segment))));
+            }
+        }
+        let activations =
+            [("conditioning".to_string(), self.cond.shared), ("text tokens".into(), self.cond.y)]
+                .into_iter()
+                .chain(self.saved.iter().enumerate().flat_map(|(l, saved)| {
+                    [
+                        (format!("input of block {l}"), saved.x),
+                        (format!("attention output of block {l}"), saved.attn),
+                    ]
+                }))
+                .chain([("output of the last block".into(), self.last), ("prediction".into(), self.io.pred)]);
+        for (name, buf) in activations {
+            if bad(engine, buf)? {
+                return Ok(Some(name));
+            }
+        }
+        Ok(None)
     }
 
     fn back(&self) -> &Back {

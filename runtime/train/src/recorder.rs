@@ -94,10 +94,7 @@ impl<'a> Recorder<'a> {
                     skipped: r.skipped.clone(),
                 };
                 if let Some(tensor) = &r.skipped {
-                    self.say(&format!(
-                        "step {} skipped: the gradient of {tensor} is not finite (loss {})",
-                        r.step, r.loss
-                    ));
+                    self.say(&format!("step {} skipped: not finite: {tensor} (loss {})", r.step, r.loss));
                 }
                 if let Some(bar) = &self.bar {
                     bar.step(&m);

@@ -312,6 +312,7 @@ impl Session<'_> {
                 }
             });
             let mut events = Vec::new();
+            let mut due = false;
             self.read_back = Some(Instant::now());
             while trainer.step_number() < steps && !stop.load(Ordering::Relaxed) {
                 let Ok((clips, after)) = receive.recv() else { break };
@@ -323,8 +324,16 @@ impl Session<'_> {
                 if t.eval_every > 0 && done.is_multiple_of(t.eval_every) && done < steps {
                     self.evaluate(trainer)?;
                 }
-                if t.checkpoint_every > 0 && done.is_multiple_of(t.checkpoint_every) && done < steps {
-                    saved_at = Some(self.save(trainer, position)?);
+                due |= t.checkpoint_every > 0 && done.is_multiple_of(t.checkpoint_every) && done < steps;
+                if due {
+                    let read = trainer.flush(&mut events);
+                    self.tell_all(&mut events)?;
+                    read?;
+                    // While steps are skipped the last good checkpoint stays the newest: it waits for a good step.
+                    if trainer.skipped_in_a_row() == 0 {
+                        saved_at = Some(self.save(trainer, position)?);
+                        due = false;
+                    }
                 }
             }
             Ok(())

@@ -20,8 +20,6 @@ use crate::stage::{Reason, Stage, Stages};
 use crate::tensors::TensorView;
 use serde::{Deserialize, Serialize};
 
-/// Steps in a row whose gradients may be non-finite before the run stops.
-pub const MAX_SKIPPED: u32 = 5;
 /// Largest number of steps between two readings of the ring.
 const MAX_RING: u64 = 64;
 /// f32 values of a slot before the predictor losses: sum of losses, norm and factor, predictors' norm and factor.
@@ -33,14 +31,16 @@ pub enum TrainError {
     /// The device failed.
     #[error(transparent)]
     Engine(#[from] EngineError),
-    /// Gradients were non-finite too often in a row.
+    /// Loss or gradients were non-finite too often in a row.
     #[error(
-        "gradients were not finite in {MAX_SKIPPED} steps in a row, last in step {step}; first tensor: {tensor}\n  those steps changed nothing; the weights are those of step {good}\n  next: lower train.lr or raise train.warmup_steps, then dsv-train run --resume"
+        "loss or gradients were not finite in {steps} steps in a row, last in step {step}; first tensor: {tensor}\n  those steps changed nothing, and no checkpoint was written since; the weights are those after {good} good steps\n  train.max_skipped = {steps} ends a run there\n  next: lower train.lr or raise train.warmup_steps, then dsv-train run --resume"
     )]
     NotFinite {
-        /// The last step.
+        /// Skipped steps in a row.
+        steps: u32,
+        /// The last of them.
         step: u64,
-        /// The first tensor with a non-finite gradient.
+        /// The first tensor that is not finite.
         tensor: String,
         /// Steps that did change the weights.
         good: u64,
@@ -86,7 +86,9 @@ pub struct StepRecord {
     pub predictor_loss_by_block: Vec<f64>,
     /// Share of blocks whose attention was sparse.
     pub sparse_share: f64,
-    /// The first tensor with a non-finite gradient, when the step was skipped.
+    /// The first tensor that is not finite, when the step was skipped: an input, a weight or an activation in the order of
+    /// the forward pass, the loss, or a gradient in the order of the model. Only of the last step before a reading
+    /// are inputs, weights and activations still there to be looked at; of earlier ones it is the loss or a gradient.
     pub skipped: Option<String>,
 }
 
@@ -301,6 +303,11 @@ impl Trainer {
         self.config.data.batch_size * self.config.train.grad_accumulation
     }
 
+    /// Steps in a row that were skipped, up to the last reading.
+    pub fn skipped_in_a_row(&self) -> u32 {
+        self.skipped_in_a_row
+    }
+
     /// The device.
     pub fn engine(&mut self) -> &mut dyn Engine {
         &mut *self.engine
@@ -409,9 +416,13 @@ impl Trainer {
 
     /// `len` values of this step's slot in the ring, from `start`.
     fn slot(&self, start: usize, len: usize) -> Buf {
+        self.slot_of(self.step, start, len)
+    }
+
+    fn slot_of(&self, step: u64, start: usize, len: usize) -> Buf {
         let ring = self.culprits.len() / 2;
         let width = self.ring.len() / ring;
-        self.ring.slice(self.step as usize % ring * width + start, len)
+        self.ring.slice(step as usize % ring * width + start, len)
     }
 
     /// Norms, optimizer steps, averaged weights.
@@ -420,7 +431,7 @@ impl Trainer {
         let [beta1, beta2] = t.betas.map(|b| b as f32);
         let max_norm = if t.grad_clip > 0.0 { t.grad_clip as f32 } else { f32::INFINITY };
         let at = self.step as usize % (self.culprits.len() / 2) * 2;
-        let (clip, predictor_clip) = (self.slot(1, 2), self.slot(3, 2));
+        let (loss, clip, predictor_clip) = (self.slot(0, 1), self.slot(1, 2), self.slot(3, 2));
         let losses = self.model.predictors.as_ref().map(|p| (p.loss, self.slot(HEAD, p.loss.len())));
         let predictor_lr = self.stages.predictor_lr(&self.config.dsv) as f32;
         let lr = self.config.lr_at(self.step) as f32;
@@ -451,6 +462,17 @@ impl Trainer {
             };
         let set = &self.model.params;
         norm(e, set, max_norm, clip, self.culprits.slice(at, 1));
+        // The factor of a step that is not to be taken is NaN. 0 times a finite number adds nothing, 0 times another is
+        // NaN: so a loss that is not finite skips the step as a gradient does, and model and predictors step together
+        // or not at all, without the host.
+        let factor = clip.slice(1, 1);
+        e.axpy(0.0, loss, factor);
+        if let Some(predictors) = &self.model.predictors {
+            let predictor_factor = predictor_clip.slice(1, 1);
+            norm(e, &predictors.params, f32::INFINITY, predictor_clip, self.culprits.slice(at + 1, 1));
+            e.axpy(0.0, predictor_factor, factor);
+            e.axpy(0.0, factor, predictor_factor);
+        }
         adamw(e, set, (0, set.decayed()), lr, t.weight_decay as f32, clip);
         adamw(e, set, (set.decayed(), set.master.len()), lr, 0.0, clip);
         if let Some(ema) = set.ema {
@@ -458,7 +480,6 @@ impl Trainer {
         }
         if let Some(predictors) = &self.model.predictors {
             let set = &predictors.params;
-            norm(e, set, f32::INFINITY, predictor_clip, self.culprits.slice(at + 1, 1));
             adamw(e, set, (0, set.master.len()), predictor_lr, 0.0, predictor_clip);
         }
         if let Some((from, to)) = losses {
@@ -495,16 +516,17 @@ impl Trainer {
                 .map(|row| row.iter().map(|&x| f64::from(x)).sum::<f64>() / heads as f64)
                 .collect();
             let predictor_loss = p.predictors.then(|| by_block.iter().sum::<f64>() / by_block.len() as f64);
-            let skipped = (!slot[2].is_finite()).then(|| match usize::try_from(culprits[2 * at]) {
-                Ok(segment) => self.model.params.segment_name(segment).to_string(),
-                Err(_) => "the norm itself overflowed".to_string(),
-            });
-            any_skipped |= skipped.is_some() || (p.predictors && !slot[4].is_finite());
+            let skipped = match slot[2].is_finite() {
+                true => None,
+                false => Some(self.offender(p.step, slot, &culprits[2 * at..][..2])?),
+            };
+            any_skipped |= skipped.is_some();
             match &skipped {
                 Some(tensor) => {
                     self.skipped_in_a_row += 1;
-                    if self.skipped_in_a_row >= MAX_SKIPPED {
+                    if self.skipped_in_a_row >= self.config.train.max_skipped {
                         return Err(TrainError::NotFinite {
+                            steps: self.skipped_in_a_row,
                             step: p.step,
                             tensor: tensor.clone(),
                             good: self.good_steps,
@@ -532,6 +554,30 @@ impl Trainer {
             Some((op, reason)) if !any_skipped => Err(EngineError::Flag { op, reason }.into()),
             _ => Ok(()),
         }
+    }
+
+    /// The first tensor that is not finite in a skipped step, from what the ring says of it; inputs, weights and
+    /// activations are looked at where the step was the last one.
+    fn offender(&mut self, step: u64, slot: &[f32], culprits: &[i32]) -> Result<String, EngineError> {
+        if step + 1 == self.step {
+            let ring = self.culprits.len() / 2;
+            let culprit = self.culprits.slice(step as usize % ring * 2, 1);
+            let norm = self.slot_of(step, 1, 2);
+            if let Some(name) = self.model.first_not_finite(&mut *self.engine, norm, culprit)? {
+                return Ok(name);
+            }
+        }
+        if !slot[0].is_finite() {
+            return Ok("the loss".to_string());
+        }
+        let predictors = self.model.predictors.as_ref().map(|p| &p.params);
+        let sets = [Some(&self.model.params), predictors];
+        for (set, &culprit) in sets.into_iter().zip(culprits) {
+            if let (Some(set), Ok(segment)) = (set, usize::try_from(culprit)) {
+                return Ok(format!("gradient of {}", set.segment_name(segment)));
+            }
+        }
+        Ok("the norm of the gradients, whose sum of squares overflowed".to_string())
     }
 
     fn read_profile(&mut self, step: u64, events: &mut Vec<Event>) -> Result<(), TrainError> {

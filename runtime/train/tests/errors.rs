@@ -31,7 +31,13 @@ fn running() {
             rejected: vec!["step-00000100: cut".into()],
         }
         .to_string(),
-        TrainError::NotFinite { step: 12, tensor: "block.1.qkv.weight".into(), good: 8 }.to_string(),
+        TrainError::NotFinite {
+            steps: 5,
+            step: 12,
+            tensor: "gradient of block.1.qkv.weight".into(),
+            good: 8,
+        }
+        .to_string(),
         TrainError::Tensor {
             path: "step-00000100".into(),
             name: "weight.patch".into(),

@@ -134,3 +134,25 @@ fn samples_stand_side_by_side() {
     assert_eq!((both.frames, both.height, both.width), (2, 1, 5));
     assert_eq!(both.rgb[..15], [1, 1, 1, 1, 1, 1, 16, 16, 16, 2, 2, 2, 2, 2, 2]);
 }
+
+/// The CPU engine, with weights that turn to NaN in between.
+#[test]
+fn while_steps_are_skipped_the_last_good_checkpoint_stays_the_newest() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path());
+    (config.train.checkpoint_every, config.train.log_every, config.train.max_skipped) = (1, 1, 3);
+    let good = go(&config, Existing::Refuse, 2).0.unwrap();
+    assert_eq!(good.step, 2);
+    let before = weights(&good.checkpoint);
+    // A rate at which the first step after the checkpoint throws the weights out of f32's range.
+    config.train.lr = 1e38;
+    config.train.weight_decay = 0.0;
+    let (result, seen) = go(&config, Existing::Resume, u64::MAX);
+    let text = result.unwrap_err().to_string();
+    assert!(text.contains("3 steps in a row") && text.contains("no checkpoint was written since"), "{text}");
+    let skipped = |p: &&Progress| matches!(p, Progress::Train(Event::Step(r)) if r.skipped.is_some());
+    let first = seen.iter().position(|p| skipped(&p)).unwrap();
+    let saved = seen[first..].iter().any(|p| matches!(p, Progress::Checkpoint { .. }));
+    assert!(!saved, "a checkpoint after a skipped step: {:?}", &seen[first..]);
+    assert!(weights(&good.checkpoint) == before, "the checkpoint of step 2 changed");
+}
