@@ -91,7 +91,10 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
     (
         "dsv",
         &[
-            ("enabled", "false = full attention throughout, no predictors (the baseline)"),
+            (
+                "attention",
+                "\"dsv\" (predictors, two stages), or a baseline: \"full\", \"wa-m\", \"wa-l\" (3D windows of 1/3, 2/3 of each side), \"fixed\" (predictors, every block keeps dsv.keep from step 0: for throughput)",
+            ),
             ("query_group", "tokens that share one KV list"),
             ("kv_block", "tokens selected together"),
             ("rank", "d_lr, the low-rank width of a head's predicted scores"),
@@ -306,8 +309,8 @@ pub struct Flow {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Dsv {
-    /// False = full attention throughout.
-    pub enabled: bool,
+    /// Which keys are attended to.
+    pub attention: Attention,
     /// Tokens that share one list.
     pub query_group: usize,
     /// Tokens selected together.
@@ -346,6 +349,49 @@ pub struct Dsv {
     pub memory_budget_gb: f64,
     /// Steps between the dispatcher's decisions.
     pub dispatch_every: u64,
+}
+
+/// Which keys the self-attention of a run attends to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Attention {
+    /// Full attention while predictors learn, then the predicted keys where the dispatcher says so.
+    Dsv,
+    /// All keys throughout.
+    Full,
+    /// A 3D window of a third of each side of the clip around each query group, as KV lists.
+    WaM,
+    /// The same with two thirds.
+    WaL,
+    /// The predicted keys in every block and from the first step on, a fixed share of them.
+    Fixed,
+}
+
+impl Attention {
+    /// Whether the run has predictors.
+    pub fn predicts(self) -> bool {
+        matches!(self, Attention::Dsv | Attention::Fixed)
+    }
+
+    /// Share of each side of the clip that a window spans.
+    pub fn window(self) -> Option<f64> {
+        match self {
+            Attention::WaM => Some(1.0 / 3.0),
+            Attention::WaL => Some(2.0 / 3.0),
+            _ => None,
+        }
+    }
+
+    /// For logs and reports.
+    pub fn label(self) -> &'static str {
+        match self {
+            Attention::Dsv => "DSV: predictors, two stages",
+            Attention::Full => "full",
+            Attention::WaM => "WA-M: 3D windows of a third of each side",
+            Attention::WaL => "WA-L: 3D windows of two thirds of each side",
+            Attention::Fixed => "fixed share of predicted keys in every block",
+        }
+    }
 }
 
 /// Query that decides for its group.
@@ -559,7 +605,7 @@ impl Config {
             },
             flow: Flow { logit_mean: 0.0, logit_std: 1.0, shift: 3.0 },
             dsv: Dsv {
-                enabled: true,
+                attention: Attention::Dsv,
                 query_group: 64,
                 kv_block: 64,
                 rank: 16,
@@ -850,6 +896,12 @@ impl Config {
             range("dsv.keep", k, "more than 0, up to dsv.max_keep, or absent", k > 0.0 && k <= dsv.max_keep);
         }
         range("sample.guidance", sample.guidance, "0 and more", sample.guidance >= 0.0);
+        if dsv.attention == Attention::Fixed && dsv.keep.is_none() {
+            bad.push(
+                "dsv.keep is absent, but dsv.attention is \"fixed\"; allowed: more than 0, up to dsv.max_keep"
+                    .to_string(),
+            );
+        }
         let (g, n) = (dsv.query_group, dsv.kv_block);
         if g > 0 && n > 0 && g.max(n) % g.min(n) != 0 {
             bad.push(format!(
@@ -867,9 +919,11 @@ impl Config {
             };
             let dims = SHIPPED_HEAD_DIMS.map(|d| d.to_string()).to_vec();
             served("model.head_dim", model.head_dim.to_string(), dims);
-            if dsv.enabled {
+            if dsv.attention != Attention::Full {
                 let sizes = SHIPPED_BLOCK_SIZES.map(|(g, n)| format!("{g} x {n}")).to_vec();
                 served("dsv.query_group x dsv.kv_block", format!("{g} x {n}"), sizes);
+            }
+            if dsv.attention.predicts() {
                 served("dsv.rank", dsv.rank.to_string(), vec!["16".into()]);
             }
         }
@@ -912,10 +966,14 @@ impl Config {
         self.tokens().div_ceil(self.dsv.kv_block)
     }
 
-    /// Width of the lists: the most KV blocks a group may keep.
+    /// Width of the predicted lists: the most KV blocks a group may keep.
     pub fn max_selected(&self) -> usize {
         let n = self.kv_blocks();
-        ((n as f64 * self.dsv.max_keep).ceil() as usize).clamp(1, n.max(1))
+        let share = match (self.dsv.attention, self.dsv.keep) {
+            (Attention::Fixed, Some(keep)) => keep,
+            _ => self.dsv.max_keep,
+        };
+        ((n as f64 * share - 1e-9).ceil() as usize).clamp(1, n.max(1))
     }
 
     /// Levels of the Haar transform whose latents have `model.latent_channels` channels (`3 * 8^levels`), if any.

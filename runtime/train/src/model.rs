@@ -14,6 +14,8 @@ use crate::engine::{
 use crate::params::{Init, Linear, ParamId, ParamPlan, ParamSet};
 use crate::predictor::{PredictorShape, PredictorTask, Predictors};
 use crate::rng::Purpose;
+use dsv_reference::lists::KvListsBuf;
+use dsv_spec::order::Grid;
 
 /// Width of the sinusoidal timestep embedding.
 pub const TIME_WIDTH: usize = 256;
@@ -45,6 +47,19 @@ pub struct ModelShape {
     pub cube: usize,
     /// Predictors, when the run has them.
     pub predictor: Option<PredictorShape>,
+    /// Windows, when the run attends within them.
+    pub window: Option<WindowShape>,
+}
+
+/// 3D windows as KV lists: the same in every block, head and batch element.
+#[derive(Copy, Clone, Debug, PartialEq)]
+pub struct WindowShape {
+    /// Share of each side of the clip that a window spans.
+    pub side: f64,
+    /// Size of the lists.
+    pub lists: ListShape,
+    /// Share of the query-key pairs that they keep.
+    pub kept: f64,
 }
 
 impl ModelShape {
@@ -57,7 +72,7 @@ impl ModelShape {
             latent: [config.data.frames, config.data.height, config.data.width],
             patch: m.patch,
         };
-        ModelShape {
+        let mut shape = ModelShape {
             layers: m.layers,
             heads: m.heads,
             head_dim: m.head_dim,
@@ -72,7 +87,8 @@ impl ModelShape {
             eps: m.norm_eps as f32,
             rope_base: m.rope_base,
             cube: d.query_group.max(d.kv_block),
-            predictor: d.enabled.then(|| PredictorShape {
+            window: None,
+            predictor: d.attention.predicts().then(|| PredictorShape {
                 layers: m.layers,
                 d_lr: d.rank,
                 rope: d.predictor_rope,
@@ -91,7 +107,32 @@ impl ModelShape {
                     max_selected: config.max_selected(),
                 },
             }),
-        }
+        };
+        shape.window = d.attention.window().map(|side| {
+            let lists = shape.window_lists(side, d.query_group, d.kv_block);
+            WindowShape {
+                side,
+                lists: ListShape {
+                    batch,
+                    heads: m.heads,
+                    seqlen: patch.tokens(),
+                    query_group: d.query_group,
+                    kv_block: d.kv_block,
+                    max_selected: lists.dims.max_selected,
+                },
+                kept: lists.kept_fraction(),
+            }
+        });
+        shape
+    }
+    /// Lists of one head: each group lists the KV blocks that hold a key of the window around its centre query.
+    fn window_lists(&self, side: f64, query_group: usize, kv_block: usize) -> KvListsBuf {
+        let (order, _) = self.token_order();
+        KvListsBuf::window(1, 1, query_group, kv_block, self.grid(), &order, [side; 3])
+    }
+    fn grid(&self) -> Grid {
+        let [t, h, w] = self.patch.grid().map(|x| x as u32);
+        Grid { t, h, w }
     }
     /// Width of the model.
     pub fn dim(&self) -> usize {
@@ -129,13 +170,12 @@ impl ModelShape {
             mlp_width: self.mlp.pre_width(self.hidden),
             samples: self.predictor.map_or(0, |p| p.samples),
             params,
-            lists: self.predictor.map(|p| p.lists),
+            lists: self.predictor.map(|p| p.lists).or(self.window.map(|w| w.lists)),
         }
     }
     /// Contract order: raster patch index of each token, and (t, h, w) of each token.
     pub fn token_order(&self) -> (Vec<u32>, Vec<[u32; 3]>) {
-        let [t, h, w] = self.patch.grid().map(|x| x as u32);
-        let grid = dsv_spec::order::Grid { t, h, w };
+        let grid = self.grid();
         let order = dsv_spec::order::token_order(grid, dsv_spec::order::Cube::of_group(self.cube as u32));
         let positions = order
             .iter()
@@ -345,6 +385,8 @@ struct Back {
 pub enum BlockAttention {
     /// Over all keys.
     Dense,
+    /// Over the lists of [`ModelShape::window`].
+    Window,
     /// Over predicted lists, kept in this slot of [`Predictors::slots`].
     Sparse {
         /// Which slot.
@@ -376,6 +418,8 @@ pub struct Model {
     pub params: ParamSet,
     /// Predictors, when the run has them.
     pub predictors: Option<Predictors>,
+    /// Lists of the windows, when the run has them.
+    window: Option<Lists>,
     /// Inputs and results.
     pub io: Io,
     weights: Weights,
@@ -404,6 +448,9 @@ impl Model {
                 plan,
             )
         });
+        let window = shape
+            .window
+            .map(|w| w.lists.reserve(plan, "lists/windows", purposes.train && purposes.inverse_lists));
         let PatchShape { batch, .. } = shape.patch;
         let (s, width, dim) = (shape.patch.tokens(), shape.patch.width(), shape.dim());
         let (rows, text_rows) = (shape.rows(), batch * shape.text_tokens);
@@ -531,7 +578,21 @@ impl Model {
                 temb_b,
             }
         });
-        Model { shape, params, predictors, io, weights, cond, saved, last, final_norm, work, back, purposes }
+        Model {
+            shape,
+            params,
+            predictors,
+            window,
+            io,
+            weights,
+            cond,
+            saved,
+            last,
+            final_norm,
+            work,
+            back,
+            purposes,
+        }
     }
 
     /// Initial weights, token order and RoPE tables. Call once after [`Engine::reserve`].
@@ -546,6 +607,17 @@ impl Model {
         if let Some(predictors) = &self.predictors {
             predictors.params.initialise(engine, seed, Purpose::Predictor)?;
             predictors.write_tables(engine, &positions, self.shape.rope_base)?;
+        }
+        if let (Some(shape), Some(lists)) = (self.shape.window, self.window) {
+            let ListShape { batch, heads, query_group, kv_block, .. } = shape.lists;
+            let one = self.shape.window_lists(shape.side, query_group, kv_block);
+            engine.write_i32(lists.q2k_index, &one.index.repeat(batch * heads))?;
+            engine.write_i32(lists.q2k_count, &one.count.repeat(batch * heads))?;
+            if let Some((offset, index)) = lists.inverse {
+                let inverse = one.invert().expect("windows list each block once, in order");
+                engine.write_i32(offset, &inverse.offset.repeat(batch * heads))?;
+                engine.write_i32(index, &inverse.index.repeat(batch * heads))?;
+            }
         }
         Ok(())
     }
@@ -859,8 +931,14 @@ impl Model {
     fn lists_of(&self, mode: BlockAttention) -> Option<Lists> {
         match mode {
             BlockAttention::Dense => None,
+            BlockAttention::Window => {
+                Some(self.window.expect("windows need dsv.attention = \"wa-m\" or \"wa-l\""))
+            }
             BlockAttention::Sparse { slot } => {
-                let predictors = self.predictors.as_ref().expect("sparse attention needs dsv.enabled = true");
+                let predictors = self
+                    .predictors
+                    .as_ref()
+                    .expect("predicted lists need predictors: dsv.attention = \"dsv\" or \"fixed\"");
                 Some(predictors.slots[slot])
             }
         }

@@ -61,6 +61,7 @@ impl<'a> Recorder<'a> {
         self.metrics = Some(Metrics::open(&config.out.dir, resume).map_err(to_io)?);
         let facts = BTreeMap::from([
             ("device".to_string(), engine.to_string()),
+            ("attention".to_string(), config.dsv.attention.label().to_string()),
             ("tokens a clip".to_string(), config.tokens().to_string()),
             ("block size".to_string(), format!("{} x {}", config.dsv.query_group, config.dsv.kv_block)),
         ]);

@@ -218,10 +218,13 @@ pub fn run(
 }
 
 fn check_fingerprint(config: &Config, checkpoint: &Checkpoint, file: &Path) -> Result<(), RunError> {
-    if checkpoint.state.fingerprint == config.fingerprint() {
-        return Ok(());
-    }
     let differences = match Config::from_toml(&checkpoint.state.config, "the checkpoint", None, &[]) {
+        Ok(theirs)
+            if checkpoint.state.fingerprint == config.fingerprint()
+                && theirs.dsv.attention == config.dsv.attention =>
+        {
+            return Ok(());
+        }
         Ok(theirs) => config.differences(&theirs),
         Err(e) => vec![format!("(its configuration cannot be read: {e})")],
     };
@@ -460,14 +463,7 @@ pub fn open_trained(
         }
     };
     let config = Config::from_toml(&found.state.config, "the checkpoint", None, sets)?;
-    if config.fingerprint() != found.state.fingerprint {
-        let theirs = Config::from_toml(&found.state.config, "the checkpoint", None, &[])?;
-        return Err(RunError::Foreign {
-            path: found.path.clone(),
-            differences: config.differences(&theirs),
-            config: out.join("config.toml"),
-        });
-    }
+    check_fingerprint(&config, &found, &out.join("config.toml"))?;
     let mut engine = crate::engine::open(&config.device, config.train.deterministic)?;
     let (attention, top_k, slots) = train::attention_of(&found)?;
     let mut plan = crate::engine::ArenaPlan::new(engine.precision());

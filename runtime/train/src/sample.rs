@@ -97,7 +97,7 @@ mod tests {
     fn a_constant_velocity_is_integrated_exactly() {
         let mut config = Config::preset("tiny").unwrap();
         (config.model.layers, config.data.frames, config.data.height, config.data.width) = (1, 2, 4, 4);
-        config.dsv.enabled = false;
+        config.dsv.attention = crate::config::Attention::Full;
         let shape = ModelShape::from_config(&config, 2);
         let mut plan = ArenaPlan::new(Precision::F32);
         let purposes =

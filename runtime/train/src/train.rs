@@ -6,7 +6,7 @@
 //! before a checkpoint.
 
 use crate::checkpoint::{Checkpoint, State};
-use crate::config::Config;
+use crate::config::{Attention, Config};
 use crate::data::{Clip, DataPosition, Dataset};
 use crate::dispatch::{Decision, ProfileState, Rules};
 use crate::engine::{AdamW, ArenaPlan, Buf, Engine, EngineError, GradNorm};
@@ -78,7 +78,7 @@ pub struct StepRecord {
     pub grad_norm: f64,
     /// Learning rate.
     pub lr: f64,
-    /// 0 without predictors, else 1 or 2.
+    /// 0 for full attention and windows, else 1 or 2.
     pub stage: u8,
     /// Mean predictor loss over all blocks and heads.
     pub predictor_loss: Option<f64>,
@@ -204,6 +204,10 @@ impl Layout {
             if list_bytes == 0 {
                 return 0;
             }
+            if config.dsv.attention == Attention::Fixed {
+                // Every block or none: where they do not fit, the run does not.
+                return shape.layers;
+            }
             let (arena, model, ..) = lay(0);
             let needed =
                 arena.total_bytes() + engine.scratch_bytes(&model.shape.dims(model.params.master.len()));
@@ -258,7 +262,10 @@ impl Trainer {
         model.initialise(&mut *engine, config.train.seed)?;
         let stages = Stages::new(&config.dsv);
         let profile = ProfileState::new();
-        let decision = Decision::dense(&rules(&config, &*engine, &model, list_slots), &profile);
+        let decision = match model.shape.window {
+            Some(w) => Decision::windows(config.model.layers, w.kept, config.dsv.attention.label()),
+            None => Decision::dense(&rules(&config, &*engine, &model, list_slots), &profile),
+        };
         let mut trainer = Trainer {
             config,
             model,
@@ -335,6 +342,9 @@ impl Trainer {
         let dsv = self.config.dsv.clone();
         if let Some(reason) = self.stages.advance(&dsv, step, self.predictor_loss) {
             events.push(Event::Stage { step, reason, predictor_loss: self.predictor_loss });
+        }
+        if step == 0 && self.model.shape.window.is_some() {
+            events.push(Event::Decision { step, decision: self.decision.clone() });
         }
         if self.stages.dispatches(&dsv, step) {
             let rules = rules(&self.config, &*self.engine, &self.model, self.slots());
@@ -773,7 +783,7 @@ pub(crate) fn rules(config: &Config, engine: &dyn Engine, model: &Model, slots: 
         keep: dsv.keep,
         crossover,
         crossover_source,
-        force_sparse: dsv.force_sparse,
+        force_sparse: if dsv.attention == Attention::Fixed { Some(1.0) } else { dsv.force_sparse },
         slots,
     }
 }

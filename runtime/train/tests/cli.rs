@@ -148,6 +148,10 @@ fn killed_at_random_moments_it_resumes_bit_for_bit() {
         let names = std::fs::read_dir(&checkpoints).into_iter().flatten().flatten().map(|e| e.file_name());
         names.filter(|n| n.to_string_lossy().starts_with("step-")).count() > 0
     };
+    let steps = || {
+        let text = std::fs::read_to_string(cut.join("metrics.jsonl")).unwrap_or_default();
+        text.matches("\"kind\":\"step\"").count()
+    };
     let mut kills = Vec::new();
     for life in 0.. {
         assert!(life < 60, "seed {seed}: no end after {life} lives, killed at {kills:?}");
@@ -157,25 +161,25 @@ fn killed_at_random_moments_it_resumes_bit_for_bit() {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let dies = Instant::now() + duration.mul_f64(0.05 + 0.35 * random());
-        while kills.len() < 12 && Instant::now() < dies && child.try_wait().unwrap().is_none() {
+        // A random number of steps further than the last life came, and at a random moment of the step after.
+        let dies = kills.last().copied().unwrap_or(0) + 1 + (14.0 * random()) as usize;
+        let alive = |child: &mut std::process::Child| child.try_wait().unwrap().is_none();
+        while kills.len() < 8 && steps() < dies && alive(&mut child) {
             std::thread::sleep(Duration::from_millis(1));
         }
-        if kills.len() < 12 && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(duration.mul_f64(random() / 100.0));
+        if kills.len() < 8 && alive(&mut child) {
             // SIGKILL: nothing of the program runs after it.
             child.kill().unwrap();
             child.wait().unwrap();
-            kills.push(cut.join("metrics.jsonl").exists().then(|| {
-                let text = std::fs::read_to_string(cut.join("metrics.jsonl")).unwrap();
-                text.matches("\"kind\":\"step\"").count()
-            }));
+            kills.push(steps());
             continue;
         }
         let output = child.wait_with_output().unwrap();
         assert!(output.status.success(), "seed {seed}, killed at {kills:?}: {}", text(&output));
         break;
     }
-    assert!(kills.len() >= 3, "seed {seed}: the run ended after {} kills", kills.len());
+    assert!(kills.len() >= 4, "seed {seed}: the run ended after {} kills", kills.len());
     for file in ["model.safetensors", "state.json"] {
         let read = |out: &Path| std::fs::read(out.join("checkpoints/step-00000150").join(file)).unwrap();
         let (mut a, mut b) = (read(&whole), read(&cut));

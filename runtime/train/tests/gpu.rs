@@ -5,7 +5,7 @@
 //! of each stored value. `DSV_BUNDLE=DIR` takes kernels from a bundle instead of compiling them.
 
 use dsv_reference::layers::normal;
-use dsv_train::config::{Config, Switch};
+use dsv_train::config::{Attention, Config, Switch};
 use dsv_train::data::{DataPosition, Dataset};
 use dsv_train::engine::*;
 use dsv_train::model::{BlockAttention, Model, ModelShape, Purposes};
@@ -830,6 +830,7 @@ fn model_shape() -> ModelShape {
         eps: 1e-6,
         rope_base: 100.0,
         cube: 64,
+        window: None,
         predictor: Some(PredictorShape {
             layers: 2,
             d_lr: 16,
@@ -1028,6 +1029,36 @@ fn a_poisoned_step_is_skipped_on_the_device_and_named() {
     let good = steps(&mut trainer, &data, &mut position, 1, |_| ());
     assert!(good[0].skipped.is_none(), "{good:?}");
     assert!(weights(&mut trainer) != before, "the next good step trains again");
+}
+
+/// The same steps with the same weights, clips and noise on both engines.
+#[test]
+fn windows_and_a_fixed_share_train_as_on_the_cpu() {
+    let _gpu = lock();
+    for attention in [Attention::WaM, Attention::WaL, Attention::Fixed] {
+        let mut config = run_config();
+        config.dsv.attention = attention;
+        // Four blocks along height and width: windows of two thirds leave some out.
+        (config.data.height, config.data.width) = (16, 16);
+        let data = Dataset::open(&config).unwrap();
+        let run = |engine: Box<dyn Engine>| {
+            let mut trainer = Trainer::new(config.clone(), engine).unwrap();
+            steps(&mut trainer, &data, &mut DataPosition::default(), 6, |_| ())
+        };
+        let gpu = run(Box::new(open(false)));
+        let cpu = run(Box::new(CpuEngine::<f32>::new()));
+        for (g, c) in gpu.iter().zip(&cpu) {
+            assert!(g.skipped.is_none() && g.sparse_share == 1.0, "{attention:?}: {g:?}");
+            let off = (g.loss - c.loss).abs() / c.loss;
+            assert!(
+                off < 0.02,
+                "{attention:?}, step {}: loss {} on the GPU, {} on the CPU",
+                g.step,
+                g.loss,
+                c.loss
+            );
+        }
+    }
 }
 
 #[test]

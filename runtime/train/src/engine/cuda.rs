@@ -532,7 +532,7 @@ impl CudaEngine {
             let layouts = AttnLayouts::bshd(&problem);
             self.runtime.attention(&problem, &layouts, None).map_err(device_error)?;
         }
-        if let Some(lists) = &dims.lists {
+        if let Some(lists) = dims.lists.as_ref().filter(|_| dims.d_lr > 0) {
             self.load_list_kernels(lists, dims.d_lr)?;
         }
         let arch = self.device().arch().map_err(device_error)?;

@@ -78,6 +78,38 @@ fn a_whole_run_leaves_checkpoint_and_sample_and_can_be_evaluated() {
 }
 
 #[test]
+fn every_baseline_runs_resumes_and_is_evaluated_as_it_was_trained() {
+    use crate::config::Attention;
+    for attention in [Attention::Full, Attention::WaM, Attention::WaL, Attention::Fixed] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = config(dir.path());
+        config.dsv.attention = attention;
+        assert!(go(&config, Existing::Refuse, 5).0.unwrap().interrupted);
+        let (outcome, seen) = go(&config, Existing::Resume, u64::MAX);
+        assert_eq!(outcome.unwrap().step, 8);
+        let last = seen.iter().rev().find_map(|p| if let Progress::Eval(r) = p { Some(r) } else { None });
+        let last = last.unwrap();
+        assert_eq!(last.sparse_share, if attention == Attention::Full { 0.0 } else { 1.0 });
+        let mut trained = open_trained(dir.path(), None, 2, &[]).unwrap();
+        let data = Dataset::open(&trained.config).unwrap();
+        let again = eval::evaluate(
+            &mut *trained.engine,
+            &trained.model,
+            &trained.config,
+            &data,
+            &trained.attention,
+            trained.step,
+        );
+        let paired = again.unwrap().paired(last).unwrap();
+        assert!(paired.difference.abs() < 1e-6, "{attention:?}: {paired:?}");
+        // Another way to attend is another run, though the weights would fit.
+        config.dsv.attention = if attention == Attention::WaM { Attention::WaL } else { Attention::WaM };
+        let text = go(&config, Existing::Resume, 1).0.unwrap_err().to_string();
+        assert!(text.contains("dsv.attention: "), "{text}");
+    }
+}
+
+#[test]
 fn a_run_told_to_stop_writes_a_checkpoint_and_resumes_bit_for_bit() {
     let (whole, cut) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let expected = go(&config(whole.path()), Existing::Refuse, u64::MAX).0.unwrap();
