@@ -4,7 +4,7 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use dsv_train::config::Config;
 use dsv_train::data::{Dataset, prepare};
-use dsv_train::engine;
+use dsv_train::engine::{self, DeviceFacts, PlannedGpu};
 use dsv_train::eval::{self, EvalResult};
 use dsv_train::model::BlockAttention;
 use dsv_train::recorder::Recorder;
@@ -38,7 +38,7 @@ enum Command {
     /// Validation loss of a trained run on fixed (clip, timestep, noise) triples
     Eval(EvalArgs),
     /// Memory and arithmetic of a run, and every configuration key with its meaning (TOML on standard output)
-    Plan(ConfigArgs),
+    Plan(PlanArgs),
     /// One HTML report of one run or several compared
     Report(ReportArgs),
 }
@@ -64,6 +64,18 @@ impl ConfigArgs {
         let file = self.file.as_deref().or(self.config.as_deref());
         Ok(Config::load(file, self.preset.as_deref(), &self.sets)?)
     }
+}
+
+#[derive(Args)]
+struct PlanArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Plan for this GPU model, which need not be here: h100, h200 [default: the device of the configuration]
+    #[arg(long, value_name = "MODEL")]
+    gpu: Option<String>,
+    /// Spread the memory over so many GPUs (a dry run: training is on one)
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    gpus: u32,
 }
 
 #[derive(Args)]
@@ -314,11 +326,26 @@ fn read_eval(path: &Path) -> anyhow::Result<EvalResult> {
     })
 }
 
-fn plan(args: &ConfigArgs) -> anyhow::Result<()> {
-    let config = args.load()?;
-    let engine = engine::open(&config.device, config.train.deterministic)?;
-    let plan = dsv_train::plan::plan(&config, &*engine).to_string();
-    println!("# {}", engine.name());
+fn plan(args: &PlanArgs) -> anyhow::Result<()> {
+    let config = args.config.load()?;
+    let (name, plan) = match &args.gpu {
+        Some(label) => {
+            let known = || PlannedGpu::known().join(", ");
+            let gpu = PlannedGpu::new(label, config.train.deterministic).with_context(|| {
+                format!(
+                    "--gpu {label} is not known\n  allowed: {}\n  next: dsv-train plan --gpu h100",
+                    known()
+                )
+            })?;
+            (gpu.name(), dsv_train::plan::plan(&config, &gpu, args.gpus as usize))
+        }
+        None => {
+            let engine = engine::open(&config.device, config.train.deterministic)?;
+            (engine.name(), dsv_train::plan::plan(&config, &*engine, args.gpus as usize))
+        }
+    };
+    let plan = plan.to_string();
+    println!("# {name}");
     plan.lines().for_each(|line| println!("{}", format!("# {line}").trim_end()));
     println!();
     print!("{}", config.documented_toml());

@@ -405,7 +405,7 @@ pub struct Purposes {
     pub ema: bool,
     /// Blocks that can be sparse at one time.
     pub list_slots: usize,
-    /// Whether lists need their inverse ([`Engine::needs_inverse_lists`]).
+    /// Whether lists need their inverse ([`crate::engine::DeviceFacts::needs_inverse_lists`]).
     pub inverse_lists: bool,
 }
 

@@ -11,7 +11,7 @@ use crate::model::{BlockAttention, Model, ModelShape, Purposes};
 use crate::observe::BlockObservation;
 use crate::sample;
 use crate::tensors::{self, TensorView};
-use crate::train::{self, Event, Layout, TrainError, Trainer};
+use crate::train::{self, Event, TrainError, Trainer};
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -482,18 +482,6 @@ pub fn open_trained(
         engine.write_i32(predictors.top_k, &top_k)?;
     }
     Ok(Inference { engine, model, config, attention, step: found.state.step })
-}
-
-/// Memory of a run against what the device has, as an error before anything is allocated.
-pub fn check_memory(layout: &Layout, engine: &dyn Engine) -> Result<(), EngineError> {
-    let dims = layout.model.shape.dims(layout.model.params.master.len());
-    let needed_bytes = layout.arena.total_bytes() + engine.scratch_bytes(&dims);
-    match engine.free_bytes() {
-        Some(free) if free < needed_bytes => {
-            Err(EngineError::Reserve { needed_bytes, reason: format!("{free} bytes are free") })
-        }
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]

@@ -9,11 +9,12 @@ use crate::checkpoint::{Checkpoint, State};
 use crate::config::{Attention, Config};
 use crate::data::{Clip, DataPosition, Dataset};
 use crate::dispatch::{Decision, ProfileState, Rules};
-use crate::engine::{AdamW, ArenaPlan, Buf, Engine, EngineError, GradNorm};
+use crate::engine::{AdamW, ArenaPlan, Buf, DeviceFacts, Engine, EngineError, GradNorm};
 use crate::eval::{self, EvalResult};
 use crate::model::{BlockAttention, Model, ModelShape, Purposes};
 use crate::observe::{self, BlockObservation};
 use crate::params::ParamSet;
+use crate::plan::{self, MemoryError};
 use crate::predictor::{PredictorTask, Predictors};
 use crate::rng::{self, Purpose};
 use crate::stage::{Reason, Stage, Stages};
@@ -31,6 +32,9 @@ pub enum TrainError {
     /// The device failed.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// It does not fit.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     /// Loss or gradients were non-finite too often in a row.
     #[error(
         "loss or gradients were not finite in {steps} steps in a row, last in step {step}; first tensor: {tensor}\n  those steps changed nothing, and no checkpoint was written since; the weights are those after {good} good steps\n  train.max_skipped = {steps} ends a run there\n  next: lower train.lr or raise train.warmup_steps, then dsv-train run --resume"
@@ -179,7 +183,7 @@ pub struct Layout {
 
 impl Layout {
     /// Lays a training run out for an engine. `list_slots` overrides the number the memory budget gives.
-    pub fn new(config: &Config, engine: &dyn Engine, list_slots: Option<usize>) -> Layout {
+    pub fn new(config: &Config, engine: &dyn DeviceFacts, list_slots: Option<usize>) -> Layout {
         let shape = ModelShape::from_config(config, config.data.batch_size);
         let lay = |slots: usize| {
             let mut arena = ArenaPlan::new(engine.precision());
@@ -256,7 +260,7 @@ impl Trainer {
     }
 
     fn begin(config: Config, mut engine: Box<dyn Engine>, layout: Layout) -> Result<Trainer, TrainError> {
-        crate::run::check_memory(&layout, &*engine)?;
+        plan::check(&config, &layout, &*engine)?;
         let Layout { arena, model, list_slots, ring, culprits, .. } = layout;
         engine.reserve(&arena, &model.shape.dims(model.params.master.len()))?;
         model.initialise(&mut *engine, config.train.seed)?;
@@ -768,7 +772,7 @@ pub(crate) fn write_latents_and_text(
 }
 
 /// What the dispatcher may rest on.
-pub(crate) fn rules(config: &Config, engine: &dyn Engine, model: &Model, slots: usize) -> Rules {
+pub(crate) fn rules(config: &Config, engine: &dyn DeviceFacts, model: &Model, slots: usize) -> Rules {
     let dsv = &config.dsv;
     let cost = engine.sparse_cost(&model.shape.self_attn(), dsv.query_group, dsv.kv_block);
     let (crossover, crossover_source) = match cost {

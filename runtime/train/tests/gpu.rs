@@ -1061,6 +1061,33 @@ fn windows_and_a_fixed_share_train_as_on_the_cpu() {
     }
 }
 
+/// What `dsv-train plan --gpu` says without a GPU is what the engine reserves on it.
+#[test]
+fn a_planned_gpu_needs_what_the_gpu_needs() {
+    let _gpu = lock();
+    let mut config = Config::preset("2.7b").unwrap();
+    (config.model.layers, config.data.frames) = (2, 8);
+    for (attention, deterministic) in
+        [(Attention::Dsv, false), (Attention::Dsv, true), (Attention::WaM, false), (Attention::Full, false)]
+    {
+        config.dsv.attention = attention;
+        let engine = open(deterministic);
+        let name = engine.name();
+        let planned = PlannedGpu::known()
+            .into_iter()
+            .filter_map(|label| PlannedGpu::new(label, deterministic))
+            .find(|p| p.name().starts_with(name.split(',').next().unwrap()))
+            .unwrap_or_else(|| panic!("{name} cannot be planned for"));
+        let (there, here) =
+            (dsv_train::plan::plan(&config, &engine, 1), dsv_train::plan::plan(&config, &planned, 1));
+        assert_eq!(there.scratch_bytes, here.scratch_bytes, "{attention:?}");
+        assert_eq!(there.memory, here.memory, "{attention:?}");
+        let (free, expected) = (there.free_bytes.unwrap() as f64, here.free_bytes.unwrap() as f64);
+        assert!((free / expected - 1.0).abs() < 0.02, "{free} bytes are free, {expected} are planned with");
+        assert_eq!(there.time_ms, here.time_ms);
+    }
+}
+
 #[test]
 fn a_missing_gpu_is_an_error_with_the_next_command() {
     let _gpu = lock();

@@ -156,7 +156,10 @@ fn a_run_that_cannot_fit_is_refused_before_it_allocates() {
     let mut config = config(dir.path());
     (config.model.layers, config.model.heads, config.model.head_dim) = (400, 64, 128);
     let text = go(&config, Existing::Refuse, 1).0.unwrap_err().to_string();
-    assert!(text.contains("cannot reserve") && text.contains("dsv-train plan"), "{text}");
+    assert!(
+        text.contains("does not fit") && text.contains("--set ") && text.contains("dsv-train plan"),
+        "{text}"
+    );
 }
 
 #[test]
