@@ -66,6 +66,14 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
             ("ema_decay", "decay of the averaged weights that eval and sample use; 0 = off"),
             ("caption_dropout", "share of clips trained with the empty caption"),
             ("seed", "seed of weights, timesteps, noise and caption drop-out"),
+            (
+                "init_weights",
+                "optional: safetensors file, or folder of them, whose tensors are the first weights; absent = random",
+            ),
+            (
+                "init_map",
+                "optional: TOML or JSON from parameters to tensors of init_weights (form: runtime/train/src/import.rs); absent = same names",
+            ),
             ("deterministic", "same bits on every run and after a resume, at some speed"),
             ("checkpoint_every", "steps between checkpoints; 0 = only the last"),
             ("keep_checkpoints", "newest checkpoints kept on disk; 0 = all"),
@@ -267,6 +275,12 @@ pub struct Train {
     pub caption_dropout: f64,
     /// Seed of weights, timesteps, noise and caption drop-out.
     pub seed: u64,
+    /// Safetensors file or folder whose tensors are the first weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init_weights: Option<PathBuf>,
+    /// Key map from parameters to tensors of `init_weights`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init_map: Option<PathBuf>,
     /// Same bits on every run.
     pub deterministic: bool,
     /// Steps between checkpoints; 0 = only the last.
@@ -596,6 +610,8 @@ impl Config {
                 ema_decay: 0.0,
                 caption_dropout: 0.1,
                 seed: 1,
+                init_weights: None,
+                init_map: None,
                 deterministic: false,
                 checkpoint_every: 1000,
                 keep_checkpoints: 3,
@@ -902,6 +918,9 @@ impl Config {
                     .to_string(),
             );
         }
+        if train.init_map.is_some() && train.init_weights.is_none() {
+            bad.push("train.init_map is set, but not train.init_weights, whose tensors it names".to_string());
+        }
         let (g, n) = (dsv.query_group, dsv.kv_block);
         if g > 0 && n > 0 && g.max(n) % g.min(n) != 0 {
             bad.push(format!(
@@ -1185,6 +1204,8 @@ mod tests {
         let mut c = Config::preset("tiny").unwrap();
         c.dsv.force_sparse = Some(0.9);
         c.dsv.keep = Some(0.2);
+        c.train.init_weights = Some("w.safetensors".into());
+        c.train.init_map = Some("map.toml".into());
         c.device.table = Some("t.json".into());
         c.device.bundle = Some("cubins".into());
         let table = toml::Table::try_from(&c).unwrap();

@@ -159,6 +159,26 @@ impl Observer for Recorder<'_> {
             Progress::Started { step, steps, engine, rejected } => {
                 self.start(*step, *steps, engine, rejected)
             }
+            Progress::Imported(found) => {
+                let mut lines = vec![format!(
+                    "weights of {}: {} parameters taken",
+                    found.path.display(),
+                    found.parameters
+                )];
+                for (what, names) in [
+                    ("parameters not given, left at their initial values", &found.missing),
+                    ("tensors of the file that no parameter took", &found.unmapped),
+                ] {
+                    if !names.is_empty() {
+                        lines.push(format!("{} {what}: {}", names.len(), names.join(", ")));
+                    }
+                }
+                for text in lines {
+                    self.say(&text);
+                    self.write(&Record::Note { step: 0, text })?;
+                }
+                Ok(())
+            }
             Progress::Speed { tokens_per_second, step_ms, .. } => {
                 self.speed = (*tokens_per_second, *step_ms);
                 Ok(())

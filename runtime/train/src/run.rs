@@ -7,6 +7,7 @@ use crate::data::{Clip, DataError, DataPosition, Dataset, Video};
 use crate::durable::{RealDisk, write_file};
 use crate::engine::{Engine, EngineError};
 use crate::eval::{self, EvalResult};
+use crate::import::{self, ImportError, Imported};
 use crate::model::{BlockAttention, Model, ModelShape, Purposes};
 use crate::observe::BlockObservation;
 use crate::sample;
@@ -34,6 +35,9 @@ pub enum RunError {
     /// The training.
     #[error(transparent)]
     Train(#[from] TrainError),
+    /// Weights to begin with.
+    #[error(transparent)]
+    Import(#[from] ImportError),
     /// A checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -91,6 +95,8 @@ pub enum Progress {
         /// Newer checkpoints that were passed over, with the reason.
         rejected: Vec<String>,
     },
+    /// Weights trained elsewhere were written before the first step.
+    Imported(Imported),
     /// A step, a stage, a decision or a profile.
     Train(Event),
     /// Speed since the last reading, told before the steps it is about.
@@ -211,6 +217,11 @@ pub fn run(
         engine: name,
         rejected,
     })?;
+    if let (Existing::Refuse | Existing::Overwrite, Some(weights)) = (existing, &config.train.init_weights) {
+        let model = trainer.model.clone();
+        let found = import::import(trainer.engine(), &model, weights, config.train.init_map.as_deref())?;
+        session.tell(Progress::Imported(found))?;
+    }
     if trainer.step_number() == 0 {
         session.evaluate(&mut trainer)?;
     }

@@ -31,6 +31,17 @@ fn running() {
             rejected: vec!["step-00000100: cut".into()],
         }
         .to_string(),
+        MemoryError {
+            needed_bytes: 100 << 30,
+            free_bytes: 78 << 30,
+            advice: vec!["--set train.recompute=true: 60.35 GiB, fits".into()],
+        }
+        .to_string(),
+        ImportError::Misfit {
+            path: "dit.safetensors".into(),
+            problems: vec!["patch.weight has shape [8, 96] in the model, [8, 95] in the file (a)".into()],
+        }
+        .to_string(),
         TrainError::NotFinite {
             steps: 5,
             step: 12,

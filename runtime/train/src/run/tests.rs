@@ -110,6 +110,75 @@ fn every_baseline_runs_resumes_and_is_evaluated_as_it_was_trained() {
 }
 
 #[test]
+fn a_dense_model_trained_elsewhere_goes_straight_into_stage_one() {
+    use crate::config::Attention;
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(&dir.path().join("dense"));
+    config.dsv.attention = Attention::Full;
+    let (dense, seen) = go(&config, Existing::Refuse, u64::MAX);
+    let eval = |seen: &[Progress], step: u64| {
+        let at =
+            |p: &Progress| if let Progress::Eval(r) = p { (r.step == step).then(|| r.clone()) } else { None };
+        seen.iter().find_map(at).unwrap()
+    };
+    let trained = eval(&seen, 8);
+    // As someone else would keep them: other names, Q, K and V apart, one tensor more.
+    let checkpoint = checkpoint::open(&dense.unwrap().checkpoint).unwrap();
+    let mut theirs = vec![("vae.mean".to_string(), vec![1], vec![0.5f32])];
+    let mut map = String::new();
+    for view in checkpoint.tensors.views() {
+        let Some(ours) = view.name.strip_prefix("weight.") else { continue };
+        let values = view.to_f32().unwrap();
+        let name = format!("net/{ours}");
+        if ours.contains(".qkv.") {
+            let third = values.len() / 3;
+            let mut shape = view.shape.clone();
+            shape[0] /= 3;
+            let parts: Vec<String> = ["q", "k", "v"].iter().map(|p| format!("{name}.{p}")).collect();
+            for (part, values) in parts.iter().zip(values.chunks(third)) {
+                theirs.push((part.clone(), shape.clone(), values.to_vec()));
+            }
+            map += &format!("{ours:?} = {parts:?}\n");
+        } else {
+            theirs.push((name.clone(), view.shape.clone(), values));
+            map += &format!("{ours:?} = {name:?}\n");
+        }
+    }
+    let (weights, map_file) = (dir.path().join("theirs.safetensors"), dir.path().join("map.toml"));
+    let views: Vec<_> = theirs.iter().map(|(n, s, v)| TensorView::f32(n.clone(), s, v)).collect();
+    write_file(&RealDisk, &weights, |f| tensors::write(f, &views, &BTreeMap::new())).unwrap();
+    std::fs::write(&map_file, map).unwrap();
+
+    config.out.dir = dir.path().join("dsv");
+    config.dsv.attention = Attention::Dsv;
+    (config.train.init_weights, config.train.init_map) = (Some(weights), Some(map_file));
+    let (outcome, seen) = go(&config, Existing::Refuse, 3);
+    let imported =
+        seen.iter().find_map(|p| if let Progress::Imported(i) = p { Some(i.clone()) } else { None });
+    let imported = imported.unwrap();
+    assert!(imported.missing.is_empty() && imported.unmapped == ["vae.mean"], "{imported:?}");
+    let first = eval(&seen, 0);
+    let paired = first.paired(&trained).unwrap();
+    assert_eq!(paired.difference, 0.0, "the imported model is not the trained one: {paired:?}");
+    let stages: Vec<u8> = seen
+        .iter()
+        .filter_map(|p| if let Progress::Train(Event::Step(r)) = p { Some(r.stage) } else { None })
+        .collect();
+    assert_eq!(stages[..3], [1, 1, 1]);
+    // Once, before the first step: a resumed run has weights of its own.
+    assert!(outcome.unwrap().interrupted);
+    let (resumed, seen) = go(&config, Existing::Resume, u64::MAX);
+    assert_eq!(resumed.unwrap().step, 8);
+    assert!(!seen.iter().any(|p| matches!(p, Progress::Imported(_))));
+    // The checkpoint's own file needs no map.
+    config.out.dir = dir.path().join("again");
+    config.train.init_map = None;
+    config.train.init_weights = Some(checkpoint.path.join("model.safetensors"));
+    let (_, seen) = go(&config, Existing::Refuse, 1);
+    assert_eq!(eval(&seen, 0).paired(&trained).unwrap().difference, 0.0);
+}
+
+#[test]
 fn a_run_told_to_stop_writes_a_checkpoint_and_resumes_bit_for_bit() {
     let (whole, cut) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let expected = go(&config(whole.path()), Existing::Refuse, u64::MAX).0.unwrap();
