@@ -4,7 +4,7 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use dsv_train::config::Config;
 use dsv_train::data::{Dataset, prepare};
-use dsv_train::engine::{self, DeviceFacts, PlannedGpu};
+use dsv_train::engine::{self, DeviceFacts, EngineError, PlannedGpu};
 use dsv_train::eval::{self, EvalResult};
 use dsv_train::model::BlockAttention;
 use dsv_train::recorder::Recorder;
@@ -15,6 +15,7 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Instant;
 
 #[derive(Parser)]
 #[command(
@@ -275,17 +276,22 @@ fn sample_clips(args: &SampleArgs) -> anyhow::Result<()> {
     let (model, config) = (trained.model.clone(), trained.config.clone());
     let steps = config.sample.steps;
     let live = std::io::stderr().is_terminal();
-    let latents = eval::with_averaged(&mut *trained.engine, &model, |engine| {
-        sample::sample(engine, &model, &config, &texts, args.seed, &trained.attention, |i| {
+    let began = Instant::now();
+    let (latents, seconds, speed) = eval::with_averaged(&mut *trained.engine, &model, |engine| {
+        let show = |i| {
             if live {
                 eprint!("\rsampling {i}/{steps} ");
             }
-        })
+        };
+        let latents = sample::sample(engine, &model, &config, &texts, args.seed, &trained.attention, show)?;
+        let seconds = began.elapsed().as_secs_f64();
+        Ok::<_, EngineError>((latents, seconds, sample::speed(engine, &model, &trained.attention)?))
     })??;
     if live {
         eprintln!();
     }
     let to = args.to.clone().unwrap_or_else(|| args.trained.out.join("samples"));
+    println!("{count} clips in {seconds:.2} s; {speed}");
     println!("{}", run::write_sample(&data, &config, &latents, &to)?.display());
     Ok(())
 }

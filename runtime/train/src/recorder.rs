@@ -192,6 +192,11 @@ impl Observer for Recorder<'_> {
             Progress::Observed { step, blocks } => {
                 self.write(&Record::Observed { step: *step, blocks: blocks.clone() })
             }
+            Progress::Sampled { step, speed } => {
+                let text = format!("sampling: {speed}");
+                self.say(&text);
+                self.write(&Record::Note { step: *step, text })
+            }
             Progress::Checkpoint { path, step } => {
                 let text = format!("checkpoint {}", path.display());
                 self.write(&Record::Note { step: *step, text })

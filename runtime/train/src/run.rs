@@ -117,6 +117,13 @@ pub enum Progress {
         /// Every block.
         blocks: Vec<BlockObservation>,
     },
+    /// A sample was made of the finished run.
+    Sampled {
+        /// Optimizer steps done.
+        step: u64,
+        /// How fast the model was evaluated for it.
+        speed: sample::Speed,
+    },
     /// A checkpoint was written.
     Checkpoint {
         /// Its folder.
@@ -373,9 +380,11 @@ impl Session<'_> {
         let attention = trainer.decision().attention();
         let (model, config) = (trainer.model.clone(), self.config);
         let seed = config.train.seed;
-        let latents = eval::with_averaged(trainer.engine(), &model, |engine| {
-            sample::sample(engine, &model, config, &texts, seed, &attention, |_| ())
+        let (latents, speed) = eval::with_averaged(trainer.engine(), &model, |engine| {
+            let latents = sample::sample(engine, &model, config, &texts, seed, &attention, |_| ())?;
+            Ok::<_, EngineError>((latents, sample::speed(engine, &model, &attention)?))
         })??;
+        self.tell(Progress::Sampled { step: trainer.step_number(), speed })?;
         write_sample(self.data, config, &latents, self.out)
     }
 }

@@ -74,6 +74,14 @@ fn train_evaluate_sample_report() {
     assert!(again.contains("difference +0.000000 +- 0.000000"), "{again}");
 
     let sample = ok(bare(&["sample", "--out", path(&out), "--caption", "a red ball", "--seed", "3"]));
+    assert!(
+        sample.contains("1 clips in ") && sample.contains("100 % of the blocks sparse; full attention "),
+        "{sample}"
+    );
+    let dense =
+        ok(bare(&["sample", "--out", path(&out), "--attention", "dense", "--set", "sample.solver=heun"]));
+    assert!(dense.contains(" ms, full attention"), "{dense}");
+    assert!(page.contains("sampling: one evaluation of "), "the report does not say how fast sampling was");
     assert!(sample.contains("samples/sample.gif") && out.join("samples/sample.gif").exists(), "{sample}");
     let report = dir.path().join("both.html");
     ok(bare(&["report", path(&out), path(&out), "--out", path(&report)]));
