@@ -247,3 +247,15 @@ fn the_plan_is_a_configuration_that_loads() {
     let again = ok(bare(&["plan", path(&file)]));
     assert!(again.contains("preset = \"2.7b\""), "{again}");
 }
+
+#[test]
+fn a_plan_needs_no_gpu_and_says_what_would_fit() {
+    let said = ok(bare(&["plan", "--preset", "30b", "--gpu", "h100", "--gpus", "16"]));
+    for wanted in
+        ["NVIDIA H100", "each of 16", "moments", "16 GPUs: fits", "ms of a step, estimated", "--set "]
+    {
+        assert!(said.contains(wanted), "no '{wanted}' in\n{said}");
+    }
+    let said = error(bare(&["plan", "--gpu", "gt710"]));
+    assert!(said.contains("--gpu gt710 is not known") && said.contains("h100, h200"), "{said}");
+}
