@@ -107,7 +107,7 @@ pub fn explain(
     for op in [AttnOp::Fwd, AttnOp::Bwd] {
         let _ = writeln!(out, "{}", dispatch.explain(&Problem { op, ..problem })?);
     }
-    let needed = MemoryNeeded::of(&problem);
+    let needed = MemoryNeeded::chosen(&Problem { op: AttnOp::Bwd, ..problem }, &dispatch)?;
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let _ = write!(
         out,

@@ -11,7 +11,7 @@ use dsv_compile::{Compiler, SpillList, fetch_nvrtc};
 
 /// From kernel specs to CUDA text. Without a command: writes generated/.
 #[derive(Parser)]
-#[command(name = "dsv-codegen", version, args_conflicts_with_subcommands = true)]
+#[command(name = "dsv-codegen", version)]
 struct Cli {
     /// Write generated/, in which this architecture has kernels: sm90 (which means sm90a) or sm80. All are written.
     #[arg(long)]
@@ -64,6 +64,11 @@ fn root(given: Option<PathBuf>) -> PathBuf {
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
+    if let (Some(_), Some(arch)) = (&cli.command, &cli.arch) {
+        anyhow::bail!(
+            "--arch {arch} writes generated/ and goes with no command\n  to write: dsv-codegen --arch {arch}\n  else: check, list, show NAME, build --out DIR, fetch-nvrtc, without --arch"
+        );
+    }
     let root = root(cli.root);
     let generated = root.join("generated");
     // A reader that stops early (head) is no error.
@@ -122,4 +127,29 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Some(Command::FetchNvrtc) => print(fetch_nvrtc(&root)?.display().to_string()),
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn root_is_taken_before_and_after_the_command() {
+        for words in [["dsv-codegen", "--root", "x", "check"], ["dsv-codegen", "check", "--root", "x"]] {
+            let cli = Cli::try_parse_from(words).unwrap();
+            assert!(cli.root == Some("x".into()) && matches!(cli.command, Some(Command::Check)), "{words:?}");
+        }
+        let cli = Cli::try_parse_from(["dsv-codegen", "--root", "x", "--arch", "sm90"]).unwrap();
+        assert!(cli.root == Some("x".into()) && cli.arch == Some("sm90".into()) && cli.command.is_none());
+    }
+
+    #[test]
+    fn an_arch_with_a_command_is_refused_with_both_ways_on() {
+        let cli = Cli::try_parse_from(["dsv-codegen", "--arch", "sm90", "check"]).unwrap();
+        let error = run(cli).unwrap_err().to_string();
+        assert!(
+            error.contains("goes with no command") && error.contains("dsv-codegen --arch sm90"),
+            "{error}"
+        );
+    }
 }

@@ -1,8 +1,10 @@
 //! What one attention call needs beside Q, K, V and out: the sizes the trainer plans with. Needs no GPU.
 
 use crate::attention::Workspace;
+use crate::dispatch::Dispatch;
+use crate::error::Error;
 use crate::lists::ListShape;
-use dsv_spec::{AttnOp, Problem};
+use dsv_spec::{AttnOp, KernelSpec, Problem};
 
 /// Bytes of device memory of one attention call, beside its tensors in the input dtype.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -13,8 +15,8 @@ pub struct MemoryNeeded {
     pub key_lists: u64,
     /// f32 LSE [B, H, seqlen_q]: kept from forward to backward.
     pub lse: u64,
-    /// Workspace of the backward at most; its contents are not kept. [`crate::AttnPlan::workspace_bytes`] is what the
-    /// chosen kernels use.
+    /// Workspace of the backward; its contents are not kept. From [`MemoryNeeded::of`] it is the most any kernel of the
+    /// problem uses, from [`MemoryNeeded::chosen`] what [`crate::AttnPlan::workspace_bytes`] will be.
     pub workspace: u64,
 }
 
@@ -29,6 +31,23 @@ impl MemoryNeeded {
             lse: 4 * problem.batch as u64 * problem.num_heads as u64 * problem.seqlen_q as u64,
             workspace: if backward { Workspace::of(problem, problem.deterministic).bytes } else { 0 },
         }
+    }
+
+    /// The same with the kernels that this dispatch chooses: where its table picks the deterministic backward, no f32
+    /// accumulator of dQ is counted.
+    ///
+    /// # Errors
+    /// As [`Dispatch::explain`], for `attn_bwd`.
+    pub fn chosen(problem: &Problem, dispatch: &Dispatch) -> Result<MemoryNeeded, Error> {
+        let most = MemoryNeeded::of(problem);
+        if problem.op != AttnOp::Bwd {
+            return Ok(most);
+        }
+        let main = match dispatch.explain(problem)?.kernel {
+            KernelSpec::Attn(spec) => spec.deterministic(),
+            _ => problem.deterministic,
+        };
+        Ok(MemoryNeeded { workspace: Workspace::of(problem, main).bytes, ..most })
     }
 
     /// The sum.

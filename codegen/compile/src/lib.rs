@@ -103,7 +103,8 @@ pub struct Compiler {
 
 impl Compiler {
     /// Finds NVRTC as [`find_nvrtc`] does and caches in `target/dsv-cache` of the checkout, or of the current
-    /// directory where the checkout this was built from is gone.
+    /// directory where the checkout this was built from is gone. The cache keeps itself small: entries unused for 30 days
+    /// go, and above 1 GiB the longest unused ones.
     ///
     /// # Errors
     /// [`CompileError::NoNvrtc`] names the command that fetches it; [`CompileError::Load`] where a library is there
@@ -119,6 +120,7 @@ impl Compiler {
     /// As [`Compiler::new`].
     pub fn with(nvrtc: Option<&Path>, cache: Option<&Path>) -> Result<Self, CompileError> {
         let cache = cache.map_or_else(cache::default_dir, Path::to_path_buf);
+        cache::prune(&cache);
         Ok(Self { nvrtc: Nvrtc::load(nvrtc)?, cache })
     }
 

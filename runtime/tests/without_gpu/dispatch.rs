@@ -1,5 +1,5 @@
 use crate::{default_kernel, problem, registry};
-use dsv_runtime::{Choice, Dispatch, Error, Gpu, Notice, Registry, Report, TableSource};
+use dsv_runtime::{Choice, Dispatch, Error, Gpu, MemoryNeeded, Notice, Registry, Report, TableSource};
 use dsv_spec::{
     Arch, AttnOp, Deterministic, DispatchTable, Dtype, KernelSpec, Lists, Problem, SCHEMA, TableEntry,
     TableMeta, space,
@@ -57,6 +57,26 @@ fn file(json: &str) -> (tempfile::TempDir, TableSource) {
     let path = dir.path().join("table.json");
     std::fs::write(&path, json).unwrap();
     (dir, TableSource::File(path))
+}
+
+#[test]
+fn workspace_has_an_accumulator_only_where_the_tables_backward_has_one() {
+    let p = Problem { op: AttnOp::Bwd, deterministic: Deterministic::No, ..problem() };
+    let exact = Problem { deterministic: Deterministic::Yes, ..p };
+    let most = MemoryNeeded::of(&p);
+    // The table found the deterministic backward faster for a problem that does not ask for it.
+    let winner = default_kernel(&exact);
+    let (_dir, source) = file(&table(H100, vec![entry(&p, winner, "measured")]));
+    let (dispatch, _) = open(gpu(), &source, registry(&[]));
+    let chosen = MemoryNeeded::chosen(&p, &dispatch).unwrap();
+    assert_eq!(chosen.workspace, MemoryNeeded::of(&exact).workspace);
+    assert!(chosen.workspace < most.workspace);
+    assert_eq!(MemoryNeeded { workspace: most.workspace, ..chosen }, most, "the rest is the problem's");
+
+    let (dispatch, _) = open(gpu(), &TableSource::None, registry(&[]));
+    assert_eq!(MemoryNeeded::chosen(&p, &dispatch).unwrap(), most, "the shipped default accumulates");
+    let forward = forward();
+    assert_eq!(MemoryNeeded::chosen(&forward, &dispatch).unwrap(), MemoryNeeded::of(&forward));
 }
 
 #[test]

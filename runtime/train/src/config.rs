@@ -58,6 +58,7 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
             ("decay", "\"cosine\", \"linear\" or \"constant\" after the warm-up"),
             ("final_lr_factor", "learning rate at the last step over the peak, where it decays"),
             ("grad_clip", "largest norm of the gradient; 0 = off"),
+            ("max_skipped", "skipped steps in a row (loss or a gradient not finite) that end the run"),
             ("grad_accumulation", "micro-batches of one step"),
             ("weight_decay", "AdamW's decoupled weight decay"),
             ("betas", "AdamW's two decay rates"),
@@ -65,6 +66,14 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
             ("ema_decay", "decay of the averaged weights that eval and sample use; 0 = off"),
             ("caption_dropout", "share of clips trained with the empty caption"),
             ("seed", "seed of weights, timesteps, noise and caption drop-out"),
+            (
+                "init_weights",
+                "optional: safetensors file, or folder of them, whose tensors are the first weights; absent = random",
+            ),
+            (
+                "init_map",
+                "optional: TOML or JSON from parameters to tensors of init_weights (form: runtime/train/src/import.rs); absent = same names",
+            ),
             ("deterministic", "same bits on every run and after a resume, at some speed"),
             ("checkpoint_every", "steps between checkpoints; 0 = only the last"),
             ("keep_checkpoints", "newest checkpoints kept on disk; 0 = all"),
@@ -90,7 +99,10 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
     (
         "dsv",
         &[
-            ("enabled", "false = full attention throughout, no predictors (the baseline)"),
+            (
+                "attention",
+                "\"dsv\" (predictors, two stages), or a baseline: \"full\", \"wa-m\", \"wa-l\" (3D windows of 1/3, 2/3 of each side), \"fixed\" (predictors, every block keeps dsv.keep from step 0: for throughput)",
+            ),
             ("query_group", "tokens that share one KV list"),
             ("kv_block", "tokens selected together"),
             ("rank", "d_lr, the low-rank width of a head's predicted scores"),
@@ -247,6 +259,8 @@ pub struct Train {
     pub final_lr_factor: f64,
     /// Largest gradient norm; 0 = off.
     pub grad_clip: f64,
+    /// Skipped steps in a row that end the run.
+    pub max_skipped: u32,
     /// Micro-batches of one step.
     pub grad_accumulation: usize,
     /// Decoupled weight decay.
@@ -261,6 +275,12 @@ pub struct Train {
     pub caption_dropout: f64,
     /// Seed of weights, timesteps, noise and caption drop-out.
     pub seed: u64,
+    /// Safetensors file or folder whose tensors are the first weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init_weights: Option<PathBuf>,
+    /// Key map from parameters to tensors of `init_weights`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init_map: Option<PathBuf>,
     /// Same bits on every run.
     pub deterministic: bool,
     /// Steps between checkpoints; 0 = only the last.
@@ -303,8 +323,8 @@ pub struct Flow {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Dsv {
-    /// False = full attention throughout.
-    pub enabled: bool,
+    /// Which keys are attended to.
+    pub attention: Attention,
     /// Tokens that share one list.
     pub query_group: usize,
     /// Tokens selected together.
@@ -343,6 +363,49 @@ pub struct Dsv {
     pub memory_budget_gb: f64,
     /// Steps between the dispatcher's decisions.
     pub dispatch_every: u64,
+}
+
+/// Which keys the self-attention of a run attends to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Attention {
+    /// Full attention while predictors learn, then the predicted keys where the dispatcher says so.
+    Dsv,
+    /// All keys throughout.
+    Full,
+    /// A 3D window of a third of each side of the clip around each query group, as KV lists.
+    WaM,
+    /// The same with two thirds.
+    WaL,
+    /// The predicted keys in every block and from the first step on, a fixed share of them.
+    Fixed,
+}
+
+impl Attention {
+    /// Whether the run has predictors.
+    pub fn predicts(self) -> bool {
+        matches!(self, Attention::Dsv | Attention::Fixed)
+    }
+
+    /// Share of each side of the clip that a window spans.
+    pub fn window(self) -> Option<f64> {
+        match self {
+            Attention::WaM => Some(1.0 / 3.0),
+            Attention::WaL => Some(2.0 / 3.0),
+            _ => None,
+        }
+    }
+
+    /// For logs and reports.
+    pub fn label(self) -> &'static str {
+        match self {
+            Attention::Dsv => "DSV: predictors, two stages",
+            Attention::Full => "full",
+            Attention::WaM => "WA-M: 3D windows of a third of each side",
+            Attention::WaL => "WA-L: 3D windows of two thirds of each side",
+            Attention::Fixed => "fixed share of predicted keys in every block",
+        }
+    }
 }
 
 /// Query that decides for its group.
@@ -539,6 +602,7 @@ impl Config {
                 decay: Decay::Constant,
                 final_lr_factor: 0.1,
                 grad_clip: 1.0,
+                max_skipped: 5,
                 grad_accumulation: 1,
                 weight_decay: 0.01,
                 betas: [0.9, 0.99],
@@ -546,6 +610,8 @@ impl Config {
                 ema_decay: 0.0,
                 caption_dropout: 0.1,
                 seed: 1,
+                init_weights: None,
+                init_map: None,
                 deterministic: false,
                 checkpoint_every: 1000,
                 keep_checkpoints: 3,
@@ -555,7 +621,7 @@ impl Config {
             },
             flow: Flow { logit_mean: 0.0, logit_std: 1.0, shift: 3.0 },
             dsv: Dsv {
-                enabled: true,
+                attention: Attention::Dsv,
                 query_group: 64,
                 kv_block: 64,
                 rank: 16,
@@ -726,6 +792,7 @@ impl Config {
             ("data.width", data.width),
             ("data.batch_size", data.batch_size),
             ("train.steps", train.steps as usize),
+            ("train.max_skipped", train.max_skipped as usize),
             ("train.grad_accumulation", train.grad_accumulation),
             ("train.log_every", train.log_every as usize),
             ("dsv.query_group", dsv.query_group),
@@ -845,6 +912,15 @@ impl Config {
             range("dsv.keep", k, "more than 0, up to dsv.max_keep, or absent", k > 0.0 && k <= dsv.max_keep);
         }
         range("sample.guidance", sample.guidance, "0 and more", sample.guidance >= 0.0);
+        if dsv.attention == Attention::Fixed && dsv.keep.is_none() {
+            bad.push(
+                "dsv.keep is absent, but dsv.attention is \"fixed\"; allowed: more than 0, up to dsv.max_keep"
+                    .to_string(),
+            );
+        }
+        if train.init_map.is_some() && train.init_weights.is_none() {
+            bad.push("train.init_map is set, but not train.init_weights, whose tensors it names".to_string());
+        }
         let (g, n) = (dsv.query_group, dsv.kv_block);
         if g > 0 && n > 0 && g.max(n) % g.min(n) != 0 {
             bad.push(format!(
@@ -862,9 +938,11 @@ impl Config {
             };
             let dims = SHIPPED_HEAD_DIMS.map(|d| d.to_string()).to_vec();
             served("model.head_dim", model.head_dim.to_string(), dims);
-            if dsv.enabled {
+            if dsv.attention != Attention::Full {
                 let sizes = SHIPPED_BLOCK_SIZES.map(|(g, n)| format!("{g} x {n}")).to_vec();
                 served("dsv.query_group x dsv.kv_block", format!("{g} x {n}"), sizes);
+            }
+            if dsv.attention.predicts() {
                 served("dsv.rank", dsv.rank.to_string(), vec!["16".into()]);
             }
         }
@@ -907,10 +985,14 @@ impl Config {
         self.tokens().div_ceil(self.dsv.kv_block)
     }
 
-    /// Width of the lists: the most KV blocks a group may keep.
+    /// Width of the predicted lists: the most KV blocks a group may keep.
     pub fn max_selected(&self) -> usize {
         let n = self.kv_blocks();
-        ((n as f64 * self.dsv.max_keep).ceil() as usize).clamp(1, n.max(1))
+        let share = match (self.dsv.attention, self.dsv.keep) {
+            (Attention::Fixed, Some(keep)) => keep,
+            _ => self.dsv.max_keep,
+        };
+        ((n as f64 * share - 1e-9).ceil() as usize).clamp(1, n.max(1))
     }
 
     /// Levels of the Haar transform whose latents have `model.latent_channels` channels (`3 * 8^levels`), if any.
@@ -1122,6 +1204,8 @@ mod tests {
         let mut c = Config::preset("tiny").unwrap();
         c.dsv.force_sparse = Some(0.9);
         c.dsv.keep = Some(0.2);
+        c.train.init_weights = Some("w.safetensors".into());
+        c.train.init_map = Some("map.toml".into());
         c.device.table = Some("t.json".into());
         c.device.bundle = Some("cubins".into());
         let table = toml::Table::try_from(&c).unwrap();

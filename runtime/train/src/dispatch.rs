@@ -124,6 +124,18 @@ impl Decision {
         Decision { blocks }
     }
 
+    /// Every block within the same windows, which keep this share of the pairs.
+    pub fn windows(layers: usize, kept: f64, label: &str) -> Decision {
+        let block = BlockDecision {
+            attention: BlockAttention::Window,
+            top_k: Vec::new(),
+            skipped: 1.0 - kept,
+            profiled_sparsity: 0.0,
+            why: format!("{label}, {:.1} % of the pairs kept", 100.0 * kept),
+        };
+        Decision { blocks: vec![block; layers] }
+    }
+
     /// Dense or sparse for every block.
     ///
     /// A block is sparse when its lists skip what sparse needs to be faster, and no more than the profile says is

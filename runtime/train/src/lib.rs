@@ -11,6 +11,7 @@ pub mod durable;
 pub mod engine;
 pub mod eval;
 pub mod gif;
+pub mod import;
 pub mod metrics;
 pub mod model;
 pub mod observe;

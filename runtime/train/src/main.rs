@@ -4,7 +4,7 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use dsv_train::config::Config;
 use dsv_train::data::{Dataset, prepare};
-use dsv_train::engine;
+use dsv_train::engine::{self, DeviceFacts, EngineError, PlannedGpu};
 use dsv_train::eval::{self, EvalResult};
 use dsv_train::model::BlockAttention;
 use dsv_train::recorder::Recorder;
@@ -15,6 +15,7 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Instant;
 
 #[derive(Parser)]
 #[command(
@@ -38,7 +39,7 @@ enum Command {
     /// Validation loss of a trained run on fixed (clip, timestep, noise) triples
     Eval(EvalArgs),
     /// Memory and arithmetic of a run, and every configuration key with its meaning (TOML on standard output)
-    Plan(ConfigArgs),
+    Plan(PlanArgs),
     /// One HTML report of one run or several compared
     Report(ReportArgs),
 }
@@ -64,6 +65,18 @@ impl ConfigArgs {
         let file = self.file.as_deref().or(self.config.as_deref());
         Ok(Config::load(file, self.preset.as_deref(), &self.sets)?)
     }
+}
+
+#[derive(Args)]
+struct PlanArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Plan for this GPU model, which need not be here: h100, h200 [default: the device of the configuration]
+    #[arg(long, value_name = "MODEL")]
+    gpu: Option<String>,
+    /// Spread the memory over so many GPUs (a dry run: training is on one)
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    gpus: u32,
 }
 
 #[derive(Args)]
@@ -263,17 +276,22 @@ fn sample_clips(args: &SampleArgs) -> anyhow::Result<()> {
     let (model, config) = (trained.model.clone(), trained.config.clone());
     let steps = config.sample.steps;
     let live = std::io::stderr().is_terminal();
-    let latents = eval::with_averaged(&mut *trained.engine, &model, |engine| {
-        sample::sample(engine, &model, &config, &texts, args.seed, &trained.attention, |i| {
+    let began = Instant::now();
+    let (latents, seconds, speed) = eval::with_averaged(&mut *trained.engine, &model, |engine| {
+        let show = |i| {
             if live {
                 eprint!("\rsampling {i}/{steps} ");
             }
-        })
+        };
+        let latents = sample::sample(engine, &model, &config, &texts, args.seed, &trained.attention, show)?;
+        let seconds = began.elapsed().as_secs_f64();
+        Ok::<_, EngineError>((latents, seconds, sample::speed(engine, &model, &trained.attention)?))
     })??;
     if live {
         eprintln!();
     }
     let to = args.to.clone().unwrap_or_else(|| args.trained.out.join("samples"));
+    println!("{count} clips in {seconds:.2} s; {speed}");
     println!("{}", run::write_sample(&data, &config, &latents, &to)?.display());
     Ok(())
 }
@@ -314,11 +332,26 @@ fn read_eval(path: &Path) -> anyhow::Result<EvalResult> {
     })
 }
 
-fn plan(args: &ConfigArgs) -> anyhow::Result<()> {
-    let config = args.load()?;
-    let engine = engine::open(&config.device, config.train.deterministic)?;
-    let plan = dsv_train::plan::plan(&config, &*engine).to_string();
-    println!("# {}", engine.name());
+fn plan(args: &PlanArgs) -> anyhow::Result<()> {
+    let config = args.config.load()?;
+    let (name, plan) = match &args.gpu {
+        Some(label) => {
+            let known = || PlannedGpu::known().join(", ");
+            let gpu = PlannedGpu::new(label, config.train.deterministic).with_context(|| {
+                format!(
+                    "--gpu {label} is not known\n  allowed: {}\n  next: dsv-train plan --gpu h100",
+                    known()
+                )
+            })?;
+            (gpu.name(), dsv_train::plan::plan(&config, &gpu, args.gpus as usize))
+        }
+        None => {
+            let engine = engine::open(&config.device, config.train.deterministic)?;
+            (engine.name(), dsv_train::plan::plan(&config, &*engine, args.gpus as usize))
+        }
+    };
+    let plan = plan.to_string();
+    println!("# {name}");
     plan.lines().for_each(|line| println!("{}", format!("# {line}").trim_end()));
     println!();
     print!("{}", config.documented_toml());

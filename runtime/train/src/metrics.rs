@@ -93,7 +93,7 @@ pub struct StepMetrics {
     pub step: u64,
     /// Seconds since the program began.
     pub wall_s: f64,
-    /// 0 = no predictors, else 1 or 2.
+    /// 0 = full attention or windows, else 1 or 2.
     pub stage: u32,
     /// Mean flow-matching loss.
     #[serde(deserialize_with = "number_or_null")]
@@ -471,7 +471,7 @@ impl Progress {
 }
 
 fn describe(m: &StepMetrics, left: Duration) -> String {
-    let stage = if m.stage == 0 { "full attention".to_string() } else { format!("stage {}", m.stage) };
+    let stage = if m.stage == 0 { "baseline".to_string() } else { format!("stage {}", m.stage) };
     let predictor = m.predictor_loss.map_or(String::new(), |l| format!(" predictor {l:.4}"));
     let sparse = if m.stage == 2 { format!(" sparse {:.0}%", m.sparse_share * 100.0) } else { String::new() };
     let skipped = m.skipped.as_ref().map_or(String::new(), |s| format!(" SKIPPED ({s} not finite)"));

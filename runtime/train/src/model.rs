@@ -8,11 +8,14 @@
 use crate::config::{self, Config, Mlp};
 use crate::engine::{
     ArenaPlan, AttnBwd, AttnFwd, AttnShape, Buf, Dims, Engine, EngineError, FlowLoss, FlowPrepare, Gemm,
-    GemmLayout, GroupRule, ListShape, Lists, MlpAct, NormMod, PatchShape, QkPrep, Residual, TextSelect, View,
+    GemmLayout, GradNorm, GroupRule, ListShape, Lists, MlpAct, NormMod, PatchShape, QkPrep, Residual,
+    TextSelect, View,
 };
 use crate::params::{Init, Linear, ParamId, ParamPlan, ParamSet};
 use crate::predictor::{PredictorShape, PredictorTask, Predictors};
 use crate::rng::Purpose;
+use dsv_reference::lists::KvListsBuf;
+use dsv_spec::order::Grid;
 
 /// Width of the sinusoidal timestep embedding.
 pub const TIME_WIDTH: usize = 256;
@@ -44,6 +47,19 @@ pub struct ModelShape {
     pub cube: usize,
     /// Predictors, when the run has them.
     pub predictor: Option<PredictorShape>,
+    /// Windows, when the run attends within them.
+    pub window: Option<WindowShape>,
+}
+
+/// 3D windows as KV lists: the same in every block, head and batch element.
+#[derive(Copy, Clone, Debug, PartialEq)]
+pub struct WindowShape {
+    /// Share of each side of the clip that a window spans.
+    pub side: f64,
+    /// Size of the lists.
+    pub lists: ListShape,
+    /// Share of the query-key pairs that they keep.
+    pub kept: f64,
 }
 
 impl ModelShape {
@@ -56,7 +72,7 @@ impl ModelShape {
             latent: [config.data.frames, config.data.height, config.data.width],
             patch: m.patch,
         };
-        ModelShape {
+        let mut shape = ModelShape {
             layers: m.layers,
             heads: m.heads,
             head_dim: m.head_dim,
@@ -71,7 +87,8 @@ impl ModelShape {
             eps: m.norm_eps as f32,
             rope_base: m.rope_base,
             cube: d.query_group.max(d.kv_block),
-            predictor: d.enabled.then(|| PredictorShape {
+            window: None,
+            predictor: d.attention.predicts().then(|| PredictorShape {
                 layers: m.layers,
                 d_lr: d.rank,
                 rope: d.predictor_rope,
@@ -90,7 +107,32 @@ impl ModelShape {
                     max_selected: config.max_selected(),
                 },
             }),
-        }
+        };
+        shape.window = d.attention.window().map(|side| {
+            let lists = shape.window_lists(side, d.query_group, d.kv_block);
+            WindowShape {
+                side,
+                lists: ListShape {
+                    batch,
+                    heads: m.heads,
+                    seqlen: patch.tokens(),
+                    query_group: d.query_group,
+                    kv_block: d.kv_block,
+                    max_selected: lists.dims.max_selected,
+                },
+                kept: lists.kept_fraction(),
+            }
+        });
+        shape
+    }
+    /// Lists of one head: each group lists the KV blocks that hold a key of the window around its centre query.
+    fn window_lists(&self, side: f64, query_group: usize, kv_block: usize) -> KvListsBuf {
+        let (order, _) = self.token_order();
+        KvListsBuf::window(1, 1, query_group, kv_block, self.grid(), &order, [side; 3])
+    }
+    fn grid(&self) -> Grid {
+        let [t, h, w] = self.patch.grid().map(|x| x as u32);
+        Grid { t, h, w }
     }
     /// Width of the model.
     pub fn dim(&self) -> usize {
@@ -128,13 +170,12 @@ impl ModelShape {
             mlp_width: self.mlp.pre_width(self.hidden),
             samples: self.predictor.map_or(0, |p| p.samples),
             params,
-            lists: self.predictor.map(|p| p.lists),
+            lists: self.predictor.map(|p| p.lists).or(self.window.map(|w| w.lists)),
         }
     }
     /// Contract order: raster patch index of each token, and (t, h, w) of each token.
     pub fn token_order(&self) -> (Vec<u32>, Vec<[u32; 3]>) {
-        let [t, h, w] = self.patch.grid().map(|x| x as u32);
-        let grid = dsv_spec::order::Grid { t, h, w };
+        let grid = self.grid();
         let order = dsv_spec::order::token_order(grid, dsv_spec::order::Cube::of_group(self.cube as u32));
         let positions = order
             .iter()
@@ -344,6 +385,8 @@ struct Back {
 pub enum BlockAttention {
     /// Over all keys.
     Dense,
+    /// Over the lists of [`ModelShape::window`].
+    Window,
     /// Over predicted lists, kept in this slot of [`Predictors::slots`].
     Sparse {
         /// Which slot.
@@ -362,7 +405,7 @@ pub struct Purposes {
     pub ema: bool,
     /// Blocks that can be sparse at one time.
     pub list_slots: usize,
-    /// Whether lists need their inverse ([`Engine::needs_inverse_lists`]).
+    /// Whether lists need their inverse ([`crate::engine::DeviceFacts::needs_inverse_lists`]).
     pub inverse_lists: bool,
 }
 
@@ -375,6 +418,8 @@ pub struct Model {
     pub params: ParamSet,
     /// Predictors, when the run has them.
     pub predictors: Option<Predictors>,
+    /// Lists of the windows, when the run has them.
+    window: Option<Lists>,
     /// Inputs and results.
     pub io: Io,
     weights: Weights,
@@ -403,6 +448,9 @@ impl Model {
                 plan,
             )
         });
+        let window = shape
+            .window
+            .map(|w| w.lists.reserve(plan, "lists/windows", purposes.train && purposes.inverse_lists));
         let PatchShape { batch, .. } = shape.patch;
         let (s, width, dim) = (shape.patch.tokens(), shape.patch.width(), shape.dim());
         let (rows, text_rows) = (shape.rows(), batch * shape.text_tokens);
@@ -530,7 +578,21 @@ impl Model {
                 temb_b,
             }
         });
-        Model { shape, params, predictors, io, weights, cond, saved, last, final_norm, work, back, purposes }
+        Model {
+            shape,
+            params,
+            predictors,
+            window,
+            io,
+            weights,
+            cond,
+            saved,
+            last,
+            final_norm,
+            work,
+            back,
+            purposes,
+        }
     }
 
     /// Initial weights, token order and RoPE tables. Call once after [`Engine::reserve`].
@@ -545,6 +607,17 @@ impl Model {
         if let Some(predictors) = &self.predictors {
             predictors.params.initialise(engine, seed, Purpose::Predictor)?;
             predictors.write_tables(engine, &positions, self.shape.rope_base)?;
+        }
+        if let (Some(shape), Some(lists)) = (self.shape.window, self.window) {
+            let ListShape { batch, heads, query_group, kv_block, .. } = shape.lists;
+            let one = self.shape.window_lists(shape.side, query_group, kv_block);
+            engine.write_i32(lists.q2k_index, &one.index.repeat(batch * heads))?;
+            engine.write_i32(lists.q2k_count, &one.count.repeat(batch * heads))?;
+            if let Some((offset, index)) = lists.inverse {
+                let inverse = one.invert().expect("windows list each block once, in order");
+                engine.write_i32(offset, &inverse.offset.repeat(batch * heads))?;
+                engine.write_i32(index, &inverse.index.repeat(batch * heads))?;
+            }
         }
         Ok(())
     }
@@ -626,6 +699,54 @@ impl Model {
         }
         self.linear_bwd(e, self.weights.patch, rows, self.io.x_t, back.x, None);
         self.condition_bwd(e);
+    }
+
+    /// Name of the first input, weight or activation of the last training pass that is not finite, in the order of
+    /// the forward pass; `None` where all are. Of a step with micro-batches it is the last one's. `norm` (`F32 [2]`) and
+    /// `culprit` (`I32 [1]`) are overwritten. Reads activations to the host: for steps that were skipped.
+    pub fn first_not_finite(
+        &self,
+        engine: &mut dyn Engine,
+        norm: Buf,
+        culprit: Buf,
+    ) -> Result<Option<String>, EngineError> {
+        let bad = |engine: &mut dyn Engine, buf: Buf| -> Result<bool, EngineError> {
+            Ok(engine.read_f32(buf)?.iter().any(|x| !x.is_finite()))
+        };
+        for (name, buf) in [("latents", self.io.latents), ("text embeddings", self.io.text)] {
+            if bad(engine, buf)? {
+                return Ok(Some(format!("{name} of the batch")));
+            }
+        }
+        for set in [Some(&self.params), self.predictors.as_ref().map(|p| &p.params)].into_iter().flatten() {
+            let segments = set.state().segments;
+            engine.grad_norm(&GradNorm {
+                grad: set.master,
+                segments,
+                max_norm: f32::INFINITY,
+                clip: norm,
+                culprit,
+            });
+            if let Ok(segment) = usize::try_from(engine.read_i32(culprit)?[0]) {
+                return Ok(Some(format!("weight {}", set.segment_name(segment))));
+            }
+        }
+        let activations =
+            [("conditioning".to_string(), self.cond.shared), ("text tokens".into(), self.cond.y)]
+                .into_iter()
+                .chain(self.saved.iter().enumerate().flat_map(|(l, saved)| {
+                    [
+                        (format!("input of block {l}"), saved.x),
+                        (format!("attention output of block {l}"), saved.attn),
+                    ]
+                }))
+                .chain([("output of the last block".into(), self.last), ("prediction".into(), self.io.pred)]);
+        for (name, buf) in activations {
+            if bad(engine, buf)? {
+                return Ok(Some(name));
+            }
+        }
+        Ok(None)
     }
 
     fn back(&self) -> &Back {
@@ -810,8 +931,14 @@ impl Model {
     fn lists_of(&self, mode: BlockAttention) -> Option<Lists> {
         match mode {
             BlockAttention::Dense => None,
+            BlockAttention::Window => {
+                Some(self.window.expect("windows need dsv.attention = \"wa-m\" or \"wa-l\""))
+            }
             BlockAttention::Sparse { slot } => {
-                let predictors = self.predictors.as_ref().expect("sparse attention needs dsv.enabled = true");
+                let predictors = self
+                    .predictors
+                    .as_ref()
+                    .expect("predicted lists need predictors: dsv.attention = \"dsv\" or \"fixed\"");
                 Some(predictors.slots[slot])
             }
         }

@@ -61,6 +61,7 @@ impl<'a> Recorder<'a> {
         self.metrics = Some(Metrics::open(&config.out.dir, resume).map_err(to_io)?);
         let facts = BTreeMap::from([
             ("device".to_string(), engine.to_string()),
+            ("attention".to_string(), config.dsv.attention.label().to_string()),
             ("tokens a clip".to_string(), config.tokens().to_string()),
             ("block size".to_string(), format!("{} x {}", config.dsv.query_group, config.dsv.kv_block)),
         ]);
@@ -94,10 +95,7 @@ impl<'a> Recorder<'a> {
                     skipped: r.skipped.clone(),
                 };
                 if let Some(tensor) = &r.skipped {
-                    self.say(&format!(
-                        "step {} skipped: the gradient of {tensor} is not finite (loss {})",
-                        r.step, r.loss
-                    ));
+                    self.say(&format!("step {} skipped: not finite: {tensor} (loss {})", r.step, r.loss));
                 }
                 if let Some(bar) = &self.bar {
                     bar.step(&m);
@@ -161,6 +159,26 @@ impl Observer for Recorder<'_> {
             Progress::Started { step, steps, engine, rejected } => {
                 self.start(*step, *steps, engine, rejected)
             }
+            Progress::Imported(found) => {
+                let mut lines = vec![format!(
+                    "weights of {}: {} parameters taken",
+                    found.path.display(),
+                    found.parameters
+                )];
+                for (what, names) in [
+                    ("parameters not given, left at their initial values", &found.missing),
+                    ("tensors of the file that no parameter took", &found.unmapped),
+                ] {
+                    if !names.is_empty() {
+                        lines.push(format!("{} {what}: {}", names.len(), names.join(", ")));
+                    }
+                }
+                for text in lines {
+                    self.say(&text);
+                    self.write(&Record::Note { step: 0, text })?;
+                }
+                Ok(())
+            }
             Progress::Speed { tokens_per_second, step_ms, .. } => {
                 self.speed = (*tokens_per_second, *step_ms);
                 Ok(())
@@ -173,6 +191,11 @@ impl Observer for Recorder<'_> {
             }
             Progress::Observed { step, blocks } => {
                 self.write(&Record::Observed { step: *step, blocks: blocks.clone() })
+            }
+            Progress::Sampled { step, speed } => {
+                let text = format!("sampling: {speed}");
+                self.say(&text);
+                self.write(&Record::Note { step: *step, text })
             }
             Progress::Checkpoint { path, step } => {
                 let text = format!("checkpoint {}", path.display());

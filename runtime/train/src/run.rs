@@ -7,11 +7,12 @@ use crate::data::{Clip, DataError, DataPosition, Dataset, Video};
 use crate::durable::{RealDisk, write_file};
 use crate::engine::{Engine, EngineError};
 use crate::eval::{self, EvalResult};
+use crate::import::{self, ImportError, Imported};
 use crate::model::{BlockAttention, Model, ModelShape, Purposes};
 use crate::observe::BlockObservation;
 use crate::sample;
 use crate::tensors::{self, TensorView};
-use crate::train::{self, Event, Layout, TrainError, Trainer};
+use crate::train::{self, Event, TrainError, Trainer};
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -34,6 +35,9 @@ pub enum RunError {
     /// The training.
     #[error(transparent)]
     Train(#[from] TrainError),
+    /// Weights to begin with.
+    #[error(transparent)]
+    Import(#[from] ImportError),
     /// A checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -91,6 +95,8 @@ pub enum Progress {
         /// Newer checkpoints that were passed over, with the reason.
         rejected: Vec<String>,
     },
+    /// Weights trained elsewhere were written before the first step.
+    Imported(Imported),
     /// A step, a stage, a decision or a profile.
     Train(Event),
     /// Speed since the last reading, told before the steps it is about.
@@ -110,6 +116,13 @@ pub enum Progress {
         step: u64,
         /// Every block.
         blocks: Vec<BlockObservation>,
+    },
+    /// A sample was made of the finished run.
+    Sampled {
+        /// Optimizer steps done.
+        step: u64,
+        /// How fast the model was evaluated for it.
+        speed: sample::Speed,
     },
     /// A checkpoint was written.
     Checkpoint {
@@ -211,6 +224,11 @@ pub fn run(
         engine: name,
         rejected,
     })?;
+    if let (Existing::Refuse | Existing::Overwrite, Some(weights)) = (existing, &config.train.init_weights) {
+        let model = trainer.model.clone();
+        let found = import::import(trainer.engine(), &model, weights, config.train.init_map.as_deref())?;
+        session.tell(Progress::Imported(found))?;
+    }
     if trainer.step_number() == 0 {
         session.evaluate(&mut trainer)?;
     }
@@ -218,10 +236,13 @@ pub fn run(
 }
 
 fn check_fingerprint(config: &Config, checkpoint: &Checkpoint, file: &Path) -> Result<(), RunError> {
-    if checkpoint.state.fingerprint == config.fingerprint() {
-        return Ok(());
-    }
     let differences = match Config::from_toml(&checkpoint.state.config, "the checkpoint", None, &[]) {
+        Ok(theirs)
+            if checkpoint.state.fingerprint == config.fingerprint()
+                && theirs.dsv.attention == config.dsv.attention =>
+        {
+            return Ok(());
+        }
         Ok(theirs) => config.differences(&theirs),
         Err(e) => vec![format!("(its configuration cannot be read: {e})")],
     };
@@ -312,6 +333,7 @@ impl Session<'_> {
                 }
             });
             let mut events = Vec::new();
+            let mut due = false;
             self.read_back = Some(Instant::now());
             while trainer.step_number() < steps && !stop.load(Ordering::Relaxed) {
                 let Ok((clips, after)) = receive.recv() else { break };
@@ -323,8 +345,16 @@ impl Session<'_> {
                 if t.eval_every > 0 && done.is_multiple_of(t.eval_every) && done < steps {
                     self.evaluate(trainer)?;
                 }
-                if t.checkpoint_every > 0 && done.is_multiple_of(t.checkpoint_every) && done < steps {
-                    saved_at = Some(self.save(trainer, position)?);
+                due |= t.checkpoint_every > 0 && done.is_multiple_of(t.checkpoint_every) && done < steps;
+                if due {
+                    let read = trainer.flush(&mut events);
+                    self.tell_all(&mut events)?;
+                    read?;
+                    // While steps are skipped the last good checkpoint stays the newest: it waits for a good step.
+                    if trainer.skipped_in_a_row() == 0 {
+                        saved_at = Some(self.save(trainer, position)?);
+                        due = false;
+                    }
                 }
             }
             Ok(())
@@ -350,9 +380,11 @@ impl Session<'_> {
         let attention = trainer.decision().attention();
         let (model, config) = (trainer.model.clone(), self.config);
         let seed = config.train.seed;
-        let latents = eval::with_averaged(trainer.engine(), &model, |engine| {
-            sample::sample(engine, &model, config, &texts, seed, &attention, |_| ())
+        let (latents, speed) = eval::with_averaged(trainer.engine(), &model, |engine| {
+            let latents = sample::sample(engine, &model, config, &texts, seed, &attention, |_| ())?;
+            Ok::<_, EngineError>((latents, sample::speed(engine, &model, &attention)?))
         })??;
+        self.tell(Progress::Sampled { step: trainer.step_number(), speed })?;
         write_sample(self.data, config, &latents, self.out)
     }
 }
@@ -451,14 +483,7 @@ pub fn open_trained(
         }
     };
     let config = Config::from_toml(&found.state.config, "the checkpoint", None, sets)?;
-    if config.fingerprint() != found.state.fingerprint {
-        let theirs = Config::from_toml(&found.state.config, "the checkpoint", None, &[])?;
-        return Err(RunError::Foreign {
-            path: found.path.clone(),
-            differences: config.differences(&theirs),
-            config: out.join("config.toml"),
-        });
-    }
+    check_fingerprint(&config, &found, &out.join("config.toml"))?;
     let mut engine = crate::engine::open(&config.device, config.train.deterministic)?;
     let (attention, top_k, slots) = train::attention_of(&found)?;
     let mut plan = crate::engine::ArenaPlan::new(engine.precision());
@@ -477,18 +502,6 @@ pub fn open_trained(
         engine.write_i32(predictors.top_k, &top_k)?;
     }
     Ok(Inference { engine, model, config, attention, step: found.state.step })
-}
-
-/// Memory of a run against what the device has, as an error before anything is allocated.
-pub fn check_memory(layout: &Layout, engine: &dyn Engine) -> Result<(), EngineError> {
-    let dims = layout.model.shape.dims(layout.model.params.master.len());
-    let needed_bytes = layout.arena.total_bytes() + engine.scratch_bytes(&dims);
-    match engine.free_bytes() {
-        Some(free) if free < needed_bytes => {
-            Err(EngineError::Reserve { needed_bytes, reason: format!("{free} bytes are free") })
-        }
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]

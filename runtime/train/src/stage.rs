@@ -1,14 +1,14 @@
 //! The two stages of a run as an explicit state machine: dense training that teaches predictors and
 //! profiles attention, then sparse training. Pure: steps and losses in, stage out.
 
-use crate::config::{Dsv, Switch};
+use crate::config::{Attention, Dsv, Switch};
 use serde::{Deserialize, Serialize};
 
 /// Where a run is.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stage {
-    /// Full attention without predictors (`dsv.enabled = false`).
+    /// Full attention or windows throughout, without predictors.
     Baseline,
     /// Full attention, predictors learn, attention is profiled.
     Dense,
@@ -23,7 +23,7 @@ impl Stage {
     /// Name for logs and metrics.
     pub fn name(self) -> &'static str {
         match self {
-            Stage::Baseline => "full attention",
+            Stage::Baseline => "baseline",
             Stage::Dense => "stage 1",
             Stage::Sparse { .. } => "stage 2",
         }
@@ -66,7 +66,12 @@ pub struct Stages {
 impl Stages {
     /// The state before step 0.
     pub fn new(dsv: &Dsv) -> Stages {
-        Stages { stage: if dsv.enabled { Stage::Dense } else { Stage::Baseline }, reason: None }
+        let stage = match dsv.attention {
+            Attention::Dsv => Stage::Dense,
+            Attention::Fixed => Stage::Sparse { since: 0 },
+            Attention::Full | Attention::WaM | Attention::WaL => Stage::Baseline,
+        };
+        Stages { stage, reason: None }
     }
 
     /// Current stage.
@@ -116,7 +121,10 @@ impl Stages {
     /// Learning rate of the predictors.
     pub fn predictor_lr(&self, dsv: &Dsv) -> f64 {
         match self.stage {
-            Stage::Sparse { .. } => dsv.predictor_lr * dsv.predictor_lr_stage2_factor,
+            // A fixed share has no stage 1 in which they could have learnt.
+            Stage::Sparse { .. } if dsv.attention != Attention::Fixed => {
+                dsv.predictor_lr * dsv.predictor_lr_stage2_factor
+            }
             _ => dsv.predictor_lr,
         }
     }
@@ -166,12 +174,24 @@ mod tests {
 
     #[test]
     fn the_baseline_never_switches_profiles_or_dispatches() {
-        let dsv = Dsv { enabled: false, switch: Switch::Step(0), ..dsv() };
-        let mut s = Stages::new(&dsv);
-        for step in 0..20 {
-            assert!(s.advance(&dsv, step, Some(0.0)).is_none());
-            assert!(!s.profiles(&dsv, step) && !s.dispatches(&dsv, step));
+        for attention in [Attention::Full, Attention::WaM, Attention::WaL] {
+            let dsv = Dsv { attention, switch: Switch::Step(0), ..dsv() };
+            let mut s = Stages::new(&dsv);
+            for step in 0..20 {
+                assert!(s.advance(&dsv, step, Some(0.0)).is_none());
+                assert!(!s.profiles(&dsv, step) && !s.dispatches(&dsv, step));
+            }
         }
+    }
+
+    #[test]
+    fn a_fixed_share_is_stage_two_from_the_first_step_on() {
+        let dsv = Dsv { attention: Attention::Fixed, switch: Switch::Step(5), ..dsv() };
+        let mut s = Stages::new(&dsv);
+        assert!((0..20).all(|step| s.advance(&dsv, step, Some(0.0)).is_none()));
+        assert_eq!(s.stage(), Stage::Sparse { since: 0 });
+        assert!(s.dispatches(&dsv, 0) && s.profiles(&dsv, 0) && !s.profiles(&dsv, 6) && s.profiles(&dsv, 7));
+        assert_eq!(s.predictor_lr(&dsv), dsv.predictor_lr);
     }
 
     #[test]

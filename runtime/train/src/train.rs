@@ -6,22 +6,21 @@
 //! before a checkpoint.
 
 use crate::checkpoint::{Checkpoint, State};
-use crate::config::Config;
+use crate::config::{Attention, Config};
 use crate::data::{Clip, DataPosition, Dataset};
 use crate::dispatch::{Decision, ProfileState, Rules};
-use crate::engine::{AdamW, ArenaPlan, Buf, Engine, EngineError, GradNorm};
+use crate::engine::{AdamW, ArenaPlan, Buf, DeviceFacts, Engine, EngineError, GradNorm};
 use crate::eval::{self, EvalResult};
 use crate::model::{BlockAttention, Model, ModelShape, Purposes};
 use crate::observe::{self, BlockObservation};
 use crate::params::ParamSet;
+use crate::plan::{self, MemoryError};
 use crate::predictor::{PredictorTask, Predictors};
 use crate::rng::{self, Purpose};
 use crate::stage::{Reason, Stage, Stages};
 use crate::tensors::TensorView;
 use serde::{Deserialize, Serialize};
 
-/// Steps in a row whose gradients may be non-finite before the run stops.
-pub const MAX_SKIPPED: u32 = 5;
 /// Largest number of steps between two readings of the ring.
 const MAX_RING: u64 = 64;
 /// f32 values of a slot before the predictor losses: sum of losses, norm and factor, predictors' norm and factor.
@@ -33,14 +32,19 @@ pub enum TrainError {
     /// The device failed.
     #[error(transparent)]
     Engine(#[from] EngineError),
-    /// Gradients were non-finite too often in a row.
+    /// It does not fit.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Loss or gradients were non-finite too often in a row.
     #[error(
-        "gradients were not finite in {MAX_SKIPPED} steps in a row, last in step {step}; first tensor: {tensor}\n  those steps changed nothing; the weights are those of step {good}\n  next: lower train.lr or raise train.warmup_steps, then dsv-train run --resume"
+        "loss or gradients were not finite in {steps} steps in a row, last in step {step}; first tensor: {tensor}\n  those steps changed nothing, and no checkpoint was written since; the weights are those after {good} good steps\n  train.max_skipped = {steps} ends a run there\n  next: lower train.lr or raise train.warmup_steps, then dsv-train run --resume"
     )]
     NotFinite {
-        /// The last step.
+        /// Skipped steps in a row.
+        steps: u32,
+        /// The last of them.
         step: u64,
-        /// The first tensor with a non-finite gradient.
+        /// The first tensor that is not finite.
         tensor: String,
         /// Steps that did change the weights.
         good: u64,
@@ -78,7 +82,7 @@ pub struct StepRecord {
     pub grad_norm: f64,
     /// Learning rate.
     pub lr: f64,
-    /// 0 without predictors, else 1 or 2.
+    /// 0 for full attention and windows, else 1 or 2.
     pub stage: u8,
     /// Mean predictor loss over all blocks and heads.
     pub predictor_loss: Option<f64>,
@@ -86,7 +90,9 @@ pub struct StepRecord {
     pub predictor_loss_by_block: Vec<f64>,
     /// Share of blocks whose attention was sparse.
     pub sparse_share: f64,
-    /// The first tensor with a non-finite gradient, when the step was skipped.
+    /// The first tensor that is not finite, when the step was skipped: an input, a weight or an activation in the order of
+    /// the forward pass, the loss, or a gradient in the order of the model. Only of the last step before a reading
+    /// are inputs, weights and activations still there to be looked at; of earlier ones it is the loss or a gradient.
     pub skipped: Option<String>,
 }
 
@@ -177,7 +183,7 @@ pub struct Layout {
 
 impl Layout {
     /// Lays a training run out for an engine. `list_slots` overrides the number the memory budget gives.
-    pub fn new(config: &Config, engine: &dyn Engine, list_slots: Option<usize>) -> Layout {
+    pub fn new(config: &Config, engine: &dyn DeviceFacts, list_slots: Option<usize>) -> Layout {
         let shape = ModelShape::from_config(config, config.data.batch_size);
         let lay = |slots: usize| {
             let mut arena = ArenaPlan::new(engine.precision());
@@ -201,6 +207,10 @@ impl Layout {
         let list_slots = list_slots.unwrap_or_else(|| {
             if list_bytes == 0 {
                 return 0;
+            }
+            if config.dsv.attention == Attention::Fixed {
+                // Every block or none: where they do not fit, the run does not.
+                return shape.layers;
             }
             let (arena, model, ..) = lay(0);
             let needed =
@@ -250,13 +260,16 @@ impl Trainer {
     }
 
     fn begin(config: Config, mut engine: Box<dyn Engine>, layout: Layout) -> Result<Trainer, TrainError> {
-        crate::run::check_memory(&layout, &*engine)?;
+        plan::check(&config, &layout, &*engine)?;
         let Layout { arena, model, list_slots, ring, culprits, .. } = layout;
         engine.reserve(&arena, &model.shape.dims(model.params.master.len()))?;
         model.initialise(&mut *engine, config.train.seed)?;
         let stages = Stages::new(&config.dsv);
         let profile = ProfileState::new();
-        let decision = Decision::dense(&rules(&config, &*engine, &model, list_slots), &profile);
+        let decision = match model.shape.window {
+            Some(w) => Decision::windows(config.model.layers, w.kept, config.dsv.attention.label()),
+            None => Decision::dense(&rules(&config, &*engine, &model, list_slots), &profile),
+        };
         let mut trainer = Trainer {
             config,
             model,
@@ -301,6 +314,11 @@ impl Trainer {
         self.config.data.batch_size * self.config.train.grad_accumulation
     }
 
+    /// Steps in a row that were skipped, up to the last reading.
+    pub fn skipped_in_a_row(&self) -> u32 {
+        self.skipped_in_a_row
+    }
+
     /// The device.
     pub fn engine(&mut self) -> &mut dyn Engine {
         &mut *self.engine
@@ -328,6 +346,9 @@ impl Trainer {
         let dsv = self.config.dsv.clone();
         if let Some(reason) = self.stages.advance(&dsv, step, self.predictor_loss) {
             events.push(Event::Stage { step, reason, predictor_loss: self.predictor_loss });
+        }
+        if step == 0 && self.model.shape.window.is_some() {
+            events.push(Event::Decision { step, decision: self.decision.clone() });
         }
         if self.stages.dispatches(&dsv, step) {
             let rules = rules(&self.config, &*self.engine, &self.model, self.slots());
@@ -409,9 +430,13 @@ impl Trainer {
 
     /// `len` values of this step's slot in the ring, from `start`.
     fn slot(&self, start: usize, len: usize) -> Buf {
+        self.slot_of(self.step, start, len)
+    }
+
+    fn slot_of(&self, step: u64, start: usize, len: usize) -> Buf {
         let ring = self.culprits.len() / 2;
         let width = self.ring.len() / ring;
-        self.ring.slice(self.step as usize % ring * width + start, len)
+        self.ring.slice(step as usize % ring * width + start, len)
     }
 
     /// Norms, optimizer steps, averaged weights.
@@ -420,7 +445,7 @@ impl Trainer {
         let [beta1, beta2] = t.betas.map(|b| b as f32);
         let max_norm = if t.grad_clip > 0.0 { t.grad_clip as f32 } else { f32::INFINITY };
         let at = self.step as usize % (self.culprits.len() / 2) * 2;
-        let (clip, predictor_clip) = (self.slot(1, 2), self.slot(3, 2));
+        let (loss, clip, predictor_clip) = (self.slot(0, 1), self.slot(1, 2), self.slot(3, 2));
         let losses = self.model.predictors.as_ref().map(|p| (p.loss, self.slot(HEAD, p.loss.len())));
         let predictor_lr = self.stages.predictor_lr(&self.config.dsv) as f32;
         let lr = self.config.lr_at(self.step) as f32;
@@ -451,6 +476,17 @@ impl Trainer {
             };
         let set = &self.model.params;
         norm(e, set, max_norm, clip, self.culprits.slice(at, 1));
+        // The factor of a step that is not to be taken is NaN. 0 times a finite number adds nothing, 0 times another is
+        // NaN: so a loss that is not finite skips the step as a gradient does, and model and predictors step together
+        // or not at all, without the host.
+        let factor = clip.slice(1, 1);
+        e.axpy(0.0, loss, factor);
+        if let Some(predictors) = &self.model.predictors {
+            let predictor_factor = predictor_clip.slice(1, 1);
+            norm(e, &predictors.params, f32::INFINITY, predictor_clip, self.culprits.slice(at + 1, 1));
+            e.axpy(0.0, predictor_factor, factor);
+            e.axpy(0.0, factor, predictor_factor);
+        }
         adamw(e, set, (0, set.decayed()), lr, t.weight_decay as f32, clip);
         adamw(e, set, (set.decayed(), set.master.len()), lr, 0.0, clip);
         if let Some(ema) = set.ema {
@@ -458,7 +494,6 @@ impl Trainer {
         }
         if let Some(predictors) = &self.model.predictors {
             let set = &predictors.params;
-            norm(e, set, f32::INFINITY, predictor_clip, self.culprits.slice(at + 1, 1));
             adamw(e, set, (0, set.master.len()), predictor_lr, 0.0, predictor_clip);
         }
         if let Some((from, to)) = losses {
@@ -495,16 +530,17 @@ impl Trainer {
                 .map(|row| row.iter().map(|&x| f64::from(x)).sum::<f64>() / heads as f64)
                 .collect();
             let predictor_loss = p.predictors.then(|| by_block.iter().sum::<f64>() / by_block.len() as f64);
-            let skipped = (!slot[2].is_finite()).then(|| match usize::try_from(culprits[2 * at]) {
-                Ok(segment) => self.model.params.segment_name(segment).to_string(),
-                Err(_) => "the norm itself overflowed".to_string(),
-            });
-            any_skipped |= skipped.is_some() || (p.predictors && !slot[4].is_finite());
+            let skipped = match slot[2].is_finite() {
+                true => None,
+                false => Some(self.offender(p.step, slot, &culprits[2 * at..][..2])?),
+            };
+            any_skipped |= skipped.is_some();
             match &skipped {
                 Some(tensor) => {
                     self.skipped_in_a_row += 1;
-                    if self.skipped_in_a_row >= MAX_SKIPPED {
+                    if self.skipped_in_a_row >= self.config.train.max_skipped {
                         return Err(TrainError::NotFinite {
+                            steps: self.skipped_in_a_row,
                             step: p.step,
                             tensor: tensor.clone(),
                             good: self.good_steps,
@@ -532,6 +568,30 @@ impl Trainer {
             Some((op, reason)) if !any_skipped => Err(EngineError::Flag { op, reason }.into()),
             _ => Ok(()),
         }
+    }
+
+    /// The first tensor that is not finite in a skipped step, from what the ring says of it; inputs, weights and
+    /// activations are looked at where the step was the last one.
+    fn offender(&mut self, step: u64, slot: &[f32], culprits: &[i32]) -> Result<String, EngineError> {
+        if step + 1 == self.step {
+            let ring = self.culprits.len() / 2;
+            let culprit = self.culprits.slice(step as usize % ring * 2, 1);
+            let norm = self.slot_of(step, 1, 2);
+            if let Some(name) = self.model.first_not_finite(&mut *self.engine, norm, culprit)? {
+                return Ok(name);
+            }
+        }
+        if !slot[0].is_finite() {
+            return Ok("the loss".to_string());
+        }
+        let predictors = self.model.predictors.as_ref().map(|p| &p.params);
+        let sets = [Some(&self.model.params), predictors];
+        for (set, &culprit) in sets.into_iter().zip(culprits) {
+            if let (Some(set), Ok(segment)) = (set, usize::try_from(culprit)) {
+                return Ok(format!("gradient of {}", set.segment_name(segment)));
+            }
+        }
+        Ok("the norm of the gradients, whose sum of squares overflowed".to_string())
     }
 
     fn read_profile(&mut self, step: u64, events: &mut Vec<Event>) -> Result<(), TrainError> {
@@ -712,7 +772,7 @@ pub(crate) fn write_latents_and_text(
 }
 
 /// What the dispatcher may rest on.
-pub(crate) fn rules(config: &Config, engine: &dyn Engine, model: &Model, slots: usize) -> Rules {
+pub(crate) fn rules(config: &Config, engine: &dyn DeviceFacts, model: &Model, slots: usize) -> Rules {
     let dsv = &config.dsv;
     let cost = engine.sparse_cost(&model.shape.self_attn(), dsv.query_group, dsv.kv_block);
     let (crossover, crossover_source) = match cost {
@@ -727,7 +787,7 @@ pub(crate) fn rules(config: &Config, engine: &dyn Engine, model: &Model, slots: 
         keep: dsv.keep,
         crossover,
         crossover_source,
-        force_sparse: dsv.force_sparse,
+        force_sparse: if dsv.attention == Attention::Fixed { Some(1.0) } else { dsv.force_sparse },
         slots,
     }
 }

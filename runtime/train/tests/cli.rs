@@ -74,6 +74,14 @@ fn train_evaluate_sample_report() {
     assert!(again.contains("difference +0.000000 +- 0.000000"), "{again}");
 
     let sample = ok(bare(&["sample", "--out", path(&out), "--caption", "a red ball", "--seed", "3"]));
+    assert!(
+        sample.contains("1 clips in ") && sample.contains("100 % of the blocks sparse; full attention "),
+        "{sample}"
+    );
+    let dense =
+        ok(bare(&["sample", "--out", path(&out), "--attention", "dense", "--set", "sample.solver=heun"]));
+    assert!(dense.contains(" ms, full attention"), "{dense}");
+    assert!(page.contains("sampling: one evaluation of "), "the report does not say how fast sampling was");
     assert!(sample.contains("samples/sample.gif") && out.join("samples/sample.gif").exists(), "{sample}");
     let report = dir.path().join("both.html");
     ok(bare(&["report", path(&out), path(&out), "--out", path(&report)]));
@@ -108,6 +116,91 @@ fn a_signal_leaves_a_checkpoint_that_resumes() {
     let steps = format!("train.steps={}", step + 2);
     let resumed = ok(bare(&["run", "--resume", "--out", path(&out), "--set", &steps]));
     assert!(resumed.contains(&format!("steps {step} to {}", step + 2)), "{resumed}");
+}
+
+/// Step, loss and norm of every step in a run's metrics, the last line of each step counting.
+fn losses(out: &Path) -> std::collections::BTreeMap<u64, (f64, f64)> {
+    let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let lines = text.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap());
+    let steps = lines.filter(|v| v["kind"] == "step");
+    let number = |v: &serde_json::Value, key: &str| v[key].as_f64().unwrap();
+    steps.map(|v| (v["step"].as_u64().unwrap(), (number(&v, "loss"), number(&v, "grad_norm")))).collect()
+}
+
+#[test]
+fn killed_at_random_moments_it_resumes_bit_for_bit() {
+    let sets = [
+        "train.steps=150",
+        "dsv.switch=60",
+        "train.checkpoint_every=4",
+        "train.keep_checkpoints=2",
+        "train.deterministic=true",
+        "train.ema_decay=0.9",
+        "dsv.dispatch_every=7",
+    ];
+    let dir = tempfile::tempdir().unwrap();
+    // Names of one length: the configuration in a state is aligned.
+    let (whole, cut) = (dir.path().join("whole"), dir.path().join("pause"));
+    let began = Instant::now();
+    ok(command(&["run", "--preset", "tiny", "--out", path(&whole)], &sets));
+    let duration = began.elapsed();
+
+    let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64;
+    let mut state = seed;
+    let mut random = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f64 / (1u64 << 24) as f64
+    };
+    let checkpoints = cut.join("checkpoints");
+    let started = || {
+        let names = std::fs::read_dir(&checkpoints).into_iter().flatten().flatten().map(|e| e.file_name());
+        names.filter(|n| n.to_string_lossy().starts_with("step-")).count() > 0
+    };
+    let steps = || {
+        let text = std::fs::read_to_string(cut.join("metrics.jsonl")).unwrap_or_default();
+        text.matches("\"kind\":\"step\"").count()
+    };
+    let mut kills = Vec::new();
+    for life in 0.. {
+        assert!(life < 60, "seed {seed}: no end after {life} lives, killed at {kills:?}");
+        let how = if started() { "--resume" } else { "--overwrite" };
+        let mut child = command(&["run", "--preset", "tiny", "--out", path(&cut), how], &sets)
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // A random number of steps further than the last life came, and at a random moment of the step after.
+        let dies = kills.last().copied().unwrap_or(0) + 1 + (14.0 * random()) as usize;
+        let alive = |child: &mut std::process::Child| child.try_wait().unwrap().is_none();
+        while kills.len() < 8 && steps() < dies && alive(&mut child) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(duration.mul_f64(random() / 100.0));
+        if kills.len() < 8 && alive(&mut child) {
+            // SIGKILL: nothing of the program runs after it.
+            child.kill().unwrap();
+            child.wait().unwrap();
+            kills.push(steps());
+            continue;
+        }
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "seed {seed}, killed at {kills:?}: {}", text(&output));
+        break;
+    }
+    assert!(kills.len() >= 4, "seed {seed}: the run ended after {} kills", kills.len());
+    for file in ["model.safetensors", "state.json"] {
+        let read = |out: &Path| std::fs::read(out.join("checkpoints/step-00000150").join(file)).unwrap();
+        let (mut a, mut b) = (read(&whole), read(&cut));
+        if file == "state.json" {
+            // The folder's name is part of the configuration in it.
+            let of = |bytes: &[u8], out: &Path| String::from_utf8_lossy(bytes).replace(path(out), "DIR");
+            (a, b) = (of(&a, &whole).into_bytes(), of(&b, &cut).into_bytes());
+        }
+        assert!(a == b, "seed {seed}, killed at {kills:?}: {file} differs");
+    }
+    assert_eq!(losses(&whole), losses(&cut), "seed {seed}, killed at {kills:?}");
+    let left: Vec<_> = std::fs::read_dir(&checkpoints).unwrap().flatten().map(|e| e.file_name()).collect();
+    assert_eq!(left.len(), 2, "half a checkpoint was left: {left:?}");
 }
 
 #[test]
@@ -153,4 +246,16 @@ fn the_plan_is_a_configuration_that_loads() {
     std::fs::write(&file, &plan).unwrap();
     let again = ok(bare(&["plan", path(&file)]));
     assert!(again.contains("preset = \"2.7b\""), "{again}");
+}
+
+#[test]
+fn a_plan_needs_no_gpu_and_says_what_would_fit() {
+    let said = ok(bare(&["plan", "--preset", "30b", "--gpu", "h100", "--gpus", "16"]));
+    for wanted in
+        ["NVIDIA H100", "each of 16", "moments", "16 GPUs: fits", "ms of a step, estimated", "--set "]
+    {
+        assert!(said.contains(wanted), "no '{wanted}' in\n{said}");
+    }
+    let said = error(bare(&["plan", "--gpu", "gt710"]));
+    assert!(said.contains("--gpu gt710 is not known") && said.contains("h100, h200"), "{said}");
 }

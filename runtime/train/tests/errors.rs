@@ -5,7 +5,9 @@ use dsv_train::data::DataError;
 use dsv_train::data::prepare::{PrepareError, PrepareReport};
 use dsv_train::engine::EngineError;
 use dsv_train::eval::EvalResult;
+use dsv_train::import::ImportError;
 use dsv_train::metrics::{EvalTriple, MetricsError};
+use dsv_train::plan::MemoryError;
 use dsv_train::run::RunError;
 use dsv_train::tensors::TensorFileError;
 use dsv_train::train::TrainError;
@@ -31,7 +33,24 @@ fn running() {
             rejected: vec!["step-00000100: cut".into()],
         }
         .to_string(),
-        TrainError::NotFinite { step: 12, tensor: "block.1.qkv.weight".into(), good: 8 }.to_string(),
+        MemoryError {
+            needed_bytes: 100 << 30,
+            free_bytes: 78 << 30,
+            advice: vec!["--set train.recompute=true: 60.35 GiB, fits".into()],
+        }
+        .to_string(),
+        ImportError::Misfit {
+            path: "dit.safetensors".into(),
+            problems: vec!["patch.weight has shape [8, 96] in the model, [8, 95] in the file (a)".into()],
+        }
+        .to_string(),
+        TrainError::NotFinite {
+            steps: 5,
+            step: 12,
+            tensor: "gradient of block.1.qkv.weight".into(),
+            good: 8,
+        }
+        .to_string(),
         TrainError::Tensor {
             path: "step-00000100".into(),
             name: "weight.patch".into(),

@@ -5,9 +5,12 @@
 //! of each stored value. `DSV_BUNDLE=DIR` takes kernels from a bundle instead of compiling them.
 
 use dsv_reference::layers::normal;
+use dsv_train::config::{Attention, Config, Switch};
+use dsv_train::data::{DataPosition, Dataset};
 use dsv_train::engine::*;
 use dsv_train::model::{BlockAttention, Model, ModelShape, Purposes};
 use dsv_train::predictor::{PredictorShape, PredictorTask};
+use dsv_train::train::{Event, StepRecord, Trainer};
 use half::bf16;
 use std::sync::Mutex;
 
@@ -827,6 +830,7 @@ fn model_shape() -> ModelShape {
         eps: 1e-6,
         rope_base: 100.0,
         cube: 64,
+        window: None,
         predictor: Some(PredictorShape {
             layers: 2,
             d_lr: 16,
@@ -958,6 +962,130 @@ fn a_deterministic_engine_gives_the_same_bits() {
     let second = step(&mut engine, &attention);
     assert!(bits(&first) == bits(&second), "two runs of one step differ");
     assert!(first.grad.iter().any(|&x| x != 0.0));
+}
+
+/// A run of 512 tokens that the kernels serve, read back every step.
+fn run_config() -> Config {
+    let mut c = Config::preset("tiny").unwrap();
+    (c.model.layers, c.model.heads, c.model.head_dim) = (2, 2, 64);
+    (c.data.frames, c.data.height, c.data.width, c.data.clips, c.data.validation) = (8, 8, 8, 16, 2);
+    (c.train.steps, c.train.ema_decay, c.train.log_every) = (24, 0.0, 1);
+    (c.dsv.query_group, c.dsv.kv_block, c.dsv.profile_queries) = (64, 64, 8);
+    (c.dsv.switch, c.dsv.keep, c.dsv.max_keep) = (Switch::Step(2), Some(0.5), 0.5);
+    c.device.kind = dsv_train::config::DeviceKind::Cuda;
+    c.validate().unwrap();
+    c
+}
+
+/// Steps of a run on the GPU; `poison` may spoil each step's clips.
+fn steps(
+    trainer: &mut Trainer,
+    data: &Dataset,
+    position: &mut DataPosition,
+    count: usize,
+    poison: impl Fn(&mut [f32]),
+) -> Vec<StepRecord> {
+    let mut events = Vec::new();
+    for _ in 0..count {
+        let mut clips = data.next_batch(position, trainer.clips_per_step()).unwrap();
+        poison(&mut clips[0].latents);
+        trainer.step(&clips, &mut events).unwrap();
+    }
+    trainer.flush(&mut events).unwrap();
+    events.into_iter().filter_map(|e| if let Event::Step(r) = e { Some(r) } else { None }).collect()
+}
+
+#[test]
+fn a_poisoned_step_is_skipped_on_the_device_and_named() {
+    let _gpu = lock();
+    let config = run_config();
+    let data = Dataset::open(&config).unwrap();
+    let mut trainer = Trainer::new(config, Box::new(open(true))).unwrap();
+    let mut position = DataPosition::default();
+    // Into stage 2: lists are selected from what the poison leaves.
+    let good = steps(&mut trainer, &data, &mut position, 3, |_| ());
+    assert!(good.iter().all(|r| r.skipped.is_none() && r.loss.is_finite()), "{good:?}");
+    let params = trainer.model.params.clone();
+    let predictors = trainer.model.predictors.as_ref().unwrap().params.clone();
+    let weights = |trainer: &mut Trainer| {
+        [params.master, params.state().m, params.state().v, params.copy, predictors.master].map(|buf| {
+            trainer.engine().read_f32(buf).unwrap().iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+        })
+    };
+    let before = weights(&mut trainer);
+    let bad = steps(&mut trainer, &data, &mut position, 1, |latents| latents[5] = f32::NAN);
+    assert_eq!(bad[0].skipped.as_deref(), Some("latents of the batch"), "{bad:?}");
+    assert!(weights(&mut trainer) == before, "a skipped step changed something");
+
+    // A loss that overflows f32 while every gradient is finite.
+    let (_, bias) = params.slices(params.copy).find(|(s, _)| s.name == "final.head.bias").unwrap();
+    let kept = trainer.engine().read_f32(bias).unwrap();
+    trainer.engine().fill(bias, 1e22);
+    let before = weights(&mut trainer);
+    let bad = steps(&mut trainer, &data, &mut position, 1, |_| ());
+    assert!(bad[0].skipped.as_deref() == Some("the loss") && bad[0].grad_norm.is_finite(), "{bad:?}");
+    assert!(weights(&mut trainer) == before, "a step without a finite loss changed something");
+    trainer.engine().write_f32(bias, &kept).unwrap();
+    let good = steps(&mut trainer, &data, &mut position, 1, |_| ());
+    assert!(good[0].skipped.is_none(), "{good:?}");
+    assert!(weights(&mut trainer) != before, "the next good step trains again");
+}
+
+/// The same steps with the same weights, clips and noise on both engines.
+#[test]
+fn windows_and_a_fixed_share_train_as_on_the_cpu() {
+    let _gpu = lock();
+    for attention in [Attention::WaM, Attention::WaL, Attention::Fixed] {
+        let mut config = run_config();
+        config.dsv.attention = attention;
+        // Four blocks along height and width: windows of two thirds leave some out.
+        (config.data.height, config.data.width) = (16, 16);
+        let data = Dataset::open(&config).unwrap();
+        let run = |engine: Box<dyn Engine>| {
+            let mut trainer = Trainer::new(config.clone(), engine).unwrap();
+            steps(&mut trainer, &data, &mut DataPosition::default(), 6, |_| ())
+        };
+        let gpu = run(Box::new(open(false)));
+        let cpu = run(Box::new(CpuEngine::<f32>::new()));
+        for (g, c) in gpu.iter().zip(&cpu) {
+            assert!(g.skipped.is_none() && g.sparse_share == 1.0, "{attention:?}: {g:?}");
+            let off = (g.loss - c.loss).abs() / c.loss;
+            assert!(
+                off < 0.02,
+                "{attention:?}, step {}: loss {} on the GPU, {} on the CPU",
+                g.step,
+                g.loss,
+                c.loss
+            );
+        }
+    }
+}
+
+/// What `dsv-train plan --gpu` says without a GPU is what the engine reserves on it.
+#[test]
+fn a_planned_gpu_needs_what_the_gpu_needs() {
+    let _gpu = lock();
+    let mut config = Config::preset("2.7b").unwrap();
+    (config.model.layers, config.data.frames) = (2, 8);
+    for (attention, deterministic) in
+        [(Attention::Dsv, false), (Attention::Dsv, true), (Attention::WaM, false), (Attention::Full, false)]
+    {
+        config.dsv.attention = attention;
+        let engine = open(deterministic);
+        let name = engine.name();
+        let planned = PlannedGpu::known()
+            .into_iter()
+            .filter_map(|label| PlannedGpu::new(label, deterministic))
+            .find(|p| p.name().starts_with(name.split(',').next().unwrap()))
+            .unwrap_or_else(|| panic!("{name} cannot be planned for"));
+        let (there, here) =
+            (dsv_train::plan::plan(&config, &engine, 1), dsv_train::plan::plan(&config, &planned, 1));
+        assert_eq!(there.scratch_bytes, here.scratch_bytes, "{attention:?}");
+        assert_eq!(there.memory, here.memory, "{attention:?}");
+        let (free, expected) = (there.free_bytes.unwrap() as f64, here.free_bytes.unwrap() as f64);
+        assert!((free / expected - 1.0).abs() < 0.02, "{free} bytes are free, {expected} are planned with");
+        assert_eq!(there.time_ms, here.time_ms);
+    }
 }
 
 #[test]

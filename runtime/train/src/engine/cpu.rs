@@ -290,7 +290,7 @@ fn exact<T: CpuReal>(value: f32) -> T {
     T::from_f64(f64::from(value))
 }
 
-impl<T: CpuReal> Engine for CpuEngine<T> {
+impl<T: CpuReal> DeviceFacts for CpuEngine<T> {
     fn name(&self) -> String {
         let bits = 8 * size_of::<T>();
         format!("CPU reference, f{bits}, {} threads", rayon::current_num_threads())
@@ -318,6 +318,20 @@ impl<T: CpuReal> Engine for CpuEngine<T> {
         Some(line.trim().trim_end_matches("kB").trim().parse::<usize>().ok()? * 1024)
     }
 
+    fn sparse_cost(&self, _: &AttnShape, _: usize, _: usize) -> Option<SparseCost> {
+        None
+    }
+
+    fn rates(&self) -> Option<Rates> {
+        None
+    }
+
+    fn attention_us(&self, _: &AttnShape, _: Option<(&ListShape, f64)>) -> Option<f64> {
+        None
+    }
+}
+
+impl<T: CpuReal> Engine for CpuEngine<T> {
     fn reserve(&mut self, plan: &ArenaPlan, _dims: &Dims) -> Result<(), EngineError> {
         assert_eq!(plan.precision(), T::PRECISION, "the plan was made for another precision");
         let lines = plan.total_bytes() / arena::ALIGN_BYTES;
@@ -328,10 +342,6 @@ impl<T: CpuReal> Engine for CpuEngine<T> {
         memory.resize(lines, Line([0; arena::ALIGN_BYTES]));
         self.memory = Memory { lines: memory };
         Ok(())
-    }
-
-    fn sparse_cost(&self, _: &AttnShape, _: usize, _: usize) -> Option<SparseCost> {
-        None
     }
 
     fn sync(&mut self) -> Result<(), EngineError> {

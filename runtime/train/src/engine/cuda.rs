@@ -6,20 +6,22 @@
 //! time; the attention backward does too when the engine was opened as deterministic.
 
 mod matmul;
+mod planned;
 mod scratch;
 mod staging;
 
 use super::*;
 use dsv_runtime::device::Plain;
 use dsv_runtime::{
-    AttnLayouts, AttnPlan, BwdArgs, Device, DeviceBuffer, FwdArgs, Kernel, KeyLists, Layout, ListPlan,
-    Options, QueryLists, Runtime, SelectArgs, SelectPlan, SelectProblem, Stream, TableSource,
-    decode_error_flag,
+    AttnLayouts, AttnPlan, BwdArgs, Device, DeviceBuffer, Dispatch, FwdArgs, Kernel, KeyLists, Layout,
+    ListPlan, MemoryNeeded, Options, QueryLists, Runtime, SelectArgs, SelectPlan, SelectProblem, Stream,
+    TableSource, decode_error_flag,
 };
 use dsv_spec::params;
 use dsv_spec::{AttnOp, Deterministic, KernelSpec, PointwiseOp, PointwiseSpec, Problem};
 use half::bf16;
 use matmul::{Matmul, Operands, Product};
+pub use planned::PlannedGpu;
 use scratch::{Bump, GRAM_ROWS, RANK};
 use staging::Staging;
 use std::path::PathBuf;
@@ -324,25 +326,7 @@ impl CudaEngine {
     }
 
     fn problem(&self, op: AttnOp, shape: &AttnShape, lists: Option<&ListShape>) -> Problem {
-        let list_kind = match lists {
-            None => dsv_spec::Lists::Dense,
-            Some(l) => {
-                dsv_spec::Lists::Blocks { query_group: l.query_group as u16, kv_block: l.kv_block as u16 }
-            }
-        };
-        Problem {
-            op,
-            dtype: dsv_spec::Dtype::Bf16,
-            head_dim: shape.head_dim as u16,
-            lists: list_kind,
-            batch: shape.batch as u32,
-            num_heads: shape.heads as u32,
-            num_kv_heads: shape.heads as u32,
-            seqlen_q: shape.seqlen_q as u32,
-            seqlen_kv: shape.seqlen_kv as u32,
-            max_selected: lists.map_or(0, |l| l.max_selected as u32),
-            deterministic: if op == AttnOp::Bwd { self.deterministic } else { Deterministic::No },
-        }
+        problem(op, shape, lists, self.deterministic)
     }
 
     /// Index of the plan of this problem, layout and scale, made at its first use.
@@ -496,29 +480,11 @@ impl CudaEngine {
 
     /// The attention problems of a run, for its kernels and its workspace.
     fn problems(&self, dims: &Dims) -> Vec<Problem> {
-        let shape = AttnShape {
-            batch: dims.batch,
-            heads: dims.heads,
-            seqlen_q: dims.seqlen,
-            seqlen_kv: dims.seqlen,
-            head_dim: dims.head_dim,
-            scale: 1.0,
-        };
-        let cross = AttnShape { seqlen_kv: dims.text_tokens, ..shape };
-        let mut problems = vec![self.problem(AttnOp::Bwd, &shape, None)];
-        if dims.text_tokens > 0 {
-            problems.push(self.problem(AttnOp::Bwd, &cross, None));
-        }
-        if let Some(lists) = &dims.lists {
-            problems.push(self.problem(AttnOp::Bwd, &shape, Some(lists)));
-        }
-        problems
+        problems(dims, self.deterministic)
     }
 
     fn scratch_layout(&self, dims: &Dims) -> scratch::Layout {
-        let workspace = |p: &Problem| dsv_runtime::MemoryNeeded::of(p).workspace as usize;
-        let attention = self.problems(dims).iter().map(workspace).max().unwrap_or(0);
-        scratch::Layout::new(attention.max(scratch::op_bytes(dims, self.ctas())))
+        scratch_layout(dims, self.deterministic, self.runtime.dispatch(), self.ctas())
     }
 
     /// Loads every kernel a run may launch, and finds out what it cannot do.
@@ -533,7 +499,7 @@ impl CudaEngine {
             let layouts = AttnLayouts::bshd(&problem);
             self.runtime.attention(&problem, &layouts, None).map_err(device_error)?;
         }
-        if let Some(lists) = &dims.lists {
+        if let Some(lists) = dims.lists.as_ref().filter(|_| dims.d_lr > 0) {
             self.load_list_kernels(lists, dims.d_lr)?;
         }
         let arch = self.device().arch().map_err(device_error)?;
@@ -549,6 +515,68 @@ impl CudaEngine {
         }
         Ok(())
     }
+}
+
+fn problem(
+    op: AttnOp,
+    shape: &AttnShape,
+    lists: Option<&ListShape>,
+    deterministic: Deterministic,
+) -> Problem {
+    let list_kind = match lists {
+        None => dsv_spec::Lists::Dense,
+        Some(l) => dsv_spec::Lists::Blocks { query_group: l.query_group as u16, kv_block: l.kv_block as u16 },
+    };
+    Problem {
+        op,
+        dtype: dsv_spec::Dtype::Bf16,
+        head_dim: shape.head_dim as u16,
+        lists: list_kind,
+        batch: shape.batch as u32,
+        num_heads: shape.heads as u32,
+        num_kv_heads: shape.heads as u32,
+        seqlen_q: shape.seqlen_q as u32,
+        seqlen_kv: shape.seqlen_kv as u32,
+        max_selected: lists.map_or(0, |l| l.max_selected as u32),
+        deterministic: if op == AttnOp::Bwd { deterministic } else { Deterministic::No },
+    }
+}
+
+/// The backwards of self-attention, dense and over lists, and of cross-attention.
+fn problems(dims: &Dims, deterministic: Deterministic) -> Vec<Problem> {
+    let shape = AttnShape {
+        batch: dims.batch,
+        heads: dims.heads,
+        seqlen_q: dims.seqlen,
+        seqlen_kv: dims.seqlen,
+        head_dim: dims.head_dim,
+        scale: 1.0,
+    };
+    let cross = AttnShape { seqlen_kv: dims.text_tokens, ..shape };
+    let backward = |shape, lists| problem(AttnOp::Bwd, shape, lists, deterministic);
+    let mut problems = vec![backward(&shape, None)];
+    if dims.text_tokens > 0 {
+        problems.push(backward(&cross, None));
+    }
+    if let Some(lists) = &dims.lists {
+        problems.push(backward(&shape, Some(lists)));
+    }
+    problems
+}
+
+/// What a run's ops take beside their operands. A problem that no kernel serves counts with the most any could take:
+/// loading the kernels says that there is none.
+fn scratch_layout(
+    dims: &Dims,
+    deterministic: Deterministic,
+    dispatch: &Dispatch,
+    ctas: usize,
+) -> scratch::Layout {
+    let workspace = |p: &Problem| {
+        MemoryNeeded::chosen(p, dispatch).unwrap_or_else(|_| MemoryNeeded::of(p)).workspace as usize
+    };
+    let attention = problems(dims, deterministic).iter().map(workspace).max().unwrap_or(0);
+    scratch::Layout::new(attention.max(scratch::op_bytes(dims, ctas)))
 }
 
 fn selection_problem(shape: &ListShape, d_lr: usize, rule: GroupRule) -> Result<SelectProblem, EngineError> {
@@ -623,7 +651,7 @@ fn token_sum(seqlen: usize, heads: usize, a: (&View, usize), b: (&View, usize)) 
     }
 }
 
-impl Engine for CudaEngine {
+impl DeviceFacts for CudaEngine {
     fn name(&self) -> String {
         format!("{}, bf16", self.device().info().name)
     }
@@ -648,6 +676,39 @@ impl Engine for CudaEngine {
         self.device().memory().ok().map(|(free, _)| (free as usize).saturating_sub(LIBRARIES_BYTES))
     }
 
+    fn sparse_cost(&self, shape: &AttnShape, query_group: usize, kv_block: usize) -> Option<SparseCost> {
+        sparse_cost(self.runtime.dispatch(), shape, query_group, kv_block)
+    }
+
+    fn rates(&self) -> Option<Rates> {
+        planned::rates(&self.device().info().name)
+    }
+
+    fn attention_us(&self, shape: &AttnShape, lists: Option<(&ListShape, f64)>) -> Option<f64> {
+        planned::attention_us(self.runtime.dispatch(), shape, lists)
+    }
+}
+
+fn sparse_cost(
+    dispatch: &Dispatch,
+    shape: &AttnShape,
+    query_group: usize,
+    kv_block: usize,
+) -> Option<SparseCost> {
+    let line = dispatch.table()?.crossover(
+        dsv_spec::Dtype::Bf16,
+        shape.head_dim as u16,
+        query_group as u16,
+        kv_block as u16,
+        shape.seqlen_kv as u32,
+    )?;
+    // More than 1: sparse never wins.
+    let percent = line.crossover.unwrap_or(200.0);
+    let source = format!("dispatch table at {} tokens, {} heads", line.seqlen, line.num_heads);
+    Some(SparseCost { crossover_sparsity: (percent / 100.0) as f32, source })
+}
+
+impl Engine for CudaEngine {
     fn reserve(&mut self, plan: &ArenaPlan, dims: &Dims) -> Result<(), EngineError> {
         assert_eq!(plan.precision(), Precision::Bf16, "the plan was made for another precision");
         self.load_kernels(dims)?;
@@ -667,20 +728,6 @@ impl Engine for CudaEngine {
         let staging = Staging::new(self.device()).map_err(device_error)?;
         self.memory = Some(Memory { arena, scratch, staging, layout });
         self.sync()
-    }
-
-    fn sparse_cost(&self, shape: &AttnShape, query_group: usize, kv_block: usize) -> Option<SparseCost> {
-        let line = self.runtime.dispatch().table()?.crossover(
-            dsv_spec::Dtype::Bf16,
-            shape.head_dim as u16,
-            query_group as u16,
-            kv_block as u16,
-            shape.seqlen_kv as u32,
-        )?;
-        // More than 1: sparse never wins.
-        let percent = line.crossover.unwrap_or(200.0);
-        let source = format!("dispatch table at {} tokens, {} heads", line.seqlen, line.num_heads);
-        Some(SparseCost { crossover_sparsity: (percent / 100.0) as f32, source })
     }
 
     fn sync(&mut self) -> Result<(), EngineError> {

@@ -6,7 +6,7 @@
 //!   [`Engine::sync`] wait for the device.
 //! * **No allocation.** After [`Engine::reserve`] nothing is allocated. What an engine needs beside
 //!   the buffers it is given comes from its own scratch range, whose size it states in
-//!   [`Engine::scratch_bytes`] for the largest problem of the run.
+//!   [`DeviceFacts::scratch_bytes`] for the largest problem of the run.
 //! * **Rounding.** Products accumulate in f32 (f64 in gradient tests) and are rounded once, when
 //!   stored in the dtype of the destination handle. Pointwise ops read their operands, compute in
 //!   f32, and round once per stored value. Sums over tokens (`bias_grad`, modulation gradients,
@@ -23,7 +23,7 @@ pub mod cuda;
 
 pub use arena::{Allocation, ArenaPlan, Buf, Dtype, Precision};
 pub use cpu::CpuEngine;
-pub use cuda::{CudaEngine, CudaOptions};
+pub use cuda::{CudaEngine, CudaOptions, PlannedGpu};
 pub use dsv_spec::GroupRule;
 
 use thiserror::Error;
@@ -264,7 +264,7 @@ pub struct Lists {
     /// `[B,H,G]`.
     pub q2k_count: Buf,
     /// `k2q_offset [B,H,N+1]` and `k2q_index [B,H,G*max_selected]`, when
-    /// [`Engine::needs_inverse_lists`].
+    /// [`DeviceFacts::needs_inverse_lists`].
     pub inverse: Option<(Buf, Buf)>,
 }
 
@@ -650,8 +650,20 @@ pub struct SparseCost {
     pub source: String,
 }
 
-/// A device that runs the trainer's ops. See the module's text for the rules.
-pub trait Engine {
+/// Sustained speeds of a device, for estimates.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rates {
+    /// FLOP a second of large bf16 products.
+    pub matmul: f64,
+    /// Bytes a second of memory read and written by row-wise kernels.
+    pub memory: f64,
+    /// FLOP a second of attention, where no table has a line for it.
+    pub attention: f64,
+}
+
+/// What is known of a device before anything is allocated on it: enough to lay a run out, to say whether it fits,
+/// and to guess how long it takes. A GPU that is not there has these facts too ([`PlannedGpu`]).
+pub trait DeviceFacts {
     /// Name for logs: device and precision.
     fn name(&self) -> String;
     /// Width of the engine's types.
@@ -665,11 +677,20 @@ pub trait Engine {
     fn scratch_bytes(&self, dims: &Dims) -> usize;
     /// Bytes the device has free for [`Engine::reserve`], `None` when not known.
     fn free_bytes(&self) -> Option<usize>;
+    /// What the engine knows of sparse against dense attention for this shape and block size.
+    fn sparse_cost(&self, shape: &AttnShape, query_group: usize, kv_block: usize) -> Option<SparseCost>;
+    /// Speeds to estimate with, where they are known.
+    fn rates(&self) -> Option<Rates>;
+    /// Microseconds of forward + backward of one self-attention, selection included, from the dispatch table's nearest
+    /// line scaled to the shape: dense, or over lists that skip this share of the keys. `None` without a line.
+    fn attention_us(&self, shape: &AttnShape, lists: Option<(&ListShape, f64)>) -> Option<f64>;
+}
+
+/// A device that runs the trainer's ops. See the module's text for the rules.
+pub trait Engine: DeviceFacts {
     /// Allocates the arena (zeroed) and the scratch; validates that every kernel the run needs
     /// exists. Called once, before any op.
     fn reserve(&mut self, plan: &ArenaPlan, dims: &Dims) -> Result<(), EngineError>;
-    /// What the engine knows of sparse against dense attention for this shape and block size.
-    fn sparse_cost(&self, shape: &AttnShape, query_group: usize, kv_block: usize) -> Option<SparseCost>;
 
     /// Waits for all ops and reports the device error flag.
     fn sync(&mut self) -> Result<(), EngineError>;

@@ -24,6 +24,7 @@ fn shape(mlp: MlpAct) -> ModelShape {
         eps: 1e-6,
         rope_base: 100.0,
         cube: 4,
+        window: None,
         predictor: Some(PredictorShape {
             layers: 2,
             d_lr: 4,

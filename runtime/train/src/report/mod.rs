@@ -330,9 +330,7 @@ fn facts(body: &mut String, runs: &[RunData]) {
         let v: Vec<f64> = r.steps.values().filter(|s| s.stage == 2).map(|s| s.sparse_share).collect();
         (!v.is_empty()).then(|| format!("{:.0} %", v.iter().sum::<f64>() / v.len() as f64 * 100.0))
     });
-    for (stage, label) in
-        [(0, "Tokens/s, full attention"), (1, "Tokens/s, stage 1"), (2, "Tokens/s, stage 2")]
-    {
+    for (stage, label) in [(0, "Tokens/s, baseline"), (1, "Tokens/s, stage 1"), (2, "Tokens/s, stage 2")] {
         row(label, &|r| r.speed(stage).map(plot::number));
     }
     row("Skipped updates", &|r| {

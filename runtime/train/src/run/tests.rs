@@ -78,6 +78,107 @@ fn a_whole_run_leaves_checkpoint_and_sample_and_can_be_evaluated() {
 }
 
 #[test]
+fn every_baseline_runs_resumes_and_is_evaluated_as_it_was_trained() {
+    use crate::config::Attention;
+    for attention in [Attention::Full, Attention::WaM, Attention::WaL, Attention::Fixed] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = config(dir.path());
+        config.dsv.attention = attention;
+        assert!(go(&config, Existing::Refuse, 5).0.unwrap().interrupted);
+        let (outcome, seen) = go(&config, Existing::Resume, u64::MAX);
+        assert_eq!(outcome.unwrap().step, 8);
+        let last = seen.iter().rev().find_map(|p| if let Progress::Eval(r) = p { Some(r) } else { None });
+        let last = last.unwrap();
+        assert_eq!(last.sparse_share, if attention == Attention::Full { 0.0 } else { 1.0 });
+        let mut trained = open_trained(dir.path(), None, 2, &[]).unwrap();
+        let data = Dataset::open(&trained.config).unwrap();
+        let again = eval::evaluate(
+            &mut *trained.engine,
+            &trained.model,
+            &trained.config,
+            &data,
+            &trained.attention,
+            trained.step,
+        );
+        let paired = again.unwrap().paired(last).unwrap();
+        assert!(paired.difference.abs() < 1e-6, "{attention:?}: {paired:?}");
+        // Another way to attend is another run, though the weights would fit.
+        config.dsv.attention = if attention == Attention::WaM { Attention::WaL } else { Attention::WaM };
+        let text = go(&config, Existing::Resume, 1).0.unwrap_err().to_string();
+        assert!(text.contains("dsv.attention: "), "{text}");
+    }
+}
+
+#[test]
+fn a_dense_model_trained_elsewhere_goes_straight_into_stage_one() {
+    use crate::config::Attention;
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(&dir.path().join("dense"));
+    config.dsv.attention = Attention::Full;
+    let (dense, seen) = go(&config, Existing::Refuse, u64::MAX);
+    let eval = |seen: &[Progress], step: u64| {
+        let at =
+            |p: &Progress| if let Progress::Eval(r) = p { (r.step == step).then(|| r.clone()) } else { None };
+        seen.iter().find_map(at).unwrap()
+    };
+    let trained = eval(&seen, 8);
+    // As someone else would keep them: other names, Q, K and V apart, one tensor more.
+    let checkpoint = checkpoint::open(&dense.unwrap().checkpoint).unwrap();
+    let mut theirs = vec![("vae.mean".to_string(), vec![1], vec![0.5f32])];
+    let mut map = String::new();
+    for view in checkpoint.tensors.views() {
+        let Some(ours) = view.name.strip_prefix("weight.") else { continue };
+        let values = view.to_f32().unwrap();
+        let name = format!("net/{ours}");
+        if ours.contains(".qkv.") {
+            let third = values.len() / 3;
+            let mut shape = view.shape.clone();
+            shape[0] /= 3;
+            let parts: Vec<String> = ["q", "k", "v"].iter().map(|p| format!("{name}.{p}")).collect();
+            for (part, values) in parts.iter().zip(values.chunks(third)) {
+                theirs.push((part.clone(), shape.clone(), values.to_vec()));
+            }
+            map += &format!("{ours:?} = {parts:?}\n");
+        } else {
+            theirs.push((name.clone(), view.shape.clone(), values));
+            map += &format!("{ours:?} = {name:?}\n");
+        }
+    }
+    let (weights, map_file) = (dir.path().join("theirs.safetensors"), dir.path().join("map.toml"));
+    let views: Vec<_> = theirs.iter().map(|(n, s, v)| TensorView::f32(n.clone(), s, v)).collect();
+    write_file(&RealDisk, &weights, |f| tensors::write(f, &views, &BTreeMap::new())).unwrap();
+    std::fs::write(&map_file, map).unwrap();
+
+    config.out.dir = dir.path().join("dsv");
+    config.dsv.attention = Attention::Dsv;
+    (config.train.init_weights, config.train.init_map) = (Some(weights), Some(map_file));
+    let (outcome, seen) = go(&config, Existing::Refuse, 3);
+    let imported =
+        seen.iter().find_map(|p| if let Progress::Imported(i) = p { Some(i.clone()) } else { None });
+    let imported = imported.unwrap();
+    assert!(imported.missing.is_empty() && imported.unmapped == ["vae.mean"], "{imported:?}");
+    let first = eval(&seen, 0);
+    let paired = first.paired(&trained).unwrap();
+    assert_eq!(paired.difference, 0.0, "the imported model is not the trained one: {paired:?}");
+    let stages: Vec<u8> = seen
+        .iter()
+        .filter_map(|p| if let Progress::Train(Event::Step(r)) = p { Some(r.stage) } else { None })
+        .collect();
+    assert_eq!(stages[..3], [1, 1, 1]);
+    // Once, before the first step: a resumed run has weights of its own.
+    assert!(outcome.unwrap().interrupted);
+    let (resumed, seen) = go(&config, Existing::Resume, u64::MAX);
+    assert_eq!(resumed.unwrap().step, 8);
+    assert!(!seen.iter().any(|p| matches!(p, Progress::Imported(_))));
+    // The checkpoint's own file needs no map.
+    config.out.dir = dir.path().join("again");
+    config.train.init_map = None;
+    config.train.init_weights = Some(checkpoint.path.join("model.safetensors"));
+    let (_, seen) = go(&config, Existing::Refuse, 1);
+    assert_eq!(eval(&seen, 0).paired(&trained).unwrap().difference, 0.0);
+}
+
+#[test]
 fn a_run_told_to_stop_writes_a_checkpoint_and_resumes_bit_for_bit() {
     let (whole, cut) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let expected = go(&config(whole.path()), Existing::Refuse, u64::MAX).0.unwrap();
@@ -124,7 +225,10 @@ fn a_run_that_cannot_fit_is_refused_before_it_allocates() {
     let mut config = config(dir.path());
     (config.model.layers, config.model.heads, config.model.head_dim) = (400, 64, 128);
     let text = go(&config, Existing::Refuse, 1).0.unwrap_err().to_string();
-    assert!(text.contains("cannot reserve") && text.contains("dsv-train plan"), "{text}");
+    assert!(
+        text.contains("does not fit") && text.contains("--set ") && text.contains("dsv-train plan"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -133,4 +237,26 @@ fn samples_stand_side_by_side() {
     let both = beside(&[video(1), video(2)]).unwrap();
     assert_eq!((both.frames, both.height, both.width), (2, 1, 5));
     assert_eq!(both.rgb[..15], [1, 1, 1, 1, 1, 1, 16, 16, 16, 2, 2, 2, 2, 2, 2]);
+}
+
+/// The CPU engine, with weights that turn to NaN in between.
+#[test]
+fn while_steps_are_skipped_the_last_good_checkpoint_stays_the_newest() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path());
+    (config.train.checkpoint_every, config.train.log_every, config.train.max_skipped) = (1, 1, 3);
+    let good = go(&config, Existing::Refuse, 2).0.unwrap();
+    assert_eq!(good.step, 2);
+    let before = weights(&good.checkpoint);
+    // A rate at which the first step after the checkpoint throws the weights out of f32's range.
+    config.train.lr = 1e38;
+    config.train.weight_decay = 0.0;
+    let (result, seen) = go(&config, Existing::Resume, u64::MAX);
+    let text = result.unwrap_err().to_string();
+    assert!(text.contains("3 steps in a row") && text.contains("no checkpoint was written since"), "{text}");
+    let skipped = |p: &&Progress| matches!(p, Progress::Train(Event::Step(r)) if r.skipped.is_some());
+    let first = seen.iter().position(|p| skipped(&p)).unwrap();
+    let saved = seen[first..].iter().any(|p| matches!(p, Progress::Checkpoint { .. }));
+    assert!(!saved, "a checkpoint after a skipped step: {:?}", &seen[first..]);
+    assert!(weights(&good.checkpoint) == before, "the checkpoint of step 2 changed");
 }
