@@ -379,6 +379,62 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "0d2a9eee19e9a2f1479ff512d13577dfbd6242c74bc4b34075ecec9c0b8b4e3e",
     },
     Kernel {
+        name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
+        ),
+        source_hash: "db00382350e88430d985db7df662bc341854e7dee726eb6f4424b3ae0ca88330",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
+        ),
+        source_hash: "15310836dddaf331a7d553a148c81cd6255c72d4b7683443e7c5373e486596ff",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
+        ),
+        source_hash: "4b9cb2182a077a4db1d0a98d9f3a9550e21b789990a60dff7de74c3e32df6ce1",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
+        ),
+        source_hash: "6c502bd3a90bc69d4d9df38a23f3bf19f3125633c67e5e707417de79fad89fd6",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
+        ),
+        source_hash: "26b67dee64de22bfec65d94ec103dde3af9d9171c210207368a7c66f49950343",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
+        ),
+        source_hash: "306a2ae72199f1eb1066361395b8f0bd025cd7f1376a66e0f775ea9775cbe6c6",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
+        ),
+        source_hash: "c595e6d0f28c2a22c2d290f4e2ba9db61398cb9201ef62ba1793ee5695fbe5e1",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
+        ),
+        source_hash: "d973c8136cc6f6652e1c1ae3339c20bc2e31183d35cd6b3b5db26f9987405fa0",
+    },
+    Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
         source_hash: "c67f2cd009ff3ab6712fd41586a58a7ea80c0a2b0cff9743e310e329bbff53d2",

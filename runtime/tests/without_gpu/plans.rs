@@ -1,10 +1,12 @@
 use crate::problem;
 use dsv_runtime::{AttnLayouts, Error, Layout, ListShape, MemoryNeeded, SelectProblem};
 use dsv_spec::params::{
-    AdamW, AttnBwd, AttnBwdDq, AttnBwdPost, AttnBwdPrep, AttnFwd, KvInvert, KvSelect, KvValidate,
+    AdamW, AttnBwd, AttnBwdDq, AttnBwdPost, AttnBwdPrep, AttnFwd, KvInvert, KvSelect, KvSelectFine,
+    KvValidate,
 };
 use dsv_spec::{
-    Arch, AttnOp, Deterministic, GroupRule, KernelSpec, ListOp, Lists, PointwiseOp, Problem, limits, space,
+    Arch, AttnOp, Deterministic, GroupRule, KernelSpec, ListOp, Lists, PointwiseOp, Problem, SelectOp,
+    limits, space,
 };
 
 fn problems(error: Error) -> Vec<String> {
@@ -128,7 +130,8 @@ fn launch_parameters_have_the_size_the_facts_say() {
                 AttnOp::BwdDq => size_of::<AttnBwdDq>(),
                 AttnOp::BwdPost => size_of::<AttnBwdPost>(),
             },
-            KernelSpec::Select(_) => size_of::<KvSelect>(),
+            KernelSpec::Select(s) if s.op() == SelectOp::Rows => size_of::<KvSelect>(),
+            KernelSpec::Select(_) => size_of::<KvSelectFine>(),
             KernelSpec::List(s) if s.op == ListOp::Invert => size_of::<KvInvert>(),
             KernelSpec::List(_) => size_of::<KvValidate>(),
             KernelSpec::Pointwise(s) if s.op == PointwiseOp::AdamW => size_of::<AdamW>(),
