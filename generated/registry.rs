@@ -383,56 +383,56 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "db00382350e88430d985db7df662bc341854e7dee726eb6f4424b3ae0ca88330",
+        source_hash: "8253cd1030bb5c2822d3b3021f9625f3170f64160fca49d74383cba14792155e",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "15310836dddaf331a7d553a148c81cd6255c72d4b7683443e7c5373e486596ff",
+        source_hash: "4afc5d748f42237d6d75025ecc459baf7d08772d09393ea2dc981d27c06c27ce",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "4b9cb2182a077a4db1d0a98d9f3a9550e21b789990a60dff7de74c3e32df6ce1",
+        source_hash: "a0535f9523f0b27358639bfda5ef211a16c80096baefd176ed1895326b580edf",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "6c502bd3a90bc69d4d9df38a23f3bf19f3125633c67e5e707417de79fad89fd6",
+        source_hash: "d493930cf1ffbf51c38981eab34deb809a9d2006dbf101dab2fc9fa7903da582",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "26b67dee64de22bfec65d94ec103dde3af9d9171c210207368a7c66f49950343",
+        source_hash: "f7f354ef58516de5bc155c2293a0691aa9d667f9d13ac1ece1cafebc97605d39",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "306a2ae72199f1eb1066361395b8f0bd025cd7f1376a66e0f775ea9775cbe6c6",
+        source_hash: "00378ff441d91bc489ee1eaae360c3fe08c192409973be29cf42ae1cb20a320a",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "c595e6d0f28c2a22c2d290f4e2ba9db61398cb9201ef62ba1793ee5695fbe5e1",
+        source_hash: "d0ed3cc3ffd3b2b0dc0763971297fd6f27196c86bac1c7815f393845fa26298c",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "d973c8136cc6f6652e1c1ae3339c20bc2e31183d35cd6b3b5db26f9987405fa0",
+        source_hash: "fab8ce97580dd02b8fa0b078e721055ff22ee1958b37687368389595ccebe72e",
     },
     Kernel {
         name: "kv_validate_sm90a",

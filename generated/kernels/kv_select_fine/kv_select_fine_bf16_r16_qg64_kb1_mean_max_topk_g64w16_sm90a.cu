@@ -10,8 +10,8 @@
 // ordered integers around each group's k-th score by a histogram of 512 bins (9 bits a pass); the last one sets a bit a
 // unit and turns the bits into ids. Tokens: two passes over every 16th key first, so that only the neighbourhood of
 // the k-th score meets the atomics.
-// Floors for 268M scores (H=16, S=32,768, groups of 64) on 132 SMs at 1.7 GHz: a pass 15 us of mma.sync, 16 us of max
-// where units are blocks, 20 us of k_lr through L2; tokens' ids 36 us of stores.
+// Floors for 268M scores (H=16, S=32,768, groups of 64) on 132 SMs at 1.7 GHz: a pass 15 us of mma.sync, 18 us of max
+// where units are blocks, 20 us of k_lr through L2; tokens' ids 36 us of stores. Estimates in kv.md.
 // Budget: 512 threads, one CTA an SM, under 128 registers; 133 KB of shared memory, most of it bins.
 #include "dsv/mma.cuh"
 #include "dsv/types.cuh"
@@ -229,7 +229,6 @@ __device__ __forceinline__ void walk(
     const int lane = lane_index();
     const int warp = warp_index();
     const auto step_of = [&](int turn) { return (turn / kRun * kWarps + warp) * kRun + turn % kRun; };
-    const int64 own_first = static_cast<int64>(group0) * kQueryGroup;
     uint2 keys[4];
     load_keys(p, step_of(0), 0, stride, keys);
 #pragma unroll 1
@@ -238,10 +237,10 @@ __device__ __forceinline__ void walk(
         const int next_step = step_of(turn + 1);
         const int first = step * kStepKeys * stride;
         const int end = first + kStepKeys * stride;
+        const int own_first = group0 * kQueryGroup;
         if (first < p.seqlen_kv) {
-            const bool is_tail = end > p.seqlen_kv;
             const bool is_judged =
-                is_tail || first < p.keep_first ||
+                end > p.seqlen_kv || first < p.keep_first ||
                 (p.keep_own != 0 && first < own_first + kGroups * kQueryGroup && end > own_first);
             const int unit = step * kStepUnits + lane % 4 * kLaneUnits;
             float best[kGroupTiles][2];
@@ -280,11 +279,7 @@ __device__ __forceinline__ void walk(
                             }
                             visit(tile, half, scores[half], unit);
                         } else {
-                            const int valid = p.seqlen_kv - unit * kKvBlock - 8 * chunk;
-#pragma unroll
-                            for (int i = 0; i < 8; ++i) {
-                                if (is_tail && i >= valid) scores[half][i] = -kInf;
-                            }
+                            // Keys past the end are the last key once more: no maximum is changed.
 #pragma unroll
                             for (int apart = 4; apart > 0; apart /= 2) {
 #pragma unroll
@@ -336,22 +331,23 @@ __device__ __forceinline__ void fill_bins(
             const uint32 top = min(row.last == 0x7fffffffu ? row.last - 1 : row.last, ~kLowest);
             last[tile][half] = searches ? unordered(top) : -kInf;
             origin[tile][half] = row.low;
-            shift[tile][half] = searches ? row.shift : 0;
+            shift[tile][half] = row.shift;
         }
     }
+    uint32* lane_bins = shared.bins[lane / 4];
     const int steps = ((p.seqlen_kv + stride - 1) / stride + kStepKeys - 1) / kStepKeys;
     walk<1>(
         p, proxies, group0, stride, (steps + kWarps - 1) / kWarps,
         [&](int tile, int half, const float(&scores)[kLaneUnits], int) {
             const int row = 16 * tile + 8 * half + lane / 4;
-            uint32* bins = shared.bins[row];
             // One score a step: registers are dearer than a load.
             const uint32 from = kLaneUnits > 1 ? origin[tile][half] : shared.rows[row].low;
             const int bits = kLaneUnits > 1 ? shift[tile][half] : shared.rows[row].shift;
 #pragma unroll
             for (int i = 0; i < kLaneUnits; ++i) {
                 if (scores[i] >= low[tile][half] && scores[i] <= last[tile][half]) {
-                    atomicAdd(bins + ((ordered(scores[i]) - from) >> bits), 1u);
+                    const uint32 bin = (ordered(scores[i]) - from) >> bits;
+                    atomicAdd(lane_bins + bin + (16 * tile + 8 * half) * kBinStride, 1u);
                 }
             }
             if (kMaySample && counts) {
