@@ -34,14 +34,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ee273493f74d6ef12bf9bf48137a6f772b30b40e15405da1d3178a0d36fecb7c",
+        source_hash: "e86bb26092d0050f50e3e9fb66138b092c339a2b48de124f044bd3919dbd1a73",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "5a289d08e734660a7e8fc7d1918275270e14d24c6585153f13031eafec156acc",
+        source_hash: "369691b5e59bece8a7328ec2f00ffb4a9a4239b53248db85376cc7c6f8659969",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
@@ -55,21 +55,21 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ac04d6d3d2951f6277c460076415a16e1e0fb8eaab543f883ca84cf3f7bb7828",
+        source_hash: "0503589fdac4592469596322618b360728a0e1bc0cc0e8229cf887a76d98aca3",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f8ff82973c049c2bdb23e8ad597163e836975b40f2abdbad82ef8919cd7f5af1",
+        source_hash: "e950694dd8033474869e25ec178e92dd5292ece166fc937f23984fe060c4510d",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "eb5deca19d27c92b04a1ba400131b4caf7312b9c9f3b92dca016561e7846d0ce",
+        source_hash: "c8cbb1ef742d2ee5ab83d55646c1e0aac71bded13cefc9190bbbc723b80bdc00",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
@@ -90,35 +90,49 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1a70193674b18a2dc46de1e79deec66952a5775923afc6a71a6ec15fe37a3baa",
+        source_hash: "ef636a8c9dfb050b25024fdda92d919d94babb9e07fa4d76ffc06d422d8e2e01",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "1724fc3716e931e5a451433be9d65d04c26ffd365f5fcb427e65ea0eed6a0837",
+        source_hash: "6322f4d0b1ece32e98caf97b3f30814dce9570cf267b074c5fa6f3fd469cf3d7",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "16d787d2792880fc324592e9c7c256ed634cb98e87688455c57b04ee08fa55ae",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "3177e1d6a4eb3fa4c1c772dee7177fd38eadadd480cc55cd3a5a59f3109c44aa",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "2ad43baa99712d0a2c97b0bc83919d1f6d901fb9f9f8bcb6a6cf5c842f746ccd",
+        source_hash: "2ff3ca4b43c641ef443be5a19b259a6eb8934e4441121a3ff9e4a9211d6ff9c9",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "862bc7bc2d0800bb2d31193549ee32e8f6c959adce8a4a5fe38f98da64a85170",
+        source_hash: "350437305ac5762867974922ca6510d189abe006f6edca5a82a6f46516b7868f",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4e2548b5088986d45d8f161806e5a7b2f2333ab183a01bffd3500c33780797ca",
+        source_hash: "770b0c95e738238181086e7c2582bcde35f634cc9cae2b30ec0521828f1f85b4",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -132,35 +146,35 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "341c9718d089f17766261326e696f9d43c1f74d675ece84661ceacc59f19d487",
+        source_hash: "82d2c75ab70f1e8337b45dfbef9116f70ff36c66403f75a9e4155a5176a67a20",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b9f1212cb3ca2f5ff77c2c2ea53c795b6cfcb4e3b33653feaec89429b0391cad",
+        source_hash: "87984e131f742b26e261154b581ff27841d2d31e827573ebad084f4f2523974d",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "cc5c4014b6b9f8d9fac059fb79138cfc92816e383ea5c244335d9594620ff728",
+        source_hash: "278cc274b99b9b54a7295012b8b07bd1787d13845381eb3b9182496a015b8b2d",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a1353c596e99d123e7e9ec78fc45dc275146625a97bc1458c157952bab3c2142",
+        source_hash: "391b482a9aa9eb1c7902be4f58fe23bc8890dbf901f6889d34c9f7134d79cb82",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "279be772e6f0c3f8cc18fbd22ebdbdf6dc4c22e769987e4b7f40b9e5745f01c4",
+        source_hash: "7386c13b501949c64b817bf4bf7a658eea44697679d047f84c1e23f22af51a0d",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -174,7 +188,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "afb666265b2649d45cae79300eba3cbd1ef75d7dc461dd7a9fe7e79d43c4650f",
+        source_hash: "6a4cb2aa4d612081ee20f7f474205e0045b7114b300d5503290257a294e042b1",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -188,14 +202,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "e70b4c5d25accfa46a2a26bc9f444af9a27109eb12a7072be65d7cb7e39dae84",
+        source_hash: "cbd9f0cc4b1b535a798772734a5c26f8c0e27082a9d7d9d805940720b3c7c154",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "086d88761777ae7fba5ff00f77d97dc44f3f150a74236a4c7a79b26fd95c21d8",
+        source_hash: "3bd3d2082772a96717c671752507f7dcc035e017e0b1bba457baab1c6b6974e7",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
@@ -527,6 +541,118 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
         source_hash: "0d2a9eee19e9a2f1479ff512d13577dfbd6242c74bc4b34075ecec9c0b8b4e3e",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm80",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm80.cu"
+        ),
+        source_hash: "18be0f571ec84ef79f83808030403088b9597fe836b0dd13e6775223b4f7a4a0",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
+        ),
+        source_hash: "621354d22119c31461de785098262f80e556067f83319fb309709ec9c934c41d",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm80",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm80.cu"
+        ),
+        source_hash: "a8223430ddeeb90afaa9c23a8692b764c6db828ce1532f4cb9400a4a2fd465a2",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
+        ),
+        source_hash: "a303665d98d49e19da9b7caa894644871afdb9d49566b65a57d28853c881a40a",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm80",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm80.cu"
+        ),
+        source_hash: "a3541902e8f7687098d1b9b110e951e3ac7a633a677ac702f45f10408406e87c",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
+        ),
+        source_hash: "74322c7a0615a1da515e866d8a814c4d01b0fd43f41cb8d4adadeb414ad440d5",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm80",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm80.cu"
+        ),
+        source_hash: "0357d018efa2b1592934e9178feb15f0a699a527689df4bfdd04b24b1b47c53d",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
+        ),
+        source_hash: "ad2e98e349f0d79103254905e9818ca443f8c5978865ee496c2cce51cd8e6310",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm80",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm80.cu"
+        ),
+        source_hash: "18ba1e838ecedc027621521e64eefc3214a4a462483eef38f9b69719edb430b6",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
+        ),
+        source_hash: "53e075ab4b799ed06d9454ee2f08f7115f5729b9987c1e4d2e416a4eabb9c763",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm80",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm80.cu"
+        ),
+        source_hash: "effd49248e8a78a8642494b8469fde32735cf2763a0c7d99d2d5a14cf72a62a9",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
+        ),
+        source_hash: "abbdaccbe926b48cacbaf854781d53156c97a37b932acca9eb08c10d2d75e28d",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm80",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm80.cu"
+        ),
+        source_hash: "16234fcd801b9f5ebd840da6cd8f038fc9d0214cd2e8d79ad323813e590ccc88",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
+        ),
+        source_hash: "b73009db773a3ace1cae7c098121de7d0d6fd9085752d8a59c22acf1aab56869",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm80",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm80.cu"
+        ),
+        source_hash: "4c0b810c6bf9240ea75bc347624513c27392326815ee94a8fc54098ac2101644",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
+        ),
+        source_hash: "c07b0704e1d60df4b303dac703395c66fd5bc23edf22c889556cc47cb79e895c",
     },
     Kernel {
         name: "kv_validate_sm80",

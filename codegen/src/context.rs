@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use dsv_spec::{AttnTile, Deterministic, Dtype, Facts, GroupRule, KernelSpec, Schedule, Sparsity};
+use dsv_spec::{AttnTile, Deterministic, Dtype, Facts, GroupRule, KernelSpec, Schedule, SelectOp, Sparsity};
 
 /// Variables of a template by name.
 pub(crate) type Variables = BTreeMap<&'static str, String>;
@@ -56,7 +56,15 @@ pub(crate) fn variables(spec: &KernelSpec) -> Variables {
             v.insert("kv_block", s.kv_block().to_string());
             v.insert("groups_per_cta", s.tile().groups.to_string());
             v.insert("warps", s.tile().warps.to_string());
-            v.insert("group_rule_centre", (s.group_rule() == GroupRule::Centre).to_string());
+            match s.op() {
+                SelectOp::Rows => {
+                    v.insert("group_rule_centre", (s.group_rule() == GroupRule::Centre).to_string());
+                }
+                SelectOp::Fine => {
+                    v.insert("group_rule_mean", (s.group_rule() == GroupRule::Mean).to_string());
+                    v.insert("queries", s.group_rule().queries().to_string());
+                }
+            }
         }
         KernelSpec::List(_) => {}
         KernelSpec::Pointwise(s) => {
@@ -96,8 +104,9 @@ pub(crate) fn describe(spec: &KernelSpec) -> String {
             )
         }
         KernelSpec::Select(s) => format!(
-            "kv_select, {}, rank {}, query_group {}, kv_block {}, {} query, {} score, {};\n\
+            "{}, {}, rank {}, query_group {}, kv_block {}, {} query, {} score, {};\n\
              // groups per CTA {}, warps {}",
+            s.op(),
             s.dtype(),
             s.rank(),
             s.query_group(),

@@ -17,6 +17,7 @@ mod nvml;
 mod optimizer;
 mod registry;
 mod report;
+mod select;
 
 pub use attention::{AttnLayouts, AttnPlan, BackwardKernels, BwdArgs, FwdArgs, KeyLists, QueryLists};
 pub use device::{Device, DeviceBuffer, Stream};
@@ -30,6 +31,7 @@ pub use nvml::Clocks;
 pub use optimizer::AdamWPlan;
 pub use registry::{KernelText, Registry};
 pub use report::{Notice, Report, silent};
+pub use select::{FineArgs, FinePlan, FineProblem, Keep};
 
 use dsv_spec::{
     Arch, AttnOp, Dtype, GroupRule, KernelSpec, ListOp, ListSpec, PointwiseOp, PointwiseSpec, Problem, space,
@@ -169,6 +171,36 @@ impl Runtime {
         SelectPlan::new(problem, q_lr, k_lr, self.kernels.load(&KernelSpec::Select(spec))?)
     }
 
+    /// A plan for selecting KV lists of any granularity, single tokens included.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] with every problem, [`Error::NoKernel`], or why the kernel cannot be loaded.
+    pub fn fine_selection(
+        &self,
+        problem: &FineProblem,
+        q_lr: Layout,
+        k_lr: Layout,
+    ) -> Result<FinePlan, Error> {
+        let FineProblem { query_group, kv_block, group_rule, .. } = *problem;
+        let spec = space::default_select_fine(query_group, kv_block, group_rule, self.arch)
+            .ok_or_else(|| no_fine_selection(query_group, kv_block, group_rule, self.arch))?;
+        FinePlan::new(problem, q_lr, k_lr, self.kernels.load(&KernelSpec::Select(spec))?)
+    }
+
+    /// As [`Runtime::fine_selection`], with the caller's own `kv_select_fine`.
+    ///
+    /// # Errors
+    /// As [`Runtime::fine_selection`]; also a kernel that does not serve the problem.
+    pub fn fine_selection_with(
+        &self,
+        problem: &FineProblem,
+        q_lr: Layout,
+        k_lr: Layout,
+        kernel: Arc<Kernel>,
+    ) -> Result<FinePlan, Error> {
+        FinePlan::new(problem, q_lr, k_lr, kernel)
+    }
+
     /// A plan for inverting and validating KV lists.
     ///
     /// # Errors
@@ -189,6 +221,15 @@ impl Runtime {
         let kernel = self.kernels.load(&KernelSpec::Pointwise(spec))?;
         Ok(AdamWPlan::new(kernel, self.device.info().multiprocessors))
     }
+}
+
+fn no_fine_selection(query_group: u16, kv_block: u16, rule: GroupRule, arch: Arch) -> Error {
+    Error::NoKernel(format!(
+        "no kernel for kv_select_fine, query_group {query_group}, kv_block {kv_block}, {rule} on {arch}\n  (query_group, \
+         kv_block) available: {:?}\n  to add it: put ({query_group}, {kv_block}) in SHIPPED_GRANULARITIES \
+         (codegen/spec/src/space.rs), then dsv-codegen --arch {arch}",
+        space::SHIPPED_GRANULARITIES
+    ))
 }
 
 fn no_selection(query_group: u16, kv_block: u16, rule: GroupRule, arch: Arch) -> Error {

@@ -79,7 +79,7 @@ impl ListShape {
         if problems.is_empty() { Ok(()) } else { Err(Error::Plan { what: "KV lists".to_string(), problems }) }
     }
 
-    fn collect(&self, problems: &mut Vec<String>) {
+    pub(crate) fn collect(&self, problems: &mut Vec<String>) {
         let sizes = [
             ("batch", self.batch, 65_535),
             ("num_heads", self.num_heads, 65_535),

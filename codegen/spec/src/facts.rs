@@ -1,6 +1,6 @@
 use crate::attn::{AttnOp, AttnSpec, AttnTile};
 use crate::params;
-use crate::select::SelectSpec;
+use crate::select::{SelectOp, SelectSpec};
 use crate::types::{Arch, Deterministic};
 use crate::{KernelSpec, ListOp};
 
@@ -140,15 +140,28 @@ impl Facts {
     }
 
     fn of_select(spec: &SelectSpec) -> Facts {
+        let (smem_bytes, params_bytes) = match spec.op() {
+            SelectOp::Rows => (0, size_of::<params::KvSelect>()),
+            SelectOp::Fine => (select_fine_smem_bytes(spec), size_of::<params::KvSelectFine>()),
+        };
         Facts {
             threads: 32 * spec.tile().warps as u32,
             ctas_per_sm: 1,
-            smem_bytes: 0,
-            params_bytes: size_of::<params::KvSelect>() as u32,
+            smem_bytes,
+            params_bytes: params_bytes as u32,
             consumer_registers: 0,
             producer_registers: 0,
         }
     }
+}
+
+/// Shared memory of a `kv_select_fine` CTA: for each group 512 bins, whose room later serves two bits for each of two
+/// tiles of 1024 units, and 1024 ids a warp; the groups' searches and counts; 64 queries.
+fn select_fine_smem_bytes(spec: &SelectSpec) -> u32 {
+    let (groups, warps) = (spec.tile().groups as u32, spec.tile().warps as u32);
+    let bins = groups * (512 + 4) * 4;
+    let bits = 2 * 2 * groups * (32 + 1) * 4 + warps * 1024 * 2;
+    bins.max(bits) + groups * (32 + 4) + 64 * spec.rank() as u32 * spec.dtype().bytes()
 }
 
 /// Dynamic shared memory of an attention CTA: the tiles; on sm90a also 1 KB for barriers and row statistics' alignment,

@@ -4,7 +4,7 @@ use crate::attn::{AttnOp, AttnSpec, AttnTile, Lists, Schedule, Sparsity};
 use crate::error::NameError;
 use crate::lists::{ListOp, ListSpec};
 use crate::pointwise::{PointwiseOp, PointwiseSpec};
-use crate::select::{BlockScore, GroupRule, SelectSpec, SelectTile};
+use crate::select::{BlockScore, Budget, GroupRule, SelectOp, SelectSpec, SelectTile};
 use crate::types::{Arch, Deterministic, Dtype};
 use crate::{KernelSpec, SpecError};
 use std::fmt;
@@ -24,19 +24,15 @@ impl fmt::Display for KernelSpec {
                 write!(f, "_m{block_m}n{block_n}_g{groups}c{consumers}s{stages}x{cluster}_{schedule}")?;
                 write!(f, "_{}_{}", s.deterministic(), s.arch())
             }
-            KernelSpec::Select(s) => write!(
-                f,
-                "kv_select_{}_r{}_qg{}_kb{}_{}_{}_g{}w{}_{}",
-                s.dtype(),
-                s.rank(),
-                s.query_group(),
-                s.kv_block(),
-                s.group_rule(),
-                s.block_score(),
-                s.tile().groups,
-                s.tile().warps,
-                s.arch()
-            ),
+            KernelSpec::Select(s) => {
+                let SelectTile { groups, warps } = s.tile();
+                write!(f, "{}_{}_r{}_qg{}_kb{}", s.op(), s.dtype(), s.rank(), s.query_group(), s.kv_block())?;
+                write!(f, "_{}_{}", s.group_rule(), s.block_score())?;
+                if s.op() == SelectOp::Fine {
+                    write!(f, "_{}", s.budget())?;
+                }
+                write!(f, "_g{groups}w{warps}_{}", s.arch())
+            }
             KernelSpec::List(s) => write!(f, "{}_{}", s.op, s.arch),
             KernelSpec::Pointwise(s) => {
                 write!(f, "{}_{}_d{}_v{}_{}", s.op, s.dtype, s.dim, s.vector, s.arch)
@@ -98,7 +94,8 @@ impl FromStr for KernelSpec {
             |reason: &str| NameError::Grammar { name: name.to_string(), reason: reason.to_string() };
         // An op's name is a prefix of another's (attn_bwd, attn_bwd_prep): the longest that fits is meant.
         let ops = AttnOp::ALL.iter().map(|o| o.name()).chain(ListOp::ALL.iter().map(|o| o.name()));
-        let ops = ops.chain(PointwiseOp::ALL.iter().map(|o| o.name())).chain(["kv_select"]);
+        let ops = ops.chain(PointwiseOp::ALL.iter().map(|o| o.name()));
+        let ops = ops.chain(SelectOp::ALL.iter().map(|o| o.name()));
         let op = ops
             .filter(|op| name.strip_prefix(op).is_some_and(|rest| rest.starts_with('_')))
             .max_by_key(|op| op.len())
@@ -137,29 +134,37 @@ impl FromStr for KernelSpec {
             KernelSpec::Pointwise(
                 PointwiseSpec::new(op, dtype, dim, vector.min(255) as u8, arch).map_err(infeasible)?,
             )
-        } else {
+        } else if let Some(op) = SelectOp::from_name(op) {
             let dtype = fields.token("dtype", Dtype::from_name)?;
             let [rank] = fields.numbers("rank", ["r"])?;
             let [query_group] = fields.numbers("query_group", ["qg"])?;
             let [kv_block] = fields.numbers("kv_block", ["kb"])?;
             let group_rule = fields.token("group rule", GroupRule::from_name)?;
             let block_score = fields.token("block score", BlockScore::from_name)?;
+            let budget = match op {
+                SelectOp::Rows => Budget::TopK,
+                SelectOp::Fine => fields.token("budget", Budget::from_name)?,
+            };
             let [groups, warps] = fields.numbers("tile", ["g", "w"])?.map(|v| v.min(255) as u8);
             let arch = fields.arch()?;
             let tile = SelectTile { groups, warps };
             KernelSpec::Select(
                 SelectSpec::new(
+                    op,
                     dtype,
                     rank.min(255) as u8,
                     query_group,
                     kv_block,
                     group_rule,
                     block_score,
+                    budget,
                     tile,
                     arch,
                 )
                 .map_err(infeasible)?,
             )
+        } else {
+            return Err(grammar("it begins with an op that no family of kernels has"));
         };
         if spec.to_string() != name {
             return Err(grammar(&format!("the kernel it describes is named {spec}")));

@@ -284,6 +284,48 @@ pub struct KvSelect {
     pub max_selected: i32,
 }
 
+/// Launch parameters of `kv_select_fine`. Grid: (ceil(G / groups of a CTA), H, B).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct KvSelectFine {
+    /// Low-rank queries [B, seqlen_q, H, rank].
+    pub q_lr: TensorView,
+    /// Low-rank keys [B, seqlen_kv, H, rank].
+    pub k_lr: TensorView,
+    /// i32 [H]: KV units to keep per head, 0 to min(N, max_selected).
+    pub top_k: u64,
+    /// i32 [B, H, G, max_selected] out; 0 when not wanted.
+    pub q2k_index: u64,
+    /// i32 [B, H, G] out.
+    pub q2k_count: u64,
+    /// u32 [B, H, G, ceil(N / 32)] out: bit n % 32 of word n / 32 says whether unit n is listed; 0 when not wanted.
+    pub bitmap: u64,
+    /// f32 [B, H, G, N] out, for tests; 0 when not wanted.
+    pub scores: u64,
+    /// i32 [1].
+    pub error_flag: u64,
+    /// Sequences.
+    pub batch: i32,
+    /// Heads.
+    pub num_heads: i32,
+    /// Query tokens.
+    pub seqlen_q: i32,
+    /// KV tokens.
+    pub seqlen_kv: i32,
+    /// G.
+    pub num_groups: i32,
+    /// N.
+    pub num_kv_blocks: i32,
+    /// Width of the lists.
+    pub max_selected: i32,
+    /// KV units with one of the first `keep_first` tokens score +inf.
+    pub keep_first: i32,
+    /// Not 0: KV units with a token of the group's own score +inf.
+    pub keep_own: i32,
+    /// Keeps the struct's size a multiple of 8.
+    pub reserved: i32,
+}
+
 /// Launch parameters of `kv_invert`. Grid: (ceil(N / 64), H, B); dynamic shared memory
 /// `64 * ceil(G / 32) * 4` bytes.
 #[repr(C)]

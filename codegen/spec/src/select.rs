@@ -2,12 +2,38 @@ use crate::error::SpecError;
 use crate::types::{Arch, Dtype, tokens};
 
 tokens! {
-    /// How a query group's low-rank queries become one proxy query (paper: one proxy a group).
+    /// Which kernel selects.
+    SelectOp {
+        /// All block scores of 16 groups in shared memory: coarse blocks, at most about 3,600 of them.
+        Rows = "kv_select",
+        /// Scores recomputed in every pass and never stored: any kv_block, any number of them.
+        Fine = "kv_select_fine",
+    }
+}
+
+tokens! {
+    /// How a query group's low-rank queries speak for it (paper: one proxy a group).
     GroupRule {
         /// The query of the token at index floor(len / 2) of the group.
         Centre = "centre",
         /// The mean of the group's queries.
         Mean = "mean",
+        /// The largest of four queries' scores: those at indices floor(len (2 i + 1) / 8), i = 0 to 3. Only in
+        /// [`SelectOp::Fine`].
+        Max4 = "max4",
+    }
+}
+
+impl GroupRule {
+    /// The rules that make one query of a group's, which every selection kernel serves.
+    pub const PROXIES: [GroupRule; 2] = [GroupRule::Centre, GroupRule::Mean];
+
+    /// Queries that are scored for each group.
+    pub const fn queries(self) -> u8 {
+        match self {
+            GroupRule::Centre | GroupRule::Mean => 1,
+            GroupRule::Max4 => 4,
+        }
     }
 }
 
@@ -16,6 +42,14 @@ tokens! {
     BlockScore {
         /// The largest.
         Max = "max",
+    }
+}
+
+tokens! {
+    /// What says how many KV units a group keeps.
+    Budget {
+        /// A number for each head.
+        TopK = "topk",
     }
 }
 
@@ -31,12 +65,14 @@ pub struct SelectTile {
 /// Everything baked into one critical-KV selection kernel: low-rank scores, block score, exact top-k per group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SelectSpec {
+    op: SelectOp,
     dtype: Dtype,
     rank: u8,
     query_group: u16,
     kv_block: u16,
     group_rule: GroupRule,
     block_score: BlockScore,
+    budget: Budget,
     tile: SelectTile,
     arch: Arch,
 }
@@ -47,12 +83,14 @@ impl SelectSpec {
     /// # Errors
     /// The first rule the fields break.
     pub fn new(
+        op: SelectOp,
         dtype: Dtype,
         rank: u8,
         query_group: u16,
         kv_block: u16,
         group_rule: GroupRule,
         block_score: BlockScore,
+        budget: Budget,
         tile: SelectTile,
         arch: Arch,
     ) -> Result<SelectSpec, SpecError> {
@@ -65,18 +103,48 @@ impl SelectSpec {
         if ![64, 128, 256].contains(&query_group) {
             return Err(SpecError::new("query_group", query_group, "64, 128 or 256"));
         }
-        if ![64, 128].contains(&kv_block) {
-            return Err(SpecError::new("kv_block", kv_block, "64 or 128 with the block template"));
+        match op {
+            SelectOp::Rows => {
+                if ![64, 128].contains(&kv_block) {
+                    let allowed = "64 or 128 in kv_select; smaller blocks and tokens are kv_select_fine's";
+                    return Err(SpecError::new("kv_block", kv_block, allowed));
+                }
+                if group_rule.queries() != 1 {
+                    let allowed =
+                        "centre or mean in kv_select; rules of several queries are kv_select_fine's";
+                    return Err(SpecError::new("group_rule", group_rule, allowed));
+                }
+                if tile.groups != 16 {
+                    return Err(SpecError::new("groups", tile.groups, "16: rows of one mma.sync product"));
+                }
+                if !matches!(tile.warps, 4 | 8 | 16) {
+                    return Err(SpecError::new("warps", tile.warps, "4, 8 or 16"));
+                }
+            }
+            SelectOp::Fine => {
+                if ![1, 8, 16, 64, 128].contains(&kv_block) {
+                    return Err(SpecError::new("kv_block", kv_block, "1, 8, 16, 64 or 128"));
+                }
+                if tile.groups * group_rule.queries() != 64 {
+                    let allowed = "64 over the rule's queries: centre and mean 64, max4 16";
+                    return Err(SpecError::new("groups", tile.groups, allowed));
+                }
+                if tile.warps != 16 {
+                    return Err(SpecError::new(
+                        "warps",
+                        tile.warps,
+                        "16: two words of units a warp fill a tile",
+                    ));
+                }
+            }
         }
-        if tile.groups != 16 {
-            return Err(SpecError::new("groups", tile.groups, "16: rows of one mma.sync product"));
-        }
-        if !matches!(tile.warps, 4 | 8 | 16) {
-            return Err(SpecError::new("warps", tile.warps, "4, 8 or 16"));
-        }
-        Ok(SelectSpec { dtype, rank, query_group, kv_block, group_rule, block_score, tile, arch })
+        Ok(SelectSpec { op, dtype, rank, query_group, kv_block, group_rule, block_score, budget, tile, arch })
     }
 
+    /// Which kernel.
+    pub const fn op(&self) -> SelectOp {
+        self.op
+    }
     /// Element type of the low-rank queries and keys.
     pub const fn dtype(&self) -> Dtype {
         self.dtype
@@ -93,13 +161,17 @@ impl SelectSpec {
     pub const fn kv_block(&self) -> u16 {
         self.kv_block
     }
-    /// How the group's queries become one.
+    /// How the group's queries speak for it.
     pub const fn group_rule(&self) -> GroupRule {
         self.group_rule
     }
     /// How the keys' scores become the block's.
     pub const fn block_score(&self) -> BlockScore {
         self.block_score
+    }
+    /// What says how many units a group keeps.
+    pub const fn budget(&self) -> Budget {
+        self.budget
     }
     /// The tunable shape.
     pub const fn tile(&self) -> SelectTile {

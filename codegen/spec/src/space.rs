@@ -2,7 +2,7 @@
 
 use crate::attn::{AttnOp, AttnSpec, AttnTile, Lists, Schedule, Sparsity};
 use crate::lists::{ListOp, ListSpec};
-use crate::select::{BlockScore, GroupRule, SelectSpec, SelectTile};
+use crate::select::{BlockScore, Budget, GroupRule, SelectOp, SelectSpec, SelectTile};
 use crate::types::{Arch, Deterministic, Dtype};
 use crate::{KernelSpec, PointwiseOp, PointwiseSpec};
 
@@ -10,6 +10,9 @@ use crate::{KernelSpec, PointwiseOp, PointwiseSpec};
 pub const SHIPPED_HEAD_DIMS: [u16; 2] = [64, 128];
 /// Block sizes (query_group, kv_block) the shipped kernels serve, beside dense.
 pub const SHIPPED_BLOCK_SIZES: [(u16, u16); 2] = [(64, 64), (128, 128)];
+/// Granularities (query_group, kv_block) of the shipped `kv_select_fine` kernels, with the rules of one query; kv_block 1
+/// is the token. Others are rendered on demand.
+pub const SHIPPED_GRANULARITIES: [(u16, u16); 4] = [(64, 1), (64, 8), (128, 1), (128, 8)];
 /// Dtypes the shipped attention kernels serve.
 pub const SHIPPED_DTYPES: [Dtype; 1] = [Dtype::Bf16];
 
@@ -122,7 +125,42 @@ pub fn default_select(
     arch: Arch,
 ) -> Option<SelectSpec> {
     let tile = SelectTile { groups: 16, warps: 8 };
-    SelectSpec::new(Dtype::Bf16, 16, query_group, kv_block, group_rule, BlockScore::Max, tile, arch).ok()
+    SelectSpec::new(
+        SelectOp::Rows,
+        Dtype::Bf16,
+        16,
+        query_group,
+        kv_block,
+        group_rule,
+        BlockScore::Max,
+        Budget::TopK,
+        tile,
+        arch,
+    )
+    .ok()
+}
+
+/// The shipped selection kernel of a granularity that recomputes its scores.
+pub fn default_select_fine(
+    query_group: u16,
+    kv_block: u16,
+    group_rule: GroupRule,
+    arch: Arch,
+) -> Option<SelectSpec> {
+    let tile = SelectTile { groups: 64 / group_rule.queries(), warps: 16 };
+    SelectSpec::new(
+        SelectOp::Fine,
+        Dtype::Bf16,
+        16,
+        query_group,
+        kv_block,
+        group_rule,
+        BlockScore::Max,
+        Budget::TopK,
+        tile,
+        arch,
+    )
+    .ok()
 }
 
 /// Every committed kernel of an architecture, sorted by name: defaults, and what the committed tables name.
@@ -149,8 +187,13 @@ pub fn shipped(arch: Arch) -> Vec<KernelSpec> {
         }
     }
     for (query_group, kv_block) in SHIPPED_BLOCK_SIZES {
-        for &rule in GroupRule::ALL {
+        for rule in GroupRule::PROXIES {
             specs.extend(default_select(query_group, kv_block, rule, arch).map(KernelSpec::Select));
+        }
+    }
+    for (query_group, kv_block) in SHIPPED_GRANULARITIES {
+        for rule in GroupRule::PROXIES {
+            specs.extend(default_select_fine(query_group, kv_block, rule, arch).map(KernelSpec::Select));
         }
     }
     specs.extend(ListOp::ALL.iter().map(|&op| KernelSpec::List(ListSpec { op, arch })));

@@ -54,10 +54,11 @@ constexpr dsv::uint32 kStatBytes = kBlockM * 4;
 // second CTA, from the registers.
 constexpr bool kStagedDq = !kDeterministic && (kConsumers > 1 || kHeadDim <= 64);
 constexpr dsv::uint32 kDqBytes = kStagedDq ? 64 * kDqColumns * 4 : 128;  // of one consumer
-// Two consumers make dQ of a tile while they are at the next: neither waits for the other's dS.
-constexpr bool kDqLater = kStagedDq && kConsumers > 1;
-// dK may run into the next tile, which then needs a stage of its own.
-constexpr bool kDkAcross = kStages > 1 && !kDqLater;
+// Consumers make dQ of a tile while they are at the next: neither waits for the other's dS. At head_dim 128 it costs 4 to 7 %.
+constexpr bool kDqLater = kStagedDq && kDqByRows;
+// dK may run into the next tile, which then needs a stage of its own; at head_dim 128 with dQ beside it registers are too
+// few (C7512).
+constexpr bool kDkAcross = kStages > 1 && !kDqLater && (kHeadDim < 128 || !kStagedDq);
 constexpr dsv::uint32 kDsBytes = kDeterministic ? 128 : kBlockN * kBlockM * 2;
 
 // dV beside dP keeps every accumulator and both operands alive at once: 226 registers at head_dim 128.
@@ -216,8 +217,6 @@ __device__ __forceinline__ void reduce_dq(float* tile, int column, const float (
 // The same by way of shared memory, in the same order; `staged` is read until bulk_wait_read of the consumer's thread 0.
 __device__ __forceinline__ void reduce_dq_staged(float* tile, int column, float* staged, int barrier,
                                                  const float (&dq)[kChunk / 2]) {
-    if (threadIdx.x % 128 == 0) dsv::bulk_wait_read();
-    dsv::named_sync(barrier, 128);
     float4* target = reinterpret_cast<float4*>(staged) + threadIdx.x % 128;
 #pragma unroll
     for (int j = 0; j < kChunk / 8; ++j) {
@@ -327,6 +326,10 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
         dsv::fence_async_proxy();
     };
 
+    // Until the dQ staged last has left.
+    const auto wait_for_staged = [&] {
+        if (kStagedDq && threadIdx.x % 128 == 0) dsv::bulk_wait_read();
+    };
     // dQ of a tile whose dS lies in `buffer`; `after` runs while its product does.
     const auto add_dq = [&](int tile, int buffer, auto&& after) {
         float* dq_tile = p.dq_accum + dsv::int64{tile + (kDqByRows ? consumer : 0)} * (64 * kHeadDim);
@@ -343,6 +346,10 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
             dsv::pin(dq);
             if constexpr (kStagedDq) {
                 float* staged = reinterpret_cast<float*>(smem.dq[consumer]);
+                if constexpr (kDqLater) {
+                    wait_for_staged();
+                    dsv::named_sync(kDqBarrier + consumer, 128);
+                }
                 reduce_dq_staged(dq_tile, column, staged, kDqBarrier + consumer, dq);
             } else {
                 reduce_dq(dq_tile, column, dq);
@@ -416,6 +423,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
         } else if constexpr (kDeterministic) {
             issue_dk_and_free_do();
         } else {
+            wait_for_staged();
             dsv::named_sync(kDsBarrier, kConsumerThreads);
             add_dq(tile, step % kDsBuffers, issue_dk_and_free_do);
         }

@@ -1,8 +1,9 @@
-//! Selection of KV blocks from low-rank scores: one proxy query a group, the maximum over a block's keys, the
-//! top-k blocks of each group.
+//! Selection of KV blocks, or tokens where `kv_block` is 1, from low-rank scores: one proxy query or a few queries a
+//! group, the maximum over them and over a block's keys, the top-k blocks of each group.
 //!
-//! `score[b, h, g, n] = max over keys j of block n of <proxy(g), k_lr(j)>`, with `q_lr`, `k_lr [B, S, H, rank]`
-//! per query head (no grouped heads). Blocks are ranked by score, ties by the smaller id, and listed ascending.
+//! `score[b, h, g, n] = max over queries i of the rule, keys j of block n of <proxy_i(g), k_lr(j)>`, with `q_lr`,
+//! `k_lr [B, S, H, rank]` per query head (no grouped heads). Blocks are ranked by score, ties by the smaller id, and
+//! listed ascending. [`keep`] gives blocks that are to be listed whatever their score the score +inf.
 
 use crate::attention::{AttnError, View};
 use crate::element::{Element, Rounding};
@@ -40,6 +41,19 @@ pub enum SelectError {
         top_k: i32,
         /// Width of a list.
         max_selected: usize,
+    },
+    /// A top-k is above the number of blocks.
+    #[error(
+        "top_k of head {head} is {top_k}\n  allowed: 0..={blocks} (ceil(seqlen_kv / kv_block))\n  \
+         next: lower top_k to the number of blocks"
+    )]
+    TopKAboveBlocks {
+        /// Query head.
+        head: usize,
+        /// The number found.
+        top_k: i32,
+        /// KV blocks of a sequence.
+        blocks: usize,
     },
     /// A score is not a number.
     #[error(
@@ -109,8 +123,8 @@ pub fn scores_f64<T: Element>(
         let (b, h) = (slab / dims.num_heads, slab % dims.num_heads);
         for group in 0..groups {
             let rows = dims.group_rows(group);
-            let query: Vec<f64> = match rule {
-                GroupRule::Centre => row(q_lr, b, dims.centre_row(group), h),
+            let queries: Vec<Vec<f64>> = match rule {
+                GroupRule::Centre => vec![row(q_lr, b, dims.centre_row(group), h)],
                 GroupRule::Mean => {
                     let mut mean = vec![0.0; rank];
                     for token in rows.clone() {
@@ -118,13 +132,19 @@ pub fn scores_f64<T: Element>(
                             *sum += x;
                         }
                     }
-                    mean.iter().map(|sum| round(sum / rows.len() as f64)).collect()
+                    vec![mean.iter().map(|sum| round(sum / rows.len() as f64)).collect()]
+                }
+                GroupRule::Max4 => {
+                    four_rows(dims, group).into_iter().map(|token| row(q_lr, b, token, h)).collect()
                 }
             };
             for block in 0..blocks {
                 for key in dims.block_keys(block) {
-                    let score: f64 = query.iter().zip(row(k_lr, b, key, h)).map(|(q, k)| q * k).sum();
-                    keep_larger(&mut scores[group * blocks + block], score);
+                    let key = row(k_lr, b, key, h);
+                    for query in &queries {
+                        let score: f64 = query.iter().zip(&key).map(|(q, k)| q * k).sum();
+                        keep_larger(&mut scores[group * blocks + block], score);
+                    }
                 }
             }
         }
@@ -147,8 +167,9 @@ pub fn scores_f32(
     let mut scores = vec![f32::NEG_INFINITY; dims.lists() * blocks];
     scores.par_chunks_mut(groups * blocks).enumerate().for_each(|(slab, scores)| {
         let (b, h) = (slab / dims.num_heads, slab % dims.num_heads);
-        let mut proxies = vec![0.0f32; groups * rank];
-        for (group, query) in proxies.chunks_exact_mut(rank).enumerate() {
+        let queries = rule.queries() as usize;
+        let mut proxies = vec![0.0f32; groups * queries * rank];
+        for (group, query) in proxies.chunks_exact_mut(queries * rank).enumerate() {
             let rows = dims.group_rows(group);
             match rule {
                 GroupRule::Centre => query.copy_from_slice(q_lr.row(b, dims.centre_row(group), h, rank)),
@@ -160,20 +181,26 @@ pub fn scores_f32(
                     }
                     query.iter_mut().for_each(|x| *x /= len);
                 }
+                GroupRule::Max4 => {
+                    for (query, token) in query.chunks_exact_mut(rank).zip(four_rows(dims, group)) {
+                        query.copy_from_slice(q_lr.row(b, token, h, rank));
+                    }
+                }
             }
         }
-        let mut products = vec![0.0f32; groups * tile_keys.min(dims.seqlen_kv)];
+        let mut products = vec![0.0f32; groups * queries * tile_keys.min(dims.seqlen_kv)];
         let mut first = 0;
         while first < dims.seqlen_kv {
             let keys = tile_keys.min(dims.seqlen_kv - first);
-            let products = &mut products[..groups * keys];
+            let products = &mut products[..groups * queries * keys];
             multiply(
-                MatMut::packed(products, groups, keys),
+                MatMut::packed(products, groups * queries, keys),
                 1.0,
-                Mat::packed(&proxies, groups, rank),
+                Mat::packed(&proxies, groups * queries, rank),
                 Mat::new(k_lr.from(b, first, h), keys, rank, k_lr.layout.seq).t(),
             );
-            for (products, scores) in products.chunks_exact(keys).zip(scores.chunks_exact_mut(blocks)) {
+            for (row, products) in products.chunks_exact(keys).enumerate() {
+                let scores = &mut scores[row / queries * blocks..][..blocks];
                 let blocks = products.chunks(dims.kv_block).zip(&mut scores[first / dims.kv_block..]);
                 for (products, score) in blocks {
                     products.iter().for_each(|&product| keep_larger(score, product));
@@ -183,6 +210,74 @@ pub fn scores_f32(
         }
     });
     Ok(scores)
+}
+
+/// The queries of [`GroupRule::Max4`]: at indices floor(len (2 i + 1) / 8) of the group's valid queries.
+fn four_rows(dims: &ListDims, group: usize) -> [usize; 4] {
+    let rows = dims.group_rows(group);
+    std::array::from_fn(|i| rows.start + rows.len() * (2 * i + 1) / 8)
+}
+
+/// Blocks that are listed before all others, whatever their score.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Keep {
+    /// Blocks with one of the first tokens of the sequence (text, sinks): how many tokens.
+    pub first: usize,
+    /// Blocks with a token of the group's own, by position: key token i is query token i.
+    pub own: bool,
+}
+
+/// Gives the kept blocks of every group the score +inf, NaN included: they come before all finite scores, ties by the
+/// smaller id. Scores [B, H, G, N].
+///
+/// # Errors
+/// [`SelectError::ScoresLength`].
+pub fn keep(dims: &ListDims, keep: Keep, scores: &mut [f64]) -> Result<(), SelectError> {
+    let (groups, blocks) = (dims.groups(), dims.blocks());
+    let expected = dims.lists() * blocks;
+    if scores.len() != expected {
+        return Err(SelectError::ScoresLength { found: scores.len(), expected });
+    }
+    for (list, scores) in scores.chunks_exact_mut(blocks).enumerate() {
+        let own = dims.group_rows(list % groups);
+        // A group's own tokens are those of a whole group: the last one's may go on past its queries.
+        let own = own.start..own.start + dims.query_group;
+        for (block, score) in scores.iter_mut().enumerate() {
+            let keys = dims.block_keys(block);
+            if keys.start < keep.first || (keep.own && keys.start < own.end && keys.end > own.start) {
+                *score = f64::INFINITY;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Exactly as [`top_k`], but a budget above the number of blocks is refused and not clamped, as `kv_select_fine` does.
+///
+/// # Errors
+/// As [`top_k`], and [`SelectError::TopKAboveBlocks`].
+pub fn top_k_strict<T: PartialOrd + Copy + Sync>(
+    dims: &ListDims,
+    scores: &[T],
+    budgets: &[i32],
+) -> Result<KvListsBuf, SelectError> {
+    let blocks = dims.blocks();
+    if let Some(head) = budgets.iter().position(|&k| k > 0 && k as usize > blocks) {
+        return Err(SelectError::TopKAboveBlocks { head, top_k: budgets[head], blocks });
+    }
+    top_k(dims, scores, budgets)
+}
+
+/// The lists as bits [B, H, G, ceil(N / 32)]: bit n % 32 of word n / 32 says whether block n is listed.
+pub fn bitmap(lists: &KvListsBuf) -> Vec<u32> {
+    let words = lists.dims.blocks().div_ceil(32);
+    let mut bits = vec![0u32; lists.dims.lists() * words];
+    for (list, bits) in bits.chunks_exact_mut(words).enumerate() {
+        for &block in lists.view().blocks_of(list) {
+            bits[block as usize / 32] |= 1 << (block % 32);
+        }
+    }
+    bits
 }
 
 /// Maximum in which NaN wins, so that it is noticed.
@@ -267,7 +362,7 @@ mod tests {
         let k = rng.normals(2 * 1100 * 3 * 16, 1.0);
         let (q, k) =
             (View::new(&q[..], Layout::bshd(77, 3, 16)), View::new(&k[..], Layout::bhsd(1100, 3, 16)));
-        for rule in [GroupRule::Centre, GroupRule::Mean] {
+        for &rule in GroupRule::ALL {
             let exact = scores_f64(&d, 16, &q, &k, rule, None).unwrap();
             let single = scores_f32(&d, 16, &q, &k, rule).unwrap();
             let worst = exact.iter().zip(&single).map(|(a, &b)| (a - f64::from(b)).abs()).fold(0.0, f64::max);
@@ -275,16 +370,20 @@ mod tests {
             // By hand: batch 1, head 2, the last group (13 queries) and the last block (4 keys).
             let rows = d.group_rows(4);
             assert_eq!(rows, 64..77);
-            let query: Vec<f64> = (0..16)
-                .map(|c| match rule {
-                    GroupRule::Centre => f64::from(q.row(1, 70, 2, 16)[c]),
-                    GroupRule::Mean => {
-                        rows.clone().map(|i| f64::from(q.row(1, i, 2, 16)[c])).sum::<f64>() / 13.0
-                    }
-                })
-                .collect();
+            let token = |i: usize| q.row(1, i, 2, 16).iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
+            let queries: Vec<Vec<f64>> = match rule {
+                GroupRule::Centre => vec![token(70)],
+                GroupRule::Mean => {
+                    vec![(0..16).map(|c| rows.clone().map(|i| token(i)[c]).sum::<f64>() / 13.0).collect()]
+                }
+                GroupRule::Max4 => [64 + 1, 64 + 4, 64 + 8, 64 + 11].map(token).to_vec(),
+            };
             let by_hand = (1096..1100)
-                .map(|j| query.iter().zip(k.row(1, j, 2, 16)).map(|(a, &b)| a * f64::from(b)).sum::<f64>())
+                .flat_map(|j| {
+                    queries
+                        .iter()
+                        .map(move |q| q.iter().zip(k.row(1, j, 2, 16)).map(|(a, &b)| a * f64::from(b)).sum())
+                })
                 .fold(f64::NEG_INFINITY, f64::max);
             let at = ((3 + 2) * 5 + 4) * 138 + 137;
             assert!((exact[at] - by_hand).abs() < 1e-12);
@@ -342,6 +441,65 @@ mod tests {
         // k is clamped to the blocks there are before it is compared with the width.
         let narrow = ListDims { seqlen_kv: 130, ..d };
         assert_eq!(top_k(&narrow, &[2.0, 1.0, 3.0], &[100]).unwrap().count, [3]);
+    }
+
+    #[test]
+    fn tokens_are_blocks_of_one() {
+        // The maximum over a block of token scores is the block's score; lists of tokens come from the same rule.
+        let d = dims();
+        let tokens = ListDims { kv_block: 1, max_selected: 1100, ..d };
+        let mut rng = SplitMix64::new(5);
+        let q = rng.normals(2 * 77 * 3 * 16, 1.0);
+        let k = rng.normals(2 * 1100 * 3 * 16, 1.0);
+        let (q, k) =
+            (View::new(&q[..], Layout::bshd(77, 3, 16)), View::new(&k[..], Layout::bhsd(1100, 3, 16)));
+        let fine = scores_f64(&tokens, 16, &q, &k, GroupRule::Mean, None).unwrap();
+        let coarse = scores_f64(&d, 16, &q, &k, GroupRule::Mean, None).unwrap();
+        for (fine, coarse) in fine.chunks(1100).zip(coarse.chunks(138)) {
+            let largest: Vec<f64> =
+                fine.chunks(8).map(|c| c.iter().copied().fold(f64::NEG_INFINITY, f64::max)).collect();
+            assert_eq!(largest, coarse);
+        }
+        // Everything, nothing, and one more than there are.
+        let all = top_k_strict(&tokens, &fine, &[1100, 0, 1]).unwrap();
+        assert_eq!(all.view().blocks_of(3), (0..1100).collect::<Vec<i32>>());
+        assert!(all.view().blocks_of(5).is_empty());
+        assert_eq!(
+            top_k_strict(&tokens, &fine, &[1, 1101, 1]).unwrap_err(),
+            SelectError::TopKAboveBlocks { head: 1, top_k: 1101, blocks: 1100 }
+        );
+        let bits = bitmap(&all);
+        assert_eq!(bits.len(), tokens.lists() * 35);
+        assert_eq!((bits[3 * 35], bits[3 * 35 + 34]), (u32::MAX, (1 << (1100 - 34 * 32)) - 1));
+        assert!(bits[5 * 35..6 * 35].iter().all(|&word| word == 0));
+        let of_one: u32 = bits[10 * 35..11 * 35].iter().map(|word| word.count_ones()).sum();
+        assert_eq!(of_one, 1);
+    }
+
+    #[test]
+    fn kept_blocks_come_first() {
+        let d = ListDims {
+            batch: 1,
+            num_heads: 1,
+            seqlen_q: 40,
+            seqlen_kv: 64,
+            query_group: 16,
+            kv_block: 8,
+            max_selected: 8,
+        };
+        let mut scores: Vec<f64> = (0..3 * 8).map(|n| f64::from(n % 8)).collect();
+        scores[8] = f64::NAN; // Block 0 of group 1 is kept: its score is not looked at.
+        keep(&d, Keep { first: 9, own: true }, &mut scores).unwrap();
+        let lists = top_k_strict(&d, &scores, &[5]).unwrap();
+        assert_eq!(lists.view().blocks_of(0), [0, 1, 5, 6, 7], "text is the group's own cube here");
+        assert_eq!(lists.view().blocks_of(1), [0, 1, 2, 3, 7]);
+        assert_eq!(lists.view().blocks_of(2), [0, 1, 4, 5, 7], "the last group, of eight queries");
+        // Fewer than are kept: ties by the smaller id.
+        assert_eq!(top_k_strict(&d, &scores, &[3]).unwrap().view().blocks_of(2), [0, 1, 4]);
+        let mut none = scores.clone();
+        keep(&d, Keep::default(), &mut none).unwrap();
+        assert_eq!(none, scores);
+        assert!(matches!(keep(&d, Keep::default(), &mut none[1..]), Err(SelectError::ScoresLength { .. })));
     }
 
     #[test]

@@ -1,11 +1,12 @@
 use crate::problem;
-use dsv_runtime::{AttnLayouts, Error, Layout, ListShape, MemoryNeeded, SelectProblem};
+use dsv_runtime::{AttnLayouts, Error, FineProblem, Keep, Layout, ListShape, MemoryNeeded, SelectProblem};
 use dsv_spec::params::{
     AdamW, AttnBwd, AttnBwdDq, AttnBwdPost, AttnBwdPrep, AttnBwdViews, AttnFwd, AttnFwdViews, KvInvert,
-    KvSelect, KvValidate,
+    KvSelect, KvSelectFine, KvValidate,
 };
 use dsv_spec::{
-    Arch, AttnOp, Deterministic, GroupRule, KernelSpec, ListOp, Lists, PointwiseOp, Problem, limits, space,
+    Arch, AttnOp, Deterministic, GroupRule, KernelSpec, ListOp, Lists, PointwiseOp, Problem, SelectOp,
+    limits, space,
 };
 
 fn problems(error: Error) -> Vec<String> {
@@ -131,7 +132,8 @@ fn launch_parameters_have_the_size_the_facts_say() {
                 (AttnOp::BwdDq, _) => size_of::<AttnBwdDq>(),
                 (AttnOp::BwdPost, _) => size_of::<AttnBwdPost>(),
             },
-            KernelSpec::Select(_) => size_of::<KvSelect>(),
+            KernelSpec::Select(s) if s.op() == SelectOp::Rows => size_of::<KvSelect>(),
+            KernelSpec::Select(_) => size_of::<KvSelectFine>(),
             KernelSpec::List(s) if s.op == ListOp::Invert => size_of::<KvInvert>(),
             KernelSpec::List(_) => size_of::<KvValidate>(),
             KernelSpec::Pointwise(s) if s.op == PointwiseOp::AdamW => size_of::<AdamW>(),
@@ -177,6 +179,41 @@ fn selection_sizes_and_limits() {
 
     let found = problems(p.check(Layout { seq: 20, ..q }, Layout { head: 8, ..k }).unwrap_err());
     assert_eq!(found.len(), 2, "{found:#?}");
+}
+
+#[test]
+fn fine_selection_sizes_and_limits() {
+    let p = FineProblem {
+        query_group: 64,
+        kv_block: 8,
+        group_rule: GroupRule::Centre,
+        keep: Keep::default(),
+        batch: 1,
+        num_heads: 16,
+        seqlen_q: 131_072,
+        seqlen_kv: 131_072,
+        max_selected: 1639,
+    };
+    let layouts = |p: &FineProblem| (Layout::bshd(p.seqlen_q, 16, 16), Layout::bhsd(p.seqlen_kv, 16, 16));
+    let check = |p: &FineProblem| p.check(layouts(p).0, layouts(p).1);
+    check(&p).unwrap();
+    assert_eq!((p.lists().num_groups, p.lists().num_kv_blocks), (2048, 16_384));
+    // A bit a unit: 2 KB a group; ids of a tenth of the tokens take 26 times that.
+    assert_eq!(p.bitmap_bytes(), 16 * 2048 * 2048);
+    let tokens = FineProblem { kv_block: 1, max_selected: 13_108, ..p };
+    check(&tokens).unwrap();
+    assert_eq!(tokens.lists().index_bytes(), 16 * 2048 * 13_108 * 4);
+    assert_eq!(FineProblem { seqlen_kv: 257, ..p }.bitmap_bytes(), 16 * 2048 * 2 * 4);
+
+    let bad = FineProblem { seqlen_kv: 80, max_selected: 11, keep: Keep { first: 81, own: true }, ..p };
+    let found = problems(check(&bad).unwrap_err());
+    assert_eq!(
+        found,
+        [
+            "max_selected 11; allowed: 1 to 10 KV units of 8 tokens",
+            "keep.first 81; allowed: 0 to 80 (seqlen_kv)"
+        ]
+    );
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod harness;
 mod lists;
 mod optimizer;
 mod select;
+mod select_fine;
 mod tensor;
 
 pub use harness::main;
@@ -50,7 +51,9 @@ impl GpuTest {
 
 /// Every test. Needs no GPU.
 fn tests() -> Vec<GpuTest> {
-    [attention::tests(), lists::tests(), select::tests(), optimizer::tests()].into_iter().flatten().collect()
+    let families =
+        [attention::tests(), lists::tests(), select::tests(), select_fine::tests(), optimizer::tests()];
+    families.into_iter().flatten().collect()
 }
 
 /// A variant's inputs and what they should give.

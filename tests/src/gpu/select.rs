@@ -80,7 +80,7 @@ pub(super) fn tests() -> Vec<GpuTest> {
     let mut tests = Vec::new();
     for case in file.case {
         for (query_group, kv_block) in space::SHIPPED_BLOCK_SIZES {
-            for &rule in GroupRule::ALL {
+            for rule in GroupRule::PROXIES {
                 let Some(spec) = space::default_select(query_group, kv_block, rule, ARCH) else { continue };
                 let case = case.clone();
                 tests.push(GpuTest::new(

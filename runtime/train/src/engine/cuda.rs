@@ -345,10 +345,10 @@ impl CudaEngine {
         Ok(self.attention.len() - 1)
     }
 
-    /// Plans of selection (with either rule) and inversion, and their kernels.
+    /// Plans of selection (with either rule that makes one query of a group's) and inversion, and their kernels.
     fn load_list_kernels(&mut self, shape: &ListShape, d_lr: usize) -> Result<(), EngineError> {
         let layout = Layout::bshd(shape.seqlen as u32, shape.heads as u32, d_lr as u32);
-        for &rule in GroupRule::ALL {
+        for rule in GroupRule::PROXIES {
             let problem = selection_problem(shape, d_lr, rule)?;
             self.runtime.selection(&problem, layout, layout).map_err(device_error)?;
         }

@@ -1,0 +1,222 @@
+//! Selecting KV lists of any granularity, down to single tokens: `kv_select_fine`.
+
+use crate::attention::aligned;
+use crate::device::Stream;
+use crate::error::Error;
+use crate::kernels::Kernel;
+use crate::layout::{ALIGN_BYTES, Extent, Layout};
+use crate::lists::{ListShape, SelectProblem};
+use dsv_spec::params::KvSelectFine;
+use dsv_spec::{GroupRule, KernelSpec, SelectOp};
+use std::sync::Arc;
+
+/// KV units that are listed before all others, whatever their score: it counts as +inf.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Keep {
+    /// Units with one of the first tokens (text, sinks): how many tokens; 0 to seqlen_kv.
+    pub first: u32,
+    /// Units with a token of the group's own, by position: key token i is query token i.
+    pub own: bool,
+}
+
+/// What a fine selection is asked for. A KV unit is `kv_block` consecutive tokens; 1 is the token itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FineProblem {
+    /// Tokens sharing one list.
+    pub query_group: u16,
+    /// Tokens of one selectable KV unit.
+    pub kv_block: u16,
+    /// Which of a group's low-rank queries are scored.
+    pub group_rule: GroupRule,
+    /// Units listed whatever their score.
+    pub keep: Keep,
+    /// Sequences.
+    pub batch: u32,
+    /// Query heads.
+    pub num_heads: u32,
+    /// Query tokens.
+    pub seqlen_q: u32,
+    /// KV tokens.
+    pub seqlen_kv: u32,
+    /// Width of the lists, 1 to N.
+    pub max_selected: u32,
+}
+
+impl FineProblem {
+    /// Tokens of a sequence a selection may have: positions of sampled keys and of lists stay below 2^31.
+    pub const MAX_TOKENS: u32 = 1 << 26;
+
+    /// The lists it makes; `num_kv_blocks` counts KV units.
+    pub fn lists(&self) -> ListShape {
+        ListShape {
+            batch: self.batch,
+            num_heads: self.num_heads,
+            num_groups: self.seqlen_q.div_ceil(self.query_group.max(1) as u32),
+            num_kv_blocks: self.seqlen_kv.div_ceil(self.kv_block.max(1) as u32),
+            max_selected: self.max_selected,
+        }
+    }
+
+    /// Bytes of the lists as bits: u32 [B, H, G, ceil(N / 32)].
+    pub fn bitmap_bytes(&self) -> u64 {
+        let lists = self.lists();
+        lists.count_bytes() * lists.num_kv_blocks.div_ceil(32) as u64
+    }
+
+    fn extent(&self, seqlen: u32) -> Extent {
+        let (head_dim, dtype) = (SelectProblem::RANK, SelectProblem::DTYPE);
+        Extent { batch: self.batch, seqlen, heads: self.num_heads, head_dim, dtype }
+    }
+
+    /// Checks sizes and layouts of q_lr [batch, seqlen_q, num_heads, 16] and k_lr [batch, seqlen_kv, num_heads, 16]
+    /// without a GPU; gives the layouts with legal strides for dimensions of size 1.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] with every problem.
+    pub fn check(&self, q_lr: Layout, k_lr: Layout) -> Result<(Layout, Layout), Error> {
+        let mut problems = Vec::new();
+        let lists = self.lists();
+        lists.collect(&mut problems);
+        if self.max_selected > lists.num_kv_blocks {
+            problems.push(format!(
+                "max_selected {}; allowed: 1 to {} KV units of {} tokens",
+                self.max_selected, lists.num_kv_blocks, self.kv_block
+            ));
+        }
+        for (name, tokens) in [("seqlen_q", self.seqlen_q), ("seqlen_kv", self.seqlen_kv)] {
+            if tokens > Self::MAX_TOKENS {
+                problems.push(format!("{name} {tokens}; allowed: 1 to {}", Self::MAX_TOKENS));
+            }
+        }
+        if self.keep.first > self.seqlen_kv {
+            problems.push(format!(
+                "keep.first {}; allowed: 0 to {} (seqlen_kv)",
+                self.keep.first, self.seqlen_kv
+            ));
+        }
+        let q_lr = self.extent(self.seqlen_q).check("q_lr", q_lr, &mut problems);
+        let k_lr = self.extent(self.seqlen_kv).check("k_lr", k_lr, &mut problems);
+        if problems.is_empty() {
+            Ok((q_lr, k_lr))
+        } else {
+            Err(Error::Plan { what: "kv_select_fine".to_string(), problems })
+        }
+    }
+}
+
+/// Device addresses of one fine selection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FineArgs {
+    /// bf16 [batch, seqlen_q, num_heads, 16], aligned to 16 bytes.
+    pub q_lr: u64,
+    /// bf16 [batch, seqlen_kv, num_heads, 16], aligned to 16 bytes.
+    pub k_lr: u64,
+    /// i32, one a head: KV units to keep, 0 to min(N, max_selected); others are clamped and raise the error flag.
+    pub top_k: u64,
+    /// i32 [B, H, G, max_selected], written up to the count, where ids are wanted.
+    pub q2k_index: Option<u64>,
+    /// i32 [B, H, G], written.
+    pub q2k_count: u64,
+    /// u32 [B, H, G, ceil(N / 32)], written, where the compact form is wanted: bit n % 32 of word n / 32.
+    pub bitmap: Option<u64>,
+    /// f32 [B, H, G, N], written, where wanted; NaN as -inf, kept units as +inf.
+    pub scores: Option<u64>,
+    /// i32, one element: the device error flag.
+    pub error_flag: u64,
+}
+
+/// A checked fine selection with its kernel on the GPU.
+#[derive(Clone, Debug)]
+pub struct FinePlan {
+    problem: FineProblem,
+    q_lr: Layout,
+    k_lr: Layout,
+    groups_per_cta: u32,
+    kernel: Arc<Kernel>,
+}
+
+impl FinePlan {
+    pub(crate) fn new(
+        problem: &FineProblem,
+        q_lr: Layout,
+        k_lr: Layout,
+        kernel: Arc<Kernel>,
+    ) -> Result<FinePlan, Error> {
+        let (q_lr, k_lr) = problem.check(q_lr, k_lr)?;
+        let asked = (problem.query_group, problem.kv_block, problem.group_rule);
+        match kernel.spec() {
+            KernelSpec::Select(s)
+                if s.op() == SelectOp::Fine && (s.query_group(), s.kv_block(), s.group_rule()) == asked =>
+            {
+                let groups_per_cta = s.tile().groups as u32;
+                Ok(FinePlan { problem: *problem, q_lr, k_lr, groups_per_cta, kernel })
+            }
+            _ => Err(Error::Plan {
+                what: "kv_select_fine".to_string(),
+                problems: vec![format!(
+                    "kernel {}; allowed: a kv_select_fine of query_group {}, kv_block {}, {}",
+                    kernel.name(),
+                    asked.0,
+                    asked.1,
+                    asked.2
+                )],
+            }),
+        }
+    }
+
+    /// The problem.
+    pub fn problem(&self) -> &FineProblem {
+        &self.problem
+    }
+
+    /// The kernel.
+    pub fn kernel(&self) -> &Arc<Kernel> {
+        &self.kernel
+    }
+
+    /// Queues scores and exact top-k of every group; ids ascending, ties to the smaller id, the same bits every time.
+    /// Allocates nothing, needs no workspace, waits for nothing, may be captured.
+    ///
+    /// # Safety
+    /// Every address is device memory of the size and layout the plan was made for, until the work is done.
+    ///
+    /// # Errors
+    /// A null or misaligned address, or what the driver answers.
+    pub unsafe fn select(&self, stream: &Stream, args: &FineArgs) -> Result<(), Error> {
+        aligned(&self.kernel, &[("q_lr", args.q_lr), ("k_lr", args.k_lr)], ALIGN_BYTES)?;
+        let words = [("top_k", args.top_k), ("q2k_count", args.q2k_count), ("error_flag", args.error_flag)];
+        aligned(&self.kernel, &words, 4)?;
+        for (name, address) in
+            [("q2k_index", args.q2k_index), ("bitmap", args.bitmap), ("scores", args.scores)]
+        {
+            if let Some(address) = address {
+                aligned(&self.kernel, &[(name, address)], 4)?;
+            }
+        }
+        let p = &self.problem;
+        let shape = p.lists();
+        let params = KvSelectFine {
+            q_lr: self.q_lr.view(args.q_lr),
+            k_lr: self.k_lr.view(args.k_lr),
+            top_k: args.top_k,
+            q2k_index: args.q2k_index.unwrap_or(0),
+            q2k_count: args.q2k_count,
+            bitmap: args.bitmap.unwrap_or(0),
+            scores: args.scores.unwrap_or(0),
+            error_flag: args.error_flag,
+            batch: p.batch as i32,
+            num_heads: p.num_heads as i32,
+            seqlen_q: p.seqlen_q as i32,
+            seqlen_kv: p.seqlen_kv as i32,
+            num_groups: shape.num_groups as i32,
+            num_kv_blocks: shape.num_kv_blocks as i32,
+            max_selected: p.max_selected as i32,
+            keep_first: p.keep.first as i32,
+            keep_own: p.keep.own as i32,
+            reserved: 0,
+        };
+        let grid = [shape.num_groups.div_ceil(self.groups_per_cta), p.num_heads, p.batch];
+        // SAFETY: the caller's promise; the parameters are those of kv_select_fine.
+        unsafe { self.kernel.launch(stream, grid, self.kernel.max_smem_bytes(), &params) }
+    }
+}
