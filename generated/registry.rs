@@ -543,25 +543,11 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "0d2a9eee19e9a2f1479ff512d13577dfbd6242c74bc4b34075ecec9c0b8b4e3e",
     },
     Kernel {
-        name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm80",
-        source: include_str!(
-            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm80.cu"
-        ),
-        source_hash: "18be0f571ec84ef79f83808030403088b9597fe836b0dd13e6775223b4f7a4a0",
-    },
-    Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
         source_hash: "621354d22119c31461de785098262f80e556067f83319fb309709ec9c934c41d",
-    },
-    Kernel {
-        name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm80",
-        source: include_str!(
-            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm80.cu"
-        ),
-        source_hash: "a8223430ddeeb90afaa9c23a8692b764c6db828ce1532f4cb9400a4a2fd465a2",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
@@ -571,25 +557,11 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "a303665d98d49e19da9b7caa894644871afdb9d49566b65a57d28853c881a40a",
     },
     Kernel {
-        name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm80",
-        source: include_str!(
-            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm80.cu"
-        ),
-        source_hash: "a3541902e8f7687098d1b9b110e951e3ac7a633a677ac702f45f10408406e87c",
-    },
-    Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
         source_hash: "74322c7a0615a1da515e866d8a814c4d01b0fd43f41cb8d4adadeb414ad440d5",
-    },
-    Kernel {
-        name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm80",
-        source: include_str!(
-            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm80.cu"
-        ),
-        source_hash: "0357d018efa2b1592934e9178feb15f0a699a527689df4bfdd04b24b1b47c53d",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
@@ -599,25 +571,11 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "ad2e98e349f0d79103254905e9818ca443f8c5978865ee496c2cce51cd8e6310",
     },
     Kernel {
-        name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm80",
-        source: include_str!(
-            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm80.cu"
-        ),
-        source_hash: "18ba1e838ecedc027621521e64eefc3214a4a462483eef38f9b69719edb430b6",
-    },
-    Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
         source_hash: "53e075ab4b799ed06d9454ee2f08f7115f5729b9987c1e4d2e416a4eabb9c763",
-    },
-    Kernel {
-        name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm80",
-        source: include_str!(
-            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm80.cu"
-        ),
-        source_hash: "effd49248e8a78a8642494b8469fde32735cf2763a0c7d99d2d5a14cf72a62a9",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
@@ -627,25 +585,11 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "abbdaccbe926b48cacbaf854781d53156c97a37b932acca9eb08c10d2d75e28d",
     },
     Kernel {
-        name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm80",
-        source: include_str!(
-            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm80.cu"
-        ),
-        source_hash: "16234fcd801b9f5ebd840da6cd8f038fc9d0214cd2e8d79ad323813e590ccc88",
-    },
-    Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
         source_hash: "b73009db773a3ace1cae7c098121de7d0d6fd9085752d8a59c22acf1aab56869",
-    },
-    Kernel {
-        name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm80",
-        source: include_str!(
-            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm80.cu"
-        ),
-        source_hash: "4c0b810c6bf9240ea75bc347624513c27392326815ee94a8fc54098ac2101644",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",

@@ -191,7 +191,8 @@ pub fn shipped(arch: Arch) -> Vec<KernelSpec> {
             specs.extend(default_select(query_group, kv_block, rule, arch).map(KernelSpec::Select));
         }
     }
-    for (query_group, kv_block) in SHIPPED_GRANULARITIES {
+    // Their shared memory is Hopper's: GPUs of sm80 with 100 KB an SM cannot hold it, so there they are rendered on demand.
+    for (query_group, kv_block) in SHIPPED_GRANULARITIES.into_iter().filter(|_| arch != Arch::Sm80) {
         for rule in GroupRule::PROXIES {
             specs.extend(default_select_fine(query_group, kv_block, rule, arch).map(KernelSpec::Select));
         }
