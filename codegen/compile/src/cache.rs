@@ -218,6 +218,30 @@ pub(crate) fn store(
     Ok(dir.join(format!("{}.cu", job.name)))
 }
 
+/// PTX kept by [`store_ptx`]; its last line is a hash of the others, so that a torn file counts as absent.
+pub(crate) fn load_ptx(cache: &Path, name: &str, key: &str) -> Option<String> {
+    let dir = entry_dir(cache, name, key);
+    let kept = fs::read_to_string(dir.join(format!("{name}.ptx"))).ok()?;
+    let (text, hash) = kept.rsplit_once("\n// ")?;
+    if hash != blake3::hash(text.as_bytes()).to_hex().as_str() {
+        return None;
+    }
+    touch(&dir);
+    Some(text.to_owned())
+}
+
+/// Stores PTX as an entry of its own, whole or not at all.
+pub(crate) fn store_ptx(cache: &Path, name: &str, key: &str, text: &str) -> Result<(), CompileError> {
+    let dir = entry_dir(cache, name, key);
+    let temporary = aside(cache);
+    let hash = blake3::hash(text.as_bytes()).to_hex();
+    let outcome = fs::create_dir_all(&dir)
+        .and_then(|()| write_synced(&temporary, format!("{text}\n// {hash}").as_bytes()))
+        .and_then(|()| fs::rename(&temporary, dir.join(format!("{name}.ptx"))));
+    let _ = fs::remove_file(&temporary);
+    outcome.map_err(|why| CompileError::Cache { path: dir, why })
+}
+
 /// Keeps text that does not compile, so that the log's line numbers can be looked up.
 pub(crate) fn keep_rejected(cache: &Path, job: &CompileJob<'_>) -> Result<PathBuf, CompileError> {
     let dir = cache.join(REJECTED);

@@ -22,7 +22,7 @@ pub use nvrtc::{NVDISASM_WHEEL, NVRTC_WHEEL, fetch_nvrtc, find_nvrtc, oldest_dri
 pub use report::{ResourceReport, SpillList};
 pub use sass::{SassHistogram, find_nvdisasm, sass};
 
-use nvrtc::Nvrtc;
+use nvrtc::{Nvrtc, Product};
 
 /// One kernel file to compile. `name` is the kernel's name, which is also its `extern "C"` symbol and file stem.
 #[derive(Clone, Copy, Debug)]
@@ -151,7 +151,7 @@ impl Compiler {
         if let Some(hit) = cache::load(&self.cache, job.name, &key, self.version()) {
             return Ok(hit);
         }
-        let (cubin, log) = match self.nvrtc.compile(&job, &flags)? {
+        let (cubin, log) = match self.nvrtc.compile(&job, &flags, Product::Cubin)? {
             Ok(done) => done,
             Err(log) => {
                 return Err(CompileError::Rejected {
@@ -184,6 +184,32 @@ impl Compiler {
         };
         compiled.source_path = cache::store(&self.cache, &key, &job, &compiled)?;
         Ok(compiled)
+    }
+
+    /// The PTX of a kernel, as ptxas reads it on the way to the cubin of [`Compiler::compile`]. Cached likewise.
+    ///
+    /// # Errors
+    /// As [`Compiler::compile`], but for what only ptxas finds.
+    pub fn ptx(&self, job: CompileJob<'_>) -> Result<String, CompileError> {
+        let flags = nvrtc::ptx_flags(job.arch)?;
+        let key = cache::key(&job, self.version(), &flags);
+        if let Some(text) = cache::load_ptx(&self.cache, job.name, &key) {
+            return Ok(text);
+        }
+        let made = match self.nvrtc.compile(&job, &flags, Product::Ptx)? {
+            Ok((made, _)) => made,
+            Err(log) => {
+                return Err(CompileError::Rejected {
+                    name: job.name.to_owned(),
+                    compiler: self.version().to_owned(),
+                    source_path: cache::keep_rejected(&self.cache, &job)?,
+                    log,
+                });
+            }
+        };
+        let text = String::from_utf8_lossy(&made).trim_end_matches('\0').to_owned();
+        cache::store_ptx(&self.cache, job.name, &key, &text)?;
+        Ok(text)
     }
 
     /// Compiles many on `threads` threads; results are in the order of `jobs`. `done` is told of each job as it

@@ -189,6 +189,23 @@ pub(crate) fn flags(arch: &str) -> Result<Vec<String>, CompileError> {
 type Program = *mut c_void;
 type Status = c_int;
 
+/// What a compile is to give.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Product {
+    /// Machine code, with the log of ptxas.
+    Cubin,
+    /// The text ptxas would read.
+    Ptx,
+}
+
+/// As [`flags`], for PTX: no machine code is made, so nothing is said of ptxas.
+pub(crate) fn ptx_flags(arch: &str) -> Result<Vec<String>, CompileError> {
+    let mut flags = flags(arch)?;
+    flags.retain(|flag| !flag.starts_with("--ptxas-options"));
+    flags[0] = flags[0].replace("=sm_", "=compute_");
+    Ok(flags)
+}
+
 /// The functions of NVRTC that are used.
 pub(crate) struct Nvrtc {
     create: Symbol<
@@ -207,6 +224,8 @@ pub(crate) struct Nvrtc {
     log: Symbol<unsafe extern "C" fn(Program, *mut c_char) -> Status>,
     cubin_size: Symbol<unsafe extern "C" fn(Program, *mut usize) -> Status>,
     cubin: Symbol<unsafe extern "C" fn(Program, *mut c_char) -> Status>,
+    ptx_size: Symbol<unsafe extern "C" fn(Program, *mut usize) -> Status>,
+    ptx: Symbol<unsafe extern "C" fn(Program, *mut c_char) -> Status>,
     error: Symbol<unsafe extern "C" fn(Status) -> *const c_char>,
     library: String,
     version: String,
@@ -252,6 +271,8 @@ impl Nvrtc {
             log: symbol!(b"nvrtcGetProgramLog"),
             cubin_size: symbol!(b"nvrtcGetCUBINSize"),
             cubin: symbol!(b"nvrtcGetCUBIN"),
+            ptx_size: symbol!(b"nvrtcGetPTXSize"),
+            ptx: symbol!(b"nvrtcGetPTX"),
             error: symbol!(b"nvrtcGetErrorString"),
             library: library.clone(),
             version: String::new(),
@@ -265,7 +286,7 @@ impl Nvrtc {
             arch: "sm90a",
         };
         let (cubin, log) = this
-            .compile(&probe, &flags(probe.arch)?)
+            .compile(&probe, &flags(probe.arch)?, Product::Cubin)
             .map_err(|e| fail(e.to_string()))?
             .map_err(|log| fail(format!("an empty kernel for sm_90a does not compile: {}", log.trim())))?;
         this.version =
@@ -293,12 +314,13 @@ impl Nvrtc {
         })
     }
 
-    /// Compiles; the inner error is NVRTC's log where it refuses the text.
+    /// Compiles to what is asked for, and the log; the inner error is NVRTC's log where it refuses the text.
     #[allow(clippy::type_complexity)]
     pub(crate) fn compile(
         &self,
         job: &CompileJob<'_>,
         flags: &[String],
+        product: Product,
     ) -> Result<Result<(Vec<u8>, String), String>, CompileError> {
         let c_string = |text: &str, what: &str| {
             CString::new(text).map_err(|_| CompileError::Report {
@@ -354,12 +376,16 @@ impl Nvrtc {
             let text = unsafe { CStr::from_ptr((self.error)(status)) }.to_string_lossy();
             return Ok(Err(if log.trim().is_empty() { text.into_owned() } else { log }));
         }
+        let (size_of, read) = match product {
+            Product::Cubin => (&self.cubin_size, &self.cubin),
+            Product::Ptx => (&self.ptx_size, &self.ptx),
+        };
         // SAFETY: a live, compiled program and a place for the size.
-        self.ok(job, unsafe { (self.cubin_size)(program.1, &mut size) })?;
-        let mut cubin = vec![0u8; size];
+        self.ok(job, unsafe { size_of(program.1, &mut size) })?;
+        let mut made = vec![0u8; size];
         // SAFETY: the buffer has the size NVRTC asked for.
-        self.ok(job, unsafe { (self.cubin)(program.1, cubin.as_mut_ptr().cast()) })?;
-        Ok(Ok((cubin, log)))
+        self.ok(job, unsafe { read(program.1, made.as_mut_ptr().cast()) })?;
+        Ok(Ok((made, log)))
     }
 }
 
