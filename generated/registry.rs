@@ -17,704 +17,704 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
-        source_hash: "8c95e86603842dddfef9946d2ba400b888304e17db07004e5364163a80dabc39",
+        source_hash: "c1379fbe94d2029a5f9a6830778c877b86276d0c74bec71b5362afcc45a37a6e",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "2db0e4423e53cb6d4da27e6c79ac52258b0e01e8273743afc1c05b80c5670245",
+        source_hash: "d5c3b750c6969c7fcb962494e75d1348b9ff8439ee2ea51c77beada765e89089",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "297021be2a5144beafcfefd091c1d8d1b96e2efd92173082b2809153db4108a6",
+        source_hash: "e0d2105764685609e3573dd26aa402fd4f21efbf8c1642905d06cbd0e3fb3946",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e86bb26092d0050f50e3e9fb66138b092c339a2b48de124f044bd3919dbd1a73",
+        source_hash: "6b4674407cffd21603c2f09e8e466353109fe8a1af16b1920e5fc9164798fac9",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "369691b5e59bece8a7328ec2f00ffb4a9a4239b53248db85376cc7c6f8659969",
+        source_hash: "113d47652b6c67b5a4db1f24277005ebda97b353be9fad2aa827087335c88046",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "f55686a4d36dc1f74cf25fbb970882f24064e694823826e3481be4bb7c5ecbb8",
+        source_hash: "0b516f08dee57de40d99a6a7a9f306ad5e01629dc39f4e050d94bcfb5494b158",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0503589fdac4592469596322618b360728a0e1bc0cc0e8229cf887a76d98aca3",
+        source_hash: "38e97095cf9a98722ea00dae70198b036a2af0ef25cc1ba98ff1fbe2fca832f9",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e950694dd8033474869e25ec178e92dd5292ece166fc937f23984fe060c4510d",
+        source_hash: "8643ec0a7c527abd50149b29eb26b2399ff5ebc418984095a7e5df5af30bda2a",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "c8cbb1ef742d2ee5ab83d55646c1e0aac71bded13cefc9190bbbc723b80bdc00",
+        source_hash: "8bc8222316c052a84b1676bf8eeabad3abb074ff0bd27e50af219cfa98a6d3f4",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "086dfd82fc950c68a8c99f598fef6177ed72c897b88d9b8505aa7ab343c507f0",
+        source_hash: "19c0dabd4812fde75b5338686f162d1f9d68875210f084a2ee9c2483af00a799",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "22f12daecfb949c7c98192d476fef69f6368e4df5653fb5115e0f355a0503858",
+        source_hash: "cbaa4afe00f0a62d0cd7c5a69f35eb5c7610e7b228058a5b40c20fd45d41b6cf",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ef636a8c9dfb050b25024fdda92d919d94babb9e07fa4d76ffc06d422d8e2e01",
+        source_hash: "5783dc22120b17cd8e716787ecc3e8b83e1e869b8451a691c617fb539777a1ad",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "6322f4d0b1ece32e98caf97b3f30814dce9570cf267b074c5fa6f3fd469cf3d7",
+        source_hash: "ad4da96c84d7d96d92af09e0862b157896b465b64fbfc202937596e9e67795c7",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "16d787d2792880fc324592e9c7c256ed634cb98e87688455c57b04ee08fa55ae",
+        source_hash: "11657a2ea8f11f82d299e4c115c8a42a3c5fabd8d688ea7698d3022a9f502124",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "3177e1d6a4eb3fa4c1c772dee7177fd38eadadd480cc55cd3a5a59f3109c44aa",
+        source_hash: "0a35fe53b5ee4af8308ee6d1681ef439ffbfc09501763f65605650441c9bf038",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "2ff3ca4b43c641ef443be5a19b259a6eb8934e4441121a3ff9e4a9211d6ff9c9",
+        source_hash: "4573867e6130b7f4528ec014a60c09286ecd7b6748e1445e7a966da3ba037768",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "350437305ac5762867974922ca6510d189abe006f6edca5a82a6f46516b7868f",
+        source_hash: "95be4b1eb7b82e2aa9ed856192b3d833e10221f503ef510e2a51dec7d6e58aba",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "770b0c95e738238181086e7c2582bcde35f634cc9cae2b30ec0521828f1f85b4",
+        source_hash: "c3184a7eec23c462a4cf367b0f7b81e0c98dea49f34f3398cffe5c7edf3b55c5",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "007fb3e931b8f5d9ca4af15bd4875f7a0d08a0d960ee41344dd58e914d912b04",
+        source_hash: "e5a4c7af8543b87a6bb5b37256014c0949f256afc93b1865e64d7cff473f9b9a",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "82d2c75ab70f1e8337b45dfbef9116f70ff36c66403f75a9e4155a5176a67a20",
+        source_hash: "5dd5484d906b9d4a73d006b3fd086a5e1f15028dd9e625c702a4fdcccbada3bc",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "87984e131f742b26e261154b581ff27841d2d31e827573ebad084f4f2523974d",
+        source_hash: "8f7773f2ccd0ab496f8d5b6bb24be7bd69960d2c690bd404d58cb0d5eb2f25bd",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "278cc274b99b9b54a7295012b8b07bd1787d13845381eb3b9182496a015b8b2d",
+        source_hash: "30bf367c9c3e9849170d09ebb4058c57899b79c8a989ecb30d8bd2a34dbdac81",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "391b482a9aa9eb1c7902be4f58fe23bc8890dbf901f6889d34c9f7134d79cb82",
+        source_hash: "d015e1c291fdc1366bbb9a63974bb68edf7a9e75af1cde031124192ccbf7f47a",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "7386c13b501949c64b817bf4bf7a658eea44697679d047f84c1e23f22af51a0d",
+        source_hash: "fcbcea8065be967939ed984d21b138228663d4ca990e6b8df4e2eb7fd7baf0ee",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "5d65616a9fdd971efd5c77ea39ddf20c285ed12f012238462eadc5291f057834",
+        source_hash: "d763f078144bcd5b5ffe039470c4f7d49a0a12e585c8fed47fc0ddc16dc58848",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6a4cb2aa4d612081ee20f7f474205e0045b7114b300d5503290257a294e042b1",
+        source_hash: "fd655c5f94b1cb9de40992513138d9e2ff83702585b403c9d7b8165a06f1681c",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "bd114496bf888d46633f1eb61e790d17867c7dddcc69c00950dd75b5a927ec85",
+        source_hash: "24b340f9c930ce47dabfd69e8e2de9708ad68837496dfa0d7e04e75716b56a1f",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "cbd9f0cc4b1b535a798772734a5c26f8c0e27082a9d7d9d805940720b3c7c154",
+        source_hash: "572f76e30e4a2147d6166f68541928b396e469d85d1f8b3d16ce634d943007cd",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3bd3d2082772a96717c671752507f7dcc035e017e0b1bba457baab1c6b6974e7",
+        source_hash: "15d14f6e6c8347a46bc72a28e8b8733cb4064420210d93b86cefb02bb04a5b23",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0d10991a12e55ee62e55e4651c6333915b1ca1a8d05b5efe9d1fce4bc88ba889",
+        source_hash: "7b7008ea30a459ae4ad448732392dec5cc6602ed8ee67d1b7d8445b94419d2f4",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "89472f270a4a92622dcde49b972da2810cbf4aa9c086f6ac53a825ec15e0195b",
+        source_hash: "372eb4ec12aa71c0c799d12d88abdb93e557564261aa0fc5dd62e9f613d7a616",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "577b47634f028c85cdbf7b6a9e36df80eed9da86c12f20bff652457557ac42c5",
+        source_hash: "561bc924b21a69dc354667a0ef9a9d365ca68327bca9d437df60a9b3922f1ae7",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6ddc532512497e2b10e2ebf1dbc5de2958bda07f9e601eeaca58cb143309cc63",
+        source_hash: "8f647f423063253958b95342fdff2bfd96b4f2e3b4b5b13aebf4228ca005320c",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "48acab4a5c7339a21283cb544648fbcaf84a632e8fdbc3d6faed55e8c54dbabc",
+        source_hash: "4f4ef9f480372be3bf10458604ab34116173dc3f0e08b45c6f6f2afda6e0f9cd",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "041550d9ec96b988207baf03a2bd49d85be39266b4c51023df3518abce3b483b",
+        source_hash: "0dc6679a36b3767ebcab7f047c297e79388be798fc016da465963cb18153f25c",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "27e4d485a856fad6ebf376732590edc0dd42bee6e31139d25633894543da708b",
+        source_hash: "b65e4da95e5657437a362985ad0329a1c9132e89ab06c6fac49034543474b7f1",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "cc2e61930340353f295799be6679640648ee1583bc3dca2691df5b985be6d9c0",
+        source_hash: "0f124aa4a08fcf201f4aed9e1c6d57df19653a2e54e3acd9abddafd22376fdce",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "9266e34bc736cccd9f290af4866190c544387dfc0df323c3d55069a6265dc676",
+        source_hash: "e82d8447676bc96b5b1f072313015bce148c88083529350213b69bb7d6531722",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "45df74c1eb35229bc4e78f245c8914ac5b35cab3b847a253e8c69c28dc766c46",
+        source_hash: "3b35ec549b6ce3f89fd3f000bf5598cc085ca5f282f9cbfaf171190e90391452",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "3fb346466c68024708ad8967fdc15a4cff12722b739bbdfdbb1200aa4e75b07b",
+        source_hash: "6b7452a4859058e2d454828a2bd131e4a2893e890233b6d85b7403d897e2e242",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "519415142dad49aadf23f54850695b7a6a588b3ed7c5756e7f5619ed18a8f462",
+        source_hash: "b84ca4bb7108a24cf741a0b33bcb0a9f264af17d8f3f002445d4f5d7835efa29",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "2810169c9275ccaf028d996130252744c1dc0b4509f8881e573a0353464881cf",
+        source_hash: "28df41e4311bafb04e4aeea3d83b9e2f057bcbf13ad7986abc84973bbd85e606",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "39eca09002f45521745ea66ee96859bf8e3641d8c6c3d9e645e2a502f115e1cb",
+        source_hash: "6f5d66d11bda1099dd94f72991e77b71f7d313f6de29160bd9a85a5b0b85a524",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5b50578f382a8a8cd8c0e1cecd038fd2a8e95a37b3467a7cce7193883bce9a48",
+        source_hash: "bcc05f637d10cbf7d60bc34e8e5a5373abf8b9e540949d2f8a2dade9908c4e6f",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "626adefa0e60fe7c9a2925e606a27e96a8be54c387ecae255bd9bec64aa6997b",
+        source_hash: "2ef460b8c519ecb56d1126c59dab17a63ffecc98d803d15e992192b2772bbc65",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "d22906bca5115d77d81c5452d476cef6261789390deb5374f0c732794995ee11",
+        source_hash: "b8f8861d4b84af7a9d709cac9da625eca80d3bb9815048a02ea8c3abd9b7b892",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6fb743463a860a380e0a232c7f9417d6d1dd260542f28792578d1354f6ff95f5",
+        source_hash: "dd6b5baba965a88b8f32f7403c0460c3ab0a398800cfb116e607c3cf0d2a35e5",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "949fa7434dd56b368f45bdc68743cd5a938fb290e4f1cbc4fee06ceb936bc036",
+        source_hash: "1b403df2cab45883a2b6739bd20f5b19d0b5a31b4144d0ec2b8a0d3c89d3ff06",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "fbeacb9c1e649b28c1961d3973e9ee85d96011e5358f044fb8e9e59da49dcc5a",
+        source_hash: "790e1bd46dfbd6b4259ca7f2792e369d5f4d9cb6e60c01f8221e63f46c3536e2",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5f16575477ad3dbf5d1f6c10a267f9ce0fc8ff7abfc6b00ebaa284f92c979d4c",
+        source_hash: "bae8b9ac3fb4c5503a5f78cea36155a4627a11f8adf07d44ef77e4f8afe8081a",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "4218b8f20ded01ce544f2b4cdae8828c182a3129f5f3db61b2599588532a26b2",
+        source_hash: "184f45fc68378636b9cadaa18fb74dc46a336f4b0373aee3311e198d60172fc5",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "365574313b27a5210dd02a0c91a01216edfb5e777fa096d70225800850bc653f",
+        source_hash: "11b885b9c6999212d15f8da95ee794fb183dca69325b1baee89add64cfbbc932",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "84ae982bab6852fbc28e79a36b1bc47428737c93eb6c4838d1fb361470f1785c",
+        source_hash: "080c55763919e99005ddf0bd419da8d6bd2a86dfa52156cc5782266ef397f7e0",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "88941d689e474fad29d14acc1ad4ecff19a652deca68653d96673145d8a5def7",
+        source_hash: "968e337c33b5bbca8c3be98b6d5c37b892d4ea88efa083edc21917df7285e086",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f1f598ec42e2f629e85172222fb7d53e061a7d5b9e2cd1391af8fb477b9be5a4",
+        source_hash: "36507028dcb656f5e30fcd5cfaacceb65284a187180000f2a15449d19a075c4b",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "674f8583c2018946391bf66605733b2dbb809dd45b89e851ee348219b47aa48e",
+        source_hash: "0686795894caf1fcc2a3f506a86ec1b863c0e7ca84d8708688594e1d709781e3",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "a31080d541b95c2a55d201e56678122acce428ea314ef1dce683bcaeaff09666",
+        source_hash: "2177a15cf8a206bc5782c374ffb9ad8590223e75b8f29f49663e43f9d4a49294",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "08ad1b644ee9bc7f688030b3a4e88def47c2fb5967cc475b7254e508e454f634",
+        source_hash: "ecdea47bcd6e1b8cf554c4bbd3f2e4010acbefc6ff3918ef7a70c0e682fc6aaf",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8ea1ccb73a56683135bdd4a292e2dc13f4a978767aca5a7c99f174311681b648",
+        source_hash: "d2504dba3771b4c998b1a76450cb69e65641ba58a33a446018c3ac9b8863874c",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "5210f7f3fa33490ece506e76e4f37a612ef50174ebb56f904c5d77e0da029788",
+        source_hash: "c4fb0ac2e1a007a6a31cd30ae6e92c2ef90af15a89e94159471efb35f40be4aa",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "f9f5dda134b2d4e7df284d9e2843466d58b71ffa46ec2d6528e4cb3569a2f5d8",
+        source_hash: "5fb0b4e47af072e6cc5413daee7286511236b2e1377fa83f71651a6aeb71da61",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "b5f2dcaacc986f4996e9b55190ca658fb18ea3f836ff01a81afd6a32ec059aff",
+        source_hash: "a23ddd2daaa1ae1771e376fdaa4cb77fb74cfcc4b3c2d5099c5e92de736017cc",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "0c819d7f41d6a24fbb8cec0b85650c3a7f2fe2c4d0473c21a4c3b2a6ba97339d",
+        source_hash: "2acb9080a2ee3e56d68f3512085c4f13c364f33e2d58c5b4e22d2f2ea53361b0",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "290c28c21fb396b264c2e9a968f31d5af4b17f227ff2f7da603f62889df9c89b",
+        source_hash: "0141a7ae385bcf1465521d47caf557e231d72248a58ca7633d6609658067fa46",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "9bf80afd5de59092cc780e495b20589cc9502c80b02a6f0a3db7a7922c508f0d",
+        source_hash: "2e0598f61f8337ea637e9df31d3fa88258869d31357159504e987384aff63a34",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "8beccd6c6e156eb48fe2c2a3d5b802f9c9cec741779785a33dd181f89b338587",
+        source_hash: "c7ce5190b80369bae058d6752927dd553cf7920ea8f84c098479354eb91dca57",
     },
     Kernel {
         name: "gram_key_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_v1_sm90a.cu"),
-        source_hash: "a3d0c95af27cd9ebbce8b54550789db3cfcd1b9512c1c98cec8032401da7618a",
+        source_hash: "9577be0060612c90ebd93d3ccfe5138e0a7e873b74cba6999d1670c84fd98d30",
     },
     Kernel {
         name: "gram_key_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_v1_sm90a.cu"),
-        source_hash: "32476ebe98b6e7005e889b4581197d2edea6f3db07b7aff0551b482b4afb02e2",
+        source_hash: "bc3222d82dacc0af731e5e49ed218ba9c121286441bcc10d1696d462e5a410a5",
     },
     Kernel {
         name: "gram_query_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_v1_sm90a.cu"),
-        source_hash: "3b1c2f09bafb23ffbeaf081c00f63ca5c76bcdd8fe298414bcdc92091bb87f60",
+        source_hash: "cda1d99f062fd142da7d938d90023898d95916946a7727cd56bbcd9ea2811987",
     },
     Kernel {
         name: "gram_query_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_v1_sm90a.cu"),
-        source_hash: "d29edf0ede887de7c7986b3ad66b9de02a0bd3c658ec587b17d4003498d8aaa0",
+        source_hash: "6cb6c618a06fb0fa01e06c9b08b47c9ac0cad98908682703e0dbd589c17f1b24",
     },
     Kernel {
         name: "kv_invert_sm80",
         source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
-        source_hash: "72b132b714d2171d41a84ec0de1a2f3dbaa310e2bb6046c2b56d291d4d56a60f",
+        source_hash: "d10790551b5e05a8f078fef22d5f208daf627f10c25a5bdfa032c97d721c0b4c",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "be33cf0e987991b5664f92e9882a51d9560e88eb7a1862b7a67cd692af1174c3",
+        source_hash: "9fc9e72277725f5daa0d0c9bd01ec62efbc83293fad72d48f8567340c48792d4",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "4a51c9a534bff094c46a1891e7c53b9aba378e647c174fc0c2c16093e33f2e92",
+        source_hash: "a4a07c3d589b06d9306a7faf8570a2459f940ad8f6c339dd365725498e075ca9",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "8bb6c9fabd6ced7b7c3adf878ef7a003bc33fce8a246e417e29ee7e5c940cdbb",
+        source_hash: "9a657a735441be566dae5fcb1719e83c0043fda20cc0fcedc9b7186fe30943ab",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "b3ce66885338873dcddb6cd6095a4ba28b8edfcfb0fe9f1169ee7c58053fc98f",
+        source_hash: "152885fb4e3703cf013c4762ea9a7c16368e44f765903b7b56d310b6ac5040b7",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "5ab54a735a60a1f8c8db452ce19259452f472d4a8ce2211549b557698f543ee2",
+        source_hash: "6ffcf024482814211f12a7b7ef1ff80ed3c83f82f4fad82016a52e64c795c753",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "95d50b5380541f3975eac60850dbb8328d3f1e12d10a13f0eaf7aed41cfdd159",
+        source_hash: "f9d7d769eb433d4c501fa23ffcf3eb272bd80439de43c94833661efdbfe84007",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "19b36f9a73563f112a98e45f183f9260913754aa6acd08ff1479e8d556095f33",
+        source_hash: "43430be52c77177c6513b37c2fe0d5884745f4d66070548ba9ea1a5287a79770",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "60402449ac41423e99ece60be1bebb5e131c2be81723599b79e79f37e36e8d95",
+        source_hash: "46ff0f15c3282221eb2cd00d50d938c1275b73d75958e1101bef7bb1767f6197",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "0d2a9eee19e9a2f1479ff512d13577dfbd6242c74bc4b34075ecec9c0b8b4e3e",
+        source_hash: "cd511d63c1c8f8b0ffb625e12c1feb1dc7fd86f7648a810022cbd8228c4a894b",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "621354d22119c31461de785098262f80e556067f83319fb309709ec9c934c41d",
+        source_hash: "9c42b99711300f148f78d00b79c8298bbb19d9c13c2d11b83b5a94600fe9ada4",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "a303665d98d49e19da9b7caa894644871afdb9d49566b65a57d28853c881a40a",
+        source_hash: "4947d1e3f2314fca78d662b755627794a845a1533c53e0727310dc8c32773bcd",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "74322c7a0615a1da515e866d8a814c4d01b0fd43f41cb8d4adadeb414ad440d5",
+        source_hash: "b78024647b74d19472726bf0228669289a202e26660ca2fe28d049cfb5828056",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "ad2e98e349f0d79103254905e9818ca443f8c5978865ee496c2cce51cd8e6310",
+        source_hash: "ed8f2f51207592abc663af2a766d1b3f91342fba8b60d0ee1dcd38ae4aaae34e",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "53e075ab4b799ed06d9454ee2f08f7115f5729b9987c1e4d2e416a4eabb9c763",
+        source_hash: "d94954d92ecfe6fc5e03747024cfda018c5397d928aa7a3398971ff96d8bbca0",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "abbdaccbe926b48cacbaf854781d53156c97a37b932acca9eb08c10d2d75e28d",
+        source_hash: "7d4664bd9286d9d02f56345bb216b8356ca80a0b36a177a0db354cc24f269689",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "b73009db773a3ace1cae7c098121de7d0d6fd9085752d8a59c22acf1aab56869",
+        source_hash: "c5c87d263bdc73c4d479885e4739bdd2a55d3b0f53da88b02e62f39cd06cdd7d",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "c07b0704e1d60df4b303dac703395c66fd5bc23edf22c889556cc47cb79e895c",
+        source_hash: "b2b2e23e68171615e64e61a143ab7be405d29a5a4c3d5dbd84776006f3e58afd",
     },
     Kernel {
         name: "kv_validate_sm80",
         source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
-        source_hash: "cb76cc90f8d1d712c6034d5de9291bf3164b4bf22e64f895330820dae928893b",
+        source_hash: "988713ce42d3c6a597a2156515d2c0459e5b64f56fcf8267152cc355b4fb5e94",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "c67f2cd009ff3ab6712fd41586a58a7ea80c0a2b0cff9743e310e329bbff53d2",
+        source_hash: "01c9808e02c0fd402ae77b9d5f5766bd72929baa17f8fb36274e0274c6909103",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "fc2703b6bc5c27853c45d5bc9b420bf336fae7581af9f5fbb4fa9f2e6bbce92b",
+        source_hash: "5381d834015b57fe8e6f7acb29eccaf3cb8de016423257fe08ad178be45605d9",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "df1b3cb42326f30ace078c08b62bb504d33d798e74ca02a72f0544f79307b809",
+        source_hash: "757e01e0a54ac55fee39876d3f8e89154f57a0f10db54225bf02e71d3be519c5",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "e4066e79bc6a6d8957e45f4d93a498425f042b84a5d3b5d68afd4da1c007923e",
+        source_hash: "86ac71ead746e272429ba8a45bf774ac721148302ff53dc5c4e297588ab18fa2",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "f502ac5b6bad2fe07fe4b57d9bf46d3a78505265d4c409e6e8f57bc16169678a",
+        source_hash: "dd1db6cf94867f52b5f5867365b0e3a709400a21100df2816e9243ef718456b0",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "082accbbabdcd0e55bc0b4e1fb34e44090426686640bdba8bc45f523804f3bdf",
+        source_hash: "5a045c7adbf524e8531cd5d1ede0b1ca62648a226149dc02d27748cb5a2c643d",
     },
     Kernel {
         name: "profile_f32_d0_v1_sm90a",
         source: include_str!("kernels/profile/profile_f32_d0_v1_sm90a.cu"),
-        source_hash: "504d371faa044e27d8fad37c5d137e09d240df81c42846613fad6a4a6c304cb1",
+        source_hash: "80b093f2fe7550df555ed8aecf2697e996d1d8fecd2a79ac95cee6007e39f6e4",
     },
     Kernel {
         name: "profile_logits_bf16_d128_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d128_v1_sm90a.cu"
         ),
-        source_hash: "80a3df7e5cde77f5137c7c21753b28532020afdd15d059ae61231804533fdf9d",
+        source_hash: "aee15f93cc5c556fc19f47c450ecc93b548b6d63fcfc06dfdec587c793203759",
     },
     Kernel {
         name: "profile_logits_bf16_d64_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d64_v1_sm90a.cu"
         ),
-        source_hash: "ed2965f465f3aedd42c13fc7ab2c057370a39e040e086947961a3d5a2bb9d3f2",
+        source_hash: "07e1bb90e146a8a8643cf75cc75c02af669e2e0ecc6a2465354333bcd6c98ac6",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "3f21ab56943417542d7d2c4eb38305cca0a74094130acfc16b471b3beddeb7e0",
+        source_hash: "099bc2f499f50e8e2b3b147b892a30a7a42260681565407b56d0a672d09d9f1e",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "9d914ab48aa023d900eb9b1d1ed8e02ef8797f8839d3eb92f93810716d6a100b",
+        source_hash: "b3bbd2bc108c30fb9cf72ec73ebc5bcf2d4fa445bd37b3b493578f7bcac12d35",
     },
     Kernel {
         name: "residual_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_bwd/residual_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "fb0dc2cdffec6ce6ab8babef01ec5d0a3d79f17758f78c2dca8f3616f997819c",
+        source_hash: "45f6caaea1550ea9a8ac607d630e032f02d466086d1c3d2ff6720b80850ad25c",
     },
     Kernel {
         name: "residual_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_fwd/residual_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "7da6742059e7daf32073dac8f190dbe2eec03573cd24018267611819dc86cc17",
+        source_hash: "6669eec74255cfe935b3b994b5d4867e936480bbf7206118eef1b7ea5e0b4acb",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "50f8c89f6e926dad5b1078dd093b279a7f75ff01ccabbd30b58dac6033a6d96a",
+        source_hash: "39676ffe6e58d1fcafcc940e834f1ba5f5c5009e2b380a538ac884c85620d969",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "1400518a84419f434ce36e70fbfcb44d8c9b2f373942b5bd59ee641d3ad4397a",
+        source_hash: "49ebaf8a540217579daf6ae5ef22d90f08d8ff21e8d0e5c38641dca82425aefb",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "586d7631e1e7ae670822ea95625525310454dbae92f0820f486304ca5de68392",
+        source_hash: "af7b73ee9883245db6337e1e45d15af9702a5cabf169963cf3058c755a6106c6",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "b92c7d049f82c87afcddf9b225d214fb694c7eaade0c78b29a39ea8602d70d52",
+        source_hash: "45e88e4563d1210f2518cbd5c2a241ea3487944c7b1817eac0f746663e96ef1b",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "2335e49486cdb7087af5f1cd894f2b40ed78af75ea6178d31cba7f49acc2b290",
+        source_hash: "861d40a88c2c4f9a66f6f9ed3bd276e17b61e1c14e29dd527a86094e9c115622",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "308bbc7f0211522783e57449aa425c7024270ab51ef3aa9b4b622a491f3b6f53",
+        source_hash: "fe784dd01a0aaa6dbae4554472f5bc98276ff68f81f23c34c35e2fb6352ace99",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "7b2e8f7c87fc02451c32ca554382bc07a56daa2b6cfef4f8ec9526fc19f521fa",
+        source_hash: "d4191b9231a452441e952091a5be006376fe3124f398d32ad14c296de6c0067b",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "aa7b06da3594093afb4d4cb4257bb9724f0c832677c4995f639803a5c3cffa8b",
+        source_hash: "9bd9e72df7a36a464ebee2e9329ab0f0dd95b5c292d0a34206167c755e07e7ae",
     },
 ];
 
@@ -737,6 +737,7 @@ pub static HEADERS: &[(&str, &str)] = &[
         "dsv/sm80/products.cuh",
         include_str!("../templates/include/dsv/sm80/products.cuh"),
     ),
+    ("dsv/tile.cuh", include_str!("../templates/include/dsv/tile.cuh")),
     ("dsv/tma.cuh", include_str!("../templates/include/dsv/tma.cuh")),
     ("dsv/types.cuh", include_str!("../templates/include/dsv/types.cuh")),
     ("dsv/vector.cuh", include_str!("../templates/include/dsv/vector.cuh")),

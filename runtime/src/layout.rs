@@ -2,8 +2,8 @@
 
 use crate::error::Error;
 use cudarc::driver::sys;
-use dsv_spec::Dtype;
 use dsv_spec::params::{TensorMap, TensorView};
+use dsv_spec::{Dtype, limits};
 
 /// Strides of a [batch, seq, head, head_dim] tensor in elements; the innermost stride is 1. The stride of a dimension
 /// of size 1 is never used and may be anything.
@@ -93,20 +93,32 @@ impl Extent {
         legal
     }
 
-    /// The descriptor [`dsv_spec::params::AttnFwd`] documents: 5-D (64 columns, seq, head_dim / 64, head, batch),
-    /// box (64, `rows`, head_dim / 64, 1, 1), 128-byte swizzle, zeros outside. Work of the host alone.
+    /// The descriptor [`dsv_spec::params::AttnFwd`] documents, with boxes of `rows` tokens; what lies outside the tensor
+    /// reads as zeros. Work of the host alone.
     pub(crate) fn tensor_map(&self, address: u64, layout: &Layout, rows: u32) -> Result<TensorMap, Error> {
-        const COLUMNS: u32 = 64;
-        let chunks = self.head_dim / COLUMNS;
+        const COLUMNS: u32 = limits::SLAB_COLUMNS;
         let bytes = self.dtype.bytes() as i64;
+        let stride = |elements: i64| (elements * bytes) as u64;
+        let (dtype, swizzle) = (self.dtype, sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B);
+        if !self.head_dim.is_multiple_of(COLUMNS) {
+            return Tiled {
+                dtype,
+                address,
+                dims: [self.head_dim, self.seqlen, self.heads, self.batch].map(u64::from),
+                strides: [layout.seq, layout.head, layout.batch].map(stride),
+                window: [COLUMNS, rows, 1, 1],
+                swizzle,
+            }
+            .encode();
+        }
+        let slabs = self.head_dim / COLUMNS;
         Tiled {
-            dtype: self.dtype,
+            dtype,
             address,
-            dims: [COLUMNS, self.seqlen, chunks, self.heads, self.batch].map(u64::from),
-            strides: [layout.seq, COLUMNS as i64, layout.head, layout.batch]
-                .map(|stride| (stride * bytes) as u64),
-            window: [COLUMNS, rows, chunks, 1, 1],
-            swizzle: sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
+            dims: [COLUMNS, self.seqlen, slabs, self.heads, self.batch].map(u64::from),
+            strides: [layout.seq, COLUMNS as i64, layout.head, layout.batch].map(stride),
+            window: [COLUMNS, rows, slabs, 1, 1],
+            swizzle,
         }
         .encode()
     }

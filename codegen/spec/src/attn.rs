@@ -193,17 +193,22 @@ impl AttnSpec {
         }
     }
 
+    /// The head dims this op's template serves on this architecture, and the same in words.
+    const fn matmul_head_dims(&self) -> (&'static [u16], &'static str) {
+        match (self.op, self.arch) {
+            (AttnOp::Fwd, Arch::Sm90a) => (&HEAD_DIMS, "64, 96, 128 or 256 in attn_fwd on sm90a"),
+            (AttnOp::Bwd | AttnOp::BwdDq, Arch::Sm90a) => {
+                (&[64, 128], "64 or 128 in the backward on sm90a: whole 128-byte swizzle columns")
+            }
+            _ => (&[64, 128], "64 or 128 with the sm80 templates: whole 128-byte swizzle columns"),
+        }
+    }
+
     fn check_matmul(&self) -> Result<(), SpecError> {
         let AttnTile { block_m, block_n, groups, consumers, stages, cluster, schedule } = self.tile;
-        if !self.head_dim.is_multiple_of(64) || self.head_dim > 128 {
-            return Err(SpecError::new(
-                "head_dim",
-                self.head_dim,
-                format!(
-                    "64 or 128 with the {} templates (whole 128-byte swizzle columns, accumulators in registers)",
-                    self.arch
-                ),
-            ));
+        let (head_dims, which) = self.matmul_head_dims();
+        if !head_dims.contains(&self.head_dim) {
+            return Err(SpecError::new("head_dim", self.head_dim, which));
         }
         if cluster != 1 {
             return Err(SpecError::new("cluster", cluster, format!("1 with the {} templates", self.arch)));

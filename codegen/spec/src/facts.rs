@@ -21,6 +21,8 @@ pub mod limits {
     /// Rows of the backward's statistics and of dQ's accumulator are padded to a multiple of this: the longest query
     /// tile.
     pub const BWD_PADDING: u16 = 128;
+    /// Columns of one slab of a tile in shared memory: 128 bytes, the widest swizzle.
+    pub const SLAB_COLUMNS: u32 = 64;
     /// 32-bit registers of one multiprocessor.
     pub const REGISTERS_PER_SM: u32 = 65_536;
 }
@@ -182,9 +184,11 @@ pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
             AttnOp::BwdDq | AttnOp::BwdPrep | AttnOp::BwdPost => 0,
         };
     }
+    // Tiles are whole slabs of 64 columns, of which the last may be partly zeros (templates/include/dsv/tile.cuh).
+    let columns = d.next_multiple_of(limits::SLAB_COLUMNS);
     let tiles = match spec.op() {
         // Q (its room serves out in the epilogue), then the ring of K and V.
-        AttnOp::Fwd => m * d * bytes + stages * 2 * n * d * bytes,
+        AttnOp::Fwd => m * columns * bytes + stages * 2 * n * columns * bytes,
         // Q (its room serves dQ in the epilogue) and dO, then the ring of K and V.
         AttnOp::BwdDq => 2 * m * d * bytes + stages * 2 * n * d * bytes,
         // K and V (their room serves dK and dV in the epilogue), the ring of Q and dO with LSE and delta, and dS:

@@ -70,8 +70,9 @@ pub struct AttnSizes {
 
 /// Launch parameters of `attn_fwd`.
 ///
-/// The tensor maps are 5-D: (64 columns, seq, head_dim / 64, head, batch), box (64, rows, head_dim / 64, 1, 1),
-/// 128-byte swizzle. Box rows: q and o 64 (one consumer's rows), k and v block_n.
+/// The tensor maps have 128-byte swizzle. Where head_dim is a multiple of 64 they are 5-D: (64 columns, seq,
+/// head_dim / 64, head, batch), box (64, rows, head_dim / 64, 1, 1); else 4-D: (head_dim, seq, head, batch), box (64, rows,
+/// 1, 1), one copy for every 64 columns. Box rows: q and o 64 (one consumer's rows), k and v block_n.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct AttnFwd {

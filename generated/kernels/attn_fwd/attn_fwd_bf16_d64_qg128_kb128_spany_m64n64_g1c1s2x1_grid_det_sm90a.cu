@@ -39,11 +39,11 @@ constexpr bool kDense = kKvBlock == 0;
 constexpr int kRows = 64;                                         // query rows of one consumer
 constexpr int kConsumerThreads = 128 * kConsumers;
 constexpr bool kPingPong = kConsumers > 1;                        // consumers take turns at the tensor cores
-constexpr dsv::uint32 kTileBytesQ = kRows * kHeadDim * 2;
-constexpr dsv::uint32 kTileBytesKv = kBlockN * kHeadDim * 2;
+constexpr dsv::uint32 kTileBytesQ = dsv::tile_bytes(kRows, kHeadDim);
+constexpr dsv::uint32 kTileBytesKv = dsv::tile_bytes(kBlockN, kHeadDim);
 
 static_assert(kBlockM == kRows * kConsumers, "one wgmma M of 64 rows a consumer");
-static_assert(kHeadDim % 64 == 0, "whole 128-byte swizzle columns");
+static_assert(kHeadDim % 16 == 0, "whole K steps of the products");
 static_assert(kDense || kKvBlock % kBlockN == 0, "a listed block is whole tiles");
 static_assert(kDense || kQueryGroup % kBlockM == 0, "a CTA lies within one group");
 
@@ -87,7 +87,7 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
     if (leader) {
         dsv::mbarrier_arrive_expect(&smem.full_q, kConsumers * kTileBytesQ);
         for (int c = 0; c < kConsumers; ++c) {
-            dsv::tma_load_tile(smem.q[c], &p.map_q, &smem.full_q, first_row + c * kRows, head, batch);
+            dsv::tma_load_tile<kHeadDim, kRows>(smem.q[c], &p.map_q, &smem.full_q, first_row + c * kRows, head, batch);
         }
     }
 
@@ -100,7 +100,8 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
             if (leader) {
                 dsv::mbarrier_wait(&smem.empty_k[ring_k.index], ring_k.phase ^ 1);
                 dsv::mbarrier_arrive_expect(&smem.full_k[ring_k.index], kTileBytesKv);
-                dsv::tma_load_tile(smem.k[ring_k.index], &p.map_k, &smem.full_k[ring_k.index], start_k, kv_head, batch);
+                dsv::tma_load_tile<kHeadDim, kBlockN>(smem.k[ring_k.index], &p.map_k, &smem.full_k[ring_k.index],
+                                                      start_k, kv_head, batch);
             }
             ring_k.advance();
         }
@@ -108,7 +109,8 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
             if (leader) {
                 dsv::mbarrier_wait(&smem.empty_v[ring_v.index], ring_v.phase ^ 1);
                 dsv::mbarrier_arrive_expect(&smem.full_v[ring_v.index], kTileBytesKv);
-                dsv::tma_load_tile(smem.v[ring_v.index], &p.map_v, &smem.full_v[ring_v.index], start_v, kv_head, batch);
+                dsv::tma_load_tile<kHeadDim, kBlockN>(smem.v[ring_v.index], &p.map_v, &smem.full_v[ring_v.index],
+                                                      start_v, kv_head, batch);
             }
             ring_v.advance();
         }
@@ -265,7 +267,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
     dsv::fence_async_proxy();
     dsv::named_sync(kEpilogueBarrier + consumer, 128);
     if (threadIdx.x % 128 == 0 && row0 < p.sizes.seqlen_q) {
-        dsv::tma_store_tile(&p.map_o, smem.q[consumer], row0, head, batch);
+        dsv::tma_store_tile<kHeadDim, kRows>(&p.map_o, smem.q[consumer], row0, head, batch);
         dsv::bulk_commit();
         dsv::bulk_wait_read();
     }
