@@ -264,11 +264,11 @@ impl AttnSpec {
                         format!("at most {budget} a thread with {consumers} consumers"),
                     ));
                 }
-                if ![64, 96, 128, 176].contains(&block_n) {
+                if ![64, 80, 96, 128, 176].contains(&block_n) {
                     return Err(SpecError::new(
                         "block_n",
                         block_n,
-                        "64, 96, 128 or 176, the products listed in wgmma_shapes.cuh",
+                        "64, 80, 96, 128 or 176, the products listed in wgmma_shapes.cuh",
                     ));
                 }
                 if block_m != rows {

@@ -119,6 +119,8 @@ impl Facts {
                     spec.op() == AttnOp::Fwd && spec.head_dim() == 64 && spec.tile().block_n == 64;
                 let (ctas, consumer_registers, producer_registers) = match (consumers, spec.op()) {
                     (1, AttnOp::Fwd) if small_forward => (3, 136, 24),
+                    // 128 registers of O cannot be had while two CTAs share a multiprocessor.
+                    (1, AttnOp::Fwd) if spec.head_dim() > 128 => (1, 240, 24),
                     (1, AttnOp::Bwd) => (2, 224, 32),
                     (1, _) => (2, 232, 24),
                     // The backward's producer walks a list and feeds four operands: with 24 registers it spills a
