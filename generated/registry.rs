@@ -17,704 +17,704 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
-        source_hash: "c1379fbe94d2029a5f9a6830778c877b86276d0c74bec71b5362afcc45a37a6e",
+        source_hash: "1d1ed28565cf030d56acde95ae03ec24d0afaee67791838c915616fa7ca1fcad",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "d5c3b750c6969c7fcb962494e75d1348b9ff8439ee2ea51c77beada765e89089",
+        source_hash: "5570ab0fa5fa6e0d596f0206b1fecd36e879fafb4178e014d08c3a40377f5b16",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "e0d2105764685609e3573dd26aa402fd4f21efbf8c1642905d06cbd0e3fb3946",
+        source_hash: "2aab5468a20f80a2844ef855a5c3081400d5f4b2e513c84277a3c1935c260d7c",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6b4674407cffd21603c2f09e8e466353109fe8a1af16b1920e5fc9164798fac9",
+        source_hash: "953b20de38e5bf22257b7a957fe9b5ca4fe89a30925cbca49fa8ea6f1795e596",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "113d47652b6c67b5a4db1f24277005ebda97b353be9fad2aa827087335c88046",
+        source_hash: "3313d1d38e17a0b4cb15c8c159b0ed4eec2038e36a1cd08c7f2d10c7410ee1ac",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "0b516f08dee57de40d99a6a7a9f306ad5e01629dc39f4e050d94bcfb5494b158",
+        source_hash: "744bfd1acb1dcd574cd6c15b0f9a4beb4724ef16cc7abc64f4a6336bd499eca7",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "38e97095cf9a98722ea00dae70198b036a2af0ef25cc1ba98ff1fbe2fca832f9",
+        source_hash: "e7fba8e0a2bce9f31aba6da9ccc25fb1da82e1814c9d4139e8f552d5be1710ed",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8643ec0a7c527abd50149b29eb26b2399ff5ebc418984095a7e5df5af30bda2a",
+        source_hash: "6da8376a9613592ecb7f98c1b78d93a91aeb7fa9b072455ab46d925bb369757d",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "8bc8222316c052a84b1676bf8eeabad3abb074ff0bd27e50af219cfa98a6d3f4",
+        source_hash: "8a551d2c401da2a646eec7e5b27393f09e5f1189fecc09e01de0df61830d6cb7",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "19c0dabd4812fde75b5338686f162d1f9d68875210f084a2ee9c2483af00a799",
+        source_hash: "540319f0f521777790b3c78da21416e675eba3a1e21d8c0f8fd6e46cbd5a858a",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "cbaa4afe00f0a62d0cd7c5a69f35eb5c7610e7b228058a5b40c20fd45d41b6cf",
+        source_hash: "c28747ea62255a09ab5fd956a2cb8e3c5c27f7ecbafdf1e1894f2d2dd560051b",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5783dc22120b17cd8e716787ecc3e8b83e1e869b8451a691c617fb539777a1ad",
+        source_hash: "f8fadc882b0643eb94e3ac69ded5e7976440d7d60349a05a510637431499003b",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ad4da96c84d7d96d92af09e0862b157896b465b64fbfc202937596e9e67795c7",
+        source_hash: "fa3e73288e2b2423463622f4aa2a9d2bf8ca6ca9829b4ad90575e44846b0f5f7",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "11657a2ea8f11f82d299e4c115c8a42a3c5fabd8d688ea7698d3022a9f502124",
+        source_hash: "891aec3474d16403bc37c03c37ea09fa9ebe546511469cd7898cca622099ea41",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "0a35fe53b5ee4af8308ee6d1681ef439ffbfc09501763f65605650441c9bf038",
+        source_hash: "10951e090d988146bdcdedd2d730f32bb7e54ec6b92e6f6ad40f8df9d273f54d",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "4573867e6130b7f4528ec014a60c09286ecd7b6748e1445e7a966da3ba037768",
+        source_hash: "6213249a5f08070137d1b6be4671547bb4c105f35fabf110a19893b28844bb88",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "95be4b1eb7b82e2aa9ed856192b3d833e10221f503ef510e2a51dec7d6e58aba",
+        source_hash: "e4bb749bfc33dc2a261403c676ebcf387c3fd095c7f34cc045563e3d864c7898",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c3184a7eec23c462a4cf367b0f7b81e0c98dea49f34f3398cffe5c7edf3b55c5",
+        source_hash: "3b12b115313ed1269d07f1db8088e5b36167e7b2132a66004e3c5bd825f97fc5",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "e5a4c7af8543b87a6bb5b37256014c0949f256afc93b1865e64d7cff473f9b9a",
+        source_hash: "05b856034ea08f315f91314f0cef743f2b0e33695a02886358138e6e7cc2a6b9",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "5dd5484d906b9d4a73d006b3fd086a5e1f15028dd9e625c702a4fdcccbada3bc",
+        source_hash: "1bae585c446999ee8188b55fa7c147cecda1bc0a4a3026f0dbb6d8d66230ea73",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8f7773f2ccd0ab496f8d5b6bb24be7bd69960d2c690bd404d58cb0d5eb2f25bd",
+        source_hash: "149ef71017a6bcf64c8955e15498146c501a4f505e91e7fa57eb9e1442afae22",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "30bf367c9c3e9849170d09ebb4058c57899b79c8a989ecb30d8bd2a34dbdac81",
+        source_hash: "979c0a9d9f97b479700a55f9b221d3d29b1fe85231d2c55a7eec058f1b22ed58",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d015e1c291fdc1366bbb9a63974bb68edf7a9e75af1cde031124192ccbf7f47a",
+        source_hash: "8f8677577ac5f4cbcbdf8fa49d8f88c9d8cdb13ecfe2983e743389fc7fbf09e1",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "fcbcea8065be967939ed984d21b138228663d4ca990e6b8df4e2eb7fd7baf0ee",
+        source_hash: "4e6e300edec7f8a6ebcbda3d956dedf8531cf67c5999f61f7a56ac249aa38f4b",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "d763f078144bcd5b5ffe039470c4f7d49a0a12e585c8fed47fc0ddc16dc58848",
+        source_hash: "895b378263408b7a702a2e78bf6c3512553cc82bb3cddbdd77d52d8937f8b8f6",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "fd655c5f94b1cb9de40992513138d9e2ff83702585b403c9d7b8165a06f1681c",
+        source_hash: "fa4c4bc571bdbe425c9924cb3acb52e3c6d0be43d6b3db2a89e1ebb8bd4b2f9f",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "24b340f9c930ce47dabfd69e8e2de9708ad68837496dfa0d7e04e75716b56a1f",
+        source_hash: "938c2b06662e583c9266394efd701697123584ec72d39233abe24e653361ad2b",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "572f76e30e4a2147d6166f68541928b396e469d85d1f8b3d16ce634d943007cd",
+        source_hash: "9419a72a21a1cdb7505e2f8791d05b2e784e6f6431c12c820509f6a28a3a3ee1",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "15d14f6e6c8347a46bc72a28e8b8733cb4064420210d93b86cefb02bb04a5b23",
+        source_hash: "d4043d5eca893dc866825a815601f72bd8fa4d431eb2e605c1c288a2f704fa12",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7b7008ea30a459ae4ad448732392dec5cc6602ed8ee67d1b7d8445b94419d2f4",
+        source_hash: "b439ea0ac312586514ba7d7aa05ae686f66d10b4ba534595c5c620491f4448e2",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "372eb4ec12aa71c0c799d12d88abdb93e557564261aa0fc5dd62e9f613d7a616",
+        source_hash: "ca9819d4ea1101192c7a233d899e780017cde95f4105408fb5b334bb32fee5bc",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "561bc924b21a69dc354667a0ef9a9d365ca68327bca9d437df60a9b3922f1ae7",
+        source_hash: "7422094c72ee7f1f56044f04c4a694567e025aa4744f32518938208ab47e65b2",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8f647f423063253958b95342fdff2bfd96b4f2e3b4b5b13aebf4228ca005320c",
+        source_hash: "638f9aa192ec21846416fe9c4e111aea5be8a69d101bbe96d6e6ad0b5cb8c395",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4f4ef9f480372be3bf10458604ab34116173dc3f0e08b45c6f6f2afda6e0f9cd",
+        source_hash: "3bbae315bb3d61fce3e512d93c1323424f3816ab353dc3cd0317e08930544829",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0dc6679a36b3767ebcab7f047c297e79388be798fc016da465963cb18153f25c",
+        source_hash: "816ee7e261ddcc420072791ca3d8a0b2188f868c0d04653c0d698b04fa006e08",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "b65e4da95e5657437a362985ad0329a1c9132e89ab06c6fac49034543474b7f1",
+        source_hash: "f5d67be2e8902856ac2e48dd51e144b6e418a030a5310d5aa51b93c325fa711d",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0f124aa4a08fcf201f4aed9e1c6d57df19653a2e54e3acd9abddafd22376fdce",
+        source_hash: "15f48ea1b9d50086b575db68868a1e7611be11083630c09a8b598c29ee5a4f75",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "e82d8447676bc96b5b1f072313015bce148c88083529350213b69bb7d6531722",
+        source_hash: "57aeaa66387a34fa72114dbafbabf775cd8a4440cf4dc3b2924540ed52ffa979",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3b35ec549b6ce3f89fd3f000bf5598cc085ca5f282f9cbfaf171190e90391452",
+        source_hash: "4c8ffdf676614ed4ffa2ae2e59606ec9a6c1efec38cf0b91c2e59746645dff6c",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "6b7452a4859058e2d454828a2bd131e4a2893e890233b6d85b7403d897e2e242",
+        source_hash: "25e9e8e7d43392698c2b3d12566efc7ca49bf8ab61226247dad364f8073e3769",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b84ca4bb7108a24cf741a0b33bcb0a9f264af17d8f3f002445d4f5d7835efa29",
+        source_hash: "209dba0b93042d8f56e9e4c602ed8f575e733c4779ca1d7196fc113fbabc1a54",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "28df41e4311bafb04e4aeea3d83b9e2f057bcbf13ad7986abc84973bbd85e606",
+        source_hash: "5c774d8861912c67e2e26bc7a87aff0a6b71cb12a1ccb188ed7ca98b57e6a519",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6f5d66d11bda1099dd94f72991e77b71f7d313f6de29160bd9a85a5b0b85a524",
+        source_hash: "c77d1c4b691f11a09a047236ac7bd089b2a935be72954e57ffca88f5aa655606",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bcc05f637d10cbf7d60bc34e8e5a5373abf8b9e540949d2f8a2dade9908c4e6f",
+        source_hash: "6badd4005c2de764934b5f6bde7c9445b13e7306a8f29e3abb75d34a6db37ffa",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2ef460b8c519ecb56d1126c59dab17a63ffecc98d803d15e992192b2772bbc65",
+        source_hash: "6b029d5bb7a96b81bc212479ebecc0b2e844c9c2bf814111d7844b16ca5b7cf4",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "b8f8861d4b84af7a9d709cac9da625eca80d3bb9815048a02ea8c3abd9b7b892",
+        source_hash: "63bec87cf12003579f1dd8cb08c143a1541f1dce8709e236bb3691c3884b83b7",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "dd6b5baba965a88b8f32f7403c0460c3ab0a398800cfb116e607c3cf0d2a35e5",
+        source_hash: "57cd61319b185c78253d41379b1e801f6244f3c08cde6230eca14241896b1600",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "1b403df2cab45883a2b6739bd20f5b19d0b5a31b4144d0ec2b8a0d3c89d3ff06",
+        source_hash: "7adc576540cdb4486a881486c8ce07145aaa87063d5092ef4c5701dd8cc5fbf7",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "790e1bd46dfbd6b4259ca7f2792e369d5f4d9cb6e60c01f8221e63f46c3536e2",
+        source_hash: "2f4d42cc90f0bbb443c9add21881ec91627d9a5e40c4ee33b18f0cd6a807ed04",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bae8b9ac3fb4c5503a5f78cea36155a4627a11f8adf07d44ef77e4f8afe8081a",
+        source_hash: "e5a374cea6a73d756d8913540354c01b3b32ccfc3c8c2d78933a3878497de867",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "184f45fc68378636b9cadaa18fb74dc46a336f4b0373aee3311e198d60172fc5",
+        source_hash: "061be1c15e49bee9d4985295afdbab2f45016858df98b31bc40b6e0f0de7d3f8",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "11b885b9c6999212d15f8da95ee794fb183dca69325b1baee89add64cfbbc932",
+        source_hash: "905207ecdf1b986f5ae81cfcd58e7915f0a32a87fa976a8d5a2a72496048a802",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "080c55763919e99005ddf0bd419da8d6bd2a86dfa52156cc5782266ef397f7e0",
+        source_hash: "7c862ff2e7f5a3bc0be342a7eebc72b62b6adacefaa9e81f8de1b20735f86db9",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "968e337c33b5bbca8c3be98b6d5c37b892d4ea88efa083edc21917df7285e086",
+        source_hash: "f85cccf70ee154cf3b0ef7def04f5ede0c3cd7ce84cb5584e4ba7518b8a0e25a",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "36507028dcb656f5e30fcd5cfaacceb65284a187180000f2a15449d19a075c4b",
+        source_hash: "6d18c95e4c450022717ffd4548f20ca32b12641edd33929b3292bd2d968e5cea",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0686795894caf1fcc2a3f506a86ec1b863c0e7ca84d8708688594e1d709781e3",
+        source_hash: "26249be17cd4186ca4a47647e297dd1d67b30e128685067d459dcc6b4a8c72f1",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "2177a15cf8a206bc5782c374ffb9ad8590223e75b8f29f49663e43f9d4a49294",
+        source_hash: "b33833ad6165204290e0ea4b9b80f96d2fa4c25982cd6b4987e045dcd1773e41",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ecdea47bcd6e1b8cf554c4bbd3f2e4010acbefc6ff3918ef7a70c0e682fc6aaf",
+        source_hash: "30d989913a61fe96dab8e6e1cd87095cb0b462f7af2d41771ad5c149fe4dd925",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d2504dba3771b4c998b1a76450cb69e65641ba58a33a446018c3ac9b8863874c",
+        source_hash: "9c17fa79c74376851ab86fa87f7aaaf7204f88dcc70f7f5d4b661675e4a1c0c8",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "c4fb0ac2e1a007a6a31cd30ae6e92c2ef90af15a89e94159471efb35f40be4aa",
+        source_hash: "00316d43eea74557e552d1ac04e07907388a4a32c0993594f1de8daff94384b0",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "5fb0b4e47af072e6cc5413daee7286511236b2e1377fa83f71651a6aeb71da61",
+        source_hash: "abd6d6624b25b0818534bc9ec84d586a09b1863bc919f4bfdd211146782625b7",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "a23ddd2daaa1ae1771e376fdaa4cb77fb74cfcc4b3c2d5099c5e92de736017cc",
+        source_hash: "28e4a93894d179114e853f287dc78d7ee0e82f83f3c7e812bceb97200a6d2d36",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "2acb9080a2ee3e56d68f3512085c4f13c364f33e2d58c5b4e22d2f2ea53361b0",
+        source_hash: "c938099210b765e72f80b4b93814353c3788125f6c9360a82c1016f5b374d12a",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "0141a7ae385bcf1465521d47caf557e231d72248a58ca7633d6609658067fa46",
+        source_hash: "954cc39e7326833652193b0b3793899af53bdea444e56adfb57ba0c9e04dc916",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "2e0598f61f8337ea637e9df31d3fa88258869d31357159504e987384aff63a34",
+        source_hash: "f6058eb4d6ffd33a5544492c8d8f6d0ed074f21b4c816a741f028514baf1cdaf",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "c7ce5190b80369bae058d6752927dd553cf7920ea8f84c098479354eb91dca57",
+        source_hash: "90117f8941990150d4df33f607053be641ddc1a8244f0ffef74ccdf48a54c9aa",
     },
     Kernel {
         name: "gram_key_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_v1_sm90a.cu"),
-        source_hash: "9577be0060612c90ebd93d3ccfe5138e0a7e873b74cba6999d1670c84fd98d30",
+        source_hash: "973178e888371ae76310294bb90f31d3fd7b918477570d1d44df445ad3562189",
     },
     Kernel {
         name: "gram_key_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_v1_sm90a.cu"),
-        source_hash: "bc3222d82dacc0af731e5e49ed218ba9c121286441bcc10d1696d462e5a410a5",
+        source_hash: "979f0e28766634f3e6df85a77683896c9e25e6ccbfd37c9b2889fa7da22167f4",
     },
     Kernel {
         name: "gram_query_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_v1_sm90a.cu"),
-        source_hash: "cda1d99f062fd142da7d938d90023898d95916946a7727cd56bbcd9ea2811987",
+        source_hash: "27c60372c87c7a565beeb124f586c3b252909fb7ab20f91d2ab1d35c8ac412eb",
     },
     Kernel {
         name: "gram_query_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_v1_sm90a.cu"),
-        source_hash: "6cb6c618a06fb0fa01e06c9b08b47c9ac0cad98908682703e0dbd589c17f1b24",
+        source_hash: "d99c2594e53f6888f8b05e5c8d2fd51e83d5030936f171fb9a6581d282cf5413",
     },
     Kernel {
         name: "kv_invert_sm80",
         source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
-        source_hash: "d10790551b5e05a8f078fef22d5f208daf627f10c25a5bdfa032c97d721c0b4c",
+        source_hash: "59f14cdafbc14a3032cbbc34331f13a6ed6ea0afbe8fe62d2c7fac028e147528",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "9fc9e72277725f5daa0d0c9bd01ec62efbc83293fad72d48f8567340c48792d4",
+        source_hash: "110c6163f4e4dcb24ec6503eec5c47bf4f6d5210eec651e1efa1e822f23a5078",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "a4a07c3d589b06d9306a7faf8570a2459f940ad8f6c339dd365725498e075ca9",
+        source_hash: "fb4d581bdfe47807ec56ac38aa56d66de875f1e28b40920f00f091aa66c9f356",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "9a657a735441be566dae5fcb1719e83c0043fda20cc0fcedc9b7186fe30943ab",
+        source_hash: "968a8e9ca1bf372ae0e113f1099b519423fd9acde261287a7b4a03ecb92d578b",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "152885fb4e3703cf013c4762ea9a7c16368e44f765903b7b56d310b6ac5040b7",
+        source_hash: "37d18462dcc98c947d88743aa8648e3b3c1e18936cec20d2c7c46320c80eed3f",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "6ffcf024482814211f12a7b7ef1ff80ed3c83f82f4fad82016a52e64c795c753",
+        source_hash: "80373842a14b968d6e562c1c2cc4ebf140423345a5d179cd17310dabd530a245",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "f9d7d769eb433d4c501fa23ffcf3eb272bd80439de43c94833661efdbfe84007",
+        source_hash: "6cbfcb4ac358173f5cbd6c080971aa5fafecbd61efea11b70a8127e87e7e7f3c",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "43430be52c77177c6513b37c2fe0d5884745f4d66070548ba9ea1a5287a79770",
+        source_hash: "0f504950d89c932a5ec51300591567dc586a7a3cd5f0c951e70b865505f69b53",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "46ff0f15c3282221eb2cd00d50d938c1275b73d75958e1101bef7bb1767f6197",
+        source_hash: "1c312e1d5efac64c17c1edd60212f57c869ad252395166e6f4b76809f0213586",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "cd511d63c1c8f8b0ffb625e12c1feb1dc7fd86f7648a810022cbd8228c4a894b",
+        source_hash: "b7a7f81d131ffe1833b2128fc3c6099536b42ca22e62a4689772cce26db3e782",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "9c42b99711300f148f78d00b79c8298bbb19d9c13c2d11b83b5a94600fe9ada4",
+        source_hash: "36b352664f2ea1c36e2e56f9b95c7861944126e16ec5efd5d0f100d0114d6e99",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "4947d1e3f2314fca78d662b755627794a845a1533c53e0727310dc8c32773bcd",
+        source_hash: "f6d2442ebb4622e8719c183eaf99ba2b6823260fa58f5287c5833a8a0f20c1a1",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "b78024647b74d19472726bf0228669289a202e26660ca2fe28d049cfb5828056",
+        source_hash: "f8c1906c9ea01ec3043fc870a9032a58843ac7cafc4d709a3e883675341d488a",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "ed8f2f51207592abc663af2a766d1b3f91342fba8b60d0ee1dcd38ae4aaae34e",
+        source_hash: "633379c05bac5680c8feb25dbca1f3ff400fe2a2454f92cb768c0f0cde911ae6",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "d94954d92ecfe6fc5e03747024cfda018c5397d928aa7a3398971ff96d8bbca0",
+        source_hash: "c0aaad539aa364b7f2d7ad60e805391773364acee625e9782b7ec91efd1a16dc",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "7d4664bd9286d9d02f56345bb216b8356ca80a0b36a177a0db354cc24f269689",
+        source_hash: "71c222f95b2ad3b3a5e59cf3717c0539f5d0894b7196c93378597713f8926c52",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "c5c87d263bdc73c4d479885e4739bdd2a55d3b0f53da88b02e62f39cd06cdd7d",
+        source_hash: "fdca4e0b22b2f4ed6fb138b22a8da831a6b4030e8a633d17bb15134b7112e42f",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "b2b2e23e68171615e64e61a143ab7be405d29a5a4c3d5dbd84776006f3e58afd",
+        source_hash: "07831fe49397d66f5537c6ecd7613b01dd448388e14c9d728b4c0b511457b5b1",
     },
     Kernel {
         name: "kv_validate_sm80",
         source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
-        source_hash: "988713ce42d3c6a597a2156515d2c0459e5b64f56fcf8267152cc355b4fb5e94",
+        source_hash: "9c55b1b39fbbfaed26265e56a832f257811ab9d1ad9c1a70217d7eba4f4cae7f",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "01c9808e02c0fd402ae77b9d5f5766bd72929baa17f8fb36274e0274c6909103",
+        source_hash: "4d443b7bb982b1610993c4a39b99b9fc610f06ee64ea024c72e65031cb649425",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "5381d834015b57fe8e6f7acb29eccaf3cb8de016423257fe08ad178be45605d9",
+        source_hash: "ea4d69896650b9a63341eab148cc2f989bd9442ecba5c1bb562367d644fd1139",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "757e01e0a54ac55fee39876d3f8e89154f57a0f10db54225bf02e71d3be519c5",
+        source_hash: "6ae9ffce59cf32d6e824044383cc39c9421416709eb0242e084069c339ebcd91",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "86ac71ead746e272429ba8a45bf774ac721148302ff53dc5c4e297588ab18fa2",
+        source_hash: "c21dda0e90858c7621e81980737a3e963015de3907980d63f78898b18a52b70e",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "dd1db6cf94867f52b5f5867365b0e3a709400a21100df2816e9243ef718456b0",
+        source_hash: "b37e55abe83c396e2dfc51dab3b7403dcae9d885a685b1b616b50034c9f5e5ef",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "5a045c7adbf524e8531cd5d1ede0b1ca62648a226149dc02d27748cb5a2c643d",
+        source_hash: "ea3fa5508439fb967c134c390b570de3b3cb8b80f7d34c801334d374ccea305a",
     },
     Kernel {
         name: "profile_f32_d0_v1_sm90a",
         source: include_str!("kernels/profile/profile_f32_d0_v1_sm90a.cu"),
-        source_hash: "80b093f2fe7550df555ed8aecf2697e996d1d8fecd2a79ac95cee6007e39f6e4",
+        source_hash: "1efb7ac7e04e7122126d76e791611bca8e0b05c9f1365783a4fa03b48471fe87",
     },
     Kernel {
         name: "profile_logits_bf16_d128_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d128_v1_sm90a.cu"
         ),
-        source_hash: "aee15f93cc5c556fc19f47c450ecc93b548b6d63fcfc06dfdec587c793203759",
+        source_hash: "0f62ca826d7beb02dceb9839c74c650e61dcfe828837df9ac2f28ca0c63ce728",
     },
     Kernel {
         name: "profile_logits_bf16_d64_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d64_v1_sm90a.cu"
         ),
-        source_hash: "07e1bb90e146a8a8643cf75cc75c02af669e2e0ecc6a2465354333bcd6c98ac6",
+        source_hash: "7dfe29c5d267198d51ed77eee965e10ca185292229289b3b645b83e87677de7c",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "099bc2f499f50e8e2b3b147b892a30a7a42260681565407b56d0a672d09d9f1e",
+        source_hash: "9c27fae80e4c777d213da6c8ab7275f47f89dc9c32874b2ca9566c5eae3ee617",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "b3bbd2bc108c30fb9cf72ec73ebc5bcf2d4fa445bd37b3b493578f7bcac12d35",
+        source_hash: "8d250b2f322d4e42b75483521b4f303d6f61c8b77b2354b50c9683e56e4b9bc4",
     },
     Kernel {
         name: "residual_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_bwd/residual_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "45f6caaea1550ea9a8ac607d630e032f02d466086d1c3d2ff6720b80850ad25c",
+        source_hash: "746b3be0484cf79785ffb9b309f9fb24bdf763ad9c0253865928e1745bde5d1b",
     },
     Kernel {
         name: "residual_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_fwd/residual_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "6669eec74255cfe935b3b994b5d4867e936480bbf7206118eef1b7ea5e0b4acb",
+        source_hash: "798b128ba622fbc7b5bcae84925ed1fc981d37b7755bfc5d1a1499ed78fc6661",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "39676ffe6e58d1fcafcc940e834f1ba5f5c5009e2b380a538ac884c85620d969",
+        source_hash: "30ae640c70b23205334e6701e226c7045ffe088865d324b98f4de415cd5a9b29",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "49ebaf8a540217579daf6ae5ef22d90f08d8ff21e8d0e5c38641dca82425aefb",
+        source_hash: "f5ff10f1889b898823911840200ad0529b9c3c5a9018222d48cda835f707f60f",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "af7b73ee9883245db6337e1e45d15af9702a5cabf169963cf3058c755a6106c6",
+        source_hash: "21c3c54c9dd61c258847aa9ecf2c1d4e90c1c7708034acf0c65ddebfec7e716e",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "45e88e4563d1210f2518cbd5c2a241ea3487944c7b1817eac0f746663e96ef1b",
+        source_hash: "5852169dfd85d4280bef60bc99206fa4aea8ee0f56b0d2689b8672a9b3cdcf65",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "861d40a88c2c4f9a66f6f9ed3bd276e17b61e1c14e29dd527a86094e9c115622",
+        source_hash: "d61d520bffe4dc2bf64717e030d48b3439697b737f73526169dfac6284835047",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "fe784dd01a0aaa6dbae4554472f5bc98276ff68f81f23c34c35e2fb6352ace99",
+        source_hash: "5463f86957605a4272be615a54679920da40b8057f6204ae4e9a5d08f71cfd4e",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "d4191b9231a452441e952091a5be006376fe3124f398d32ad14c296de6c0067b",
+        source_hash: "30f2142fc380d4962ba7f8b950d8f69a00190bf9a20ab53f58e64ef99b25037f",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "9bd9e72df7a36a464ebee2e9329ab0f0dd95b5c292d0a34206167c755e07e7ae",
+        source_hash: "742fd15b3d234f3029e58c6c92b21b6e68cc080781beb77f5e568a638a2b4ca9",
     },
 ];
 

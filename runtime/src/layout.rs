@@ -96,29 +96,33 @@ impl Extent {
     /// The descriptor [`dsv_spec::params::AttnFwd`] documents, with boxes of `rows` tokens; what lies outside the tensor
     /// reads as zeros. Work of the host alone.
     pub(crate) fn tensor_map(&self, address: u64, layout: &Layout, rows: u32) -> Result<TensorMap, Error> {
-        const COLUMNS: u32 = limits::SLAB_COLUMNS;
-        let bytes = self.dtype.bytes() as i64;
-        let stride = |elements: i64| (elements * bytes) as u64;
-        let (dtype, swizzle) = (self.dtype, sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B);
-        if !self.head_dim.is_multiple_of(COLUMNS) {
-            return Tiled {
-                dtype,
-                address,
-                dims: [self.head_dim, self.seqlen, self.heads, self.batch].map(u64::from),
-                strides: [layout.seq, layout.head, layout.batch].map(stride),
-                window: [COLUMNS, rows, 1, 1],
-                swizzle,
-            }
-            .encode();
+        if !self.head_dim.is_multiple_of(limits::SLAB_COLUMNS) {
+            return self.slab_map(address, layout, rows);
         }
-        let slabs = self.head_dim / COLUMNS;
+        let (columns, bytes) = (limits::SLAB_COLUMNS, self.dtype.bytes() as i64);
+        let slabs = self.head_dim / columns;
         Tiled {
-            dtype,
+            dtype: self.dtype,
             address,
-            dims: [COLUMNS, self.seqlen, slabs, self.heads, self.batch].map(u64::from),
-            strides: [layout.seq, COLUMNS as i64, layout.head, layout.batch].map(stride),
-            window: [COLUMNS, rows, slabs, 1, 1],
-            swizzle,
+            dims: [columns, self.seqlen, slabs, self.heads, self.batch].map(u64::from),
+            strides: [layout.seq, columns as i64, layout.head, layout.batch]
+                .map(|stride| (stride * bytes) as u64),
+            window: [columns, rows, slabs, 1, 1],
+            swizzle: sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
+        }
+        .encode()
+    }
+
+    /// The 4-D descriptor of the same: a copy brings one slab of 64 columns.
+    pub(crate) fn slab_map(&self, address: u64, layout: &Layout, rows: u32) -> Result<TensorMap, Error> {
+        let bytes = self.dtype.bytes() as i64;
+        Tiled {
+            dtype: self.dtype,
+            address,
+            dims: [self.head_dim, self.seqlen, self.heads, self.batch].map(u64::from),
+            strides: [layout.seq, layout.head, layout.batch].map(|stride| (stride * bytes) as u64),
+            window: [limits::SLAB_COLUMNS, rows, 1, 1],
+            swizzle: sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
         }
         .encode()
     }

@@ -286,11 +286,14 @@ impl AttnSpec {
                             format!("a divisor of query_group {query_group}"),
                         ));
                     }
-                    if !kv_block.is_multiple_of(block_n) {
+                    let joins = self.op == AttnOp::Fwd && kv_block >= 64 && block_n.is_multiple_of(kv_block);
+                    if !joins && !kv_block.is_multiple_of(block_n) {
+                        let multiple =
+                            if self.op == AttnOp::Fwd { " or, from 64 on, a multiple" } else { "" };
                         return Err(SpecError::new(
                             "block_n",
                             block_n,
-                            format!("a divisor of kv_block {kv_block}"),
+                            format!("a divisor{multiple} of kv_block {kv_block}"),
                         ));
                     }
                 }
@@ -414,6 +417,14 @@ impl AttnSpec {
             ));
         }
         Ok(())
+    }
+
+    /// Tokens one copy brings of K and of V: a whole tile, or a block where tiles are put together from several.
+    pub const fn kv_box_rows(&self) -> u16 {
+        match self.lists {
+            Lists::Blocks { kv_block, .. } if kv_block < self.tile.block_n => kv_block,
+            _ => self.tile.block_n,
+        }
     }
 
     /// Which kernel of attention.

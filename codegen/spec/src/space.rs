@@ -103,7 +103,7 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
     let tiles: Vec<AttnTile> = tiles.into_iter().map(|(m, n, c, s)| tile(m, n, c, s)).collect();
     let sparsity = if lists.is_dense() { Sparsity::Percent(0) } else { Sparsity::Any };
     let forms: &[Deterministic] = if op == AttnOp::Bwd { Deterministic::ALL } else { &[Deterministic::Yes] };
-    forms
+    let mut specs: Vec<AttnSpec> = forms
         .iter()
         .flat_map(|&form| {
             let spec = move |&tile: &AttnTile| {
@@ -111,7 +111,10 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
             };
             tiles.iter().filter_map(spec).collect::<Vec<_>>()
         })
-        .collect()
+        .collect();
+    // Tiles of two blocks are for two consumers that take turns; a lone one does better with more CTAs beside it.
+    specs.sort_by_key(|spec| spec.kv_box_rows() < spec.tile().block_n && spec.tile().consumers == 1);
+    specs
 }
 
 /// The kernel taken where no table answers: the first candidate that is as deterministic as asked.

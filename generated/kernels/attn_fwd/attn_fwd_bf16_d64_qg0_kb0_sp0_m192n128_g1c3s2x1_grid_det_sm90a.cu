@@ -44,13 +44,13 @@ constexpr dsv::uint32 kTileBytesKv = dsv::tile_bytes(kBlockN, kHeadDim);
 
 static_assert(kBlockM == kRows * kConsumers, "one wgmma M of 64 rows a consumer");
 static_assert(kHeadDim % 16 == 0, "whole K steps of the products");
-static_assert(kDense || kKvBlock % kBlockN == 0, "a listed block is whole tiles");
+static_assert(kDense || kKvBlock % kBlockN == 0 || kBlockN % kKvBlock == 0, "a block is whole tiles or a tile whole blocks");
 static_assert(kDense || kQueryGroup % kBlockM == 0, "a CTA lies within one group");
 
 struct Params {
     dsv::TensorMap map_q;         // [B, Sq, H, D], box 64 rows
-    dsv::TensorMap map_k;         // [B, Skv, Hkv, D], box kBlockN rows
-    dsv::TensorMap map_v;         // [B, Skv, Hkv, D], box kBlockN rows
+    dsv::TensorMap map_k;         // [B, Skv, Hkv, D], box kBlockN rows, or kKvBlock if fewer
+    dsv::TensorMap map_v;         // [B, Skv, Hkv, D], as map_k
     dsv::TensorMap map_o;         // [B, Sq, H, D], box 64 rows
     float* lse;                   // [B, H, Sq]
     const dsv::int32* q2k_index;  // [B, H, G, max_selected]
@@ -76,6 +76,20 @@ constexpr int kEpilogueBarrier = kTurnBarrier + kConsumers;
 
 using Walk = dsv::KvWalk<kQueryGroup, kKvBlock, kBlockN>;
 
+// Starts to load one tile of K or V, block by block where it is several.
+__device__ __forceinline__ void load_keys(dsv::uint8* tile, const dsv::TensorMap* map, dsv::uint64* full,
+                                          const int (&start)[Walk::kBlocksPerTile], int kv_head, int batch) {
+    dsv::mbarrier_arrive_expect(full, kTileBytesKv);
+    if constexpr (Walk::kBlocksPerTile == 1) {
+        dsv::tma_load_tile<kHeadDim, kBlockN>(tile, map, full, start[0], kv_head, batch);
+    } else {
+#pragma unroll
+        for (int i = 0; i < Walk::kBlocksPerTile; ++i) {
+            dsv::tma_load_rows<kHeadDim, kBlockN>(tile + i * kKvBlock * dsv::kRowBytes, map, full, start[i], kv_head, batch);
+        }
+    }
+}
+
 // Feeds Q once, then K and V tile by tile, K one tile ahead so that the next Q K^T never waits for a V.
 __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
     const int3 cta = dsv::cta_index();
@@ -92,29 +106,27 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
     }
 
     dsv::RingState<kStages> ring_k, ring_v;
-    int start_v = 0;
+    int start_v[Walk::kBlocksPerTile] = {};
     for (int t = 0; t <= walk.tiles; ++t) {
-        int start_k = 0;
+        int start_k[Walk::kBlocksPerTile] = {};
         if (t < walk.tiles) {
-            start_k = walk.tile_start(t);
+#pragma unroll
+            for (int i = 0; i < Walk::kBlocksPerTile; ++i) start_k[i] = walk.tile_start(t, i);
             if (leader) {
                 dsv::mbarrier_wait(&smem.empty_k[ring_k.index], ring_k.phase ^ 1);
-                dsv::mbarrier_arrive_expect(&smem.full_k[ring_k.index], kTileBytesKv);
-                dsv::tma_load_tile<kHeadDim, kBlockN>(smem.k[ring_k.index], &p.map_k, &smem.full_k[ring_k.index],
-                                                      start_k, kv_head, batch);
+                load_keys(smem.k[ring_k.index], &p.map_k, &smem.full_k[ring_k.index], start_k, kv_head, batch);
             }
             ring_k.advance();
         }
         if (t > 0) {
             if (leader) {
                 dsv::mbarrier_wait(&smem.empty_v[ring_v.index], ring_v.phase ^ 1);
-                dsv::mbarrier_arrive_expect(&smem.full_v[ring_v.index], kTileBytesKv);
-                dsv::tma_load_tile<kHeadDim, kBlockN>(smem.v[ring_v.index], &p.map_v, &smem.full_v[ring_v.index],
-                                                      start_v, kv_head, batch);
+                load_keys(smem.v[ring_v.index], &p.map_v, &smem.full_v[ring_v.index], start_v, kv_head, batch);
             }
             ring_v.advance();
         }
-        start_v = start_k;
+#pragma unroll
+        for (int i = 0; i < Walk::kBlocksPerTile; ++i) start_v[i] = start_k[i];
         __syncwarp();
     }
 }
@@ -225,6 +237,12 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
             if constexpr (Walk::kTilesPerBlock > 1) {
                 valid += kBlockN;
                 if (t < Walk::kTilesPerBlock && valid < kBlockN) dsv::mask_tail<kBlockN>(s, valid, -dsv::kInf);
+            }
+            // With tiles of several blocks, the last tile may lack some.
+            if constexpr (Walk::kBlocksPerTile > 1) {
+                if (t == walk.tiles - 1 && walk.valid_in_last() < kBlockN) {
+                    dsv::mask_tail<kBlockN>(s, walk.valid_in_last(), -dsv::kInf);
+                }
             }
             softmax.step(s, scale_log2, rescale);
             dsv::pin(s);

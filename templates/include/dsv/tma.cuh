@@ -1,8 +1,8 @@
 #pragma once
 // Copy-engine transfers. Tensor maps have 128-byte swizzle; a tile lands as tile.cuh says. Where head_dim is whole slabs
 // they are 5-D, (64 columns, seq, head_dim / 64, head, batch) with a box of (64, rows, head_dim / 64, 1, 1): one copy a
-// tile. Else they are 4-D, (head_dim, seq, head, batch) with a box of (64, rows, 1, 1): one copy a slab, so that columns
-// past head_dim arrive as zeros and are not stored.
+// tile. Else, and where a tile is put together from several blocks, they are 4-D, (head_dim, seq, head, batch) with a box
+// of (64, rows, 1, 1): one copy a slab, so that columns past head_dim arrive as zeros and are not stored.
 #include "dsv/mbarrier.cuh"
 #include "dsv/tile.cuh"
 #include "dsv/types.cuh"
@@ -11,6 +11,21 @@ namespace dsv {
 
 __device__ __forceinline__ void tma_prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Loads tokens [seq, seq + box) of one head, as many as the box of a 4-D map has, into rows of a tile of `rows` tokens; tokens
+// past the end arrive as zeros.
+template <int head_dim, uint32 rows>
+__device__ __forceinline__ void tma_load_rows(void* smem, const TensorMap* map, uint64* barrier, int seq, int head,
+                                              int batch) {
+#pragma unroll
+    for (int slab = 0; slab < slabs(head_dim); ++slab) {
+        asm volatile(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+            " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(smem_address(smem) + slab * slab_bytes(rows)),
+            "l"(map), "r"(smem_address(barrier)), "r"(slab * kSlabColumns), "r"(seq), "r"(head), "r"(batch)
+            : "memory");
+    }
 }
 
 // Loads the tile of tokens [seq, seq + rows) of one head, tile_bytes(rows, head_dim); tokens past the end arrive as zeros.
@@ -24,14 +39,7 @@ __device__ __forceinline__ void tma_load_tile(void* smem, const TensorMap* map, 
             "l"(map), "r"(smem_address(barrier)), "r"(0), "r"(seq), "r"(0), "r"(head), "r"(batch)
             : "memory");
     } else {
-#pragma unroll
-        for (int slab = 0; slab < slabs(head_dim); ++slab) {
-            asm volatile(
-                "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-                " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(smem_address(smem) + slab * slab_bytes(rows)),
-                "l"(map), "r"(smem_address(barrier)), "r"(slab * kSlabColumns), "r"(seq), "r"(head), "r"(batch)
-                : "memory");
-        }
+        tma_load_rows<head_dim, rows>(smem, map, barrier, seq, head, batch);
     }
 }
 
