@@ -17,704 +17,704 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
-        source_hash: "1d1ed28565cf030d56acde95ae03ec24d0afaee67791838c915616fa7ca1fcad",
+        source_hash: "c3beab50dde3e4a7262787e7a8e01a14c5b541de60f81ad3a6a53b78046d67e1",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "5570ab0fa5fa6e0d596f0206b1fecd36e879fafb4178e014d08c3a40377f5b16",
+        source_hash: "350eaf978f990791a617b5a058e67e879549d3bbd4a16d6f21ee0411862a8711",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "2aab5468a20f80a2844ef855a5c3081400d5f4b2e513c84277a3c1935c260d7c",
+        source_hash: "016d4707feb85cf1c18e505c1886ed59321ca0600c6b733bb53756f3386aee1c",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "953b20de38e5bf22257b7a957fe9b5ca4fe89a30925cbca49fa8ea6f1795e596",
+        source_hash: "5cefa3d904a923e34bd6f5e5ca805dd17ff9df1984dcdcb1ccc48e40f8345e39",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "3313d1d38e17a0b4cb15c8c159b0ed4eec2038e36a1cd08c7f2d10c7410ee1ac",
+        source_hash: "6d86321b9d4842b99257fa89f3649422bb262e4cfbf5880f4eeb63fa9e9a8e0f",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "744bfd1acb1dcd574cd6c15b0f9a4beb4724ef16cc7abc64f4a6336bd499eca7",
+        source_hash: "b7e5e585799cfef15cb71250fb82972a657872d398906b37fd03305257ee40d0",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e7fba8e0a2bce9f31aba6da9ccc25fb1da82e1814c9d4139e8f552d5be1710ed",
+        source_hash: "e154462a7afd98e745ae5f7821d9e633d33cfeab8df93819b0f935888c4ead1e",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6da8376a9613592ecb7f98c1b78d93a91aeb7fa9b072455ab46d925bb369757d",
+        source_hash: "3f02ccdf3f987925b833f061d9adab4b816747d0faa7a7a30bd0ce2ad993bfd1",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "8a551d2c401da2a646eec7e5b27393f09e5f1189fecc09e01de0df61830d6cb7",
+        source_hash: "b267b4914866b71c53a1a7e6621121c0aebf623ff4e87bdbf93b424f31ff9ac8",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "540319f0f521777790b3c78da21416e675eba3a1e21d8c0f8fd6e46cbd5a858a",
+        source_hash: "fabd29ed17d433c8c2dd403ce00e7ceeccadedd502093be6d8d80c3365b491f8",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "c28747ea62255a09ab5fd956a2cb8e3c5c27f7ecbafdf1e1894f2d2dd560051b",
+        source_hash: "59a75f9b2d1a6e394cd0bbd5528c6b438c2ab97f860264fe10a0ffb6cb38987f",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f8fadc882b0643eb94e3ac69ded5e7976440d7d60349a05a510637431499003b",
+        source_hash: "32e896a84c0fa3ca269bcb77dcb1916053aaa96d3cb96ca6f6a1b8be9557288c",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "fa3e73288e2b2423463622f4aa2a9d2bf8ca6ca9829b4ad90575e44846b0f5f7",
+        source_hash: "c972fb73ff88753fdd68f917b97eaebe40cd23f3cae3d292e6d5e559af903444",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "891aec3474d16403bc37c03c37ea09fa9ebe546511469cd7898cca622099ea41",
+        source_hash: "255ea0a473f8070f2f9107a268982fb0a3dc2e1c7f5babb9cadfdfd4de40f78a",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "10951e090d988146bdcdedd2d730f32bb7e54ec6b92e6f6ad40f8df9d273f54d",
+        source_hash: "fbfbd4f1e7de26882224998061f703942bb509e7f98c8366d0ba5170805374fb",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "6213249a5f08070137d1b6be4671547bb4c105f35fabf110a19893b28844bb88",
+        source_hash: "9ca7aa827312b9a3933a58e6a4051ac650dfa5d3e4b12b88fe5fef35ddef6b47",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "e4bb749bfc33dc2a261403c676ebcf387c3fd095c7f34cc045563e3d864c7898",
+        source_hash: "dcad203cd1af73509a2a72ae914595d1e07409be9d5344273f4dc76a30fb235c",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3b12b115313ed1269d07f1db8088e5b36167e7b2132a66004e3c5bd825f97fc5",
+        source_hash: "32056d4324f9446e1fdd03d7f1cd30f6b77da5f98131533acb4e9114af25f0a8",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "05b856034ea08f315f91314f0cef743f2b0e33695a02886358138e6e7cc2a6b9",
+        source_hash: "d27e26520ce282d89477d8171b88a494b43e816a44388c2e7fa4145ad9c922c5",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "1bae585c446999ee8188b55fa7c147cecda1bc0a4a3026f0dbb6d8d66230ea73",
+        source_hash: "6a2730ba4e0eb3636106e55802cd783c78a164d0761f91d2705a1419388a9021",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "149ef71017a6bcf64c8955e15498146c501a4f505e91e7fa57eb9e1442afae22",
+        source_hash: "10639950a8016c748bf96e1846bb5661632525c3a903b97643fd850efd1ae13c",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "979c0a9d9f97b479700a55f9b221d3d29b1fe85231d2c55a7eec058f1b22ed58",
+        source_hash: "1de6de113454ea8e57d9e8ffa15ac9c72b0f4990979b2573b45c10a884a025f8",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8f8677577ac5f4cbcbdf8fa49d8f88c9d8cdb13ecfe2983e743389fc7fbf09e1",
+        source_hash: "f520dee3a9aa1df1638f637985a9a22b056772ff6a735dd3df77528595648f97",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "4e6e300edec7f8a6ebcbda3d956dedf8531cf67c5999f61f7a56ac249aa38f4b",
+        source_hash: "ecba171c50387e7085a739f7addf393a0fb6292f063cdcad563812d971551171",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "895b378263408b7a702a2e78bf6c3512553cc82bb3cddbdd77d52d8937f8b8f6",
+        source_hash: "d6a88e7925028748956db3858876d07c9544e76e8060b1b1f9e0b31c3549b5e5",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "fa4c4bc571bdbe425c9924cb3acb52e3c6d0be43d6b3db2a89e1ebb8bd4b2f9f",
+        source_hash: "1ae4ba03ebd73d9d06b2d516528316f2d0ea29091c60f36512cbc79a8703738e",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "938c2b06662e583c9266394efd701697123584ec72d39233abe24e653361ad2b",
+        source_hash: "ee08be5393b51ff6bbad4ab08df215a52cda8b78b6552ecc3ef005daf642e21c",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "9419a72a21a1cdb7505e2f8791d05b2e784e6f6431c12c820509f6a28a3a3ee1",
+        source_hash: "633c81d37d0131ab911dec22aa6a22bae34922317da0bf8635174e7a500b9e92",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d4043d5eca893dc866825a815601f72bd8fa4d431eb2e605c1c288a2f704fa12",
+        source_hash: "fd5bd5c208776c6ddbd99171479354bb100b184763b4ca654c8676aebf338106",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b439ea0ac312586514ba7d7aa05ae686f66d10b4ba534595c5c620491f4448e2",
+        source_hash: "5557249ac3bcdeb53ea8faf9d51ead498ce7bc92ce367f2b5d728e59fb67742f",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ca9819d4ea1101192c7a233d899e780017cde95f4105408fb5b334bb32fee5bc",
+        source_hash: "de53b2281ad2cd4f5724b07ca31d1ce60c8374876ad0a15e385ef920f3b78e55",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7422094c72ee7f1f56044f04c4a694567e025aa4744f32518938208ab47e65b2",
+        source_hash: "8d198c79ec0d82999a84a6ac23c39bc208c4b1289b66e17b46aeebb02d43c38e",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "638f9aa192ec21846416fe9c4e111aea5be8a69d101bbe96d6e6ad0b5cb8c395",
+        source_hash: "930096b8eef012d0a6c8a20aa444862cdef6fa946b662776bfdddb9b343827c1",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3bbae315bb3d61fce3e512d93c1323424f3816ab353dc3cd0317e08930544829",
+        source_hash: "a8e294ead2527cf2c817431bc33bccc7561704443beb3ea4127b9bd12d9ea140",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "816ee7e261ddcc420072791ca3d8a0b2188f868c0d04653c0d698b04fa006e08",
+        source_hash: "d15ac85220d8bd0e77e22659678326ddb3f5ee8a86db7af80d254eea48e833be",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "f5d67be2e8902856ac2e48dd51e144b6e418a030a5310d5aa51b93c325fa711d",
+        source_hash: "d92d5a7825033a1a46588d3ff9b042bea75373268441e39c5c3491909e6a5977",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "15f48ea1b9d50086b575db68868a1e7611be11083630c09a8b598c29ee5a4f75",
+        source_hash: "630bb67ddc3c55054923c1b9003eb8489c83066dd11fa8967cee60b154487758",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "57aeaa66387a34fa72114dbafbabf775cd8a4440cf4dc3b2924540ed52ffa979",
+        source_hash: "30f0d390856040cb0c89909dd882e3347ef2a958fd7ce231eeaa77e9efdba446",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4c8ffdf676614ed4ffa2ae2e59606ec9a6c1efec38cf0b91c2e59746645dff6c",
+        source_hash: "e9217db24e569a14d92986b399ee04404795d47291ce6dd2c31c31dc1a54ab46",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "25e9e8e7d43392698c2b3d12566efc7ca49bf8ab61226247dad364f8073e3769",
+        source_hash: "b68a9cc6cc890346e53e7f142c9714dfc4e27f478560ad332d81606b3d291316",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "209dba0b93042d8f56e9e4c602ed8f575e733c4779ca1d7196fc113fbabc1a54",
+        source_hash: "b13072dd2bff47e75829403f198aa49b49360ab8d44f18b4f5af57e1bdf44339",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "5c774d8861912c67e2e26bc7a87aff0a6b71cb12a1ccb188ed7ca98b57e6a519",
+        source_hash: "b3c224ab9a42ae7464e5820a81f2b497ccea80dd058efc42a85dc8715d30b5d7",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c77d1c4b691f11a09a047236ac7bd089b2a935be72954e57ffca88f5aa655606",
+        source_hash: "7414060d29707603b158d5864ba97bc1873972082f45a633214429f63e6bcaa2",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6badd4005c2de764934b5f6bde7c9445b13e7306a8f29e3abb75d34a6db37ffa",
+        source_hash: "1d9abe5c38012bf56275423d7292e5056ec98cec86d509726bf5e7df103aeed7",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6b029d5bb7a96b81bc212479ebecc0b2e844c9c2bf814111d7844b16ca5b7cf4",
+        source_hash: "806408a7ad7bb0736bf7287ca217108f74d1051da9f78091f0183849b194d8fb",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "63bec87cf12003579f1dd8cb08c143a1541f1dce8709e236bb3691c3884b83b7",
+        source_hash: "840102a3f34e10ecd6fd6c4420d71c8fccc6530bc30446d1aa23f79055ea3851",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "57cd61319b185c78253d41379b1e801f6244f3c08cde6230eca14241896b1600",
+        source_hash: "c48c96c1f8c42963cc0daee1eea6f7b2d034c5c6e61678fa59ff76f0d344d0ce",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "7adc576540cdb4486a881486c8ce07145aaa87063d5092ef4c5701dd8cc5fbf7",
+        source_hash: "bf8b2097bda317d429e2979dc3228f262e4db19a56fa7b6f7e86387d704fbb82",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "2f4d42cc90f0bbb443c9add21881ec91627d9a5e40c4ee33b18f0cd6a807ed04",
+        source_hash: "20241bbdb9bd2541d3405ca68c8106bbd774251e093b3da3ba3c1ab891185ec6",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e5a374cea6a73d756d8913540354c01b3b32ccfc3c8c2d78933a3878497de867",
+        source_hash: "b0bc7c8087f43635b8281765f6d8995e976bceb1fdcc43a8d78f0f8d5ed75629",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "061be1c15e49bee9d4985295afdbab2f45016858df98b31bc40b6e0f0de7d3f8",
+        source_hash: "c882a36d6290d7f80fbb09b8f78e29a8c564fa54e961922741e63104f8ba6b7d",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "905207ecdf1b986f5ae81cfcd58e7915f0a32a87fa976a8d5a2a72496048a802",
+        source_hash: "c7407c46fd9a69ce7189c1d45cfa24df2584f852e89534463cbee2d3a64c4db6",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "7c862ff2e7f5a3bc0be342a7eebc72b62b6adacefaa9e81f8de1b20735f86db9",
+        source_hash: "14d7008223aeedb0d60a9ce0ec36b01cf06db9203a80c754503b229247152bd1",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f85cccf70ee154cf3b0ef7def04f5ede0c3cd7ce84cb5584e4ba7518b8a0e25a",
+        source_hash: "98abc6d36be4cb2dbf526ac349647173d4edb608aa562b240851c404b7806518",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6d18c95e4c450022717ffd4548f20ca32b12641edd33929b3292bd2d968e5cea",
+        source_hash: "9225827f5d1e5e593db372d070253fd18f2e8bc41fba01459e210de5af2acf8d",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "26249be17cd4186ca4a47647e297dd1d67b30e128685067d459dcc6b4a8c72f1",
+        source_hash: "e0c0d919c566f4e244fbcc20e53d8ab7132f8f166385b4dfa815e42cdf3b7ffd",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "b33833ad6165204290e0ea4b9b80f96d2fa4c25982cd6b4987e045dcd1773e41",
+        source_hash: "278ad068a02274f8322cba485d2be71741ebb56dc59adcbb67a576b6d3923c70",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "30d989913a61fe96dab8e6e1cd87095cb0b462f7af2d41771ad5c149fe4dd925",
+        source_hash: "2237b023cd24e620ac122578c0f3a928047a8c643ffb7f98fe24eb4de0b52814",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9c17fa79c74376851ab86fa87f7aaaf7204f88dcc70f7f5d4b661675e4a1c0c8",
+        source_hash: "7879e01bcc54be419a7f57b4e7d79fcd8ad63d7e571e3cc98e3ffcc91a7185e5",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "00316d43eea74557e552d1ac04e07907388a4a32c0993594f1de8daff94384b0",
+        source_hash: "073d6a6111ad538b89b397ae70d65fb109bb4715e009c4e74dc3282abbc14206",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "abd6d6624b25b0818534bc9ec84d586a09b1863bc919f4bfdd211146782625b7",
+        source_hash: "d4270834b9b9d3cfe051eff95abb6be03fa2ae2862aa332803aee8d848a8f523",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "28e4a93894d179114e853f287dc78d7ee0e82f83f3c7e812bceb97200a6d2d36",
+        source_hash: "faa71d2ba7a08b414d112a7ca772cb43f11b3092319b83b3cf6d995beb1839d7",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "c938099210b765e72f80b4b93814353c3788125f6c9360a82c1016f5b374d12a",
+        source_hash: "d6bd97aba12820828ecfbd94ed1a6fb555482f6237ed595a8a3d6fdd65aff410",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "954cc39e7326833652193b0b3793899af53bdea444e56adfb57ba0c9e04dc916",
+        source_hash: "1b3f7e9e2ac1642fa9e2dfa563c849bfd215f570b3b40b26fdf0ab4a91793974",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "f6058eb4d6ffd33a5544492c8d8f6d0ed074f21b4c816a741f028514baf1cdaf",
+        source_hash: "6eac05c1d1420cf13445444d819565328d729b1a2a61f36e740632d755789808",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "90117f8941990150d4df33f607053be641ddc1a8244f0ffef74ccdf48a54c9aa",
+        source_hash: "6b299b15f2b87c1f2810ebdde8d2fbe872cba7e5c6073a49e5319b8253b061d5",
     },
     Kernel {
         name: "gram_key_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_v1_sm90a.cu"),
-        source_hash: "973178e888371ae76310294bb90f31d3fd7b918477570d1d44df445ad3562189",
+        source_hash: "33a652fd10d17b41a68e05bb42a8fa27d8df3fe974ef002962f3ae0b376214d1",
     },
     Kernel {
         name: "gram_key_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_v1_sm90a.cu"),
-        source_hash: "979f0e28766634f3e6df85a77683896c9e25e6ccbfd37c9b2889fa7da22167f4",
+        source_hash: "1031097e367bfb58ec31d94cd3120492ae9d717211fc39f13d46741a34dec331",
     },
     Kernel {
         name: "gram_query_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_v1_sm90a.cu"),
-        source_hash: "27c60372c87c7a565beeb124f586c3b252909fb7ab20f91d2ab1d35c8ac412eb",
+        source_hash: "dbc8f30c71bf1c7ad0cc115c2416f83d5ca4d64c28381256e474891c28298172",
     },
     Kernel {
         name: "gram_query_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_v1_sm90a.cu"),
-        source_hash: "d99c2594e53f6888f8b05e5c8d2fd51e83d5030936f171fb9a6581d282cf5413",
+        source_hash: "b66669cf482dc82d074640681955f5d57d3925e6730888d71f871ac6da71e332",
     },
     Kernel {
         name: "kv_invert_sm80",
         source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
-        source_hash: "59f14cdafbc14a3032cbbc34331f13a6ed6ea0afbe8fe62d2c7fac028e147528",
+        source_hash: "2b1d21c0bd6eb4c676c5dcd310df24ae8a103c3acbb58341edd4514597aeb481",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "110c6163f4e4dcb24ec6503eec5c47bf4f6d5210eec651e1efa1e822f23a5078",
+        source_hash: "1aabf32a76611acdc371b5d33f28102c3e6bd5cc81a785991d378d1c093b5837",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "fb4d581bdfe47807ec56ac38aa56d66de875f1e28b40920f00f091aa66c9f356",
+        source_hash: "c63151e685647dee2c0a12f956776d60505ac9a0bd6ad6852e23f28072e66e84",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "968a8e9ca1bf372ae0e113f1099b519423fd9acde261287a7b4a03ecb92d578b",
+        source_hash: "bde71a38fd905ec26788f4624f41e7719b0bbe2cc11d5063c97b0c7021e45c8b",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "37d18462dcc98c947d88743aa8648e3b3c1e18936cec20d2c7c46320c80eed3f",
+        source_hash: "a2966d4b31959419393e8b183955239af0c2be4fbc6c2c31c0d8a5679bed2582",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "80373842a14b968d6e562c1c2cc4ebf140423345a5d179cd17310dabd530a245",
+        source_hash: "f140f8e5bca39d86dc6e5768058fdcfd0720630499e24af07a2faec7c1a0c4fd",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "6cbfcb4ac358173f5cbd6c080971aa5fafecbd61efea11b70a8127e87e7e7f3c",
+        source_hash: "7b7123a12c6be4eae28598be0a4d31c96d0e1d677303d9aef17fb224c3e2ba37",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "0f504950d89c932a5ec51300591567dc586a7a3cd5f0c951e70b865505f69b53",
+        source_hash: "84aa4df0e28468e02f1b40f2e6650c6dbd6280a932b66539e784dab91d0776be",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "1c312e1d5efac64c17c1edd60212f57c869ad252395166e6f4b76809f0213586",
+        source_hash: "f4028809558b7222ad1b3a77bc4152fe4c764cba3a997c751011c14160f38cbd",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "b7a7f81d131ffe1833b2128fc3c6099536b42ca22e62a4689772cce26db3e782",
+        source_hash: "a9485446afe2ab3de42cb037e1ea20b7f0dda520674ce3cdb0add098f60dd1bf",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "36b352664f2ea1c36e2e56f9b95c7861944126e16ec5efd5d0f100d0114d6e99",
+        source_hash: "475f595018cb091e2d81930ece7de5463dc53b4abd7fc4c0da86d2b1c487f37b",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "f6d2442ebb4622e8719c183eaf99ba2b6823260fa58f5287c5833a8a0f20c1a1",
+        source_hash: "f9f3437f013d14529a4dd6850c61fc4351ce7f31a034baff9e280928b03c34ab",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "f8c1906c9ea01ec3043fc870a9032a58843ac7cafc4d709a3e883675341d488a",
+        source_hash: "10b09eb8b4790bb85a292e466085b6b44d1f712e0a0621c346fea6b492ac87a2",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "633379c05bac5680c8feb25dbca1f3ff400fe2a2454f92cb768c0f0cde911ae6",
+        source_hash: "9319fd32153f929d8f16cbc5d432d858973ac278df599589e58ee7bb2bd1ad2d",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "c0aaad539aa364b7f2d7ad60e805391773364acee625e9782b7ec91efd1a16dc",
+        source_hash: "5e3b588d35a3834006c07174660f0461dddc84f21096617900466e8788dd5788",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "71c222f95b2ad3b3a5e59cf3717c0539f5d0894b7196c93378597713f8926c52",
+        source_hash: "ad6f230e63e5a6544394902fc9f52f1a886ed46afe6e3c0c9b447e63da653d8f",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "fdca4e0b22b2f4ed6fb138b22a8da831a6b4030e8a633d17bb15134b7112e42f",
+        source_hash: "3510a5e40ba83d1dfc0eb66e8f698f30a414c591e41b59c7f39dab5c53c0d862",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "07831fe49397d66f5537c6ecd7613b01dd448388e14c9d728b4c0b511457b5b1",
+        source_hash: "0d25cef2f7fad8f621cb420887d369682b1bb73fc31b11d15b0d764e8036ac13",
     },
     Kernel {
         name: "kv_validate_sm80",
         source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
-        source_hash: "9c55b1b39fbbfaed26265e56a832f257811ab9d1ad9c1a70217d7eba4f4cae7f",
+        source_hash: "831bc6f47e2a516a2cbc24a0a2d39c4e043e4ab5b7c2b39c05d7102201f73293",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "4d443b7bb982b1610993c4a39b99b9fc610f06ee64ea024c72e65031cb649425",
+        source_hash: "de6d34d91262c418c360cce814124cd92cf8b7a5d2c39986177ba343c135114a",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "ea4d69896650b9a63341eab148cc2f989bd9442ecba5c1bb562367d644fd1139",
+        source_hash: "941f218dc00490dcfe0050186d42673bb76c321d277d2abba0aed2d68fe464c1",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "6ae9ffce59cf32d6e824044383cc39c9421416709eb0242e084069c339ebcd91",
+        source_hash: "f77c0718569ba93c3698b79668dcf19860dad5ce3439f68c42fc8cdef6de1723",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "c21dda0e90858c7621e81980737a3e963015de3907980d63f78898b18a52b70e",
+        source_hash: "cdc9108f4a545888d8dede86a444a8bbb9614d0a51ac7ef1184cfb3faae20e0c",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "b37e55abe83c396e2dfc51dab3b7403dcae9d885a685b1b616b50034c9f5e5ef",
+        source_hash: "3743d36b6602b3235122d1f0b88c4148108de644f3b7066982f24f1e26553d20",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "ea3fa5508439fb967c134c390b570de3b3cb8b80f7d34c801334d374ccea305a",
+        source_hash: "2703bb9c0a23bf27c1e9b66a75d21a770ed14d68ae0cfd3847029686edab0b60",
     },
     Kernel {
         name: "profile_f32_d0_v1_sm90a",
         source: include_str!("kernels/profile/profile_f32_d0_v1_sm90a.cu"),
-        source_hash: "1efb7ac7e04e7122126d76e791611bca8e0b05c9f1365783a4fa03b48471fe87",
+        source_hash: "a39b5d0b029155680e2f6350357f4c61939d4b2ee60728aaf50ccf9c850da99d",
     },
     Kernel {
         name: "profile_logits_bf16_d128_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d128_v1_sm90a.cu"
         ),
-        source_hash: "0f62ca826d7beb02dceb9839c74c650e61dcfe828837df9ac2f28ca0c63ce728",
+        source_hash: "f11ef07dc00cb28e78027ac0e32ef8a522268dafd6901ad25c085832128b4d1b",
     },
     Kernel {
         name: "profile_logits_bf16_d64_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d64_v1_sm90a.cu"
         ),
-        source_hash: "7dfe29c5d267198d51ed77eee965e10ca185292229289b3b645b83e87677de7c",
+        source_hash: "f95a74167532ee3345dc61037a5c5dfecaead76fdcbe7f175603229feaea0054",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "9c27fae80e4c777d213da6c8ab7275f47f89dc9c32874b2ca9566c5eae3ee617",
+        source_hash: "1e4fd2b70b8253ce66cd0bbfaef329e2af691bb460396e5c835cee0b45289dda",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "8d250b2f322d4e42b75483521b4f303d6f61c8b77b2354b50c9683e56e4b9bc4",
+        source_hash: "033379b3830465b672f5654d19d305cdfec7c03e4a299734e2ad80240382797d",
     },
     Kernel {
         name: "residual_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_bwd/residual_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "746b3be0484cf79785ffb9b309f9fb24bdf763ad9c0253865928e1745bde5d1b",
+        source_hash: "a8d56416b1d4e10e56eeda04067f90219d9a1188a3e688c18dc5a1c47ce6bb69",
     },
     Kernel {
         name: "residual_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_fwd/residual_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "798b128ba622fbc7b5bcae84925ed1fc981d37b7755bfc5d1a1499ed78fc6661",
+        source_hash: "a7e5adb3d0dbf4aaa2d31cde3a2090c70e1f0a58e8c236cbffd31c9708c9fe90",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "30ae640c70b23205334e6701e226c7045ffe088865d324b98f4de415cd5a9b29",
+        source_hash: "9c4a7d165617e8bfa59a7161b5dd784cbebdf862f77c372578a5ccd1a8b5de5f",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "f5ff10f1889b898823911840200ad0529b9c3c5a9018222d48cda835f707f60f",
+        source_hash: "06257f6e73fce1a5e883180ffc208e329f6ca123abd3c5d8384ef80e7c558f76",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "21c3c54c9dd61c258847aa9ecf2c1d4e90c1c7708034acf0c65ddebfec7e716e",
+        source_hash: "57223686c14aef9603d84047a065a25e675470b38c9eae08988d205f79040199",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "5852169dfd85d4280bef60bc99206fa4aea8ee0f56b0d2689b8672a9b3cdcf65",
+        source_hash: "135cb2245b3629248e3842816bd01c3fb4b7753e33f5919d16740159ef19e631",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "d61d520bffe4dc2bf64717e030d48b3439697b737f73526169dfac6284835047",
+        source_hash: "af7f9db917df1b788572c5efe7bf1c63ae74231a5ea7e1553113ea33f0571aa3",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "5463f86957605a4272be615a54679920da40b8057f6204ae4e9a5d08f71cfd4e",
+        source_hash: "3bdac066a6b7541753ce43a272660d12fd5a9c9ae8bc3bc2f20aeae68cd670e3",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "30f2142fc380d4962ba7f8b950d8f69a00190bf9a20ab53f58e64ef99b25037f",
+        source_hash: "a3941c9902cc51fd2f07f1ab51d9a0aeef672b7a286cf284c06c62293b2a69ff",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "742fd15b3d234f3029e58c6c92b21b6e68cc080781beb77f5e568a638a2b4ca9",
+        source_hash: "c247997ea6e0829c8e1e7d4e8e6e4b530dddb2f0bbaebb2ac1e5716b280b072a",
     },
 ];
 

@@ -121,8 +121,8 @@ fn attention_runs_on_the_tensor_cores_and_the_copy_engine() {
     }
 }
 
-/// The forward's candidates for shapes that no committed kernel has: every tile of dense attention, and the first guess of
-/// each block size. None may spill.
+/// The forward's candidates for shapes that no committed kernel has: every tile of dense attention, the first guess of each
+/// block size, and what walks merged lists. None may spill.
 #[test]
 fn forwards_that_are_not_committed_compile() {
     let block_sizes = [(64, 64), (128, 128), (128, 64), (64, 128), (256, 128)];
@@ -138,6 +138,9 @@ fn forwards_that_are_not_committed_compile() {
             let candidates = space::candidates(AttnOp::Fwd, dtype, head_dim, lists, Arch::Sm90a);
             assert!(!candidates.is_empty(), "{dtype}, head_dim {head_dim}, ({query_group}, {kv_block})");
             specs.push(candidates[0]);
+            if dtype == Dtype::Bf16 {
+                specs.extend(candidates.into_iter().filter(|spec| spec.tile().groups > 1));
+            }
         }
     }
     let specs: Vec<KernelSpec> = specs.into_iter().map(KernelSpec::Attn).collect();

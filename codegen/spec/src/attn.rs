@@ -221,13 +221,18 @@ impl AttnSpec {
             ));
         }
         if groups != 1 {
-            return Err(SpecError::new("groups", groups, format!("1 with the {} templates", self.arch)));
+            self.check_groups()?;
         }
         if self.arch == Arch::Sm80 {
             return self.check_sm80();
         }
-        if !(1..=4).contains(&stages) {
-            return Err(SpecError::new("stages", stages, "1 to 4"));
+        let most_stages = if groups == 1 { 4 } else { 6 };
+        if !(1..=most_stages).contains(&stages) {
+            return Err(SpecError::new(
+                "stages",
+                stages,
+                format!("1 to {most_stages} with {groups} groups a CTA"),
+            ));
         }
         if self.op == AttnOp::BwdDq && stages < 2 {
             return Err(SpecError::new(
@@ -279,7 +284,7 @@ impl AttnSpec {
                     ));
                 }
                 if let Lists::Blocks { query_group, kv_block } = self.lists {
-                    if !query_group.is_multiple_of(block_m) {
+                    if groups == 1 && !query_group.is_multiple_of(block_m) {
                         return Err(SpecError::new(
                             "block_m",
                             block_m,
@@ -342,6 +347,23 @@ impl AttnSpec {
                 "shared memory",
                 smem,
                 format!("at most {} bytes a CTA", limits::SMEM_BYTES_PER_CTA),
+            ));
+        }
+        Ok(())
+    }
+
+    /// What several groups in one CTA ask: each has its consumer, which leaves out the blocks it does not list.
+    fn check_groups(&self) -> Result<(), SpecError> {
+        let AttnTile { block_n, groups, consumers, stages, .. } = self.tile;
+        if self.op != AttnOp::Fwd || self.arch != Arch::Sm90a {
+            return Err(SpecError::new("groups", groups, "1 outside attn_fwd on sm90a"));
+        }
+        let (query_group, kv_block) = self.lists.block_size();
+        if groups != consumers || query_group != 64 || block_n != kv_block || stages < 2 {
+            return Err(SpecError::new(
+                "groups",
+                groups,
+                "1; or one for each consumer with query_group 64, block_n = kv_block and at least 2 stages",
             ));
         }
         Ok(())

@@ -121,6 +121,8 @@ impl Facts {
                     (1, AttnOp::Fwd) if small_forward => (3, 136, 24),
                     // 128 registers of O cannot be had while two CTAs share a multiprocessor.
                     (1, AttnOp::Fwd) if spec.head_dim() > 128 => (1, 240, 24),
+                    // The producer of merged lists keeps a place in each of them.
+                    (2, AttnOp::Fwd) if spec.tile().groups > 1 => (1, 232, 40),
                     (1, AttnOp::Bwd) => (2, 224, 32),
                     (1, _) => (2, 232, 24),
                     // The backward's producer walks a list and feeds four operands: with 24 registers it spills a

@@ -100,7 +100,13 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
         }
         AttnOp::BwdPrep | AttnOp::BwdPost => vec![(64, 0, 1, 0)],
     };
-    let tiles: Vec<AttnTile> = tiles.into_iter().map(|(m, n, c, s)| tile(m, n, c, s)).collect();
+    let mut tiles: Vec<AttnTile> = tiles.into_iter().map(|(m, n, c, s)| tile(m, n, c, s)).collect();
+    if op == AttnOp::Fwd && arch == Arch::Sm90a {
+        tiles.extend(merged_lists(head_dim, lists).iter().map(|&(groups, stages)| AttnTile {
+            groups,
+            ..tile(64 * groups as u16, lists.block_size().1, groups, stages)
+        }));
+    }
     let sparsity = if lists.is_dense() { Sparsity::Percent(0) } else { Sparsity::Any };
     let forms: &[Deterministic] = if op == AttnOp::Bwd { Deterministic::ALL } else { &[Deterministic::Yes] };
     let mut specs: Vec<AttnSpec> = forms
@@ -115,6 +121,19 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
     // Tiles of two blocks are for two consumers that take turns; a lone one does better with more CTAs beside it.
     specs.sort_by_key(|spec| spec.kv_box_rows() < spec.tile().block_n && spec.tile().consumers == 1);
     specs
+}
+
+/// (groups, stages) of the forwards that walk the merged lists of neighbouring groups: faster than a group a CTA where
+/// neighbours list the same blocks, slower where they do not, so never the first guess.
+fn merged_lists(head_dim: u16, lists: Lists) -> &'static [(u8, u8)] {
+    match (lists.block_size(), head_dim) {
+        ((64, 64), ..=64) => &[(3, 4), (2, 4)],
+        ((64, 64), ..=128) => &[(2, 4), (2, 6), (3, 4)],
+        ((64, 64), _) => &[(2, 2)],
+        ((64, 128), ..=64) => &[(3, 3), (2, 4)],
+        ((64, 128), ..=128) => &[(2, 2), (2, 3)],
+        _ => &[],
+    }
 }
 
 /// The kernel taken where no table answers: the first candidate that is as deterministic as asked.

@@ -16,12 +16,13 @@ struct KvWalk {
     static constexpr int kGroupRows = kDense ? 1 : query_group;
 
     const int32* index = nullptr;  // this group's list; unused when dense
-    int32* error_flag;
-    int tiles;  // to walk
-    int num_kv_blocks;
+    int32* error_flag = nullptr;
+    int tiles = 0;  // to walk
+    int num_kv_blocks = 0;
     int blocks = 0;      // listed
     int prefetched = 0;  // lane i holds the start of the i-th of the next 32 blocks
 
+    KvWalk() = default;
     __device__ __forceinline__ KvWalk(const int32* q2k_index, const int32* q2k_count, int32* flag, const AttnSizes& sizes,
                                       int first_row, int head, int batch)
         : error_flag(flag), num_kv_blocks(sizes.num_kv_blocks) {
