@@ -314,14 +314,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1d9abe5c38012bf56275423d7292e5056ec98cec86d509726bf5e7df103aeed7",
+        source_hash: "e656ba92b2531abcad81e5ef94bfab85aab1489b17cbe74f74f52aa8ec165934",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "806408a7ad7bb0736bf7287ca217108f74d1051da9f78091f0183849b194d8fb",
+        source_hash: "c11364d6becba8d89587a5583f02aade1bc84ae5cb838cd92cbbeeda08294c7b",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
@@ -335,7 +335,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c48c96c1f8c42963cc0daee1eea6f7b2d034c5c6e61678fa59ff76f0d344d0ce",
+        source_hash: "4be1fcbdd0899053eb37b98380ff29bc7f22bcb0f4a7a4eb3d96af75bab38952",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
@@ -356,7 +356,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b0bc7c8087f43635b8281765f6d8995e976bceb1fdcc43a8d78f0f8d5ed75629",
+        source_hash: "b2b4204abfc3dd7e7e497875eccf094519a02a19a55f76b1ac0f3210dab07ba9",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
@@ -370,7 +370,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c7407c46fd9a69ce7189c1d45cfa24df2584f852e89534463cbee2d3a64c4db6",
+        source_hash: "756e0ac6a610793492fe17bd7e960686f930c3b08a41a3345bbb3b67206c33f0",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
@@ -384,21 +384,21 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "98abc6d36be4cb2dbf526ac349647173d4edb608aa562b240851c404b7806518",
+        source_hash: "a5f8fd3b0f8a8c6b68c9f00b31c2c66ac631314d36014c84d70e152b09dc5378",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9225827f5d1e5e593db372d070253fd18f2e8bc41fba01459e210de5af2acf8d",
+        source_hash: "43cc2d0a5f9cd63d88293a2b81effadc703f35a073ca4a074a3d80c24cad572a",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e0c0d919c566f4e244fbcc20e53d8ab7132f8f166385b4dfa815e42cdf3b7ffd",
+        source_hash: "18633fe2f84938e94f7cb39de7fe56a62becd432bd85967f18e148034c7a46b9",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
@@ -412,14 +412,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2237b023cd24e620ac122578c0f3a928047a8c643ffb7f98fe24eb4de0b52814",
+        source_hash: "ad6d91f6456a4bc342f762b9c6645e0e533e8fa5bbf6f50ed970485d3ccbce99",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7879e01bcc54be419a7f57b4e7d79fcd8ad63d7e571e3cc98e3ffcc91a7185e5",
+        source_hash: "c1bf970b8ad5ed6bf12d56e576da995e2e0857a3777a32ba8239d7b16f08c4d0",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",

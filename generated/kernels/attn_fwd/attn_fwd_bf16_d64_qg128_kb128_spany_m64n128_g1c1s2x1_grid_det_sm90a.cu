@@ -352,6 +352,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
             int behind = 0;  // tiles from V's place to K's; the first is that of P
             bool pending = false;
             const auto leave_values = [&](int left) {
+#pragma unroll 1
                 for (; behind > left; --behind) {
                     dsv::mbarrier_wait(&smem.full_v[ring_v.index], ring_v.phase);
                     pass_values();
