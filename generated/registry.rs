@@ -17,704 +17,704 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
-        source_hash: "8c95e86603842dddfef9946d2ba400b888304e17db07004e5364163a80dabc39",
+        source_hash: "c3beab50dde3e4a7262787e7a8e01a14c5b541de60f81ad3a6a53b78046d67e1",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "2db0e4423e53cb6d4da27e6c79ac52258b0e01e8273743afc1c05b80c5670245",
+        source_hash: "350eaf978f990791a617b5a058e67e879549d3bbd4a16d6f21ee0411862a8711",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "297021be2a5144beafcfefd091c1d8d1b96e2efd92173082b2809153db4108a6",
+        source_hash: "016d4707feb85cf1c18e505c1886ed59321ca0600c6b733bb53756f3386aee1c",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e86bb26092d0050f50e3e9fb66138b092c339a2b48de124f044bd3919dbd1a73",
+        source_hash: "5cefa3d904a923e34bd6f5e5ca805dd17ff9df1984dcdcb1ccc48e40f8345e39",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "369691b5e59bece8a7328ec2f00ffb4a9a4239b53248db85376cc7c6f8659969",
+        source_hash: "6d86321b9d4842b99257fa89f3649422bb262e4cfbf5880f4eeb63fa9e9a8e0f",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "f55686a4d36dc1f74cf25fbb970882f24064e694823826e3481be4bb7c5ecbb8",
+        source_hash: "b7e5e585799cfef15cb71250fb82972a657872d398906b37fd03305257ee40d0",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0503589fdac4592469596322618b360728a0e1bc0cc0e8229cf887a76d98aca3",
+        source_hash: "e154462a7afd98e745ae5f7821d9e633d33cfeab8df93819b0f935888c4ead1e",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e950694dd8033474869e25ec178e92dd5292ece166fc937f23984fe060c4510d",
+        source_hash: "3f02ccdf3f987925b833f061d9adab4b816747d0faa7a7a30bd0ce2ad993bfd1",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "c8cbb1ef742d2ee5ab83d55646c1e0aac71bded13cefc9190bbbc723b80bdc00",
+        source_hash: "b267b4914866b71c53a1a7e6621121c0aebf623ff4e87bdbf93b424f31ff9ac8",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "086dfd82fc950c68a8c99f598fef6177ed72c897b88d9b8505aa7ab343c507f0",
+        source_hash: "fabd29ed17d433c8c2dd403ce00e7ceeccadedd502093be6d8d80c3365b491f8",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "22f12daecfb949c7c98192d476fef69f6368e4df5653fb5115e0f355a0503858",
+        source_hash: "59a75f9b2d1a6e394cd0bbd5528c6b438c2ab97f860264fe10a0ffb6cb38987f",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ef636a8c9dfb050b25024fdda92d919d94babb9e07fa4d76ffc06d422d8e2e01",
+        source_hash: "32e896a84c0fa3ca269bcb77dcb1916053aaa96d3cb96ca6f6a1b8be9557288c",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "6322f4d0b1ece32e98caf97b3f30814dce9570cf267b074c5fa6f3fd469cf3d7",
+        source_hash: "c972fb73ff88753fdd68f917b97eaebe40cd23f3cae3d292e6d5e559af903444",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "16d787d2792880fc324592e9c7c256ed634cb98e87688455c57b04ee08fa55ae",
+        source_hash: "255ea0a473f8070f2f9107a268982fb0a3dc2e1c7f5babb9cadfdfd4de40f78a",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "3177e1d6a4eb3fa4c1c772dee7177fd38eadadd480cc55cd3a5a59f3109c44aa",
+        source_hash: "fbfbd4f1e7de26882224998061f703942bb509e7f98c8366d0ba5170805374fb",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "2ff3ca4b43c641ef443be5a19b259a6eb8934e4441121a3ff9e4a9211d6ff9c9",
+        source_hash: "9ca7aa827312b9a3933a58e6a4051ac650dfa5d3e4b12b88fe5fef35ddef6b47",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "350437305ac5762867974922ca6510d189abe006f6edca5a82a6f46516b7868f",
+        source_hash: "dcad203cd1af73509a2a72ae914595d1e07409be9d5344273f4dc76a30fb235c",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "770b0c95e738238181086e7c2582bcde35f634cc9cae2b30ec0521828f1f85b4",
+        source_hash: "32056d4324f9446e1fdd03d7f1cd30f6b77da5f98131533acb4e9114af25f0a8",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "007fb3e931b8f5d9ca4af15bd4875f7a0d08a0d960ee41344dd58e914d912b04",
+        source_hash: "d27e26520ce282d89477d8171b88a494b43e816a44388c2e7fa4145ad9c922c5",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "82d2c75ab70f1e8337b45dfbef9116f70ff36c66403f75a9e4155a5176a67a20",
+        source_hash: "6a2730ba4e0eb3636106e55802cd783c78a164d0761f91d2705a1419388a9021",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "87984e131f742b26e261154b581ff27841d2d31e827573ebad084f4f2523974d",
+        source_hash: "10639950a8016c748bf96e1846bb5661632525c3a903b97643fd850efd1ae13c",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "278cc274b99b9b54a7295012b8b07bd1787d13845381eb3b9182496a015b8b2d",
+        source_hash: "1de6de113454ea8e57d9e8ffa15ac9c72b0f4990979b2573b45c10a884a025f8",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "391b482a9aa9eb1c7902be4f58fe23bc8890dbf901f6889d34c9f7134d79cb82",
+        source_hash: "f520dee3a9aa1df1638f637985a9a22b056772ff6a735dd3df77528595648f97",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "7386c13b501949c64b817bf4bf7a658eea44697679d047f84c1e23f22af51a0d",
+        source_hash: "ecba171c50387e7085a739f7addf393a0fb6292f063cdcad563812d971551171",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "5d65616a9fdd971efd5c77ea39ddf20c285ed12f012238462eadc5291f057834",
+        source_hash: "d6a88e7925028748956db3858876d07c9544e76e8060b1b1f9e0b31c3549b5e5",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6a4cb2aa4d612081ee20f7f474205e0045b7114b300d5503290257a294e042b1",
+        source_hash: "1ae4ba03ebd73d9d06b2d516528316f2d0ea29091c60f36512cbc79a8703738e",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "bd114496bf888d46633f1eb61e790d17867c7dddcc69c00950dd75b5a927ec85",
+        source_hash: "ee08be5393b51ff6bbad4ab08df215a52cda8b78b6552ecc3ef005daf642e21c",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "cbd9f0cc4b1b535a798772734a5c26f8c0e27082a9d7d9d805940720b3c7c154",
+        source_hash: "633c81d37d0131ab911dec22aa6a22bae34922317da0bf8635174e7a500b9e92",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3bd3d2082772a96717c671752507f7dcc035e017e0b1bba457baab1c6b6974e7",
+        source_hash: "fd5bd5c208776c6ddbd99171479354bb100b184763b4ca654c8676aebf338106",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0d10991a12e55ee62e55e4651c6333915b1ca1a8d05b5efe9d1fce4bc88ba889",
+        source_hash: "5557249ac3bcdeb53ea8faf9d51ead498ce7bc92ce367f2b5d728e59fb67742f",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "89472f270a4a92622dcde49b972da2810cbf4aa9c086f6ac53a825ec15e0195b",
+        source_hash: "de53b2281ad2cd4f5724b07ca31d1ce60c8374876ad0a15e385ef920f3b78e55",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "577b47634f028c85cdbf7b6a9e36df80eed9da86c12f20bff652457557ac42c5",
+        source_hash: "8d198c79ec0d82999a84a6ac23c39bc208c4b1289b66e17b46aeebb02d43c38e",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6ddc532512497e2b10e2ebf1dbc5de2958bda07f9e601eeaca58cb143309cc63",
+        source_hash: "930096b8eef012d0a6c8a20aa444862cdef6fa946b662776bfdddb9b343827c1",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "48acab4a5c7339a21283cb544648fbcaf84a632e8fdbc3d6faed55e8c54dbabc",
+        source_hash: "a8e294ead2527cf2c817431bc33bccc7561704443beb3ea4127b9bd12d9ea140",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "041550d9ec96b988207baf03a2bd49d85be39266b4c51023df3518abce3b483b",
+        source_hash: "d15ac85220d8bd0e77e22659678326ddb3f5ee8a86db7af80d254eea48e833be",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "27e4d485a856fad6ebf376732590edc0dd42bee6e31139d25633894543da708b",
+        source_hash: "d92d5a7825033a1a46588d3ff9b042bea75373268441e39c5c3491909e6a5977",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "cc2e61930340353f295799be6679640648ee1583bc3dca2691df5b985be6d9c0",
+        source_hash: "630bb67ddc3c55054923c1b9003eb8489c83066dd11fa8967cee60b154487758",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "9266e34bc736cccd9f290af4866190c544387dfc0df323c3d55069a6265dc676",
+        source_hash: "30f0d390856040cb0c89909dd882e3347ef2a958fd7ce231eeaa77e9efdba446",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "45df74c1eb35229bc4e78f245c8914ac5b35cab3b847a253e8c69c28dc766c46",
+        source_hash: "e9217db24e569a14d92986b399ee04404795d47291ce6dd2c31c31dc1a54ab46",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "3fb346466c68024708ad8967fdc15a4cff12722b739bbdfdbb1200aa4e75b07b",
+        source_hash: "b68a9cc6cc890346e53e7f142c9714dfc4e27f478560ad332d81606b3d291316",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "519415142dad49aadf23f54850695b7a6a588b3ed7c5756e7f5619ed18a8f462",
+        source_hash: "b13072dd2bff47e75829403f198aa49b49360ab8d44f18b4f5af57e1bdf44339",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "2810169c9275ccaf028d996130252744c1dc0b4509f8881e573a0353464881cf",
+        source_hash: "b3c224ab9a42ae7464e5820a81f2b497ccea80dd058efc42a85dc8715d30b5d7",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "39eca09002f45521745ea66ee96859bf8e3641d8c6c3d9e645e2a502f115e1cb",
+        source_hash: "7414060d29707603b158d5864ba97bc1873972082f45a633214429f63e6bcaa2",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5b50578f382a8a8cd8c0e1cecd038fd2a8e95a37b3467a7cce7193883bce9a48",
+        source_hash: "e656ba92b2531abcad81e5ef94bfab85aab1489b17cbe74f74f52aa8ec165934",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "626adefa0e60fe7c9a2925e606a27e96a8be54c387ecae255bd9bec64aa6997b",
+        source_hash: "c11364d6becba8d89587a5583f02aade1bc84ae5cb838cd92cbbeeda08294c7b",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "d22906bca5115d77d81c5452d476cef6261789390deb5374f0c732794995ee11",
+        source_hash: "840102a3f34e10ecd6fd6c4420d71c8fccc6530bc30446d1aa23f79055ea3851",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6fb743463a860a380e0a232c7f9417d6d1dd260542f28792578d1354f6ff95f5",
+        source_hash: "4be1fcbdd0899053eb37b98380ff29bc7f22bcb0f4a7a4eb3d96af75bab38952",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "949fa7434dd56b368f45bdc68743cd5a938fb290e4f1cbc4fee06ceb936bc036",
+        source_hash: "bf8b2097bda317d429e2979dc3228f262e4db19a56fa7b6f7e86387d704fbb82",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "fbeacb9c1e649b28c1961d3973e9ee85d96011e5358f044fb8e9e59da49dcc5a",
+        source_hash: "20241bbdb9bd2541d3405ca68c8106bbd774251e093b3da3ba3c1ab891185ec6",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5f16575477ad3dbf5d1f6c10a267f9ce0fc8ff7abfc6b00ebaa284f92c979d4c",
+        source_hash: "b2b4204abfc3dd7e7e497875eccf094519a02a19a55f76b1ac0f3210dab07ba9",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "4218b8f20ded01ce544f2b4cdae8828c182a3129f5f3db61b2599588532a26b2",
+        source_hash: "c882a36d6290d7f80fbb09b8f78e29a8c564fa54e961922741e63104f8ba6b7d",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "365574313b27a5210dd02a0c91a01216edfb5e777fa096d70225800850bc653f",
+        source_hash: "756e0ac6a610793492fe17bd7e960686f930c3b08a41a3345bbb3b67206c33f0",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "84ae982bab6852fbc28e79a36b1bc47428737c93eb6c4838d1fb361470f1785c",
+        source_hash: "14d7008223aeedb0d60a9ce0ec36b01cf06db9203a80c754503b229247152bd1",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "88941d689e474fad29d14acc1ad4ecff19a652deca68653d96673145d8a5def7",
+        source_hash: "a5f8fd3b0f8a8c6b68c9f00b31c2c66ac631314d36014c84d70e152b09dc5378",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f1f598ec42e2f629e85172222fb7d53e061a7d5b9e2cd1391af8fb477b9be5a4",
+        source_hash: "43cc2d0a5f9cd63d88293a2b81effadc703f35a073ca4a074a3d80c24cad572a",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "674f8583c2018946391bf66605733b2dbb809dd45b89e851ee348219b47aa48e",
+        source_hash: "18633fe2f84938e94f7cb39de7fe56a62becd432bd85967f18e148034c7a46b9",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "a31080d541b95c2a55d201e56678122acce428ea314ef1dce683bcaeaff09666",
+        source_hash: "278ad068a02274f8322cba485d2be71741ebb56dc59adcbb67a576b6d3923c70",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "08ad1b644ee9bc7f688030b3a4e88def47c2fb5967cc475b7254e508e454f634",
+        source_hash: "ad6d91f6456a4bc342f762b9c6645e0e533e8fa5bbf6f50ed970485d3ccbce99",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8ea1ccb73a56683135bdd4a292e2dc13f4a978767aca5a7c99f174311681b648",
+        source_hash: "c1bf970b8ad5ed6bf12d56e576da995e2e0857a3777a32ba8239d7b16f08c4d0",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "5210f7f3fa33490ece506e76e4f37a612ef50174ebb56f904c5d77e0da029788",
+        source_hash: "073d6a6111ad538b89b397ae70d65fb109bb4715e009c4e74dc3282abbc14206",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "f9f5dda134b2d4e7df284d9e2843466d58b71ffa46ec2d6528e4cb3569a2f5d8",
+        source_hash: "d4270834b9b9d3cfe051eff95abb6be03fa2ae2862aa332803aee8d848a8f523",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "b5f2dcaacc986f4996e9b55190ca658fb18ea3f836ff01a81afd6a32ec059aff",
+        source_hash: "faa71d2ba7a08b414d112a7ca772cb43f11b3092319b83b3cf6d995beb1839d7",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "0c819d7f41d6a24fbb8cec0b85650c3a7f2fe2c4d0473c21a4c3b2a6ba97339d",
+        source_hash: "d6bd97aba12820828ecfbd94ed1a6fb555482f6237ed595a8a3d6fdd65aff410",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "290c28c21fb396b264c2e9a968f31d5af4b17f227ff2f7da603f62889df9c89b",
+        source_hash: "1b3f7e9e2ac1642fa9e2dfa563c849bfd215f570b3b40b26fdf0ab4a91793974",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "9bf80afd5de59092cc780e495b20589cc9502c80b02a6f0a3db7a7922c508f0d",
+        source_hash: "6eac05c1d1420cf13445444d819565328d729b1a2a61f36e740632d755789808",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "8beccd6c6e156eb48fe2c2a3d5b802f9c9cec741779785a33dd181f89b338587",
+        source_hash: "6b299b15f2b87c1f2810ebdde8d2fbe872cba7e5c6073a49e5319b8253b061d5",
     },
     Kernel {
         name: "gram_key_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_v1_sm90a.cu"),
-        source_hash: "a3d0c95af27cd9ebbce8b54550789db3cfcd1b9512c1c98cec8032401da7618a",
+        source_hash: "33a652fd10d17b41a68e05bb42a8fa27d8df3fe974ef002962f3ae0b376214d1",
     },
     Kernel {
         name: "gram_key_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_v1_sm90a.cu"),
-        source_hash: "32476ebe98b6e7005e889b4581197d2edea6f3db07b7aff0551b482b4afb02e2",
+        source_hash: "1031097e367bfb58ec31d94cd3120492ae9d717211fc39f13d46741a34dec331",
     },
     Kernel {
         name: "gram_query_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_v1_sm90a.cu"),
-        source_hash: "3b1c2f09bafb23ffbeaf081c00f63ca5c76bcdd8fe298414bcdc92091bb87f60",
+        source_hash: "dbc8f30c71bf1c7ad0cc115c2416f83d5ca4d64c28381256e474891c28298172",
     },
     Kernel {
         name: "gram_query_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_v1_sm90a.cu"),
-        source_hash: "d29edf0ede887de7c7986b3ad66b9de02a0bd3c658ec587b17d4003498d8aaa0",
+        source_hash: "b66669cf482dc82d074640681955f5d57d3925e6730888d71f871ac6da71e332",
     },
     Kernel {
         name: "kv_invert_sm80",
         source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
-        source_hash: "72b132b714d2171d41a84ec0de1a2f3dbaa310e2bb6046c2b56d291d4d56a60f",
+        source_hash: "2b1d21c0bd6eb4c676c5dcd310df24ae8a103c3acbb58341edd4514597aeb481",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "be33cf0e987991b5664f92e9882a51d9560e88eb7a1862b7a67cd692af1174c3",
+        source_hash: "1aabf32a76611acdc371b5d33f28102c3e6bd5cc81a785991d378d1c093b5837",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "4a51c9a534bff094c46a1891e7c53b9aba378e647c174fc0c2c16093e33f2e92",
+        source_hash: "c63151e685647dee2c0a12f956776d60505ac9a0bd6ad6852e23f28072e66e84",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "8bb6c9fabd6ced7b7c3adf878ef7a003bc33fce8a246e417e29ee7e5c940cdbb",
+        source_hash: "bde71a38fd905ec26788f4624f41e7719b0bbe2cc11d5063c97b0c7021e45c8b",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "b3ce66885338873dcddb6cd6095a4ba28b8edfcfb0fe9f1169ee7c58053fc98f",
+        source_hash: "a2966d4b31959419393e8b183955239af0c2be4fbc6c2c31c0d8a5679bed2582",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "5ab54a735a60a1f8c8db452ce19259452f472d4a8ce2211549b557698f543ee2",
+        source_hash: "f140f8e5bca39d86dc6e5768058fdcfd0720630499e24af07a2faec7c1a0c4fd",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "95d50b5380541f3975eac60850dbb8328d3f1e12d10a13f0eaf7aed41cfdd159",
+        source_hash: "7b7123a12c6be4eae28598be0a4d31c96d0e1d677303d9aef17fb224c3e2ba37",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "19b36f9a73563f112a98e45f183f9260913754aa6acd08ff1479e8d556095f33",
+        source_hash: "84aa4df0e28468e02f1b40f2e6650c6dbd6280a932b66539e784dab91d0776be",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "60402449ac41423e99ece60be1bebb5e131c2be81723599b79e79f37e36e8d95",
+        source_hash: "f4028809558b7222ad1b3a77bc4152fe4c764cba3a997c751011c14160f38cbd",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "0d2a9eee19e9a2f1479ff512d13577dfbd6242c74bc4b34075ecec9c0b8b4e3e",
+        source_hash: "a9485446afe2ab3de42cb037e1ea20b7f0dda520674ce3cdb0add098f60dd1bf",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "621354d22119c31461de785098262f80e556067f83319fb309709ec9c934c41d",
+        source_hash: "475f595018cb091e2d81930ece7de5463dc53b4abd7fc4c0da86d2b1c487f37b",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "a303665d98d49e19da9b7caa894644871afdb9d49566b65a57d28853c881a40a",
+        source_hash: "f9f3437f013d14529a4dd6850c61fc4351ce7f31a034baff9e280928b03c34ab",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "74322c7a0615a1da515e866d8a814c4d01b0fd43f41cb8d4adadeb414ad440d5",
+        source_hash: "10b09eb8b4790bb85a292e466085b6b44d1f712e0a0621c346fea6b492ac87a2",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "ad2e98e349f0d79103254905e9818ca443f8c5978865ee496c2cce51cd8e6310",
+        source_hash: "9319fd32153f929d8f16cbc5d432d858973ac278df599589e58ee7bb2bd1ad2d",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "53e075ab4b799ed06d9454ee2f08f7115f5729b9987c1e4d2e416a4eabb9c763",
+        source_hash: "5e3b588d35a3834006c07174660f0461dddc84f21096617900466e8788dd5788",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "abbdaccbe926b48cacbaf854781d53156c97a37b932acca9eb08c10d2d75e28d",
+        source_hash: "ad6f230e63e5a6544394902fc9f52f1a886ed46afe6e3c0c9b447e63da653d8f",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "b73009db773a3ace1cae7c098121de7d0d6fd9085752d8a59c22acf1aab56869",
+        source_hash: "3510a5e40ba83d1dfc0eb66e8f698f30a414c591e41b59c7f39dab5c53c0d862",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "c07b0704e1d60df4b303dac703395c66fd5bc23edf22c889556cc47cb79e895c",
+        source_hash: "0d25cef2f7fad8f621cb420887d369682b1bb73fc31b11d15b0d764e8036ac13",
     },
     Kernel {
         name: "kv_validate_sm80",
         source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
-        source_hash: "cb76cc90f8d1d712c6034d5de9291bf3164b4bf22e64f895330820dae928893b",
+        source_hash: "831bc6f47e2a516a2cbc24a0a2d39c4e043e4ab5b7c2b39c05d7102201f73293",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "c67f2cd009ff3ab6712fd41586a58a7ea80c0a2b0cff9743e310e329bbff53d2",
+        source_hash: "de6d34d91262c418c360cce814124cd92cf8b7a5d2c39986177ba343c135114a",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "fc2703b6bc5c27853c45d5bc9b420bf336fae7581af9f5fbb4fa9f2e6bbce92b",
+        source_hash: "941f218dc00490dcfe0050186d42673bb76c321d277d2abba0aed2d68fe464c1",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "df1b3cb42326f30ace078c08b62bb504d33d798e74ca02a72f0544f79307b809",
+        source_hash: "f77c0718569ba93c3698b79668dcf19860dad5ce3439f68c42fc8cdef6de1723",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "e4066e79bc6a6d8957e45f4d93a498425f042b84a5d3b5d68afd4da1c007923e",
+        source_hash: "cdc9108f4a545888d8dede86a444a8bbb9614d0a51ac7ef1184cfb3faae20e0c",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "f502ac5b6bad2fe07fe4b57d9bf46d3a78505265d4c409e6e8f57bc16169678a",
+        source_hash: "3743d36b6602b3235122d1f0b88c4148108de644f3b7066982f24f1e26553d20",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "082accbbabdcd0e55bc0b4e1fb34e44090426686640bdba8bc45f523804f3bdf",
+        source_hash: "2703bb9c0a23bf27c1e9b66a75d21a770ed14d68ae0cfd3847029686edab0b60",
     },
     Kernel {
         name: "profile_f32_d0_v1_sm90a",
         source: include_str!("kernels/profile/profile_f32_d0_v1_sm90a.cu"),
-        source_hash: "504d371faa044e27d8fad37c5d137e09d240df81c42846613fad6a4a6c304cb1",
+        source_hash: "a39b5d0b029155680e2f6350357f4c61939d4b2ee60728aaf50ccf9c850da99d",
     },
     Kernel {
         name: "profile_logits_bf16_d128_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d128_v1_sm90a.cu"
         ),
-        source_hash: "80a3df7e5cde77f5137c7c21753b28532020afdd15d059ae61231804533fdf9d",
+        source_hash: "f11ef07dc00cb28e78027ac0e32ef8a522268dafd6901ad25c085832128b4d1b",
     },
     Kernel {
         name: "profile_logits_bf16_d64_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d64_v1_sm90a.cu"
         ),
-        source_hash: "ed2965f465f3aedd42c13fc7ab2c057370a39e040e086947961a3d5a2bb9d3f2",
+        source_hash: "f95a74167532ee3345dc61037a5c5dfecaead76fdcbe7f175603229feaea0054",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "3f21ab56943417542d7d2c4eb38305cca0a74094130acfc16b471b3beddeb7e0",
+        source_hash: "1e4fd2b70b8253ce66cd0bbfaef329e2af691bb460396e5c835cee0b45289dda",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "9d914ab48aa023d900eb9b1d1ed8e02ef8797f8839d3eb92f93810716d6a100b",
+        source_hash: "033379b3830465b672f5654d19d305cdfec7c03e4a299734e2ad80240382797d",
     },
     Kernel {
         name: "residual_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_bwd/residual_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "fb0dc2cdffec6ce6ab8babef01ec5d0a3d79f17758f78c2dca8f3616f997819c",
+        source_hash: "a8d56416b1d4e10e56eeda04067f90219d9a1188a3e688c18dc5a1c47ce6bb69",
     },
     Kernel {
         name: "residual_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_fwd/residual_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "7da6742059e7daf32073dac8f190dbe2eec03573cd24018267611819dc86cc17",
+        source_hash: "a7e5adb3d0dbf4aaa2d31cde3a2090c70e1f0a58e8c236cbffd31c9708c9fe90",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "50f8c89f6e926dad5b1078dd093b279a7f75ff01ccabbd30b58dac6033a6d96a",
+        source_hash: "9c4a7d165617e8bfa59a7161b5dd784cbebdf862f77c372578a5ccd1a8b5de5f",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "1400518a84419f434ce36e70fbfcb44d8c9b2f373942b5bd59ee641d3ad4397a",
+        source_hash: "06257f6e73fce1a5e883180ffc208e329f6ca123abd3c5d8384ef80e7c558f76",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "586d7631e1e7ae670822ea95625525310454dbae92f0820f486304ca5de68392",
+        source_hash: "57223686c14aef9603d84047a065a25e675470b38c9eae08988d205f79040199",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "b92c7d049f82c87afcddf9b225d214fb694c7eaade0c78b29a39ea8602d70d52",
+        source_hash: "135cb2245b3629248e3842816bd01c3fb4b7753e33f5919d16740159ef19e631",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "2335e49486cdb7087af5f1cd894f2b40ed78af75ea6178d31cba7f49acc2b290",
+        source_hash: "af7f9db917df1b788572c5efe7bf1c63ae74231a5ea7e1553113ea33f0571aa3",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "308bbc7f0211522783e57449aa425c7024270ab51ef3aa9b4b622a491f3b6f53",
+        source_hash: "3bdac066a6b7541753ce43a272660d12fd5a9c9ae8bc3bc2f20aeae68cd670e3",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "7b2e8f7c87fc02451c32ca554382bc07a56daa2b6cfef4f8ec9526fc19f521fa",
+        source_hash: "a3941c9902cc51fd2f07f1ab51d9a0aeef672b7a286cf284c06c62293b2a69ff",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "aa7b06da3594093afb4d4cb4257bb9724f0c832677c4995f639803a5c3cffa8b",
+        source_hash: "c247997ea6e0829c8e1e7d4e8e6e4b530dddb2f0bbaebb2ac1e5716b280b072a",
     },
 ];
 
@@ -737,6 +737,7 @@ pub static HEADERS: &[(&str, &str)] = &[
         "dsv/sm80/products.cuh",
         include_str!("../templates/include/dsv/sm80/products.cuh"),
     ),
+    ("dsv/tile.cuh", include_str!("../templates/include/dsv/tile.cuh")),
     ("dsv/tma.cuh", include_str!("../templates/include/dsv/tma.cuh")),
     ("dsv/types.cuh", include_str!("../templates/include/dsv/types.cuh")),
     ("dsv/vector.cuh", include_str!("../templates/include/dsv/vector.cuh")),

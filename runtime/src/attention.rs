@@ -382,6 +382,11 @@ impl AttnPlan {
         check.words(&[("lse", args.lse), ("error_flag", args.error_flag)])?;
         let (q, kv) = (extent_q(&self.problem), extent_kv(&self.problem));
         let AttnTile { block_m, block_n, .. } = tile(kernel);
+        let box_rows = attn_spec(kernel).map_or(block_n, AttnSpec::kv_box_rows);
+        let kv_map = |address, layout| match box_rows < block_n {
+            true => kv.slab_map(address, layout, box_rows as u32),
+            false => kv.tensor_map(address, layout, block_n as u32),
+        };
         stream.bind()?;
         let p = &self.problem;
         let grid = [p.seqlen_q.div_ceil(block_m as u32), p.num_heads, p.batch];
@@ -403,8 +408,8 @@ impl AttnPlan {
         }
         let params = AttnFwd {
             map_q: q.tensor_map(args.q, &self.layouts.q, CONSUMER_ROWS)?,
-            map_k: kv.tensor_map(args.k, &self.layouts.k, block_n as u32)?,
-            map_v: kv.tensor_map(args.v, &self.layouts.v, block_n as u32)?,
+            map_k: kv_map(args.k, &self.layouts.k)?,
+            map_v: kv_map(args.v, &self.layouts.v)?,
             map_o: q.tensor_map(args.out, &self.layouts.out, CONSUMER_ROWS)?,
             lse: args.lse,
             q2k_index: lists.q2k_index,
