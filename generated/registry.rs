@@ -17,704 +17,704 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
-        source_hash: "c3beab50dde3e4a7262787e7a8e01a14c5b541de60f81ad3a6a53b78046d67e1",
+        source_hash: "b616aa2dffbecd2110ed80ab64ea4aa21c65447335c4fc3ab6ae3b073a508cd6",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "350eaf978f990791a617b5a058e67e879549d3bbd4a16d6f21ee0411862a8711",
+        source_hash: "d6eb5c0a1f8ac733a48f2b4675db889a9e610bfac0ec5a1aab0d931169abfbcd",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "016d4707feb85cf1c18e505c1886ed59321ca0600c6b733bb53756f3386aee1c",
+        source_hash: "a019e56303fac4f004f2da8963250a4a5e737a5ffbcd1af0bb551f440cea61c7",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5cefa3d904a923e34bd6f5e5ca805dd17ff9df1984dcdcb1ccc48e40f8345e39",
+        source_hash: "1b3079b41b193c05b42ea520faba56bb7752253cc6641ddaa9d7ed19818e0e1a",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "6d86321b9d4842b99257fa89f3649422bb262e4cfbf5880f4eeb63fa9e9a8e0f",
+        source_hash: "28ac359fa01af408244ae5f13cd7ce4e3660923ae70cc79ada84ab1aeb8070a7",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "b7e5e585799cfef15cb71250fb82972a657872d398906b37fd03305257ee40d0",
+        source_hash: "534764cc05e198c353c381be927ba29e4abc3e4954eec4b9e80c8ec2f6569512",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e154462a7afd98e745ae5f7821d9e633d33cfeab8df93819b0f935888c4ead1e",
+        source_hash: "29d5c9886495bb6fb63e6d8b544c7e7b15d98d476cafe983d978cbb8d3bbd575",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3f02ccdf3f987925b833f061d9adab4b816747d0faa7a7a30bd0ce2ad993bfd1",
+        source_hash: "134b98c88bf49282535a6f85c132e460f6f2a9f387e2b471e49755c473422288",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b267b4914866b71c53a1a7e6621121c0aebf623ff4e87bdbf93b424f31ff9ac8",
+        source_hash: "862b12b338d91b61f15cedcd9d41cb45e8aeb492f9964cdf0fede3897bce0cf6",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "fabd29ed17d433c8c2dd403ce00e7ceeccadedd502093be6d8d80c3365b491f8",
+        source_hash: "91bb33eb18498a44d9bb8aedb3a73d885ff1ee28c87ff8f35d431c96e895b527",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "59a75f9b2d1a6e394cd0bbd5528c6b438c2ab97f860264fe10a0ffb6cb38987f",
+        source_hash: "2c1cdde28b67566379c41ee5a240f276b741e17c83a3f8e8eddb14fee7466317",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "32e896a84c0fa3ca269bcb77dcb1916053aaa96d3cb96ca6f6a1b8be9557288c",
+        source_hash: "e0137d47acf4829cc5a63d8a39155058c68a4c8c3ac44f875163aebd6a1e9401",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "c972fb73ff88753fdd68f917b97eaebe40cd23f3cae3d292e6d5e559af903444",
+        source_hash: "15a952d414167571e6da34fabf809bc21e3d262423931cc568a03b951020410f",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "255ea0a473f8070f2f9107a268982fb0a3dc2e1c7f5babb9cadfdfd4de40f78a",
+        source_hash: "fe4bef4e0214f002d0510beb1683638195c0e20e18bef5626f6dbab81de74368",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "fbfbd4f1e7de26882224998061f703942bb509e7f98c8366d0ba5170805374fb",
+        source_hash: "d9a88a2a5c9c267e0eaa9e7c31b327d353edbfcf64f4f9b48e88e4d53a3fb51f",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "9ca7aa827312b9a3933a58e6a4051ac650dfa5d3e4b12b88fe5fef35ddef6b47",
+        source_hash: "c394b9f636ea55a9d5b2adaaed3721221cd572f7d4aac779bae7b68e1c2ce88d",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "dcad203cd1af73509a2a72ae914595d1e07409be9d5344273f4dc76a30fb235c",
+        source_hash: "6a2db8dc236546576597318d5a6f3ff0c974e1940f0e9d67fd43868fa26e6106",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "32056d4324f9446e1fdd03d7f1cd30f6b77da5f98131533acb4e9114af25f0a8",
+        source_hash: "c0ea3b8e6cb8af1b7a744f9d1ef16d663026130c205aded4050463c17493b8e4",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "d27e26520ce282d89477d8171b88a494b43e816a44388c2e7fa4145ad9c922c5",
+        source_hash: "5b90c1b47235b532fec2caf54388e5678bfb2728003f331c36ecbb4683350f59",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "6a2730ba4e0eb3636106e55802cd783c78a164d0761f91d2705a1419388a9021",
+        source_hash: "05046a063d0f1facaa8b67eafba7ba1a7c2d8b9a61f2d993341bd58829d1bd4c",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "10639950a8016c748bf96e1846bb5661632525c3a903b97643fd850efd1ae13c",
+        source_hash: "e90bf91a195d677be3e9320f8e27bd4530c8cade489789523b9f006358df4cae",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "1de6de113454ea8e57d9e8ffa15ac9c72b0f4990979b2573b45c10a884a025f8",
+        source_hash: "347c63a6b98292675e981c8d126164538deefa17494d3b84c2f279dc43128d0a",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f520dee3a9aa1df1638f637985a9a22b056772ff6a735dd3df77528595648f97",
+        source_hash: "72f0bf2ff2cdc771008d33387cd97f2d94f392ea31c8871073a994a648f896a5",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ecba171c50387e7085a739f7addf393a0fb6292f063cdcad563812d971551171",
+        source_hash: "2592e5b2240cb1de3774d57dd7ae14acdbf9eabe5ff1cba85a5f3f0361913a10",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "d6a88e7925028748956db3858876d07c9544e76e8060b1b1f9e0b31c3549b5e5",
+        source_hash: "eeb216360535df1c7a1bd8e3c3fa3326b9952e1e262a16737071bf6d3affaab9",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1ae4ba03ebd73d9d06b2d516528316f2d0ea29091c60f36512cbc79a8703738e",
+        source_hash: "94f707c6819257777d8ca40388b93edf2b5083e5e1041d251cfa632b1085952d",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "ee08be5393b51ff6bbad4ab08df215a52cda8b78b6552ecc3ef005daf642e21c",
+        source_hash: "fd935e09d99d37bf831e3a90638409349da417971ecce9de412980b5484a6810",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "633c81d37d0131ab911dec22aa6a22bae34922317da0bf8635174e7a500b9e92",
+        source_hash: "041dc6a94fe3bdf54bc8ea6bd5328ca1fd0d7abec4c136d3d31b000fc6c822db",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "fd5bd5c208776c6ddbd99171479354bb100b184763b4ca654c8676aebf338106",
+        source_hash: "5a59c95fd461de5df9e9a319d0406470099c4b1b3779392d786a9cae3e8d5bdc",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5557249ac3bcdeb53ea8faf9d51ead498ce7bc92ce367f2b5d728e59fb67742f",
+        source_hash: "5d20b515545c40ec27f20be6bb26ce7c354dbc15024c8dc47d3c3cbc8ca906f2",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "de53b2281ad2cd4f5724b07ca31d1ce60c8374876ad0a15e385ef920f3b78e55",
+        source_hash: "dbfc1d35259b12eaef6db4b65797d993a62e99357b7ce965bee1a55a8c8507c0",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8d198c79ec0d82999a84a6ac23c39bc208c4b1289b66e17b46aeebb02d43c38e",
+        source_hash: "d96ab71d3ac605cdee5b9f9092fcbbca960f283ae7f229050c273da942fa469a",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "930096b8eef012d0a6c8a20aa444862cdef6fa946b662776bfdddb9b343827c1",
+        source_hash: "312102ec01b50004d0b58d95d1e8dfcd2825a5dc99653366cacb504713021ea5",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a8e294ead2527cf2c817431bc33bccc7561704443beb3ea4127b9bd12d9ea140",
+        source_hash: "db9148044c64debe17133f952bf1fad6ce226e30e1b49d01ba645c76961b0c6a",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d15ac85220d8bd0e77e22659678326ddb3f5ee8a86db7af80d254eea48e833be",
+        source_hash: "765341bf339b9610e605461143709586b3f13daa05d9905943ef741214c29276",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "d92d5a7825033a1a46588d3ff9b042bea75373268441e39c5c3491909e6a5977",
+        source_hash: "b75eb17676018d5d13c0492249c9f4d2d06bb470612b2cc790f14651a1f6a492",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "630bb67ddc3c55054923c1b9003eb8489c83066dd11fa8967cee60b154487758",
+        source_hash: "1557ee520fff0b90187b96bd46abd6ebac3307fab5bce4f4c1e51c28e4a4cab8",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "30f0d390856040cb0c89909dd882e3347ef2a958fd7ce231eeaa77e9efdba446",
+        source_hash: "1b4883f26dbb3b9cd87a04b25a2e8858cfb4ade26a880bcfc7a2966f84dad667",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e9217db24e569a14d92986b399ee04404795d47291ce6dd2c31c31dc1a54ab46",
+        source_hash: "3a97ce7cad3bf14ccda72ab3944051c5e65a19e50c5db720e3ad8f1e516812e0",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "b68a9cc6cc890346e53e7f142c9714dfc4e27f478560ad332d81606b3d291316",
+        source_hash: "80b2f3bcd5c69b8e37b7ee50fc44408ff936ceee38c90df84277f05502bc987b",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b13072dd2bff47e75829403f198aa49b49360ab8d44f18b4f5af57e1bdf44339",
+        source_hash: "d5cd83049e459667424521b0effa0d6b27e1208c495366245c103c0cdcd3f911",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "b3c224ab9a42ae7464e5820a81f2b497ccea80dd058efc42a85dc8715d30b5d7",
+        source_hash: "4ea7bcf47aefff5822432399b1dda3b6400132ea59742f48c31808af7c0ddd65",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7414060d29707603b158d5864ba97bc1873972082f45a633214429f63e6bcaa2",
+        source_hash: "dd3584eeaa7823bf2213439e3d86bcefe7e6532068a764d3631030738a2fb284",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e656ba92b2531abcad81e5ef94bfab85aab1489b17cbe74f74f52aa8ec165934",
+        source_hash: "c032a3b4237793ae6d395e39d513780b2f885a3f0a01df7b9c83858825096c68",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c11364d6becba8d89587a5583f02aade1bc84ae5cb838cd92cbbeeda08294c7b",
+        source_hash: "985a6b01755d5fb801678c4c8a536760b1e9cca5276419eb1d0301c585a17249",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "840102a3f34e10ecd6fd6c4420d71c8fccc6530bc30446d1aa23f79055ea3851",
+        source_hash: "c119c9e8dc3df3ee0b3adbe870242eda84a8bf69212c7db665ab262c87bc2845",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4be1fcbdd0899053eb37b98380ff29bc7f22bcb0f4a7a4eb3d96af75bab38952",
+        source_hash: "21287c05eadc06be4f1d6b9a6adecdca235c1d878c2c7e564be5b60a2244b9cd",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "bf8b2097bda317d429e2979dc3228f262e4db19a56fa7b6f7e86387d704fbb82",
+        source_hash: "37f9b6592b70dfa5458cc8ecc786b97b6f2f6eb5f9f02207e8e23599ab912d7c",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "20241bbdb9bd2541d3405ca68c8106bbd774251e093b3da3ba3c1ab891185ec6",
+        source_hash: "45b06e46dc4a988ebb0af3cd340d8b0e2bbc7b2f0397ac308708d558b1e13087",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b2b4204abfc3dd7e7e497875eccf094519a02a19a55f76b1ac0f3210dab07ba9",
+        source_hash: "e5c3a08ac8be8ece21b21d660965317edaf10330ceddd29588d37847379c5e5f",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "c882a36d6290d7f80fbb09b8f78e29a8c564fa54e961922741e63104f8ba6b7d",
+        source_hash: "135a8fb2457a31b4b2d9016dc145d0726f80d85a34469e5c756aa6e31959cdd8",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "756e0ac6a610793492fe17bd7e960686f930c3b08a41a3345bbb3b67206c33f0",
+        source_hash: "3d2a14059c1a620aabd013c60275d00522eefcbfb3a35c0f20e93cd4e8b4927c",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "14d7008223aeedb0d60a9ce0ec36b01cf06db9203a80c754503b229247152bd1",
+        source_hash: "d77a924e38f32cb9b9d06d04ea538733237bff27ed32842d454f1eaea46cd156",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a5f8fd3b0f8a8c6b68c9f00b31c2c66ac631314d36014c84d70e152b09dc5378",
+        source_hash: "c65e84e8d6fa561575e43346f03bec381f0ef185433e1b36e92ba219d6471e90",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "43cc2d0a5f9cd63d88293a2b81effadc703f35a073ca4a074a3d80c24cad572a",
+        source_hash: "e729d775d60bbd2cb955580946a7fd5e6571ee42e100fe57c3d2bc4c40321293",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "18633fe2f84938e94f7cb39de7fe56a62becd432bd85967f18e148034c7a46b9",
+        source_hash: "7bdb929494f77f7bf20e48d43456f5f85eaf6bb32a955421610a6d3dd2c8acc9",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "278ad068a02274f8322cba485d2be71741ebb56dc59adcbb67a576b6d3923c70",
+        source_hash: "83ca9ae48ddd5406827f8528c556f2d870cbe36d3945cdf50c1f4a12e100fa45",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ad6d91f6456a4bc342f762b9c6645e0e533e8fa5bbf6f50ed970485d3ccbce99",
+        source_hash: "88eddbb91afced0f653dc1f21f04d474e5f2c8f4bad0b82f27da7f378461e208",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c1bf970b8ad5ed6bf12d56e576da995e2e0857a3777a32ba8239d7b16f08c4d0",
+        source_hash: "1f5417572106c361461cafd4f538f89d9a90592bc6d2697bdfc5d476855dae64",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "073d6a6111ad538b89b397ae70d65fb109bb4715e009c4e74dc3282abbc14206",
+        source_hash: "da31c340346dc9fabd30c94e70d56b170e4bccd6d95f487b393b4f8f3306dc74",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "d4270834b9b9d3cfe051eff95abb6be03fa2ae2862aa332803aee8d848a8f523",
+        source_hash: "17d75223b36a85f60e101884b7507c9eb9369a95f692dce2e3db7e9473f4fa14",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "faa71d2ba7a08b414d112a7ca772cb43f11b3092319b83b3cf6d995beb1839d7",
+        source_hash: "64c6f5c13fc49c4bce918917b092cabadd0852db72977f0cae7c4b2992ed9355",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "d6bd97aba12820828ecfbd94ed1a6fb555482f6237ed595a8a3d6fdd65aff410",
+        source_hash: "c1f3f677b9c4b3bd40de37a26a9f0e82f1d8068e40b605ed6e6cc5fb30d85101",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "1b3f7e9e2ac1642fa9e2dfa563c849bfd215f570b3b40b26fdf0ab4a91793974",
+        source_hash: "d40aadc689578db0c9f5454d732a7fdec7ffef9fc68407a028832b15e2356c2f",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "6eac05c1d1420cf13445444d819565328d729b1a2a61f36e740632d755789808",
+        source_hash: "35fd6f51d16f3012d9a5d6b68f8418b615ee33f0305c18ec3a3d6b4ed7d26192",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "6b299b15f2b87c1f2810ebdde8d2fbe872cba7e5c6073a49e5319b8253b061d5",
+        source_hash: "135e7509ee2d4e4c37fb8ef37b73bdbe2dfd9d64dd5ba9b79eccbe951bc11a36",
     },
     Kernel {
         name: "gram_key_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_v1_sm90a.cu"),
-        source_hash: "33a652fd10d17b41a68e05bb42a8fa27d8df3fe974ef002962f3ae0b376214d1",
+        source_hash: "9c992251ef5466ea803758d4c2f1eecced6193e97e9a0f689a5223f06f56cfc9",
     },
     Kernel {
         name: "gram_key_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_v1_sm90a.cu"),
-        source_hash: "1031097e367bfb58ec31d94cd3120492ae9d717211fc39f13d46741a34dec331",
+        source_hash: "a2ddaa32224bee60bb12405263cfcb962db1dc7ee6835e6c79ad4442a9178a71",
     },
     Kernel {
         name: "gram_query_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_v1_sm90a.cu"),
-        source_hash: "dbc8f30c71bf1c7ad0cc115c2416f83d5ca4d64c28381256e474891c28298172",
+        source_hash: "b88d42084d20d3ea743edaf3241d22c371d73df0844718fb6973de40e2018a9f",
     },
     Kernel {
         name: "gram_query_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_v1_sm90a.cu"),
-        source_hash: "b66669cf482dc82d074640681955f5d57d3925e6730888d71f871ac6da71e332",
+        source_hash: "d43617df14b341433e806610e34ebcbd178efb2db35b9edaeadd847230678e9a",
     },
     Kernel {
         name: "kv_invert_sm80",
         source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
-        source_hash: "2b1d21c0bd6eb4c676c5dcd310df24ae8a103c3acbb58341edd4514597aeb481",
+        source_hash: "68e9e389a452d2d7b3c7ff0b81013ac85385df9ab31e847dd1d5c237792a0742",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "1aabf32a76611acdc371b5d33f28102c3e6bd5cc81a785991d378d1c093b5837",
+        source_hash: "c7136246e52534017bb3c8b759e0d9ed99bdb44d7339ec07653eeefd7463f36c",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "c63151e685647dee2c0a12f956776d60505ac9a0bd6ad6852e23f28072e66e84",
+        source_hash: "80e435029c33ff0a952af665e7c67d6f0dc01485f6290fb806c4ea1d7c367e7f",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "bde71a38fd905ec26788f4624f41e7719b0bbe2cc11d5063c97b0c7021e45c8b",
+        source_hash: "1cc2035f85e82d630edf0cdf8ecd1f7d49f6290564f57535743c3bd10754904b",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "a2966d4b31959419393e8b183955239af0c2be4fbc6c2c31c0d8a5679bed2582",
+        source_hash: "65d46f76574c4f707e8b709bef845773a4b9bc59b993dc7eee3ddc4df2df9abe",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "f140f8e5bca39d86dc6e5768058fdcfd0720630499e24af07a2faec7c1a0c4fd",
+        source_hash: "6158ca56e38547057a84eaf8d8e2065f497ab503536dbc3a3aa1472f1363492a",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "7b7123a12c6be4eae28598be0a4d31c96d0e1d677303d9aef17fb224c3e2ba37",
+        source_hash: "55cfc528fbaacc3d1a6ad6897005d7c1c841ab2a149fa4ce543dd5ccc8816f0d",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "84aa4df0e28468e02f1b40f2e6650c6dbd6280a932b66539e784dab91d0776be",
+        source_hash: "4cd267385497977e7719cbaa228e9d4eb9f88a00cf6ff4f0b88f80dcf1dd630e",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "f4028809558b7222ad1b3a77bc4152fe4c764cba3a997c751011c14160f38cbd",
+        source_hash: "4e1951394fd19ca97564813c1ed4f891f11a9da820436fa01496d0664f10802d",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "a9485446afe2ab3de42cb037e1ea20b7f0dda520674ce3cdb0add098f60dd1bf",
+        source_hash: "8dd056a4185ed3fafb9bd579204d28ed2454034a9fdc41f5dcc574681ab924cb",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "475f595018cb091e2d81930ece7de5463dc53b4abd7fc4c0da86d2b1c487f37b",
+        source_hash: "693ad3d1da81dc9a34131359f51982506a54d10fe53abc5b065463b67794982a",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "f9f3437f013d14529a4dd6850c61fc4351ce7f31a034baff9e280928b03c34ab",
+        source_hash: "b6d56ac31f5f00fb12c58f4aab78fd0ea73bceb9b0ef21f4588694f2b77954aa",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "10b09eb8b4790bb85a292e466085b6b44d1f712e0a0621c346fea6b492ac87a2",
+        source_hash: "e7933cd9e54c0575f32e185264eedd21670814a9f62031df8e87f5531442ad69",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "9319fd32153f929d8f16cbc5d432d858973ac278df599589e58ee7bb2bd1ad2d",
+        source_hash: "5c2af9eb74f36a8d511fea72db7d4316a361be792aa6e2241188a322b431b038",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "5e3b588d35a3834006c07174660f0461dddc84f21096617900466e8788dd5788",
+        source_hash: "4a463f3b77242a7575f5b7fcd7178299ec6999528fe451d3a5c4ad67be4c6c52",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "ad6f230e63e5a6544394902fc9f52f1a886ed46afe6e3c0c9b447e63da653d8f",
+        source_hash: "5d61226e8b576c1cdfdd2d5655ad96be8e476c2eda3923c8d20e8c2674c79859",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "3510a5e40ba83d1dfc0eb66e8f698f30a414c591e41b59c7f39dab5c53c0d862",
+        source_hash: "0f4d12a546db2a7f9ed9d84f2ceb643b76ac9e26c0ad636026aae1e626d32451",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "0d25cef2f7fad8f621cb420887d369682b1bb73fc31b11d15b0d764e8036ac13",
+        source_hash: "93c2870f76f54102b759fd192d940951d5ffd82c4eb0587782fdf30067873895",
     },
     Kernel {
         name: "kv_validate_sm80",
         source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
-        source_hash: "831bc6f47e2a516a2cbc24a0a2d39c4e043e4ab5b7c2b39c05d7102201f73293",
+        source_hash: "3c197a6944b8f7e8689788d61f4b836cc65a7b92a1f9c7c1785351d5c5ce1655",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "de6d34d91262c418c360cce814124cd92cf8b7a5d2c39986177ba343c135114a",
+        source_hash: "7bec33b3b2a1685c3468be8a76d781f828fcbc136155951c74b5ec110c64dac6",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "941f218dc00490dcfe0050186d42673bb76c321d277d2abba0aed2d68fe464c1",
+        source_hash: "0b90776b8a20fb82069effeaf9523df6d61d90df84f0c575a67fbf1025cd3e78",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "f77c0718569ba93c3698b79668dcf19860dad5ce3439f68c42fc8cdef6de1723",
+        source_hash: "6d0f817463726a4b568e504344d5275470d3da9fe4e158af24dd1f889713ad97",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "cdc9108f4a545888d8dede86a444a8bbb9614d0a51ac7ef1184cfb3faae20e0c",
+        source_hash: "fe6adf0eea80207aaabbf395b3d94790ab5cc602fc8b4c382facc8e3b14e076b",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "3743d36b6602b3235122d1f0b88c4148108de644f3b7066982f24f1e26553d20",
+        source_hash: "a6ea848e91eadfd829e90a41b0763e38f786bdd2ccb48a29d83beba8bcfd8d3d",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "2703bb9c0a23bf27c1e9b66a75d21a770ed14d68ae0cfd3847029686edab0b60",
+        source_hash: "daabc7a817af9a2d62f7dfe7f4904536c2885033191d58da3607bda89d5e9a79",
     },
     Kernel {
         name: "profile_f32_d0_v1_sm90a",
         source: include_str!("kernels/profile/profile_f32_d0_v1_sm90a.cu"),
-        source_hash: "a39b5d0b029155680e2f6350357f4c61939d4b2ee60728aaf50ccf9c850da99d",
+        source_hash: "fbdc4052efa822be853491dea345a38514787b58af3ba98347c84215c7e70367",
     },
     Kernel {
         name: "profile_logits_bf16_d128_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d128_v1_sm90a.cu"
         ),
-        source_hash: "f11ef07dc00cb28e78027ac0e32ef8a522268dafd6901ad25c085832128b4d1b",
+        source_hash: "0c54c227e99b6f53cedc6057ceeea91308df22569eab1c8d096bdd2337945305",
     },
     Kernel {
         name: "profile_logits_bf16_d64_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d64_v1_sm90a.cu"
         ),
-        source_hash: "f95a74167532ee3345dc61037a5c5dfecaead76fdcbe7f175603229feaea0054",
+        source_hash: "156327e445c0f630a59066eb75cb81d09fce16bf4b4882c212f49b7a53d55daa",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "1e4fd2b70b8253ce66cd0bbfaef329e2af691bb460396e5c835cee0b45289dda",
+        source_hash: "4cb7a89b3eadbf0224d8ac34de782f16bf6bde84bde3f3cc74f3b1e9b6eb2f10",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "033379b3830465b672f5654d19d305cdfec7c03e4a299734e2ad80240382797d",
+        source_hash: "aa65bbcf24aed597612d1b5546b45bfdb2eec0ffdabf0bc98775e42e561cd487",
     },
     Kernel {
         name: "residual_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_bwd/residual_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "a8d56416b1d4e10e56eeda04067f90219d9a1188a3e688c18dc5a1c47ce6bb69",
+        source_hash: "c11f6c6a352f51e971a02e10c13f3b9a3f43080268fdfcbc110560ba82ee4544",
     },
     Kernel {
         name: "residual_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_fwd/residual_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "a7e5adb3d0dbf4aaa2d31cde3a2090c70e1f0a58e8c236cbffd31c9708c9fe90",
+        source_hash: "03cbe3d43caa74359ebcafc4f210cb26e396cb66178c9ece9595826f9abf52ea",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "9c4a7d165617e8bfa59a7161b5dd784cbebdf862f77c372578a5ccd1a8b5de5f",
+        source_hash: "a617a342361fbb0d2026216df0c2eacfa0268e7bd3f78de5a63127aedb5423a7",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "06257f6e73fce1a5e883180ffc208e329f6ca123abd3c5d8384ef80e7c558f76",
+        source_hash: "cee14a9f424a100c9836641feb7a253dfbe1c52c23c03b96c1ea4d3cf3a0e701",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "57223686c14aef9603d84047a065a25e675470b38c9eae08988d205f79040199",
+        source_hash: "1059697588c2f97448417b631d2176c939191de2cd96d17a51b1f5d7eb8ada0a",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "135cb2245b3629248e3842816bd01c3fb4b7753e33f5919d16740159ef19e631",
+        source_hash: "04effd453e4d1fd5942efa46f36cc6a6a9313bfbcba404eb9625b5e745e2196e",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "af7f9db917df1b788572c5efe7bf1c63ae74231a5ea7e1553113ea33f0571aa3",
+        source_hash: "1f0902cd518949ae246e86e718810f7d5da95e1fcc985bd12428c2459bdbff1e",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "3bdac066a6b7541753ce43a272660d12fd5a9c9ae8bc3bc2f20aeae68cd670e3",
+        source_hash: "c23c987b5262133bd0a93da36a373338768384e2f68f80f6219426be86e084a2",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "a3941c9902cc51fd2f07f1ab51d9a0aeef672b7a286cf284c06c62293b2a69ff",
+        source_hash: "adfc6122e2a0f6b42a9b979bfe2cc4b158b741c48c99013f578efc0112bc0eb0",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "c247997ea6e0829c8e1e7d4e8e6e4b530dddb2f0bbaebb2ac1e5716b280b072a",
+        source_hash: "148854ddbd70534807792b5da8bc731fef76abdcbba6d7ce1e2e817218ab4f42",
     },
 ];
 

@@ -198,7 +198,7 @@ impl AttnSpec {
         match (self.op, self.arch) {
             (AttnOp::Fwd, Arch::Sm90a) => (&HEAD_DIMS, "64, 96, 128 or 256 in attn_fwd on sm90a"),
             (AttnOp::Bwd | AttnOp::BwdDq, Arch::Sm90a) => {
-                (&[64, 128], "64 or 128 in the backward on sm90a: whole 128-byte swizzle columns")
+                (&HEAD_DIMS, "64, 96, 128 or 256 in the backward on sm90a")
             }
             _ => (&[64, 128], "64 or 128 with the sm80 templates: whole 128-byte swizzle columns"),
         }
@@ -261,7 +261,11 @@ impl AttnSpec {
                 // The result and S (and dP), and P or dS as operand, in registers, with about 32 more.
                 let scores = if self.op == AttnOp::Fwd { block_n / 2 } else { block_n };
                 let registers = self.head_dim / 2 + scores + block_n / 4 + 32;
-                let budget = if consumers == 3 { 160 } else { 240 };
+                let budget = match (consumers, self.op) {
+                    (3, _) => 160,
+                    (1, AttnOp::BwdDq) => 232,
+                    _ => 240,
+                };
                 if registers > budget {
                     return Err(SpecError::new(
                         "registers",
@@ -269,11 +273,12 @@ impl AttnSpec {
                         format!("at most {budget} a thread with {consumers} consumers"),
                     ));
                 }
-                if ![64, 80, 96, 128, 176].contains(&block_n) {
+                let narrow = self.op == AttnOp::BwdDq && block_n == 32;
+                if !narrow && ![64, 80, 96, 128, 176].contains(&block_n) {
                     return Err(SpecError::new(
                         "block_n",
                         block_n,
-                        "64, 80, 96, 128 or 176, the products listed in wgmma_shapes.cuh",
+                        "64, 80, 96, 128 or 176 (in attn_bwd_dq also 32), the products listed in wgmma_shapes.cuh",
                     ));
                 }
                 if block_m != rows {
@@ -308,10 +313,22 @@ impl AttnSpec {
                     return Err(SpecError::new(
                         "consumers",
                         consumers,
-                        "1 or 2 in attn_bwd: consumers share dQ's columns evenly, 32 or 64 a product",
+                        "1 or 2 in attn_bwd: consumers share dQ's columns, 32 or 64 a product",
                     ));
                 }
-                if block_n != rows {
+                if self.head_dim > 128 {
+                    // dK and dV of 64 KV rows are 256 registers at head_dim 256: a warpgroup holds half the columns.
+                    if !self.splits_columns() || block_m != limits::BWD_BLOCK_M || stages < 2 {
+                        return Err(SpecError::new(
+                            "tile",
+                            format!("m{block_m}n{block_n}c{consumers}s{stages}"),
+                            format!(
+                                "m64n64 with 2 consumers and 2 or more stages at head_dim {}: each takes half the columns of dK, dV and dQ",
+                                self.head_dim
+                            ),
+                        ));
+                    }
+                } else if block_n != rows {
                     return Err(SpecError::new(
                         "block_n",
                         block_n,
@@ -327,8 +344,12 @@ impl AttnSpec {
                     ));
                 }
                 if let Lists::Blocks { query_group, kv_block } = self.lists {
-                    if kv_block != block_n {
-                        return Err(SpecError::new("block_n", block_n, format!("kv_block {kv_block}")));
+                    if !kv_block.is_multiple_of(block_n) {
+                        return Err(SpecError::new(
+                            "block_n",
+                            block_n,
+                            format!("a divisor of kv_block {kv_block}"),
+                        ));
                     }
                     if !query_group.is_multiple_of(block_m) {
                         return Err(SpecError::new(
@@ -468,6 +489,13 @@ impl AttnSpec {
     /// The sparsity the text is specialised for.
     pub const fn sparsity(&self) -> Sparsity {
         self.sparsity
+    }
+    /// Whether the two consumers of `attn_bwd` work on the same 64 KV rows, each on half the columns.
+    pub(crate) const fn splits_columns(&self) -> bool {
+        matches!(self.op, AttnOp::Bwd)
+            && self.head_dim > 128
+            && self.tile.consumers == 2
+            && self.tile.block_n == 64
     }
     /// The tunable shape.
     pub const fn tile(&self) -> AttnTile {

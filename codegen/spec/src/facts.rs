@@ -124,10 +124,12 @@ impl Facts {
                     // The producer of merged lists keeps a place in each of them.
                     (2, AttnOp::Fwd) if spec.tile().groups > 1 => (1, 232, 40),
                     (1, AttnOp::Bwd) => (2, 224, 32),
+                    // Its tiles leave no room for a second CTA.
+                    (1, AttnOp::BwdDq) if spec.head_dim() > 128 => (1, 240, 24),
                     (1, _) => (2, 232, 24),
                     // The backward's producer walks a list and feeds four operands: with 24 registers it spills a
                     // word or two. At head_dim 128 the consumers cannot spare it 16: wgmma would be serialised.
-                    (2, AttnOp::Bwd) if spec.head_dim() < 128 => (1, 232, 40),
+                    (2, AttnOp::Bwd) if spec.head_dim() != 128 => (1, 232, 40),
                     (2, _) => (1, 240, 24),
                     _ => (1, 160, 32),
                 };
@@ -194,20 +196,26 @@ pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
         // Q (its room serves out in the epilogue), then the ring of K and V.
         AttnOp::Fwd => m * columns * bytes + stages * 2 * n * columns * bytes,
         // Q (its room serves dQ in the epilogue) and dO, then the ring of K and V.
-        AttnOp::BwdDq => 2 * m * d * bytes + stages * 2 * n * d * bytes,
+        AttnOp::BwdDq => 2 * m * columns * bytes + stages * 2 * n * columns * bytes,
         // K and V (their room serves dK and dV in the epilogue), the ring of Q and dO with LSE and delta, and dS:
         // two buffers where warpgroups exchange it, one where a lone warpgroup keeps it to itself, none where dQ is
         // another kernel's.
         AttnOp::Bwd => {
+            // Consumers that split the columns exchange P too, in either form.
             let ds = match (spec.deterministic(), consumers) {
+                _ if spec.splits_columns() => 2 * 2 * n * m * bytes,
                 (Deterministic::Yes, _) => 0,
                 (Deterministic::No, 1) => n * m * bytes,
                 (Deterministic::No, _) => 2 * n * m * bytes,
             };
-            // dQ on its way to the copy engine, where there is room.
-            let staged = consumers > 1 || spec.head_dim() <= 64;
-            let dq = if spec.deterministic() == Deterministic::No && staged { m * d * 4 } else { 0 };
-            2 * n * d * bytes + stages * (2 * m * d * bytes + 2 * m * 4) + ds + dq
+            // dQ on its way to the copy engine, where there is room, once or twice.
+            let staged = spec.deterministic() == Deterministic::No
+                && !spec.splits_columns()
+                && (consumers > 1 || d <= 64);
+            let dq = if staged { m * columns * 4 } else { 0 };
+            let once =
+                2 * n * columns * bytes + stages * (2 * m * columns * bytes + 2 * m * 4) + ds + dq + 1024;
+            return if once + dq <= limits::SMEM_BYTES_PER_CTA { once + dq } else { once };
         }
         AttnOp::BwdPrep | AttnOp::BwdPost => 0,
     };

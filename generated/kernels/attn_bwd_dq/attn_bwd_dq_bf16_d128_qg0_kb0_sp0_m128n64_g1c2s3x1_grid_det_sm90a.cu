@@ -42,7 +42,7 @@ constexpr dsv::uint32 kTileBytesQ = dsv::tile_bytes(kRows, kHeadDim);
 constexpr dsv::uint32 kTileBytesKv = dsv::tile_bytes(kBlockN, kHeadDim);
 
 static_assert(kBlockM == kRows * kConsumers, "one wgmma M of 64 rows a consumer");
-static_assert(kHeadDim % 64 == 0, "whole 128-byte swizzle columns");
+static_assert(kHeadDim % 16 == 0, "whole K steps of the products");
 static_assert(kStages > 1, "K of the tile before is read while the next K arrives");
 static_assert(kDense || kKvBlock % kBlockN == 0, "a listed block is whole tiles");
 static_assert(kDense || kQueryGroup % kBlockM == 0, "a CTA lies within one group");

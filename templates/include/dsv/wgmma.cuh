@@ -63,6 +63,19 @@ __device__ __forceinline__ void gemm_rs_mn(float (&d)[N / 2], const uint32 (&a)[
     }
 }
 
+// D[64 x N] += A B over K = rows: A a K-major tile of 64 rows and `rows` columns, at most a slab, B an MN-major tile of
+// `rows` rows.
+template <class Element, int N, uint32 rows>
+__device__ __forceinline__ void gemm_ss_k_mn(float (&d)[N / 2], const void* a, const void* b) {
+    static_assert(rows <= kSlabColumns, "A is one slab");
+    const uint64 desc_a = descriptor_k_major(a);
+    const uint64 desc_b = descriptor_mn_major<rows>(b);
+#pragma unroll
+    for (int k = 0; k < rows / 16; ++k) {
+        wgmma_ss<Element, N, 0, 1>(d, desc_a + (k * 32 >> 4), desc_b + (k * 2 * kAtomBytes >> 4), 1);
+    }
+}
+
 // D[64 x N] = A^T B over K = rows: A a tile of `rows` rows and 64 columns, B columns of a tile of `rows` rows.
 template <class Element, int N, uint32 rows>
 __device__ __forceinline__ void gemm_ss_mn(float (&d)[N / 2], const void* a, const void* b) {
