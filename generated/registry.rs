@@ -17,704 +17,774 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
-        source_hash: "8c95e86603842dddfef9946d2ba400b888304e17db07004e5364163a80dabc39",
+        source_hash: "b0b497cf643436caeb466f9ac76a96b072270ada0c11947da93db29bb9cc841f",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "2db0e4423e53cb6d4da27e6c79ac52258b0e01e8273743afc1c05b80c5670245",
+        source_hash: "c9d603af9d7a4ee6a8878cad1510abad7392781ead0033ed788f6617b12a6775",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "297021be2a5144beafcfefd091c1d8d1b96e2efd92173082b2809153db4108a6",
+        source_hash: "5cef69610e83c14ed796cb4dba26d0dbebb65fa18db6c765bf36694753d9081f",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e86bb26092d0050f50e3e9fb66138b092c339a2b48de124f044bd3919dbd1a73",
+        source_hash: "89c815104613ebcce456678b54b64bf6a427135e16a219e9a70c23ea40a8f22d",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "369691b5e59bece8a7328ec2f00ffb4a9a4239b53248db85376cc7c6f8659969",
+        source_hash: "4cf29e0db6853df91d1672772790c12dbf1d0bb2d596d06eb2428ae5ef5b0c08",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "f55686a4d36dc1f74cf25fbb970882f24064e694823826e3481be4bb7c5ecbb8",
+        source_hash: "f98bfa32375de19486ea77b84de10418b499a56f6520fc50ad63f299f143437f",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0503589fdac4592469596322618b360728a0e1bc0cc0e8229cf887a76d98aca3",
+        source_hash: "dfa8738dc9d69a39caca72bd58dd00cba3552ddef2240e2fe1d379dae520465e",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e950694dd8033474869e25ec178e92dd5292ece166fc937f23984fe060c4510d",
+        source_hash: "3516c1ffcc470967c842b505927a37cd8805170ae0442a74e07e57fb2d9a1d10",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "c8cbb1ef742d2ee5ab83d55646c1e0aac71bded13cefc9190bbbc723b80bdc00",
+        source_hash: "4991a834d3e5fa8e708712d08f44d3df2c0aebe9b6f7ceaa4b535f5355ad779e",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "086dfd82fc950c68a8c99f598fef6177ed72c897b88d9b8505aa7ab343c507f0",
+        source_hash: "3d7cf455257fa5d2dffd05a079bee8ea04fd4466a2dde9ded375b50fba893f8b",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "a84d0a7564fda6e46ebe797ee678880fcf2ab3cde4a6327f8ee0fe8e1aa46683",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "2b48f0cb251e515ad4491b88b6c7bece55e3df3b9361b82bd1b964c539d9bfe1",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "c6f41879446b37738937871b30bb4c224bfe660b388d3a8bf12a9168df6bf82a",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "22f12daecfb949c7c98192d476fef69f6368e4df5653fb5115e0f355a0503858",
+        source_hash: "a4354170915417ea6456065e17b7f0534a66b93c64e4ddb591985bb18d5b7548",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ef636a8c9dfb050b25024fdda92d919d94babb9e07fa4d76ffc06d422d8e2e01",
+        source_hash: "315a547f248f7945b6126661c79eed6c0cfab0f0355ce9cca5144e873d7e6e41",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "6322f4d0b1ece32e98caf97b3f30814dce9570cf267b074c5fa6f3fd469cf3d7",
+        source_hash: "ad0694d9221d05669d1e7a350bb309fe54e0654d08ea2bd51e15b112b035eaa4",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "0fac16036f6f2b511727dea0d7c49fb87e3767adfbce8f08b7e570aae8bc29f6",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "16d787d2792880fc324592e9c7c256ed634cb98e87688455c57b04ee08fa55ae",
+        source_hash: "c424debfbd3bc7d2af3f1d75f66a9fe59d70713eb4d0b47e8c261de3cebee9dc",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "3177e1d6a4eb3fa4c1c772dee7177fd38eadadd480cc55cd3a5a59f3109c44aa",
+        source_hash: "96cef5513083bccf299a5f83be9cc2e70dd526c02dad24a21b91efb524b487b2",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "2ff3ca4b43c641ef443be5a19b259a6eb8934e4441121a3ff9e4a9211d6ff9c9",
+        source_hash: "5003a92295d090e30f1f61f9684eaa3580d603c062779b2b2ff7c27f968178ad",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "350437305ac5762867974922ca6510d189abe006f6edca5a82a6f46516b7868f",
+        source_hash: "e27c985e812f00a2085282d68c40af905fbb2b05530844a3a96d173e8fef8b1a",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "770b0c95e738238181086e7c2582bcde35f634cc9cae2b30ec0521828f1f85b4",
+        source_hash: "97c9a6684c09b40b9a2152af894e1e026339fad20a82a6a8c393de6788c016f8",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "007fb3e931b8f5d9ca4af15bd4875f7a0d08a0d960ee41344dd58e914d912b04",
+        source_hash: "2eb2cd78bb4edd1b24b80bfd4a69278d3e2627b77ebcfaa48d18cc8f98c8f026",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "82d2c75ab70f1e8337b45dfbef9116f70ff36c66403f75a9e4155a5176a67a20",
+        source_hash: "2f3b073c60bf6a056fa33bbbdb3d0ad60b3bdaa87049fa8a88b30cfba13de742",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "87984e131f742b26e261154b581ff27841d2d31e827573ebad084f4f2523974d",
+        source_hash: "c3459e7f7fc9c0107b948dfc01630a9ec7f801bd82ff6b5f1d2353ebeaa9256e",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "278cc274b99b9b54a7295012b8b07bd1787d13845381eb3b9182496a015b8b2d",
+        source_hash: "263d5a3ff024d6658f1cdf21f3b534bbdadb951d3dec9e7c3cfa9527e7f57e05",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "391b482a9aa9eb1c7902be4f58fe23bc8890dbf901f6889d34c9f7134d79cb82",
+        source_hash: "7e56d3056ebb0b0733ea57f56c342486f19140ca1d6c4a1d9c8b2ea68112a7dd",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "7386c13b501949c64b817bf4bf7a658eea44697679d047f84c1e23f22af51a0d",
+        source_hash: "74e17aaf3953f305fb747ec6f288bb1d6c916a612ae00c54f6b3869eb408f35b",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "5d65616a9fdd971efd5c77ea39ddf20c285ed12f012238462eadc5291f057834",
+        source_hash: "2cfbaca774646c897c0315b6fafc3669720f89c2a7bc83fcf6069976af9be7c0",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6a4cb2aa4d612081ee20f7f474205e0045b7114b300d5503290257a294e042b1",
+        source_hash: "b43732d6a591c12042e069270d7ebe3175ac4c7de6e69f004f7a6281c0549c98",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "bd114496bf888d46633f1eb61e790d17867c7dddcc69c00950dd75b5a927ec85",
+        source_hash: "2406ab5993cec0c57e88766b240dfbbf4c787d8d2a58454abca5a54e0d24157d",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "cbd9f0cc4b1b535a798772734a5c26f8c0e27082a9d7d9d805940720b3c7c154",
+        source_hash: "749bf9fe2ff06f03bfe682db4ed6db48558f9c5ccffc888e150ce8ac09a5eee4",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3bd3d2082772a96717c671752507f7dcc035e017e0b1bba457baab1c6b6974e7",
+        source_hash: "d95644bf7514c64d1a0d3d47f6e54ab7d6da095a9d96ac30d0df4b2ba9c1a28c",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0d10991a12e55ee62e55e4651c6333915b1ca1a8d05b5efe9d1fce4bc88ba889",
+        source_hash: "516ebe53905699eea79ff1ab12614ebb40cee23ccaf4af624235b3b25d55c698",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "89472f270a4a92622dcde49b972da2810cbf4aa9c086f6ac53a825ec15e0195b",
+        source_hash: "4a0b6a96c64856d7373d37a4f9988b0b0379a4bb33aa7d4eb1793bd95c06ccdf",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "577b47634f028c85cdbf7b6a9e36df80eed9da86c12f20bff652457557ac42c5",
+        source_hash: "62cf3ec5c18a6c30e6c9e6e0b48e957eae527539f7e233018f41b2a5eb8c7c4c",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6ddc532512497e2b10e2ebf1dbc5de2958bda07f9e601eeaca58cb143309cc63",
+        source_hash: "63e2f25c36e55b6068a3c8b2ebab3767e570e2843a0b8bd95df3f58cfe9ee5ae",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "48acab4a5c7339a21283cb544648fbcaf84a632e8fdbc3d6faed55e8c54dbabc",
+        source_hash: "aaad013f241c8b66a28d58cae0938f5513357815f29c2afd810abf7c5dac341b",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "041550d9ec96b988207baf03a2bd49d85be39266b4c51023df3518abce3b483b",
+        source_hash: "f997ad498b72ae6e9e42acbf86bd5c5d584d05e2b1a0e551d74ca174255b31d4",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "27e4d485a856fad6ebf376732590edc0dd42bee6e31139d25633894543da708b",
+        source_hash: "3f8c9ce82c20213716e4dbd611ed9090533f79f79ecfd6306c8cc0142c8fc5db",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "cc2e61930340353f295799be6679640648ee1583bc3dca2691df5b985be6d9c0",
+        source_hash: "4bf8230e4be38f2ac192d6431aedf572c19f9e1714bb4eb3304eb1accce6d0a0",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "9266e34bc736cccd9f290af4866190c544387dfc0df323c3d55069a6265dc676",
+        source_hash: "629f13da3917f24c24c6e4de68ed63b2ada77a37f72a59fdc63ed44cf800a30a",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "45df74c1eb35229bc4e78f245c8914ac5b35cab3b847a253e8c69c28dc766c46",
+        source_hash: "4ebf6b2793004b7f2ae867362384acf06e85d869256927d16329ddb9e86f4554",
+    },
+    Kernel {
+        name: "attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "e6da07e9b281ad2584333e11baf6341efc8aceedf5b4ce2123f300b7575018ea",
+    },
+    Kernel {
+        name: "attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "61c26e27f318d3586bf053ae678673acdf9aa8487442a9d85ee441dadc40e28f",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "3fb346466c68024708ad8967fdc15a4cff12722b739bbdfdbb1200aa4e75b07b",
+        source_hash: "fa65db07a999e1936af1d468446c23e06077e1ceb8e29311e633f6981b6ddfc0",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "519415142dad49aadf23f54850695b7a6a588b3ed7c5756e7f5619ed18a8f462",
+        source_hash: "a06d32a15dc1fe7f37947cd17c39a42fd24afce2c455101f96a5b55c1a05def7",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "2810169c9275ccaf028d996130252744c1dc0b4509f8881e573a0353464881cf",
+        source_hash: "e3f78ea44bee8908b88fd195aacb1d41f33f78bc7b1bdf0caf191950fcfc97ef",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "39eca09002f45521745ea66ee96859bf8e3641d8c6c3d9e645e2a502f115e1cb",
+        source_hash: "53781106a55a6ae60f95fadee2bcffbe810ab2785ff4f576fff1023c174e3730",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5b50578f382a8a8cd8c0e1cecd038fd2a8e95a37b3467a7cce7193883bce9a48",
+        source_hash: "df389a5a4d772f5b62d2a2e613bb59e0f79fe0330822dd17c2f2ea94d3a88ca3",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "626adefa0e60fe7c9a2925e606a27e96a8be54c387ecae255bd9bec64aa6997b",
+        source_hash: "75393799cdd1868e77067cabd976dfa86e5eafe7125a755317ae74bd0446a92d",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "d22906bca5115d77d81c5452d476cef6261789390deb5374f0c732794995ee11",
+        source_hash: "240566401c91e8f30143bbe93e559111772d56f690bce6979440cc353b5a777a",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6fb743463a860a380e0a232c7f9417d6d1dd260542f28792578d1354f6ff95f5",
+        source_hash: "85e9b6b7a96b1b5435758ee9952c3340a2bf4ccd5c8cbef9a3e974193a67cfc9",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "949fa7434dd56b368f45bdc68743cd5a938fb290e4f1cbc4fee06ceb936bc036",
+        source_hash: "af29134fc35f7411e7b56c94a48388ce2869239bf3a8a6872eb8869d48974856",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "aaff73b4c08443c9dffc6f0371db3986bfeef42fad2bef498a32ed9eb2afbefe",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "86cf0965b08b4f62fdd000caf8d8c6f59fce674bf11df19d6aabbf007f9b06c6",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "7c09da8f952df02d8d5b21659936e833067e1f52a5f3c536c1ac89bf40540d5c",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "fbeacb9c1e649b28c1961d3973e9ee85d96011e5358f044fb8e9e59da49dcc5a",
+        source_hash: "8b4539f20ce90baa5b6fe36a30bfcbb9f8b47bf1d9c249f70559141cd61f344c",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5f16575477ad3dbf5d1f6c10a267f9ce0fc8ff7abfc6b00ebaa284f92c979d4c",
+        source_hash: "72182200092966ebfa91dfcd1397a023fe00602df8623b5a665562bcf66a7d5c",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "5a346c4f10a67ba58a2348e32d0015e381012adbbf34d68d01b3d674fd3f4c97",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "4218b8f20ded01ce544f2b4cdae8828c182a3129f5f3db61b2599588532a26b2",
+        source_hash: "ebe8b330088ee7f9ed05a9121598446bd5ccd8c6cb73d031446bbbc11a4ae0d5",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "365574313b27a5210dd02a0c91a01216edfb5e777fa096d70225800850bc653f",
+        source_hash: "0008dc0861a3cc09814f82c6261c895b47f555945b5d396ca11c114f6ac4e28b",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "84ae982bab6852fbc28e79a36b1bc47428737c93eb6c4838d1fb361470f1785c",
+        source_hash: "47c404fc6a99cd33e412be4179aecf39926a4f048651379392390ce211fe3f49",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "88941d689e474fad29d14acc1ad4ecff19a652deca68653d96673145d8a5def7",
+        source_hash: "ce1a571b6fc62ef3cc4a20d798e37a1da8e41d8ecd623788789fbc76d8f278b5",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f1f598ec42e2f629e85172222fb7d53e061a7d5b9e2cd1391af8fb477b9be5a4",
+        source_hash: "a37db8efa1384638aba243058d3f211edfe281561658d52f3967c7ea9a99ffa9",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "674f8583c2018946391bf66605733b2dbb809dd45b89e851ee348219b47aa48e",
+        source_hash: "ad09f9fe9698caeb925f570b1df519ce87e30733a1269016db5b0c3d1d09d754",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "a31080d541b95c2a55d201e56678122acce428ea314ef1dce683bcaeaff09666",
+        source_hash: "bb417a75647c01cc4178049580ac3655a0b0348b48d9c1b19170bafa3aecef52",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "08ad1b644ee9bc7f688030b3a4e88def47c2fb5967cc475b7254e508e454f634",
+        source_hash: "efe43e801bb0e9ad465b0998e62abe52af436896ecf01bea53ef25cd7efb37f9",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8ea1ccb73a56683135bdd4a292e2dc13f4a978767aca5a7c99f174311681b648",
+        source_hash: "108864fc3d55c1d02eab429ee02e2473b124861c0c9e8eb2c44b1ee50a83f291",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "5210f7f3fa33490ece506e76e4f37a612ef50174ebb56f904c5d77e0da029788",
+        source_hash: "b36f5b5f2b2c5101202b8f74dad43c930ae12dba78bdbc590a957ed3d70ac767",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "f9f5dda134b2d4e7df284d9e2843466d58b71ffa46ec2d6528e4cb3569a2f5d8",
+        source_hash: "5ca8428b319f9a92b8cfe554d2264026f95b94731e91fe4c69d05480233df949",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "b5f2dcaacc986f4996e9b55190ca658fb18ea3f836ff01a81afd6a32ec059aff",
+        source_hash: "62a9573eb1c71ebf5ea12042397e706155bab49d3bdb3e1b59e4fe598e49bb4a",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "0c819d7f41d6a24fbb8cec0b85650c3a7f2fe2c4d0473c21a4c3b2a6ba97339d",
+        source_hash: "299fd7d208841779615ef2855a52ccd30cfd6ffd671a30c808e260fcb77e1224",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "290c28c21fb396b264c2e9a968f31d5af4b17f227ff2f7da603f62889df9c89b",
+        source_hash: "71fd81c141aeb9f852fefdb3f2b79b1886ed406a761c7fcdec871ef18c8e7fe3",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "9bf80afd5de59092cc780e495b20589cc9502c80b02a6f0a3db7a7922c508f0d",
+        source_hash: "bd424afa2adfb71ad2fffb7f836413767bbff6801f20fe67022a298984d963fa",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "8beccd6c6e156eb48fe2c2a3d5b802f9c9cec741779785a33dd181f89b338587",
+        source_hash: "6ec65a4d2ff52129be4d28344619d2427e0032b59ff5006726c3ace3efa3cdd9",
     },
     Kernel {
         name: "gram_key_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_v1_sm90a.cu"),
-        source_hash: "a3d0c95af27cd9ebbce8b54550789db3cfcd1b9512c1c98cec8032401da7618a",
+        source_hash: "5f5d15825fec79d37523ec7e52da281f7963be8b7c6d846e883d934e288bf245",
     },
     Kernel {
         name: "gram_key_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_v1_sm90a.cu"),
-        source_hash: "32476ebe98b6e7005e889b4581197d2edea6f3db07b7aff0551b482b4afb02e2",
+        source_hash: "91aae045904efebcbf426afeb9b9d9605f04435d72419bcf07fae8e6637eaecf",
     },
     Kernel {
         name: "gram_query_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_v1_sm90a.cu"),
-        source_hash: "3b1c2f09bafb23ffbeaf081c00f63ca5c76bcdd8fe298414bcdc92091bb87f60",
+        source_hash: "91f0f935431b71a439662920cd61df118b15fcd3641da24db6d3099e356ccc02",
     },
     Kernel {
         name: "gram_query_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_v1_sm90a.cu"),
-        source_hash: "d29edf0ede887de7c7986b3ad66b9de02a0bd3c658ec587b17d4003498d8aaa0",
+        source_hash: "f893c5964caddd50f5e2623e77aa68388541a58c5b8fa269c845632d6c7d5824",
     },
     Kernel {
         name: "kv_invert_sm80",
         source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
-        source_hash: "72b132b714d2171d41a84ec0de1a2f3dbaa310e2bb6046c2b56d291d4d56a60f",
+        source_hash: "5eb545484ebdef2e70135149bb02393e8faca6ac11ec63def57cd3c9a8c37f66",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "be33cf0e987991b5664f92e9882a51d9560e88eb7a1862b7a67cd692af1174c3",
+        source_hash: "21a7853d6df82f8277fb1049967d1ba0e08d6f8b71ec00a403cfc8695d087cb3",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "4a51c9a534bff094c46a1891e7c53b9aba378e647c174fc0c2c16093e33f2e92",
+        source_hash: "bdfe8445bbeed1c0ee987c5464c5cc129e56b5797a36c4cc0fc05cc5110d2d97",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "8bb6c9fabd6ced7b7c3adf878ef7a003bc33fce8a246e417e29ee7e5c940cdbb",
+        source_hash: "5e11e70c417f4eafa1c354b0789724407e63219c9a1fcd61d424730280b36dea",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "b3ce66885338873dcddb6cd6095a4ba28b8edfcfb0fe9f1169ee7c58053fc98f",
+        source_hash: "1e7f5b90c6f615e501afb52d13e7a50654ceff50cd81a7557f64b60e2e4feec6",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "5ab54a735a60a1f8c8db452ce19259452f472d4a8ce2211549b557698f543ee2",
+        source_hash: "fa58bda4952379ce05e041d039b0877936703b8212ae2d14df799e4598ef2a0c",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "95d50b5380541f3975eac60850dbb8328d3f1e12d10a13f0eaf7aed41cfdd159",
+        source_hash: "dd952b8cd59e61921df4679d62b2fd5f7e3624f65d90b4a828653b46a9952313",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "19b36f9a73563f112a98e45f183f9260913754aa6acd08ff1479e8d556095f33",
+        source_hash: "d01f8bea67956c58bde086f1b5ee4f5f0b74bafacba12283f2f8f0e32843475c",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "60402449ac41423e99ece60be1bebb5e131c2be81723599b79e79f37e36e8d95",
+        source_hash: "c3bcf845fa14acfafdc8a94b2b9e9e5ccd1e13788338808f310be5aa28b80ec1",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "0d2a9eee19e9a2f1479ff512d13577dfbd6242c74bc4b34075ecec9c0b8b4e3e",
+        source_hash: "b654d0a13a1bf50505032bf9860680f9ae27d120afbbd3c0f4092f6f520df969",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "621354d22119c31461de785098262f80e556067f83319fb309709ec9c934c41d",
+        source_hash: "3a7361689d0375c272fc1acfa7c7c2713d92129d008de5f152bb2d3c2171d9b6",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "a303665d98d49e19da9b7caa894644871afdb9d49566b65a57d28853c881a40a",
+        source_hash: "d715c7d2efd8659b783e3dc784de7f72ff2ab4203ef65d2a56fd085ddcb5b751",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "74322c7a0615a1da515e866d8a814c4d01b0fd43f41cb8d4adadeb414ad440d5",
+        source_hash: "7c04c317992fc6e0421f2f124e76f670452718d2e1833701b7d18aaa82422d6b",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "ad2e98e349f0d79103254905e9818ca443f8c5978865ee496c2cce51cd8e6310",
+        source_hash: "6d3169db1cba0f0dfea522cf7df2a3f2efec96abc4b1425495f5435894e8a7b8",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "53e075ab4b799ed06d9454ee2f08f7115f5729b9987c1e4d2e416a4eabb9c763",
+        source_hash: "1bc988af78b4c7f8da9d86258a64b8166f8ea8e137139f131c1b8af8150c1c79",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "abbdaccbe926b48cacbaf854781d53156c97a37b932acca9eb08c10d2d75e28d",
+        source_hash: "233c415a9a8c091cb4b908fa589e09d7fd85f09f4c69104369cde011b4530c51",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "b73009db773a3ace1cae7c098121de7d0d6fd9085752d8a59c22acf1aab56869",
+        source_hash: "bce3d56a355cc01b56bbee4747c2906e41fe574404cc651e8888383e9bf296be",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "c07b0704e1d60df4b303dac703395c66fd5bc23edf22c889556cc47cb79e895c",
+        source_hash: "fe41fb653d5a12cc005c6c392dc1c8a1af519372392a87148efae525dddc8ac3",
     },
     Kernel {
         name: "kv_validate_sm80",
         source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
-        source_hash: "cb76cc90f8d1d712c6034d5de9291bf3164b4bf22e64f895330820dae928893b",
+        source_hash: "64e2da37835aa77e23e7aa0674d2a13b8423b952f955439c54c2bbf53047bd00",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "c67f2cd009ff3ab6712fd41586a58a7ea80c0a2b0cff9743e310e329bbff53d2",
+        source_hash: "a609c8f68e051a2223d831494efb8cbce5ab18ec41f80c63ba2ba229f6b0743f",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "fc2703b6bc5c27853c45d5bc9b420bf336fae7581af9f5fbb4fa9f2e6bbce92b",
+        source_hash: "e3228ab94718cee9caad3264db4e7ec0914cc3e64b9aba45d0c9d79f4660169b",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "df1b3cb42326f30ace078c08b62bb504d33d798e74ca02a72f0544f79307b809",
+        source_hash: "6eb3e7593a996aefb1c0069fb3dada50a368169ac2f9cf157b5e81e81b035aea",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "e4066e79bc6a6d8957e45f4d93a498425f042b84a5d3b5d68afd4da1c007923e",
+        source_hash: "213db3164ad988db4e65b38bc6c58b724f55618635633bfd388468a8feedf814",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "f502ac5b6bad2fe07fe4b57d9bf46d3a78505265d4c409e6e8f57bc16169678a",
+        source_hash: "b1cb0f59fed6bb940cd889d258cb50f01c45b3b6afbd1101f61c4ab65403ec79",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "082accbbabdcd0e55bc0b4e1fb34e44090426686640bdba8bc45f523804f3bdf",
+        source_hash: "7706b19261c46f7158ff40cda5df42f42b99b52013edf21398ebed0a26d861bb",
     },
     Kernel {
         name: "profile_f32_d0_v1_sm90a",
         source: include_str!("kernels/profile/profile_f32_d0_v1_sm90a.cu"),
-        source_hash: "504d371faa044e27d8fad37c5d137e09d240df81c42846613fad6a4a6c304cb1",
+        source_hash: "13bced2096feee1422d8f11c1de6b39be693179de790cdbf7f37bca98ef36c6a",
     },
     Kernel {
         name: "profile_logits_bf16_d128_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d128_v1_sm90a.cu"
         ),
-        source_hash: "80a3df7e5cde77f5137c7c21753b28532020afdd15d059ae61231804533fdf9d",
+        source_hash: "023b483634051cb9ac7809300965d58c0c49c9f7b4f4e025af0218861d215f30",
     },
     Kernel {
         name: "profile_logits_bf16_d64_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d64_v1_sm90a.cu"
         ),
-        source_hash: "ed2965f465f3aedd42c13fc7ab2c057370a39e040e086947961a3d5a2bb9d3f2",
+        source_hash: "2b9ab269d2f05ff4da4f69587121ef25377b2eed75160d3951421d160cfda3b2",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "3f21ab56943417542d7d2c4eb38305cca0a74094130acfc16b471b3beddeb7e0",
+        source_hash: "2fa22416071485ceb1300120a74e655f82564928641019415eb9cf8ca4f9f791",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "9d914ab48aa023d900eb9b1d1ed8e02ef8797f8839d3eb92f93810716d6a100b",
+        source_hash: "97110f77117045c78a9223b08a2a44d29b11cf21b68a02e3369b074b09e8ff10",
     },
     Kernel {
         name: "residual_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_bwd/residual_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "fb0dc2cdffec6ce6ab8babef01ec5d0a3d79f17758f78c2dca8f3616f997819c",
+        source_hash: "9520c5253b7885ba857224f2c597cf7e5f90d22f22d48bf48d1099f2ee23f5cc",
     },
     Kernel {
         name: "residual_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_fwd/residual_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "7da6742059e7daf32073dac8f190dbe2eec03573cd24018267611819dc86cc17",
+        source_hash: "eecd47af089943e8ab28cc732dba22bc20ddcae106291b49ec7c32c4c6ae99fa",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "50f8c89f6e926dad5b1078dd093b279a7f75ff01ccabbd30b58dac6033a6d96a",
+        source_hash: "36ccb7904ed5abd3162ced8c682375965ce3fe8599a0f413685dbbbda462da16",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "1400518a84419f434ce36e70fbfcb44d8c9b2f373942b5bd59ee641d3ad4397a",
+        source_hash: "235fbe85955c1ccc9e5189add7cff49e17256101d81a1b79130f4b143cdd2fea",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "586d7631e1e7ae670822ea95625525310454dbae92f0820f486304ca5de68392",
+        source_hash: "7d6788822bf3a76b9b26e4a775a518ef3ce0d81cccf468efd9e23453e2da81f8",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "b92c7d049f82c87afcddf9b225d214fb694c7eaade0c78b29a39ea8602d70d52",
+        source_hash: "7d0c78cc7b882891a029364b1d9d736cebe9e157336d57073e4c8cb27346a16b",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "2335e49486cdb7087af5f1cd894f2b40ed78af75ea6178d31cba7f49acc2b290",
+        source_hash: "40a5bc480a90c202810e560ad7ffe6cedd0989ae8b944d8469c1c7323ecb3fac",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "308bbc7f0211522783e57449aa425c7024270ab51ef3aa9b4b622a491f3b6f53",
+        source_hash: "d706b911ce6469c972ae3493bbbba72a66f8bad9db963f186d6eeb077b76510a",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "7b2e8f7c87fc02451c32ca554382bc07a56daa2b6cfef4f8ec9526fc19f521fa",
+        source_hash: "73a011f45b948df1bc1bff13de7309d616632380aadb4c00851641a4b3eec423",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "aa7b06da3594093afb4d4cb4257bb9724f0c832677c4995f639803a5c3cffa8b",
+        source_hash: "b14a8be4937c33790674799d89813f77c9c0a4b4019a7932bc83fe4b0d5d8038",
     },
 ];
 
@@ -722,6 +792,13 @@ pub static KERNELS: &[Kernel] = &[
 pub static HEADERS: &[(&str, &str)] = &[
     ("dsv/attention.cuh", include_str!("../templates/include/dsv/attention.cuh")),
     ("dsv/fragment.cuh", include_str!("../templates/include/dsv/fragment.cuh")),
+    (
+        "dsv/gather/accumulator.cuh",
+        include_str!("../templates/include/dsv/gather/accumulator.cuh"),
+    ),
+    ("dsv/gather/load.cuh", include_str!("../templates/include/dsv/gather/load.cuh")),
+    ("dsv/gather/tile.cuh", include_str!("../templates/include/dsv/gather/tile.cuh")),
+    ("dsv/gather/walk.cuh", include_str!("../templates/include/dsv/gather/walk.cuh")),
     ("dsv/kv_walk.cuh", include_str!("../templates/include/dsv/kv_walk.cuh")),
     ("dsv/math.cuh", include_str!("../templates/include/dsv/math.cuh")),
     ("dsv/mbarrier.cuh", include_str!("../templates/include/dsv/mbarrier.cuh")),
@@ -737,6 +814,7 @@ pub static HEADERS: &[(&str, &str)] = &[
         "dsv/sm80/products.cuh",
         include_str!("../templates/include/dsv/sm80/products.cuh"),
     ),
+    ("dsv/softmax.cuh", include_str!("../templates/include/dsv/softmax.cuh")),
     ("dsv/tma.cuh", include_str!("../templates/include/dsv/tma.cuh")),
     ("dsv/types.cuh", include_str!("../templates/include/dsv/types.cuh")),
     ("dsv/vector.cuh", include_str!("../templates/include/dsv/vector.cuh")),

@@ -1,4 +1,4 @@
-use crate::attn::{AttnOp, AttnSpec, AttnTile};
+use crate::attn::{AttnOp, AttnSpec, AttnTile, Lists};
 use crate::params;
 use crate::select::{SelectOp, SelectSpec};
 use crate::types::{Arch, Deterministic};
@@ -73,15 +73,18 @@ impl Facts {
         let consumers = spec.tile().consumers as u32;
         let params_bytes = match (spec.op(), spec.arch()) {
             (AttnOp::Fwd, Arch::Sm80) => size_of::<params::AttnFwdViews>(),
+            (AttnOp::Fwd, Arch::Sm90a) if spec.lists().is_gather() => size_of::<params::AttnFwdGather>(),
             (AttnOp::Fwd, Arch::Sm90a) => size_of::<params::AttnFwd>(),
             (AttnOp::BwdPrep, _) => size_of::<params::AttnBwdPrep>(),
             (AttnOp::Bwd, Arch::Sm80) => size_of::<params::AttnBwdViews>(),
+            (AttnOp::Bwd, Arch::Sm90a) if spec.lists().is_gather() => size_of::<params::AttnBwdGather>(),
             (AttnOp::Bwd, Arch::Sm90a) => size_of::<params::AttnBwd>(),
             (AttnOp::BwdDq, _) => size_of::<params::AttnBwdDq>(),
             (AttnOp::BwdPost, _) => size_of::<params::AttnBwdPost>(),
+            (AttnOp::BwdPostKv, _) => size_of::<params::AttnBwdPostKv>(),
         } as u32;
         match spec.op() {
-            AttnOp::BwdPrep | AttnOp::BwdPost => Facts {
+            AttnOp::BwdPrep | AttnOp::BwdPost | AttnOp::BwdPostKv => Facts {
                 threads: 256,
                 ctas_per_sm: 2,
                 smem_bytes: 0,
@@ -115,7 +118,11 @@ impl Facts {
                 // Three leave 80 registers a thread at launch: too few to compile a product of more than 64 keys.
                 let small_forward =
                     spec.op() == AttnOp::Fwd && spec.head_dim() == 64 && spec.tile().block_n == 64;
+                let by_token = matches!(spec.lists(), Lists::Blocks { kv_block: 1, .. });
                 let (ctas, consumer_registers, producer_registers) = match (consumers, spec.op()) {
+                    // The producers of single tokens compute an address for every 16 bytes.
+                    (1, _) if by_token => (2, 208, 48),
+                    (2, _) if by_token => (1, 232, 40),
                     (1, AttnOp::Fwd) if small_forward => (3, 136, 24),
                     (1, AttnOp::Bwd) => (2, 224, 32),
                     (1, _) => (2, 232, 24),
@@ -179,7 +186,7 @@ pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
                 let stage = 2 * m * d * bytes + 2 * m * 4;
                 2 * n * d * bytes + stages * stage + n * m * bytes + n / 16 * 2048
             }
-            AttnOp::BwdDq | AttnOp::BwdPrep | AttnOp::BwdPost => 0,
+            AttnOp::BwdDq | AttnOp::BwdPrep | AttnOp::BwdPost | AttnOp::BwdPostKv => 0,
         };
     }
     let tiles = match spec.op() {
@@ -187,6 +194,10 @@ pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
         AttnOp::Fwd => m * d * bytes + stages * 2 * n * d * bytes,
         // Q (its room serves dQ in the epilogue) and dO, then the ring of K and V.
         AttnOp::BwdDq => 2 * m * d * bytes + stages * 2 * n * d * bytes,
+        // Q (its room serves dQ in the epilogue), dO and their statistics, K and V (which has one stage less), and dS.
+        AttnOp::Bwd if spec.lists().is_gather() => {
+            2 * m * d * bytes + 2 * m * 4 + (2 * stages - 1) * n * d * bytes + n * m * bytes
+        }
         // K and V (their room serves dK and dV in the epilogue), the ring of Q and dO with LSE and delta, and dS:
         // two buffers where warpgroups exchange it, one where a lone warpgroup keeps it to itself, none where dQ is
         // another kernel's.
@@ -201,7 +212,7 @@ pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
             let dq = if spec.deterministic() == Deterministic::No && staged { m * d * 4 } else { 0 };
             2 * n * d * bytes + stages * (2 * m * d * bytes + 2 * m * 4) + ds + dq
         }
-        AttnOp::BwdPrep | AttnOp::BwdPost => 0,
+        AttnOp::BwdPrep | AttnOp::BwdPost | AttnOp::BwdPostKv => 0,
     };
     tiles + 2048
 }
