@@ -83,21 +83,21 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "a84d0a7564fda6e46ebe797ee678880fcf2ab3cde4a6327f8ee0fe8e1aa46683",
+        source_hash: "aced092ef972e4d13505f80338eac138f4f412abe3f771f85fd6203cadcfa0d7",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "2b48f0cb251e515ad4491b88b6c7bece55e3df3b9361b82bd1b964c539d9bfe1",
+        source_hash: "b79f37460a25aba1c64778e4dd2c1b445b34b01ab79b6ea62393051ae4f4b95a",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "c6f41879446b37738937871b30bb4c224bfe660b388d3a8bf12a9168df6bf82a",
+        source_hash: "693f272f4f58774c903aa86d6f1b84130f85bc58ffdf4692e3dca73cf009023b",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
@@ -125,7 +125,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "0fac16036f6f2b511727dea0d7c49fb87e3767adfbce8f08b7e570aae8bc29f6",
+        source_hash: "6b240e4e5d3095d91fdc13e67fe9978bdb683930b4cc460cb3e421200e780d75",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",

@@ -118,11 +118,12 @@ impl Facts {
                 // Three leave 80 registers a thread at launch: too few to compile a product of more than 64 keys.
                 let small_forward =
                     spec.op() == AttnOp::Fwd && spec.head_dim() == 64 && spec.tile().block_n == 64;
+                // The producers of single tokens compute an address for every 16 bytes.
                 let by_token = matches!(spec.lists(), Lists::Blocks { kv_block: 1, .. });
+                let gather_backward = spec.lists().is_gather() && spec.op() == AttnOp::Bwd;
                 let (ctas, consumer_registers, producer_registers) = match (consumers, spec.op()) {
-                    // The producers of single tokens compute an address for every 16 bytes.
                     (1, _) if by_token => (2, 208, 48),
-                    (2, _) if by_token => (1, 232, 40),
+                    (2, _) if by_token || gather_backward => (1, 232, 40),
                     (1, AttnOp::Fwd) if small_forward => (3, 136, 24),
                     (1, AttnOp::Bwd) => (2, 224, 32),
                     (1, _) => (2, 232, 24),

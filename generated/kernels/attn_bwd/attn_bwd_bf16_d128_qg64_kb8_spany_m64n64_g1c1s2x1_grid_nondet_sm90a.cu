@@ -158,7 +158,18 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
 
         dsv::RingState<kStages> ring_k;
         dsv::RingState<kStages - 1> ring_v;
-        int previous = -1;  // stage of the tile before, whose dQ still runs
+        float s[kBlockM / 2];  // of the next tile while sums of this one leave
+        const auto issue_scores = [&](int stage) {
+            dsv::pin(s);
+            dsv::wgmma_fence();
+            dsv::product_of_rows<Element, kBlockM, kHeadDim, Gather::Tile, QueryTile>(s, smem.k[stage] + consumer * kMyRows,
+                                                                                     smem.q);
+            dsv::wgmma_commit();
+        };
+        Gather::acquire(&smem.full_k[0], 0);
+        issue_scores(0);
+        dsv::wgmma_wait<0>();
+        dsv::pin(s);
         for (int t = 0; t < walk.tiles; ++t) {
             // Where the sums of this thread's two rows of keys go; null past the list.
             float* sums[2];
@@ -170,26 +181,15 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
             }
 
             const int stage = ring_k.index;
-            float s[kBlockM / 2];
+            ring_k.advance();
             float dp[kBlockM / 2];
             dsv::uint32 p_operand[kBlockM / 16][4];
             dsv::uint32 ds_operand[kBlockM / 16][4];
-            Gather::acquire(&smem.full_k[stage], ring_k.phase);
-            ring_k.advance();
-            dsv::wgmma_fence();
-            dsv::product_of_rows<Element, kBlockM, kHeadDim, Gather::Tile, QueryTile>(s, smem.k[stage] + consumer * kMyRows,
-                                                                                     smem.q);
-            dsv::wgmma_commit();
             Gather::acquire(&smem.full_v[ring_v.index], ring_v.phase);
             dsv::wgmma_fence();
             dsv::product_of_rows<Element, kBlockM, kHeadDim, Gather::Tile, QueryTile>(
                 dp, smem.v[ring_v.index] + consumer * kMyRows, smem.d_o);
             dsv::wgmma_commit();
-            dsv::wgmma_wait<1>();
-            dsv::pin(dq);
-            dsv::pin(s);
-            if (previous >= 0) release(&smem.empty_k[previous]);
-            previous = stage;
 
             // S becomes P; keys past the list or the sequence get zeros.
 #pragma unroll
@@ -221,7 +221,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
             }
             dsv::to_operand<Element, kBlockM>(p_operand, s);
             dsv::to_operand<Element, kBlockM>(ds_operand, dp);
-            // Every consumer is past the wait for dQ of the tile before, which read dS.
+            // Every consumer is past dQ of the tile before, which read dS.
             dsv::named_sync(kDsFreeBarrier, kConsumerThreads);
             dsv::store_fragment<kBlockM, kBlockN>(smem.ds, consumer * kRows, ds_operand);
             dsv::fence_async_proxy();
@@ -239,7 +239,6 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
                 dsv::wgmma_commit();
             };
             const auto reduce_chunk = [&](int i) {
-                dsv::pin(chunk[i % 2]);
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
                     if (sums[r] != nullptr) accumulator.add(sums[r], r, i < kChunks, i % kChunks, chunk[i % 2]);
@@ -250,6 +249,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
 #pragma unroll
             for (int i = 2; i < 2 * kChunks; ++i) {
                 dsv::wgmma_wait<1>();
+                dsv::pin(chunk[i % 2]);
                 reduce_chunk(i - 2);
                 issue_chunk(i);
             }
@@ -259,13 +259,20 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
             dsv::add_product_over_rows<Element, kHeadDim, kBlockN, ScoreTile, Gather::Tile>(
                 dq, smem.ds + consumer * ScoreTile::kSlab, smem.k[stage]);
             dsv::wgmma_commit();
-            dsv::wgmma_wait<2>();
-            reduce_chunk(2 * kChunks - 2);
+            // dQ and the next scores run while the last chunks leave.
             dsv::wgmma_wait<1>();
+            dsv::pin(chunk[0]);
+            dsv::pin(chunk[1]);
+            // After the last tile its own scores once more, which no one reads: a product under a condition is serialised.
+            if (t + 1 < walk.tiles) Gather::acquire(&smem.full_k[ring_k.index], ring_k.phase);
+            issue_scores(t + 1 < walk.tiles ? ring_k.index : stage);
+            reduce_chunk(2 * kChunks - 2);
             reduce_chunk(2 * kChunks - 1);
+            dsv::wgmma_wait<0>();
+            dsv::pin(dq);
+            dsv::pin(s);
+            release(&smem.empty_k[stage]);
         }
-        dsv::wgmma_wait<0>();
-        dsv::pin(dq);
     }
 
     // Q is read by no one any more once every consumer is here: its room carries dQ out.
