@@ -17,774 +17,774 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
-        source_hash: "b0b497cf643436caeb466f9ac76a96b072270ada0c11947da93db29bb9cc841f",
+        source_hash: "f55e014403a47df4b7652f72417b3155ad3be008fbe971f48f8be3ed2b04337a",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "c9d603af9d7a4ee6a8878cad1510abad7392781ead0033ed788f6617b12a6775",
+        source_hash: "dd8a68eb176d0dd90aa9c32c69d1bdbb6b9d8f8b509c815ad11350ccb9d9ddf9",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "5cef69610e83c14ed796cb4dba26d0dbebb65fa18db6c765bf36694753d9081f",
+        source_hash: "95343e3a42f2826fe94a780ad5a1fa06e0e5e339308b839e08fdbce6b59a21ab",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "89c815104613ebcce456678b54b64bf6a427135e16a219e9a70c23ea40a8f22d",
+        source_hash: "c878348e2857fb6d439eb824ec79b0562e9ff4d411efcbf6da246ff5693065f3",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "4cf29e0db6853df91d1672772790c12dbf1d0bb2d596d06eb2428ae5ef5b0c08",
+        source_hash: "444e7cd7ecc4087a320a98a28e68559ca0bbd090c386055119dba64dca048346",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "f98bfa32375de19486ea77b84de10418b499a56f6520fc50ad63f299f143437f",
+        source_hash: "85c4a4f67e9101ae90fdaf08075da6fafa9495ffa651524bca9aee63b046228c",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "dfa8738dc9d69a39caca72bd58dd00cba3552ddef2240e2fe1d379dae520465e",
+        source_hash: "94967de7ff94c3066ace1617b9d76b4df016eb51a341fe9880534035d64739b4",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3516c1ffcc470967c842b505927a37cd8805170ae0442a74e07e57fb2d9a1d10",
+        source_hash: "25cd13121354c164704b6ad57c3d9d3ebf17b0d216d8d0f8dc8712cb1f731240",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "4991a834d3e5fa8e708712d08f44d3df2c0aebe9b6f7ceaa4b535f5355ad779e",
+        source_hash: "e145bd1e86a73d04ab2afb2fff6201dd6e2732513281074aa0c041a7baf756eb",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "3d7cf455257fa5d2dffd05a079bee8ea04fd4466a2dde9ded375b50fba893f8b",
+        source_hash: "b561275ba0d59bc0635f33ef2adbcfd6b413b3ec13ad20085a8415bd17ae2205",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "aced092ef972e4d13505f80338eac138f4f412abe3f771f85fd6203cadcfa0d7",
+        source_hash: "8b50d2208c4f9518d66b3fb7704cab328ad5d72e12fe0b58394c414e37cf2bcd",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b79f37460a25aba1c64778e4dd2c1b445b34b01ab79b6ea62393051ae4f4b95a",
+        source_hash: "fe9793a7436a3deaf1f552db1bfb89bffc63d0add0a5fb01f611ffd8fad5d1ce",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "693f272f4f58774c903aa86d6f1b84130f85bc58ffdf4692e3dca73cf009023b",
+        source_hash: "ef23d685f55c888a3474c0fa605aa1d59346eec66329d4ae05e59b6b2eb5455c",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "a4354170915417ea6456065e17b7f0534a66b93c64e4ddb591985bb18d5b7548",
+        source_hash: "ed8740ae9a4a736e789e1d1fbe2a6ec377c15dd4188fe9c696c702dda8a5c635",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "315a547f248f7945b6126661c79eed6c0cfab0f0355ce9cca5144e873d7e6e41",
+        source_hash: "076223012a079940391749b8c68983a7790087ea6a7d10e6be54dc8b43f7e86e",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ad0694d9221d05669d1e7a350bb309fe54e0654d08ea2bd51e15b112b035eaa4",
+        source_hash: "64e7d3e3a530a76c4a1457a171888c04e2338e4062bc9c1f602028ab4bd28a46",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "6b240e4e5d3095d91fdc13e67fe9978bdb683930b4cc460cb3e421200e780d75",
+        source_hash: "07a35e1fbe4ae80042319f87f82566fbbc50c7a8bc26d93f47f61fd88e34c386",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c424debfbd3bc7d2af3f1d75f66a9fe59d70713eb4d0b47e8c261de3cebee9dc",
+        source_hash: "e4403fbc674efad08993a09a4161551fffbbe215c5410b93dabe8a612bf69678",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "96cef5513083bccf299a5f83be9cc2e70dd526c02dad24a21b91efb524b487b2",
+        source_hash: "b2a3ad64f7fd3ac0dfc5de4d87feae6dc753bb7a0453c83b6853d2b04ed5cc60",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "5003a92295d090e30f1f61f9684eaa3580d603c062779b2b2ff7c27f968178ad",
+        source_hash: "f102b6722a26553996fcfd52d8c1c62e9917455d57771698a41d2d4974bc2f76",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "e27c985e812f00a2085282d68c40af905fbb2b05530844a3a96d173e8fef8b1a",
+        source_hash: "bba34fbef9e7494e09709208087030f23bc367c7d142c0b98675f6eb87e4c74b",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "97c9a6684c09b40b9a2152af894e1e026339fad20a82a6a8c393de6788c016f8",
+        source_hash: "53a4a98b5f8af6abc3d4dcf4535f85f3d34568f22ce46bacb770afcd1bccbb34",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "2eb2cd78bb4edd1b24b80bfd4a69278d3e2627b77ebcfaa48d18cc8f98c8f026",
+        source_hash: "689ac13c92f3660148a0c13312b67a0b6f5662866471943fd61b90ed89cf4948",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "2f3b073c60bf6a056fa33bbbdb3d0ad60b3bdaa87049fa8a88b30cfba13de742",
+        source_hash: "f580502e8b56c5fbe86f326511d7cedee9e2bf605adce9e9f8099a0dd663c46d",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c3459e7f7fc9c0107b948dfc01630a9ec7f801bd82ff6b5f1d2353ebeaa9256e",
+        source_hash: "677910e169c7df8c09ec4562d34d0bd3723af3b51f8ea8ed7a3a600cf5163acc",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "263d5a3ff024d6658f1cdf21f3b534bbdadb951d3dec9e7c3cfa9527e7f57e05",
+        source_hash: "961d5f2d763c60bc5c213afe9dffc08e60dc1335beba3c78b0f4b98661046c85",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7e56d3056ebb0b0733ea57f56c342486f19140ca1d6c4a1d9c8b2ea68112a7dd",
+        source_hash: "72bb39a39b731ace2189b7d589b35a72f4855b3654719c7f2f894038536258b6",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "74e17aaf3953f305fb747ec6f288bb1d6c916a612ae00c54f6b3869eb408f35b",
+        source_hash: "d68d95f9ca485cb182e4f36d048004f8d7dbb10029cbdb07d3c665deac1863e3",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "2cfbaca774646c897c0315b6fafc3669720f89c2a7bc83fcf6069976af9be7c0",
+        source_hash: "1819cc67bfe790862d52857b4130b9c234d4239a3f044c123bb6d9c1e9f0c8be",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b43732d6a591c12042e069270d7ebe3175ac4c7de6e69f004f7a6281c0549c98",
+        source_hash: "7b8c568b4b14451dfe13d02cd58d3abd45614e579e8584b943aab55400458022",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "2406ab5993cec0c57e88766b240dfbbf4c787d8d2a58454abca5a54e0d24157d",
+        source_hash: "17929fca97ececab3e8891f91a4783c2117fc85920f8e745774237350b7edc82",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "749bf9fe2ff06f03bfe682db4ed6db48558f9c5ccffc888e150ce8ac09a5eee4",
+        source_hash: "50717f834febf7d711b473373e4fd6e4da90fe490811d6fc74d256aeb9c8620d",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d95644bf7514c64d1a0d3d47f6e54ab7d6da095a9d96ac30d0df4b2ba9c1a28c",
+        source_hash: "c5a5240c4be9ae03dffecfdd01963cab3b6bf011f1fcb1811e8655f49d93a483",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "516ebe53905699eea79ff1ab12614ebb40cee23ccaf4af624235b3b25d55c698",
+        source_hash: "9d5d0d763c7b66d52766246db11b425def72222e16a0ec43999bc117711deb72",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4a0b6a96c64856d7373d37a4f9988b0b0379a4bb33aa7d4eb1793bd95c06ccdf",
+        source_hash: "479a9df7955a8a4ebcff022f7f10cf292b5495c708b6407c7c7cfe80c1b2074b",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "62cf3ec5c18a6c30e6c9e6e0b48e957eae527539f7e233018f41b2a5eb8c7c4c",
+        source_hash: "dfc89906206a7586969de6ffb48583b0d57aee35826b4eaa04fcb6ef353e3ec9",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "63e2f25c36e55b6068a3c8b2ebab3767e570e2843a0b8bd95df3f58cfe9ee5ae",
+        source_hash: "67d92b2e221c46152d3b949c4ea881f580283fb058c37fee7629621f5a499900",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "aaad013f241c8b66a28d58cae0938f5513357815f29c2afd810abf7c5dac341b",
+        source_hash: "388511106472578a98ad6c5dc37a3a18204f2520384176d5e7d072f90f1fa59d",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f997ad498b72ae6e9e42acbf86bd5c5d584d05e2b1a0e551d74ca174255b31d4",
+        source_hash: "df30b903a2aaa1516aa4780256944f07979cf1c1d0397f4a2b7b0e1becf750e9",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "3f8c9ce82c20213716e4dbd611ed9090533f79f79ecfd6306c8cc0142c8fc5db",
+        source_hash: "50b55ed2839ef9d06a3c6fa32d4e28caca3439fcc63b1e6905e3c25efee0b940",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4bf8230e4be38f2ac192d6431aedf572c19f9e1714bb4eb3304eb1accce6d0a0",
+        source_hash: "a8e049e2acd8a2636a767ea80a6fc2902978c544af8208f9954b676c8c75b448",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "629f13da3917f24c24c6e4de68ed63b2ada77a37f72a59fdc63ed44cf800a30a",
+        source_hash: "332e9e04450fd1c084f8c8b3a47c16387dcc5d7384f4943e0dcfca472fd7aa6e",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4ebf6b2793004b7f2ae867362384acf06e85d869256927d16329ddb9e86f4554",
+        source_hash: "d5bb1e7cbbaa006893e6c8441a44be68a3728a14f68172f3d09aba4bd51436ea",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e6da07e9b281ad2584333e11baf6341efc8aceedf5b4ce2123f300b7575018ea",
+        source_hash: "7928b96777c97850abf8c21815ba6469f49d44e33dccc44af93445e31f10f680",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "61c26e27f318d3586bf053ae678673acdf9aa8487442a9d85ee441dadc40e28f",
+        source_hash: "3d3e923a20ffc720c56d3ead2b563dced9381f1fe474642bc5865e274c751724",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "fa65db07a999e1936af1d468446c23e06077e1ceb8e29311e633f6981b6ddfc0",
+        source_hash: "1283d091393a514a422676af699f0a1d495f133225c32f90c6127b9626061fb4",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a06d32a15dc1fe7f37947cd17c39a42fd24afce2c455101f96a5b55c1a05def7",
+        source_hash: "9e5723c5919fc116b758cae98f0dede4dcc904dd81f332dc90c1ed9551ee983c",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "e3f78ea44bee8908b88fd195aacb1d41f33f78bc7b1bdf0caf191950fcfc97ef",
+        source_hash: "86e86c95ef7acaf2b5d0b2870aa121f071762e2164774d5f76d1b5c95a071196",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "53781106a55a6ae60f95fadee2bcffbe810ab2785ff4f576fff1023c174e3730",
+        source_hash: "1848e15a69124247d3bacfe53c60c52f9523bc680833b2328d44dfa171c8fbe4",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "df389a5a4d772f5b62d2a2e613bb59e0f79fe0330822dd17c2f2ea94d3a88ca3",
+        source_hash: "245b430ba86debd937dbda7ddd6fd16c217728c48d69a8cc48265b4d48ab775c",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "75393799cdd1868e77067cabd976dfa86e5eafe7125a755317ae74bd0446a92d",
+        source_hash: "be3e1f79dc4cf163b79ea12a0fa2ab3e01a46a5edd66291bb3944ca92b2d236f",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "240566401c91e8f30143bbe93e559111772d56f690bce6979440cc353b5a777a",
+        source_hash: "ff55265a72dd976de13f730fb81cd0a1fe455b1557fdd8563a8cf8f6cc5630a1",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "85e9b6b7a96b1b5435758ee9952c3340a2bf4ccd5c8cbef9a3e974193a67cfc9",
+        source_hash: "5079b0dbce87cf212d526c588ee2d9d6ff494cd3c3b91d1c1d51918ac2456e3f",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "af29134fc35f7411e7b56c94a48388ce2869239bf3a8a6872eb8869d48974856",
+        source_hash: "810f006d265fe22dee9529ec9bd6030d22a81aa21b93cea677511da377041021",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "aaff73b4c08443c9dffc6f0371db3986bfeef42fad2bef498a32ed9eb2afbefe",
+        source_hash: "4a914d83c2d0d91dc06449056b803b2297c3530ea9169a7dc8c2705ace50dd75",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "86cf0965b08b4f62fdd000caf8d8c6f59fce674bf11df19d6aabbf007f9b06c6",
+        source_hash: "e375f0e54daa46d468ecfc25b6ce1e4b375e0c02e0d978557f4d1cb6e6a640d3",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7c09da8f952df02d8d5b21659936e833067e1f52a5f3c536c1ac89bf40540d5c",
+        source_hash: "a16b093fab84267e0a847f8c5a1bfc984912326ec2a5dd3dc9b2d422122f8ab6",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "8b4539f20ce90baa5b6fe36a30bfcbb9f8b47bf1d9c249f70559141cd61f344c",
+        source_hash: "667d0273382e3dd0ab1e8385c53d5f1c393dec0c9d4bf52724c4d7e619507c68",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "72182200092966ebfa91dfcd1397a023fe00602df8623b5a665562bcf66a7d5c",
+        source_hash: "555ca27b7922aa5c605cb12d7407c472b73cf2b5c10a5d4d49873a13944eb0b7",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5a346c4f10a67ba58a2348e32d0015e381012adbbf34d68d01b3d674fd3f4c97",
+        source_hash: "9954445a75619bb4133a43a5ac49b04e2f331eb3ab9cf3847919352eef1f5761",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "ebe8b330088ee7f9ed05a9121598446bd5ccd8c6cb73d031446bbbc11a4ae0d5",
+        source_hash: "405f92e2d0eba2782d1bd33bee0f1b860021114c13f732324155919794a970cd",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0008dc0861a3cc09814f82c6261c895b47f555945b5d396ca11c114f6ac4e28b",
+        source_hash: "4bbb83ac7566ac975797e27f376613b4db77260b4fa1fc72c2c8ff99248a788a",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "47c404fc6a99cd33e412be4179aecf39926a4f048651379392390ce211fe3f49",
+        source_hash: "0ea31c01d3a836eca8e759452fc3d8b5060eeaea66066d6e4438f290d4a6c49a",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ce1a571b6fc62ef3cc4a20d798e37a1da8e41d8ecd623788789fbc76d8f278b5",
+        source_hash: "bb49d8f2badb2ba44f664c6028cf10c1640d40e4ae34affb1177e6ac4e460b9e",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a37db8efa1384638aba243058d3f211edfe281561658d52f3967c7ea9a99ffa9",
+        source_hash: "f2be1f4604edeb916e7968e37ae9630a4d1af781acced41bcfadd683886e4587",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ad09f9fe9698caeb925f570b1df519ce87e30733a1269016db5b0c3d1d09d754",
+        source_hash: "45959585f86702c83af46e8ad50ca2d7fe27e1690676c64f831c1c63306c500d",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "bb417a75647c01cc4178049580ac3655a0b0348b48d9c1b19170bafa3aecef52",
+        source_hash: "d1ad6bca52861e4477dcbb603e8cf0749b692c1e8306a6cc142442b0ade70e01",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "efe43e801bb0e9ad465b0998e62abe52af436896ecf01bea53ef25cd7efb37f9",
+        source_hash: "c2a0894beafa08a067281a59e37546478b56125f738bcec5b14ce2650fab1f0f",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "108864fc3d55c1d02eab429ee02e2473b124861c0c9e8eb2c44b1ee50a83f291",
+        source_hash: "bc6e843747d5bb9a2681bb99634a0d669552f07d256a66a9ef95bc76327064e0",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "b36f5b5f2b2c5101202b8f74dad43c930ae12dba78bdbc590a957ed3d70ac767",
+        source_hash: "d2dc62bb045b151a491bebeedff46ef3d577f99aa5c2efbb9b58040dd1127887",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "5ca8428b319f9a92b8cfe554d2264026f95b94731e91fe4c69d05480233df949",
+        source_hash: "fcc7a79507e4de78e9ef53fde19bbe46acb06dcac0ae6654853fa61e5d8a4b4c",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "62a9573eb1c71ebf5ea12042397e706155bab49d3bdb3e1b59e4fe598e49bb4a",
+        source_hash: "a865296a5b275555da25ac6c378c6b800700fff2b5f51dee148f2b0210ce0020",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "299fd7d208841779615ef2855a52ccd30cfd6ffd671a30c808e260fcb77e1224",
+        source_hash: "8b2b8a59605a3d505b2471b889558fef8d5afc7bfead8581fe2d5e9a43d669ac",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "71fd81c141aeb9f852fefdb3f2b79b1886ed406a761c7fcdec871ef18c8e7fe3",
+        source_hash: "0734967247cd53ee5f6624f797452ef24572ad484cf015b2c914bd19076ba2da",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "bd424afa2adfb71ad2fffb7f836413767bbff6801f20fe67022a298984d963fa",
+        source_hash: "1d14c3e35e607eee0cc948324fb41f736f95f597067f8fae9def4abf0c5f3264",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "6ec65a4d2ff52129be4d28344619d2427e0032b59ff5006726c3ace3efa3cdd9",
+        source_hash: "04607d34f770f3a81110d5a0c988b1a5ed7e54832fceef2585ceefa26caf1cb3",
     },
     Kernel {
         name: "gram_key_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_v1_sm90a.cu"),
-        source_hash: "5f5d15825fec79d37523ec7e52da281f7963be8b7c6d846e883d934e288bf245",
+        source_hash: "fb214915e252c8fbf495eb683e6cb2a30ecfa5daaa0a4e6c97284cfa38e3c290",
     },
     Kernel {
         name: "gram_key_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_v1_sm90a.cu"),
-        source_hash: "91aae045904efebcbf426afeb9b9d9605f04435d72419bcf07fae8e6637eaecf",
+        source_hash: "ceecf6bcadff23b4f5fa26d59e6817178f29d8477de10241f746e770a0378ab8",
     },
     Kernel {
         name: "gram_query_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_v1_sm90a.cu"),
-        source_hash: "91f0f935431b71a439662920cd61df118b15fcd3641da24db6d3099e356ccc02",
+        source_hash: "a0cfad454e46abcfb57dc6bd403f8fc1aafdb72d4bf3f5f23e1802d1f472feab",
     },
     Kernel {
         name: "gram_query_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_v1_sm90a.cu"),
-        source_hash: "f893c5964caddd50f5e2623e77aa68388541a58c5b8fa269c845632d6c7d5824",
+        source_hash: "17cce83720231703860b33da6eefa5cf3644442173c3213c60fb1b99e98af4e2",
     },
     Kernel {
         name: "kv_invert_sm80",
         source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
-        source_hash: "5eb545484ebdef2e70135149bb02393e8faca6ac11ec63def57cd3c9a8c37f66",
+        source_hash: "1aac1bf8d5604d330c065ade5f0b7dfb99da42fb032d89179e8680a7bd911543",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "21a7853d6df82f8277fb1049967d1ba0e08d6f8b71ec00a403cfc8695d087cb3",
+        source_hash: "4a2161fe97fe317decd3676186cae592c2e35ca46c6cd2240a7b3d58b235dbad",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "bdfe8445bbeed1c0ee987c5464c5cc129e56b5797a36c4cc0fc05cc5110d2d97",
+        source_hash: "5aafa9a0ae14f87f3801166ca1512bcd64697ab388f3fba1a38972ceaafc9968",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "5e11e70c417f4eafa1c354b0789724407e63219c9a1fcd61d424730280b36dea",
+        source_hash: "1c3680fd8009c68356597c3da5d3142b3834c0097b3cc90f5e39852420776588",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "1e7f5b90c6f615e501afb52d13e7a50654ceff50cd81a7557f64b60e2e4feec6",
+        source_hash: "7921dba528877e6078b30292e839b0a6746c5a94219345fbd0f546c6b35782b9",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "fa58bda4952379ce05e041d039b0877936703b8212ae2d14df799e4598ef2a0c",
+        source_hash: "8044b0f92bbfa4fb93a0359619bf7e3fe6190dc634a1d44cb2f4e767c53fa7c9",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "dd952b8cd59e61921df4679d62b2fd5f7e3624f65d90b4a828653b46a9952313",
+        source_hash: "965ed901a2ae8992378e8f960da3c5ae56c2d038184ad2f33418110fe6cb6651",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "d01f8bea67956c58bde086f1b5ee4f5f0b74bafacba12283f2f8f0e32843475c",
+        source_hash: "d3b299a6b64401d34ac1cd094f025ed71ab110f66c52f68da79be0d46d3fd27c",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "c3bcf845fa14acfafdc8a94b2b9e9e5ccd1e13788338808f310be5aa28b80ec1",
+        source_hash: "e0183e1a4dda2b5818de47d57ba1239b323c129c6c801429cef2874cc82eea70",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "b654d0a13a1bf50505032bf9860680f9ae27d120afbbd3c0f4092f6f520df969",
+        source_hash: "eb393cd359f2563a9138a39a0f04ec7ea28327e526be9a95a5e58348eb1a406e",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "3a7361689d0375c272fc1acfa7c7c2713d92129d008de5f152bb2d3c2171d9b6",
+        source_hash: "53fcd8c062a776ab6cc5d76a6bf79483051cde8286f229038952b143185e1845",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "d715c7d2efd8659b783e3dc784de7f72ff2ab4203ef65d2a56fd085ddcb5b751",
+        source_hash: "96436a8ca6bbef5b9c7851d24ba43c1d452bef577f4fadeab07118d9ac1798bd",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "7c04c317992fc6e0421f2f124e76f670452718d2e1833701b7d18aaa82422d6b",
+        source_hash: "363c0ca9a19175e679a74e0715464994c6ba6f461197139473a1002cb879ee9a",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "6d3169db1cba0f0dfea522cf7df2a3f2efec96abc4b1425495f5435894e8a7b8",
+        source_hash: "2331a5bb2e18373239b0b24ecb025642bfc33775bddd73e4bf69fafcfef59308",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "1bc988af78b4c7f8da9d86258a64b8166f8ea8e137139f131c1b8af8150c1c79",
+        source_hash: "210141980d7b4c1c6eb1506b6082a309d66ac9eff1a9b71a4cf865772223b47c",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "233c415a9a8c091cb4b908fa589e09d7fd85f09f4c69104369cde011b4530c51",
+        source_hash: "eda731e0a2187bb8109d95d4e14e6b65350385b9bd51785114556dfa75373a89",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "bce3d56a355cc01b56bbee4747c2906e41fe574404cc651e8888383e9bf296be",
+        source_hash: "40568b7999578da8a7268ffe312a1cc37f44424756937015761d5f84db6084eb",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "fe41fb653d5a12cc005c6c392dc1c8a1af519372392a87148efae525dddc8ac3",
+        source_hash: "f3cdfe64ea6cc8aa0c305b8b5fee37d4f9ab4f5af17873c50c094b106909d5b2",
     },
     Kernel {
         name: "kv_validate_sm80",
         source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
-        source_hash: "64e2da37835aa77e23e7aa0674d2a13b8423b952f955439c54c2bbf53047bd00",
+        source_hash: "c7f3510f9c66e25ec6314ca40dcc2bbf0c631b81f55b6f25931e0bc8706346aa",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "a609c8f68e051a2223d831494efb8cbce5ab18ec41f80c63ba2ba229f6b0743f",
+        source_hash: "45b6ebcfaead96c839b8ae28a70f0f4899eb0164a49b366910af5e1785d6bd14",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "e3228ab94718cee9caad3264db4e7ec0914cc3e64b9aba45d0c9d79f4660169b",
+        source_hash: "a168efcb6d9a9a80a4b3e5862dc9fd89a8151c8e3bd1cd68d77e84b5aac00793",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "6eb3e7593a996aefb1c0069fb3dada50a368169ac2f9cf157b5e81e81b035aea",
+        source_hash: "f8f6ee813217465c7f1bd9b4901f1310abfabb34434a0e6b433606f308c7e63a",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "213db3164ad988db4e65b38bc6c58b724f55618635633bfd388468a8feedf814",
+        source_hash: "488b3a6b8eea0798fcea5b53299b9f167d63bf3288998f8ce38f6d257bea3428",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "b1cb0f59fed6bb940cd889d258cb50f01c45b3b6afbd1101f61c4ab65403ec79",
+        source_hash: "6b1b8c43f7aa734f08f38e21c17cfaee21a6ae36ad0cddf23a7e0285c53807d1",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "7706b19261c46f7158ff40cda5df42f42b99b52013edf21398ebed0a26d861bb",
+        source_hash: "9132220646f83098e03f2f90c9d6ec5c77d8491942493f6bb6fd3f60216db56c",
     },
     Kernel {
         name: "profile_f32_d0_v1_sm90a",
         source: include_str!("kernels/profile/profile_f32_d0_v1_sm90a.cu"),
-        source_hash: "13bced2096feee1422d8f11c1de6b39be693179de790cdbf7f37bca98ef36c6a",
+        source_hash: "2aca7dcff110f0ed67383761bca49cca6ad6648a6a4178c1c32c78827985c87e",
     },
     Kernel {
         name: "profile_logits_bf16_d128_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d128_v1_sm90a.cu"
         ),
-        source_hash: "023b483634051cb9ac7809300965d58c0c49c9f7b4f4e025af0218861d215f30",
+        source_hash: "13ffe301713335c5cf91a78befb0931a9e4014e1ed44902756a8dc0fb6c62130",
     },
     Kernel {
         name: "profile_logits_bf16_d64_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d64_v1_sm90a.cu"
         ),
-        source_hash: "2b9ab269d2f05ff4da4f69587121ef25377b2eed75160d3951421d160cfda3b2",
+        source_hash: "4b6a69ece67d975d26b7832ba60b400b7ea468b31a083b4610e4e35d7e1f68e7",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "2fa22416071485ceb1300120a74e655f82564928641019415eb9cf8ca4f9f791",
+        source_hash: "179fef5a6d62be5033dc047354947454a96a6c14863f1bd15769c03f9eec6ab1",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "97110f77117045c78a9223b08a2a44d29b11cf21b68a02e3369b074b09e8ff10",
+        source_hash: "fdc0833148c47ed341d751249c95543540fdd6e902986d44a97835932cad2e25",
     },
     Kernel {
         name: "residual_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_bwd/residual_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "9520c5253b7885ba857224f2c597cf7e5f90d22f22d48bf48d1099f2ee23f5cc",
+        source_hash: "9f57372b024550d66fc472243aaaa5c9f9c33432154b7d8b78394732ea784f71",
     },
     Kernel {
         name: "residual_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_fwd/residual_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "eecd47af089943e8ab28cc732dba22bc20ddcae106291b49ec7c32c4c6ae99fa",
+        source_hash: "a1bef2a871eefc1b640c1a2e34f7e1eefeadba0863752f22d9e7e2f3b73dfcd2",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "36ccb7904ed5abd3162ced8c682375965ce3fe8599a0f413685dbbbda462da16",
+        source_hash: "43f08e33eed079e3b9c6c96f38c8a98839a127f2c1bf9c70018be6e1fccc6c4e",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "235fbe85955c1ccc9e5189add7cff49e17256101d81a1b79130f4b143cdd2fea",
+        source_hash: "9ff93c58c8ece5f3fc1738e0a5f783f5a2f5ceda08346093b719ff19106f1623",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "7d6788822bf3a76b9b26e4a775a518ef3ce0d81cccf468efd9e23453e2da81f8",
+        source_hash: "48826b89003fc3bc59deae9c68522b00190b1cd9855f6c8e1aec3e4775fe45de",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "7d0c78cc7b882891a029364b1d9d736cebe9e157336d57073e4c8cb27346a16b",
+        source_hash: "31f9ccce9eb3be2c5d270fa4180c08b10d5b550c52b262cf806ff29625c56609",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "40a5bc480a90c202810e560ad7ffe6cedd0989ae8b944d8469c1c7323ecb3fac",
+        source_hash: "0004c1ba387b08ec1e13859dfd57a487deed7172a5d3c7fe6f882785cfd1fecf",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "d706b911ce6469c972ae3493bbbba72a66f8bad9db963f186d6eeb077b76510a",
+        source_hash: "057ccd0c34e2c078e7c6b831b1888e773f5574eeb960e0c7e90630a73b15ccb3",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "73a011f45b948df1bc1bff13de7309d616632380aadb4c00851641a4b3eec423",
+        source_hash: "90f6e43a0b8bb788e6bf20a907a20ea85e7c15277ff5ceb60952e2977f32cbee",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "b14a8be4937c33790674799d89813f77c9c0a4b4019a7932bc83fe4b0d5d8038",
+        source_hash: "40310823176442d340dad23af05963cfbec2319df9bb1a63952b4eed2503497b",
     },
 ];
 
@@ -815,6 +815,7 @@ pub static HEADERS: &[(&str, &str)] = &[
         include_str!("../templates/include/dsv/sm80/products.cuh"),
     ),
     ("dsv/softmax.cuh", include_str!("../templates/include/dsv/softmax.cuh")),
+    ("dsv/tile.cuh", include_str!("../templates/include/dsv/tile.cuh")),
     ("dsv/tma.cuh", include_str!("../templates/include/dsv/tma.cuh")),
     ("dsv/types.cuh", include_str!("../templates/include/dsv/types.cuh")),
     ("dsv/vector.cuh", include_str!("../templates/include/dsv/vector.cuh")),

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use dsv_codegen::spec::{Arch, AttnOp, Dtype, KernelSpec, space};
+use dsv_codegen::spec::{Arch, AttnOp, AttnSpec, Dtype, KernelSpec, Lists, space};
 use dsv_codegen::{HEADERS, build_bundle, committed_specs, render, source_hash};
 use dsv_compile::{Bundle, CompileJob, Compiled, Compiler, SpillList, oldest_driver, sass};
 
@@ -119,6 +119,44 @@ fn attention_runs_on_the_tensor_cores_and_the_copy_engine() {
             );
         }
     }
+}
+
+/// The forward's candidates for shapes that no committed kernel has: every tile of dense attention, the first guess of each
+/// block size, and what walks merged lists. None may spill.
+#[test]
+fn forwards_that_are_not_committed_compile() {
+    let block_sizes = [(64, 64), (128, 128), (128, 64), (64, 128), (256, 128)];
+    let mut specs: Vec<AttnSpec> = Vec::new();
+    for head_dim in [96, 256] {
+        specs.extend(space::candidates(AttnOp::Fwd, Dtype::Bf16, head_dim, Lists::Dense, Arch::Sm90a));
+    }
+    for (dtype, head_dim) in
+        [(Dtype::Bf16, 64), (Dtype::Bf16, 96), (Dtype::Bf16, 128), (Dtype::Bf16, 256), (Dtype::F16, 128)]
+    {
+        for (query_group, kv_block) in block_sizes {
+            let lists = Lists::Blocks { query_group, kv_block };
+            let candidates = space::candidates(AttnOp::Fwd, dtype, head_dim, lists, Arch::Sm90a);
+            assert!(!candidates.is_empty(), "{dtype}, head_dim {head_dim}, ({query_group}, {kv_block})");
+            specs.push(candidates[0]);
+            if dtype == Dtype::Bf16 {
+                specs.extend(candidates.into_iter().filter(|spec| spec.tile().groups > 1));
+            }
+        }
+    }
+    let specs: Vec<KernelSpec> = specs.into_iter().map(KernelSpec::Attn).collect();
+    let texts: Vec<(String, String)> =
+        specs.iter().map(|spec| (spec.name(), render(spec).unwrap_or_else(|e| panic!("{e}")))).collect();
+    let jobs: Vec<CompileJob<'_>> = texts
+        .iter()
+        .map(|(name, source)| CompileJob { name, source, headers: HEADERS, arch: Arch::Sm90a.nvrtc() })
+        .collect();
+    let failed: Vec<String> = compiler()
+        .compile_all(&jobs, 2, |_, _| {})
+        .into_iter()
+        .filter_map(|result| result.and_then(|c| c.check(&SpillList::none()).map(|()| c)).err())
+        .map(|e| e.to_string())
+        .collect();
+    assert!(failed.is_empty(), "{}", failed.join("\n"));
 }
 
 /// On an H100 the runtime gives texts of sm80 to NVRTC for that GPU; f16 differs in the product alone.

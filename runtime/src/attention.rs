@@ -400,6 +400,11 @@ impl AttnPlan {
         check.words(&[("lse", args.lse), ("error_flag", args.error_flag)])?;
         let (q, kv) = (extent_q(&self.problem), extent_kv(&self.problem));
         let AttnTile { block_m, block_n, .. } = tile(kernel);
+        let box_rows = attn_spec(kernel).map_or(block_n, AttnSpec::kv_box_rows);
+        let kv_map = |address, layout| match box_rows < block_n {
+            true => kv.slab_map(address, layout, box_rows as u32),
+            false => kv.tensor_map(address, layout, block_n as u32),
+        };
         stream.bind()?;
         let p = &self.problem;
         let grid = [p.seqlen_q.div_ceil(block_m as u32), p.num_heads, p.batch];
@@ -422,8 +427,8 @@ impl AttnPlan {
         if p.lists.is_gather() {
             let params = AttnFwdGather {
                 map_q: q.tensor_map(args.q, &self.layouts.q, CONSUMER_ROWS)?,
-                map_k: kv.tensor_map(args.k, &self.layouts.k, GATHER_ROWS)?,
-                map_v: kv.tensor_map(args.v, &self.layouts.v, GATHER_ROWS)?,
+                map_k: kv.tensor_map(args.k, &self.layouts.k, box_rows as u32)?,
+                map_v: kv.tensor_map(args.v, &self.layouts.v, box_rows as u32)?,
                 map_o: q.tensor_map(args.out, &self.layouts.out, CONSUMER_ROWS)?,
                 k: self.layouts.k.view(args.k),
                 v: self.layouts.v.view(args.v),
@@ -438,8 +443,8 @@ impl AttnPlan {
         }
         let params = AttnFwd {
             map_q: q.tensor_map(args.q, &self.layouts.q, CONSUMER_ROWS)?,
-            map_k: kv.tensor_map(args.k, &self.layouts.k, block_n as u32)?,
-            map_v: kv.tensor_map(args.v, &self.layouts.v, block_n as u32)?,
+            map_k: kv_map(args.k, &self.layouts.k)?,
+            map_v: kv_map(args.v, &self.layouts.v)?,
             map_o: q.tensor_map(args.out, &self.layouts.out, CONSUMER_ROWS)?,
             lse: args.lse,
             q2k_index: lists.q2k_index,
@@ -525,11 +530,12 @@ impl AttnPlan {
             // SAFETY: the accumulator lies in the workspace.
             unsafe { stream.fill(accumulator, 0, self.workspace.accumulator_bytes as usize)? };
             let block_m = tile(&kernels.main).block_m as u32;
+            let box_rows = attn_spec(&kernels.main).map_or(0, AttnSpec::kv_box_rows) as u32;
             let main = AttnBwdGather {
                 map_q: q.tensor_map(args.q, &layouts.q, block_m)?,
                 map_do: q.tensor_map(args.d_out, &layouts.d_out, block_m)?,
-                map_k: kv.tensor_map(args.k, &layouts.k, GATHER_ROWS)?,
-                map_v: kv.tensor_map(args.v, &layouts.v, GATHER_ROWS)?,
+                map_k: kv.tensor_map(args.k, &layouts.k, box_rows)?,
+                map_v: kv.tensor_map(args.v, &layouts.v, box_rows)?,
                 map_dq: q.tensor_map(args.dq, &layouts.dq, CONSUMER_ROWS)?,
                 k: layouts.k.view(args.k),
                 v: layouts.v.view(args.v),
@@ -622,8 +628,6 @@ impl AttnPlan {
 
 /// Rows one consumer warpgroup loads or stores at once.
 const CONSUMER_ROWS: u32 = 64;
-/// Tokens one copy of a gather brings.
-const GATHER_ROWS: u32 = 8;
 
 fn attn_spec(kernel: &Kernel) -> Option<&AttnSpec> {
     match kernel.spec() {

@@ -2,8 +2,8 @@
 
 use crate::error::Error;
 use cudarc::driver::sys;
-use dsv_spec::Dtype;
 use dsv_spec::params::{TensorMap, TensorView};
+use dsv_spec::{Dtype, limits};
 
 /// Strides of a [batch, seq, head, head_dim] tensor in elements; the innermost stride is 1. The stride of a dimension
 /// of size 1 is never used and may be anything.
@@ -93,19 +93,35 @@ impl Extent {
         legal
     }
 
-    /// The descriptor [`dsv_spec::params::AttnFwd`] documents: 5-D (64 columns, seq, head_dim / 64, head, batch),
-    /// box (64, `rows`, head_dim / 64, 1, 1), 128-byte swizzle, zeros outside. Work of the host alone.
+    /// The descriptor [`dsv_spec::params::AttnFwd`] documents, with boxes of `rows` tokens; what lies outside the tensor
+    /// reads as zeros. Work of the host alone.
     pub(crate) fn tensor_map(&self, address: u64, layout: &Layout, rows: u32) -> Result<TensorMap, Error> {
-        const COLUMNS: u32 = 64;
-        let chunks = self.head_dim / COLUMNS;
+        if !self.head_dim.is_multiple_of(limits::SLAB_COLUMNS) {
+            return self.slab_map(address, layout, rows);
+        }
+        let (columns, bytes) = (limits::SLAB_COLUMNS, self.dtype.bytes() as i64);
+        let slabs = self.head_dim / columns;
+        Tiled {
+            dtype: self.dtype,
+            address,
+            dims: [columns, self.seqlen, slabs, self.heads, self.batch].map(u64::from),
+            strides: [layout.seq, columns as i64, layout.head, layout.batch]
+                .map(|stride| (stride * bytes) as u64),
+            window: [columns, rows, slabs, 1, 1],
+            swizzle: sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
+        }
+        .encode()
+    }
+
+    /// The 4-D descriptor of the same: a copy brings one slab of 64 columns.
+    pub(crate) fn slab_map(&self, address: u64, layout: &Layout, rows: u32) -> Result<TensorMap, Error> {
         let bytes = self.dtype.bytes() as i64;
         Tiled {
             dtype: self.dtype,
             address,
-            dims: [COLUMNS, self.seqlen, chunks, self.heads, self.batch].map(u64::from),
-            strides: [layout.seq, COLUMNS as i64, layout.head, layout.batch]
-                .map(|stride| (stride * bytes) as u64),
-            window: [COLUMNS, rows, chunks, 1, 1],
+            dims: [self.head_dim, self.seqlen, self.heads, self.batch].map(u64::from),
+            strides: [layout.seq, layout.head, layout.batch].map(|stride| (stride * bytes) as u64),
+            window: [limits::SLAB_COLUMNS, rows, 1, 1],
             swizzle: sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
         }
         .encode()

@@ -86,6 +86,9 @@ pub struct Case {
     pub seqlen_q: u32,
     /// KV tokens.
     pub seqlen_kv: u32,
+    /// Element type of every tensor.
+    #[serde(default = "bf16")]
+    pub dtype: Dtype,
     /// Head dims it is run with.
     #[serde(default = "head_dims")]
     pub head_dim: Vec<u16>,
@@ -118,6 +121,9 @@ fn one() -> u32 {
 }
 fn two() -> u32 {
     2
+}
+fn bf16() -> Dtype {
+    Dtype::Bf16
 }
 fn head_dims() -> Vec<u16> {
     space::SHIPPED_HEAD_DIMS.to_vec()
@@ -175,12 +181,12 @@ impl Variant {
         self.case.num_kv_heads.unwrap_or(self.case.num_heads)
     }
 
-    /// The problem as the runtime takes it, in bf16, with lists of this width.
+    /// The problem as the runtime takes it, with lists of this width.
     pub fn problem(&self, op: AttnOp, max_selected: u32) -> Problem {
         let c = &self.case;
         Problem {
             op,
-            dtype: Dtype::Bf16,
+            dtype: c.dtype,
             head_dim: self.head_dim,
             lists: self.lists,
             batch: c.batch,

@@ -135,7 +135,9 @@ fn widen(mut c: Comparison, floor: f64) -> Comparison {
 }
 
 /// Widens tolerances for an engine whose products are single f32 sums, term after term: at a logit of +-180 each of
-/// `head_dim` sums rounds at that magnitude, and the error of the logit is a relative error of every probability.
+/// `head_dim` sums rounds at that magnitude, and the error of the logit is a relative error of every probability. The
+/// first column's largest product is that logit where all are +-180; of queries times 16 it is what a sum of a few terms
+/// has reached.
 pub fn widen_for_sequential_logits(inputs: &Inputs, results: Vec<Comparison>) -> Vec<Comparison> {
     let s = &inputs.shape;
     let largest = inputs.q.chunks_exact(s.head_dim).map(|q| f64::from(q[0].abs())).fold(0.0, f64::max)

@@ -2,11 +2,11 @@
 
 use crate::corpus::{LayoutKind, ListKind, Values, Variant};
 use dsv_reference::attention::{AttnInputs, AttnShape, Layout, View};
+use dsv_reference::element::Rounding;
 use dsv_reference::lists::{KvLists, KvListsBuf, ListDims};
 use dsv_reference::rng::SplitMix64;
-use half::bf16;
 
-/// Packed [B, S, H, D] tensors of bf16 values, held as f32, and the lists.
+/// Packed [B, S, H, D] tensors of 16-bit values, held as f32, and the lists.
 #[derive(Clone, Debug)]
 pub struct Inputs {
     /// Sizes.
@@ -65,7 +65,7 @@ impl Inputs {
             Values::Zero => q.fill(0.0),
         }
         let d_lse = variant.case.d_lse.then(|| rng.normals(shape.lse_len(), 1.0));
-        let round = |values: Vec<f32>| values.into_iter().map(|x| bf16::from_f32(x).to_f32()).collect();
+        let round = |values: Vec<f32>| values.into_iter().map(|x| variant.case.dtype.round(x)).collect();
         let (q, k, v, d_out) = (round(q), round(k), round(v), round(d_out));
         let lists = lists(variant, &mut rng);
         Inputs { shape, q, k, v, d_out, d_lse, lists }
@@ -185,6 +185,7 @@ impl Placement {
 mod tests {
     use super::*;
     use crate::corpus::{cases, variants};
+    use dsv_spec::Dtype;
     use std::collections::BTreeSet;
 
     #[test]
@@ -258,6 +259,18 @@ mod tests {
         {
             for dense in [true, false] {
                 has(&format!("{values:?}"), &|v| v.case.values == values && v.lists.is_dense() == dense);
+            }
+        }
+        for head_dim in [64, 96, 128, 256] {
+            for dtype in [Dtype::Bf16, Dtype::F16] {
+                for dense in [true, false] {
+                    has("every head_dim and dtype", &|v| {
+                        (v.head_dim, v.case.dtype, v.lists.is_dense()) == (head_dim, dtype, dense)
+                    });
+                }
+            }
+            for block_size in [(64, 64), (128, 128), (128, 64), (64, 128), (256, 128)] {
+                has("every block size", &|v| v.head_dim == head_dim && v.lists.block_size() == block_size);
             }
         }
         for head_dim in dsv_spec::space::SHIPPED_HEAD_DIMS {

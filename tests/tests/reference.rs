@@ -38,13 +38,15 @@ fn run(variant: &Variant) -> Result<(), Failed> {
     let mut results = compare_output(&inputs, &oracle, &single, &output);
     results.extend(compare_grads(&inputs, &oracle, &single.grads(&inputs)?, &grads));
     let far = matches!(variant.case.values, Values::Up | Values::Down);
-    if far {
+    // Products of bf16 have 16 bits: sums of up to 128 of them round little even at these logits.
+    let inexact = variant.case.dtype == Dtype::F16 || variant.head_dim > 128;
+    if far || (variant.case.values == Values::X16 && inexact) {
         results = widen_for_sequential_logits(&inputs, results);
     }
     all_passed(&results)?;
 
     // What the kernels' tolerance is worth: a share of the largest value.
-    let model = Lowp::of(&inputs, Dtype::Bf16, 64)?;
+    let model = Lowp::of(&inputs, variant.case.dtype, 64)?;
     let mut results = compare_output(&inputs, &oracle, &model, &model.output);
     let model_grads = model.grads(&inputs)?;
     results.extend(compare_grads(&inputs, &oracle, &model_grads, &model_grads.grads));

@@ -224,17 +224,22 @@ impl AttnSpec {
         }
     }
 
+    /// The head dims this op's template serves on this architecture, and the same in words.
+    const fn matmul_head_dims(&self) -> (&'static [u16], &'static str) {
+        match (self.op, self.arch) {
+            (AttnOp::Fwd, Arch::Sm90a) => (&HEAD_DIMS, "64, 96, 128 or 256 in attn_fwd on sm90a"),
+            (AttnOp::Bwd | AttnOp::BwdDq, Arch::Sm90a) => {
+                (&[64, 128], "64 or 128 in the backward on sm90a: whole 128-byte swizzle columns")
+            }
+            _ => (&[64, 128], "64 or 128 with the sm80 templates: whole 128-byte swizzle columns"),
+        }
+    }
+
     fn check_matmul(&self) -> Result<(), SpecError> {
         let AttnTile { block_m, block_n, groups, consumers, stages, cluster, schedule } = self.tile;
-        if !self.head_dim.is_multiple_of(64) || self.head_dim > 128 {
-            return Err(SpecError::new(
-                "head_dim",
-                self.head_dim,
-                format!(
-                    "64 or 128 with the {} templates (whole 128-byte swizzle columns, accumulators in registers)",
-                    self.arch
-                ),
-            ));
+        let (head_dims, which) = self.matmul_head_dims();
+        if !head_dims.contains(&self.head_dim) {
+            return Err(SpecError::new("head_dim", self.head_dim, which));
         }
         if cluster != 1 {
             return Err(SpecError::new("cluster", cluster, format!("1 with the {} templates", self.arch)));
@@ -247,7 +252,7 @@ impl AttnSpec {
             ));
         }
         if groups != 1 {
-            return Err(SpecError::new("groups", groups, format!("1 with the {} templates", self.arch)));
+            self.check_groups()?;
         }
         if self.arch == Arch::Sm80 {
             return self.check_sm80();
@@ -255,8 +260,13 @@ impl AttnSpec {
         if self.lists.is_gather() {
             self.check_gather()?;
         }
-        if !(1..=4).contains(&stages) {
-            return Err(SpecError::new("stages", stages, "1 to 4"));
+        let most_stages = if groups == 1 { 4 } else { 6 };
+        if !(1..=most_stages).contains(&stages) {
+            return Err(SpecError::new(
+                "stages",
+                stages,
+                format!("1 to {most_stages} with {groups} groups a CTA"),
+            ));
         }
         if self.op == AttnOp::BwdDq && stages < 2 {
             return Err(SpecError::new(
@@ -293,11 +303,11 @@ impl AttnSpec {
                         format!("at most {budget} a thread with {consumers} consumers"),
                     ));
                 }
-                if ![64, 96, 128, 176].contains(&block_n) {
+                if ![64, 80, 96, 128, 176].contains(&block_n) {
                     return Err(SpecError::new(
                         "block_n",
                         block_n,
-                        "64, 96, 128 or 176, the products listed in wgmma_shapes.cuh",
+                        "64, 80, 96, 128 or 176, the products listed in wgmma_shapes.cuh",
                     ));
                 }
                 if block_m != rows {
@@ -308,18 +318,21 @@ impl AttnSpec {
                     ));
                 }
                 if let Lists::Blocks { query_group, kv_block } = self.lists {
-                    if !query_group.is_multiple_of(block_m) {
+                    if groups == 1 && !query_group.is_multiple_of(block_m) {
                         return Err(SpecError::new(
                             "block_m",
                             block_m,
                             format!("a divisor of query_group {query_group}"),
                         ));
                     }
-                    if !self.lists.is_gather() && !kv_block.is_multiple_of(block_n) {
+                    let joins = self.op == AttnOp::Fwd && kv_block >= 64 && block_n.is_multiple_of(kv_block);
+                    if !joins && !self.lists.is_gather() && !kv_block.is_multiple_of(block_n) {
+                        let multiple =
+                            if self.op == AttnOp::Fwd { " or, from 64 on, a multiple" } else { "" };
                         return Err(SpecError::new(
                             "block_n",
                             block_n,
-                            format!("a divisor of kv_block {kv_block}"),
+                            format!("a divisor{multiple} of kv_block {kv_block}"),
                         ));
                     }
                 }
@@ -429,6 +442,23 @@ impl AttnSpec {
         }
     }
 
+    /// What several groups in one CTA ask: each has its consumer, which leaves out the blocks it does not list.
+    fn check_groups(&self) -> Result<(), SpecError> {
+        let AttnTile { block_n, groups, consumers, stages, .. } = self.tile;
+        if self.op != AttnOp::Fwd || self.arch != Arch::Sm90a {
+            return Err(SpecError::new("groups", groups, "1 outside attn_fwd on sm90a"));
+        }
+        let (query_group, kv_block) = self.lists.block_size();
+        if groups != consumers || query_group != 64 || block_n != kv_block || stages < 2 {
+            return Err(SpecError::new(
+                "groups",
+                groups,
+                "1; or one for each consumer with query_group 64, block_n = kv_block and at least 2 stages",
+            ));
+        }
+        Ok(())
+    }
+
     /// The rules of the templates for mma.sync and cp.async.
     fn check_sm80(&self) -> Result<(), SpecError> {
         let AttnTile { block_m, block_n, consumers, stages, .. } = self.tile;
@@ -499,6 +529,16 @@ impl AttnSpec {
             ));
         }
         Ok(())
+    }
+
+    /// Tokens one copy brings of K and of V: a whole tile, or a block where tiles are put together from several, of units
+    /// below 64 tokens 8.
+    pub const fn kv_box_rows(&self) -> u16 {
+        match self.lists {
+            Lists::Blocks { kv_block: ..64, .. } => 8,
+            Lists::Blocks { kv_block, .. } if kv_block < self.tile.block_n => kv_block,
+            _ => self.tile.block_n,
+        }
     }
 
     /// Which kernel of attention.

@@ -21,6 +21,8 @@ pub mod limits {
     /// Rows of the backward's statistics and of dQ's accumulator are padded to a multiple of this: the longest query
     /// tile.
     pub const BWD_PADDING: u16 = 128;
+    /// Columns of one slab of a tile in shared memory: 128 bytes, the widest swizzle.
+    pub const SLAB_COLUMNS: u32 = 64;
     /// 32-bit registers of one multiprocessor.
     pub const REGISTERS_PER_SM: u32 = 65_536;
 }
@@ -122,9 +124,14 @@ impl Facts {
                 let by_token = matches!(spec.lists(), Lists::Blocks { kv_block: 1, .. });
                 let gather_backward = spec.lists().is_gather() && spec.op() == AttnOp::Bwd;
                 let (ctas, consumer_registers, producer_registers) = match (consumers, spec.op()) {
+                    (1, AttnOp::Fwd) if by_token && spec.head_dim() > 128 => (1, 224, 56),
                     (1, _) if by_token => (2, 208, 48),
                     (2, _) if by_token || gather_backward => (1, 232, 40),
                     (1, AttnOp::Fwd) if small_forward => (3, 136, 24),
+                    // 128 registers of O cannot be had while two CTAs share a multiprocessor.
+                    (1, AttnOp::Fwd) if spec.head_dim() > 128 => (1, 240, 24),
+                    // The producer of merged lists keeps a place in each of them.
+                    (2, AttnOp::Fwd) if spec.tile().groups > 1 => (1, 232, 40),
                     (1, AttnOp::Bwd) => (2, 224, 32),
                     (1, _) => (2, 232, 24),
                     // The backward's producer walks a list and feeds four operands: with 24 registers it spills a
@@ -190,9 +197,11 @@ pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
             AttnOp::BwdDq | AttnOp::BwdPrep | AttnOp::BwdPost | AttnOp::BwdPostKv => 0,
         };
     }
+    // Tiles are whole slabs of 64 columns, of which the last may be partly zeros (templates/include/dsv/tile.cuh).
+    let columns = d.next_multiple_of(limits::SLAB_COLUMNS);
     let tiles = match spec.op() {
         // Q (its room serves out in the epilogue), then the ring of K and V.
-        AttnOp::Fwd => m * d * bytes + stages * 2 * n * d * bytes,
+        AttnOp::Fwd => m * columns * bytes + stages * 2 * n * columns * bytes,
         // Q (its room serves dQ in the epilogue) and dO, then the ring of K and V.
         AttnOp::BwdDq => 2 * m * d * bytes + stages * 2 * n * d * bytes,
         // Q (its room serves dQ in the epilogue), dO and their statistics, K and V (which has one stage less), and dS.

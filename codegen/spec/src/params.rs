@@ -70,16 +70,18 @@ pub struct AttnSizes {
 
 /// Launch parameters of `attn_fwd`.
 ///
-/// The tensor maps are 5-D: (64 columns, seq, head_dim / 64, head, batch), box (64, rows, head_dim / 64, 1, 1),
-/// 128-byte swizzle. Box rows: q and o 64 (one consumer's rows), k and v block_n.
+/// The tensor maps have 128-byte swizzle. Where head_dim is a multiple of 64 they are 5-D: (64 columns, seq,
+/// head_dim / 64, head, batch), box (64, rows, head_dim / 64, 1, 1); else, and of k and v where kv_block is below block_n,
+/// 4-D: (head_dim, seq, head, batch), box (64, rows, 1, 1), one copy for every 64 columns. Box rows: q and o 64 (one
+/// consumer's rows), k and v block_n, or kv_block if that is less.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct AttnFwd {
     /// Q, box of 64 rows.
     pub map_q: TensorMap,
-    /// K, box of block_n rows.
+    /// K, box of block_n rows, or kv_block if fewer.
     pub map_k: TensorMap,
-    /// V, box of block_n rows.
+    /// V, as K.
     pub map_v: TensorMap,
     /// out, box of 64 rows.
     pub map_o: TensorMap,

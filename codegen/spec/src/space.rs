@@ -70,7 +70,13 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
         // Two consumers where the group has rows for them: every gathered token then serves twice the queries. One leaves
         // room for a second CTA, whose products run while the first waits for L2.
         AttnOp::Fwd if lists.is_gather() => {
-            vec![(128, 128, 2, 2), (128, 176, 2, 2), (128, 64, 2, 4), (64, 64, 1, 2), (64, 128, 1, 2)]
+            vec![
+                (128, 128, 2, 2),
+                (128, 176, 2, 2),
+                (128, 64, 2, if head_dim > 128 { 2 } else { 4 }),
+                (64, 64, 1, 2),
+                (64, 128, 1, 2),
+            ]
         }
         AttnOp::Bwd if lists.is_gather() => vec![(128, 128, 2, 2), (64, 64, 1, 2), (64, 64, 1, 3)],
         AttnOp::Fwd if arch == Arch::Sm80 => vec![
@@ -94,6 +100,18 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
             (128, 64, 2, 3),
             (128, 64, 2, 4),
         ],
+        AttnOp::Fwd if head_dim == 96 => vec![
+            (128, 128, 2, 2),
+            (128, 176, 2, 2),
+            (192, 96, 3, 2),
+            (64, 64, 1, 2),
+            (64, 128, 1, 2),
+            (128, 64, 2, 3),
+            (128, 64, 2, 4),
+        ],
+        AttnOp::Fwd if head_dim > 128 => {
+            vec![(128, 80, 2, 2), (128, 64, 2, 2), (64, 64, 1, 2), (64, 64, 1, 3)]
+        }
         AttnOp::Fwd => vec![
             (128, 128, 2, 2),
             (128, 176, 2, 2),
@@ -112,10 +130,16 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
         }
         AttnOp::BwdPrep | AttnOp::BwdPost | AttnOp::BwdPostKv => vec![(64, 0, 1, 0)],
     };
-    let tiles: Vec<AttnTile> = tiles.into_iter().map(|(m, n, c, s)| tile(m, n, c, s)).collect();
+    let mut tiles: Vec<AttnTile> = tiles.into_iter().map(|(m, n, c, s)| tile(m, n, c, s)).collect();
+    if op == AttnOp::Fwd && arch == Arch::Sm90a {
+        tiles.extend(merged_lists(head_dim, lists).iter().map(|&(groups, stages)| AttnTile {
+            groups,
+            ..tile(64 * groups as u16, lists.block_size().1, groups, stages)
+        }));
+    }
     let sparsity = if lists.is_dense() { Sparsity::Percent(0) } else { Sparsity::Any };
     let forms: &[Deterministic] = if op == AttnOp::Bwd { Deterministic::ALL } else { &[Deterministic::Yes] };
-    forms
+    let mut specs: Vec<AttnSpec> = forms
         .iter()
         .flat_map(|&form| {
             let spec = move |&tile: &AttnTile| {
@@ -123,7 +147,23 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
             };
             tiles.iter().filter_map(spec).collect::<Vec<_>>()
         })
-        .collect()
+        .collect();
+    // Tiles of two blocks are for two consumers that take turns; a lone one does better with more CTAs beside it.
+    specs.sort_by_key(|spec| spec.kv_box_rows() < spec.tile().block_n && spec.tile().consumers == 1);
+    specs
+}
+
+/// (groups, stages) of the forwards that walk the merged lists of neighbouring groups: faster than a group a CTA where
+/// neighbours list the same blocks, slower where they do not, so never the first guess.
+fn merged_lists(head_dim: u16, lists: Lists) -> &'static [(u8, u8)] {
+    match (lists.block_size(), head_dim) {
+        ((64, 64), ..=64) => &[(3, 4), (2, 4)],
+        ((64, 64), ..=128) => &[(2, 4), (2, 6), (3, 4)],
+        ((64, 64), _) => &[(2, 2)],
+        ((64, 128), ..=64) => &[(3, 3), (2, 4)],
+        ((64, 128), ..=128) => &[(2, 2), (2, 3)],
+        _ => &[],
+    }
 }
 
 /// The kernel taken where no table answers: the first candidate that is as deterministic as asked.

@@ -68,6 +68,18 @@ fn a_backward_of_three_consumers_cannot_split_dq() {
 }
 
 #[test]
+fn groups_share_a_cta_only_where_each_has_its_consumer() {
+    let name = |groups: u8, lists: &str| {
+        format!("attn_fwd_bf16_d128_{lists}_spany_m128n64_g{groups}c2s4x1_grid_det_sm90a")
+    };
+    assert!(name(2, "qg64_kb64").parse::<KernelSpec>().is_ok());
+    for bad in [name(3, "qg64_kb64"), name(2, "qg128_kb64"), name(2, "qg64_kb128")] {
+        let error = bad.parse::<KernelSpec>().unwrap_err().to_string();
+        assert!(error.contains("is not possible: 1; or one for each consumer"), "{error}");
+    }
+}
+
+#[test]
 fn shared_memory_fits_and_is_the_sum_of_its_tiles() {
     for spec in all_attn() {
         let facts = KernelSpec::Attn(spec).facts();
@@ -237,7 +249,7 @@ fn records_round_trip() {
 
 #[test]
 fn the_vocabulary_reaches_what_comes_later() {
-    // Two groups in a CTA have a place in tile and name, though no template serves them yet.
+    // A queue has a place in tile and name, though no template serves it yet.
     let tile = AttnTile {
         block_m: 128,
         block_n: 64,

@@ -42,8 +42,8 @@ constexpr int kParamsBytes = 832;
 
 constexpr int kRows = 64;
 constexpr int kConsumerThreads = 128 * kConsumers;
-constexpr dsv::uint32 kTileBytesQ = kBlockM * kHeadDim * 2;
-constexpr dsv::uint32 kTileBytesKv = kBlockN * kHeadDim * 2;
+constexpr dsv::uint32 kTileBytesQ = dsv::tile_bytes(kBlockM, kHeadDim);
+constexpr dsv::uint32 kTileBytesKv = dsv::tile_bytes(kBlockN, kHeadDim);
 constexpr int kChunks = kHeadDim / 64;  // of dV or dK: 64 columns a product
 
 static_assert(kBlockN == kRows * kConsumers, "one wgmma M of 64 KV rows a consumer");
@@ -104,8 +104,8 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
     if (walk.tiles == 0) return;
     if (threadIdx.x == kConsumerThreads) {
         dsv::mbarrier_arrive_expect(&smem.full_q, 2 * kTileBytesQ);
-        dsv::tma_load_tile(smem.q, &p.map_q, &smem.full_q, first_row, head, batch);
-        dsv::tma_load_tile(smem.d_o, &p.map_do, &smem.full_q, first_row, head, batch);
+        dsv::tma_load_tile<kHeadDim, kBlockM>(smem.q, &p.map_q, &smem.full_q, first_row, head, batch);
+        dsv::tma_load_tile<kHeadDim, kBlockM>(smem.d_o, &p.map_do, &smem.full_q, first_row, head, batch);
     }
     __syncwarp();
 
@@ -287,7 +287,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
     dsv::named_sync(kEpilogueBarrier + 1 + consumer, 128);
     const int row0 = first_row + consumer * kRows;
     if (threadIdx.x % 128 == 0 && row0 < p.sizes.seqlen_q) {
-        dsv::tma_store_tile(&p.map_dq, dq_tile, row0, head, batch);
+        dsv::tma_store_tile<kHeadDim, kRows>(&p.map_dq, dq_tile, row0, head, batch);
         dsv::bulk_commit();
         dsv::bulk_wait_read();
     }

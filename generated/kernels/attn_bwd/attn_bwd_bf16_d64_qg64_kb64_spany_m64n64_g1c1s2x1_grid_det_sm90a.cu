@@ -47,8 +47,8 @@ constexpr bool kDqByRows = kHalves > 1;
 constexpr int kDqColumns = kDqByRows ? kHeadDim : kHeadDim / kConsumers;
 constexpr int kChunk = kDqColumns < 64 ? kDqColumns : 64;  // columns of one product
 constexpr int kChunks = kDqColumns / kChunk;
-constexpr dsv::uint32 kTileBytesKv = kBlockN * kHeadDim * 2;
-constexpr dsv::uint32 kTileBytesQ = kBlockM * kHeadDim * 2;
+constexpr dsv::uint32 kTileBytesKv = dsv::tile_bytes(kBlockN, kHeadDim);
+constexpr dsv::uint32 kTileBytesQ = dsv::tile_bytes(kBlockM, kHeadDim);
 constexpr dsv::uint32 kStatBytes = kBlockM * 4;
 // dQ goes to the copy engine, which adds it while the consumers go on; where shared memory has no room for it beside a
 // second CTA, from the registers.
@@ -135,7 +135,7 @@ struct Producer {
                                          dsv::uint64* barrier, int query, int head, int row) {
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
-            dsv::tma_load_tile(to + half * 64 * dsv::kRowBytes, &map, barrier, query + 64 * half, head, batch);
+            dsv::tma_load_tile<kHeadDim, 64>(to + half * 64 * dsv::kRowBytes, &map, barrier, query + 64 * half, head, batch);
             dsv::tma_load_row(statistics + half * 64, &p.map_rows, barrier, row + 64 * half, which);
         }
     }
@@ -154,8 +154,8 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
     const bool leader = lane == 0;
     if (leader) {
         dsv::mbarrier_arrive_expect(&smem.full_kv, 2 * kTileBytesKv);
-        dsv::tma_load_tile(smem.k, &p.map_k, &smem.full_kv, kv_tile * kBlockN, kv_head, batch);
-        dsv::tma_load_tile(smem.v, &p.map_v, &smem.full_kv, kv_tile * kBlockN, kv_head, batch);
+        dsv::tma_load_tile<kHeadDim, kBlockN>(smem.k, &p.map_k, &smem.full_kv, kv_tile * kBlockN, kv_head, batch);
+        dsv::tma_load_tile<kHeadDim, kBlockN>(smem.v, &p.map_v, &smem.full_kv, kv_tile * kBlockN, kv_head, batch);
     }
     Producer producer{p, smem, batch, {}};
     const int heads_per_kv = p.sizes.num_heads / p.sizes.num_kv_heads;
@@ -445,8 +445,8 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
 
     // K and V are read by no one any more once every consumer is here: their room carries dK and dV out.
     dsv::named_sync(kEpilogueBarrier, kConsumerThreads);
-    dsv::uint8* dk_tile = smem.k + consumer * (kRows * kHeadDim * 2);
-    dsv::uint8* dv_tile = smem.v + consumer * (kRows * kHeadDim * 2);
+    dsv::uint8* dk_tile = smem.k + consumer * int{dsv::tile_bytes(kRows, kHeadDim)};
+    dsv::uint8* dv_tile = smem.v + consumer * int{dsv::tile_bytes(kRows, kHeadDim)};
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) dk[i] *= p.sizes.scale;
     dsv::uint32 packed[kHeadDim / 16][4];
@@ -457,8 +457,8 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
     dsv::fence_async_proxy();
     dsv::named_sync(kEpilogueBarrier, kConsumerThreads);
     if (threadIdx.x % 128 == 0 && kv_row < valid) {
-        dsv::tma_store_tile(&p.map_dk, dk_tile, kv_tile * kBlockN + kv_row, kv_head, batch);
-        dsv::tma_store_tile(&p.map_dv, dv_tile, kv_tile * kBlockN + kv_row, kv_head, batch);
+        dsv::tma_store_tile<kHeadDim, kRows>(&p.map_dk, dk_tile, kv_tile * kBlockN + kv_row, kv_head, batch);
+        dsv::tma_store_tile<kHeadDim, kRows>(&p.map_dv, dv_tile, kv_tile * kBlockN + kv_row, kv_head, batch);
         dsv::bulk_commit();
     }
     dsv::bulk_wait_read();

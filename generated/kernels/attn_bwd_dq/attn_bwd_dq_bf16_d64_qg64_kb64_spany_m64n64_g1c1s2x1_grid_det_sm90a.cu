@@ -38,8 +38,8 @@ constexpr int kParamsBytes = 768;
 constexpr bool kDense = kKvBlock == 0;
 constexpr int kRows = 64;  // query rows of one consumer
 constexpr int kConsumerThreads = 128 * kConsumers;
-constexpr dsv::uint32 kTileBytesQ = kRows * kHeadDim * 2;
-constexpr dsv::uint32 kTileBytesKv = kBlockN * kHeadDim * 2;
+constexpr dsv::uint32 kTileBytesQ = dsv::tile_bytes(kRows, kHeadDim);
+constexpr dsv::uint32 kTileBytesKv = dsv::tile_bytes(kBlockN, kHeadDim);
 
 static_assert(kBlockM == kRows * kConsumers, "one wgmma M of 64 rows a consumer");
 static_assert(kHeadDim % 64 == 0, "whole 128-byte swizzle columns");
@@ -88,8 +88,8 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
     if (leader) {
         dsv::mbarrier_arrive_expect(&smem.full_q, 2 * kConsumers * kTileBytesQ);
         for (int c = 0; c < kConsumers; ++c) {
-            dsv::tma_load_tile(smem.q[c], &p.map_q, &smem.full_q, first_row + c * kRows, head, batch);
-            dsv::tma_load_tile(smem.d_o[c], &p.map_do, &smem.full_q, first_row + c * kRows, head, batch);
+            dsv::tma_load_tile<kHeadDim, kRows>(smem.q[c], &p.map_q, &smem.full_q, first_row + c * kRows, head, batch);
+            dsv::tma_load_tile<kHeadDim, kRows>(smem.d_o[c], &p.map_do, &smem.full_q, first_row + c * kRows, head, batch);
         }
     }
     dsv::RingState<kStages> ring;
@@ -100,10 +100,12 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
             // V first: its stage is free one product earlier than K's, which dQ still reads.
             dsv::mbarrier_wait(&smem.empty_v[ring.index], ring.phase ^ 1);
             dsv::mbarrier_arrive_expect(&smem.full_v[ring.index], kTileBytesKv);
-            dsv::tma_load_tile(smem.v[ring.index], &p.map_v, &smem.full_v[ring.index], start, kv_head, batch);
+            dsv::tma_load_tile<kHeadDim, kBlockN>(smem.v[ring.index], &p.map_v, &smem.full_v[ring.index], start, kv_head,
+                                                  batch);
             dsv::mbarrier_wait(&smem.empty_k[ring.index], ring.phase ^ 1);
             dsv::mbarrier_arrive_expect(&smem.full_k[ring.index], kTileBytesKv);
-            dsv::tma_load_tile(smem.k[ring.index], &p.map_k, &smem.full_k[ring.index], start, kv_head, batch);
+            dsv::tma_load_tile<kHeadDim, kBlockN>(smem.k[ring.index], &p.map_k, &smem.full_k[ring.index], start, kv_head,
+                                                  batch);
         }
         ring.advance();
         __syncwarp();
@@ -220,7 +222,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
     dsv::fence_async_proxy();
     dsv::named_sync(kEpilogueBarrier + consumer, 128);
     if (threadIdx.x % 128 == 0 && row0 < p.sizes.seqlen_q) {
-        dsv::tma_store_tile(&p.map_dq, smem.q[consumer], row0, head, batch);
+        dsv::tma_store_tile<kHeadDim, kRows>(&p.map_dq, smem.q[consumer], row0, head, batch);
         dsv::bulk_commit();
         dsv::bulk_wait_read();
     }

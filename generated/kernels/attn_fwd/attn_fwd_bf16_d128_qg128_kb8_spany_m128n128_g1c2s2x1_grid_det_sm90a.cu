@@ -42,11 +42,11 @@ constexpr int kParamsBytes = 704;
 constexpr int kRows = 64;                   // query rows of one consumer
 constexpr int kConsumerThreads = 128 * kConsumers;
 constexpr bool kPingPong = kConsumers > 1;  // consumers take turns at the tensor cores
-constexpr dsv::uint32 kTileBytesQ = kRows * kHeadDim * 2;
-constexpr dsv::uint32 kTileBytesKv = kBlockN * kHeadDim * 2;
+constexpr dsv::uint32 kTileBytesQ = dsv::tile_bytes(kRows, kHeadDim);
+constexpr dsv::uint32 kTileBytesKv = dsv::tile_bytes(kBlockN, kHeadDim);
 
 static_assert(kBlockM == kRows * kConsumers, "one wgmma M of 64 rows a consumer");
-static_assert(kHeadDim % 64 == 0, "whole 128-byte swizzle columns");
+static_assert(kHeadDim % 16 == 0, "whole K steps of the products");
 static_assert(kQueryGroup % kBlockM == 0, "a CTA lies within one group");
 
 struct Params {
@@ -92,7 +92,7 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
     if (threadIdx.x == kConsumerThreads) {
         dsv::mbarrier_arrive_expect(&smem.full_q, kConsumers * kTileBytesQ);
         for (int c = 0; c < kConsumers; ++c) {
-            dsv::tma_load_tile(smem.q[c], &p.map_q, &smem.full_q, first_row + c * kRows, head, batch);
+            dsv::tma_load_tile<kHeadDim, kRows>(smem.q[c], &p.map_q, &smem.full_q, first_row + c * kRows, head, batch);
         }
     }
     __syncwarp();
@@ -231,7 +231,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
     dsv::fence_async_proxy();
     dsv::named_sync(kEpilogueBarrier + consumer, 128);
     if (threadIdx.x % 128 == 0 && row0 < p.sizes.seqlen_q) {
-        dsv::tma_store_tile(&p.map_o, smem.q[consumer], row0, head, batch);
+        dsv::tma_store_tile<kHeadDim, kRows>(&p.map_o, smem.q[consumer], row0, head, batch);
         dsv::bulk_commit();
         dsv::bulk_wait_read();
     }

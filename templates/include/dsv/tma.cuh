@@ -1,7 +1,10 @@
 #pragma once
-// Copy-engine transfers. Tensor maps are 5-D: (64 columns, seq, head_dim / 64, head, batch) with a box of
-// (64, rows, head_dim / 64, 1, 1) and 128-byte swizzle: a tile lands as head_dim / 64 slabs of [rows][64 columns].
+// Copy-engine transfers. Tensor maps have 128-byte swizzle; a tile lands as tile.cuh says. Where head_dim is whole slabs
+// they are 5-D, (64 columns, seq, head_dim / 64, head, batch) with a box of (64, rows, head_dim / 64, 1, 1): one copy a
+// tile. Else, and where a tile is put together from several blocks, they are 4-D, (head_dim, seq, head, batch) with a box
+// of (64, rows, 1, 1): one copy a slab, so that columns past head_dim arrive as zeros and are not stored.
 #include "dsv/mbarrier.cuh"
+#include "dsv/tile.cuh"
 #include "dsv/types.cuh"
 
 namespace dsv {
@@ -10,21 +13,54 @@ __device__ __forceinline__ void tma_prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Loads the tile of tokens [seq, seq + rows) of one head; tokens past the end arrive as zeros.
-__device__ __forceinline__ void tma_load_tile(void* smem, const TensorMap* map, uint64* barrier, int seq, int head,
+// Loads tokens [seq, seq + box) of one head, as many as the box of a 4-D map has, into rows of a tile of `rows` tokens; tokens
+// past the end arrive as zeros.
+template <int head_dim, uint32 rows>
+__device__ __forceinline__ void tma_load_rows(void* smem, const TensorMap* map, uint64* barrier, int seq, int head,
                                               int batch) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-        " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(smem_address(smem)),
-        "l"(map), "r"(smem_address(barrier)), "r"(0), "r"(seq), "r"(0), "r"(head), "r"(batch)
-        : "memory");
+#pragma unroll
+    for (int slab = 0; slab < slabs(head_dim); ++slab) {
+        asm volatile(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+            " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(smem_address(smem) + slab * slab_bytes(rows)),
+            "l"(map), "r"(smem_address(barrier)), "r"(slab * kSlabColumns), "r"(seq), "r"(head), "r"(batch)
+            : "memory");
+    }
 }
 
-// Stores a tile; tokens past the end are not written.
+// Loads the tile of tokens [seq, seq + rows) of one head, tile_bytes(rows, head_dim); tokens past the end arrive as zeros.
+template <int head_dim, uint32 rows>
+__device__ __forceinline__ void tma_load_tile(void* smem, const TensorMap* map, uint64* barrier, int seq, int head,
+                                              int batch) {
+    if constexpr (head_dim % kSlabColumns == 0) {
+        asm volatile(
+            "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+            " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(smem_address(smem)),
+            "l"(map), "r"(smem_address(barrier)), "r"(0), "r"(seq), "r"(0), "r"(head), "r"(batch)
+            : "memory");
+    } else {
+        tma_load_rows<head_dim, rows>(smem, map, barrier, seq, head, batch);
+    }
+}
+
+// Stores a tile of `rows` tokens; tokens past the end are not written.
+template <int head_dim, uint32 rows>
 __device__ __forceinline__ void tma_store_tile(const TensorMap* map, const void* smem, int seq, int head, int batch) {
-    asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(map),
-                 "r"(smem_address(smem)), "r"(0), "r"(seq), "r"(0), "r"(head), "r"(batch)
-                 : "memory");
+    if constexpr (head_dim % kSlabColumns == 0) {
+        asm volatile(
+            "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(map),
+            "r"(smem_address(smem)), "r"(0), "r"(seq), "r"(0), "r"(head), "r"(batch)
+            : "memory");
+    } else {
+#pragma unroll
+        for (int slab = 0; slab < slabs(head_dim); ++slab) {
+            asm volatile(
+                "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+                "r"(smem_address(smem) + slab * slab_bytes(rows)), "r"(slab * kSlabColumns), "r"(seq), "r"(head),
+                "r"(batch)
+                : "memory");
+        }
+    }
 }
 
 // Loads 32-bit values [first, first + box) of one row of a 2-D map without swizzle; `smem` is aligned to 128 bytes.

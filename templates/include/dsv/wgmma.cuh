@@ -1,20 +1,14 @@
 #pragma once
 // Warpgroup products on 128-byte-swizzled tiles: descriptors, ordering, and products over a whole K extent.
 //
-// A tile is slabs of [rows][64 columns] of a 16-bit type: 128 bytes a row, atoms of 8 rows (1024 bytes).
+// Tiles lie as tile.cuh says.
 //   K-major  (columns are the product's K): k16 step +32 bytes inside the row, next 64 columns +rows * 128.
 //   MN-major (rows are the product's K):    k16 step +2048 bytes, next 64 columns of M or N +rows * 128.
 #include "dsv/mbarrier.cuh"
+#include "dsv/tile.cuh"
 #include "dsv/wgmma_shapes.cuh"
 
 namespace dsv {
-
-constexpr uint32 kSlabColumns = 64;
-constexpr uint32 kRowBytes = 128;
-constexpr uint32 kAtomBytes = 1024;
-
-// Bytes between the 64-column slabs of a tile of `rows` rows.
-__host__ __device__ constexpr uint32 slab_bytes(uint32 rows) { return rows * kRowBytes; }
 
 // Descriptor of a K-major operand. The stride between 8-row groups is one atom; the leading stride is ignored.
 __device__ __forceinline__ uint64 descriptor_k_major(const void* smem) {

@@ -11,14 +11,13 @@ use dsv_reference::lists::KvListsBuf;
 use dsv_runtime::{AttnLayouts, AttnPlan, BwdArgs, FwdArgs, Kernel, KeyLists, QueryLists};
 use dsv_spec::params::error_bits;
 use dsv_spec::{Arch, AttnOp, AttnSpec, Deterministic, Dtype, KernelSpec, Lists, Problem, space};
-use half::bf16;
 use std::sync::Arc;
 
 /// Each variant with every candidate, and the tests of faults and graphs.
 pub(super) fn tests() -> Vec<GpuTest> {
     let mut tests = Vec::new();
     for variant in variants() {
-        for spec in candidates(AttnOp::Fwd, variant.head_dim, variant.lists) {
+        for spec in candidates(AttnOp::Fwd, &variant) {
             let variant = variant.clone();
             tests.push(GpuTest::new(
                 format!("attn_fwd/{}/{}", variant.name(), KernelSpec::Attn(spec)),
@@ -27,7 +26,7 @@ pub(super) fn tests() -> Vec<GpuTest> {
             ));
         }
         for op in [AttnOp::Bwd, AttnOp::BwdDq] {
-            for spec in candidates(op, variant.head_dim, variant.lists) {
+            for spec in candidates(op, &variant) {
                 let kernels = backward_kernels(spec);
                 let variant = variant.clone();
                 tests.push(GpuTest::new(
@@ -89,19 +88,20 @@ pub(super) fn tests() -> Vec<GpuTest> {
     tests
 }
 
-fn candidates(op: AttnOp, head_dim: u16, lists: Lists) -> Vec<AttnSpec> {
-    let of = |arch| space::candidates(op, Dtype::Bf16, head_dim, lists, arch);
+fn candidates(op: AttnOp, variant: &Variant) -> Vec<AttnSpec> {
+    let of = |arch| space::candidates(op, variant.case.dtype, variant.head_dim, variant.lists, arch);
     ARCHES.into_iter().flat_map(of).collect()
 }
 
-fn shipped_attn(
+fn default_attn(
     op: AttnOp,
+    dtype: Dtype,
     head_dim: u16,
     lists: Lists,
     form: Deterministic,
     arch: Arch,
 ) -> Option<KernelSpec> {
-    space::default_attn(op, Dtype::Bf16, head_dim, lists, form, arch).map(KernelSpec::Attn)
+    space::default_attn(op, dtype, head_dim, lists, form, arch).map(KernelSpec::Attn)
 }
 
 /// Whether kernels of this shape are committed.
@@ -115,7 +115,7 @@ fn is_shipped(head_dim: u16, lists: Lists) -> bool {
 fn shipped(head_dim: u16, lists: Lists, form: Deterministic, arch: Arch) -> Option<Vec<KernelSpec>> {
     [AttnOp::Fwd, AttnOp::BwdPrep, AttnOp::Bwd, AttnOp::ending(lists, form)]
         .into_iter()
-        .map(|op| shipped_attn(op, head_dim, lists, form, arch))
+        .map(|op| default_attn(op, Dtype::Bf16, head_dim, lists, form, arch))
         .collect()
 }
 
@@ -128,7 +128,7 @@ fn backward_kernels(spec: AttnSpec) -> Vec<KernelSpec> {
             if op == spec.op() {
                 Some(KernelSpec::Attn(spec))
             } else {
-                shipped_attn(op, spec.head_dim(), spec.lists(), form, spec.arch())
+                default_attn(op, spec.dtype(), spec.head_dim(), spec.lists(), form, spec.arch())
             }
         })
         .collect()
@@ -186,6 +186,7 @@ impl Places {
 
 /// What a call reads, on the GPU.
 struct Call {
+    dtype: Dtype,
     places: Places,
     q: Tensor,
     k: Tensor,
@@ -210,12 +211,13 @@ impl Call {
             }
             None => None,
         };
-        let places = Places::of(variant);
+        let (places, dtype) = (Places::of(variant), variant.case.dtype);
         Ok(Call {
-            q: Tensor::with_rows(gpu, "q", places.q, places.rows, &inputs.q)?,
-            k: Tensor::with_rows(gpu, "k", places.k, places.kv_rows, &inputs.k)?,
-            v: Tensor::with_rows(gpu, "v", places.v, places.kv_rows, &inputs.v)?,
-            d_out: Tensor::with_rows(gpu, "d_out", places.d_out, places.rows, &inputs.d_out)?,
+            dtype,
+            q: Tensor::with_rows(gpu, "q", dtype, places.q, places.rows, &inputs.q)?,
+            k: Tensor::with_rows(gpu, "k", dtype, places.k, places.kv_rows, &inputs.k)?,
+            v: Tensor::with_rows(gpu, "v", dtype, places.v, places.kv_rows, &inputs.v)?,
+            d_out: Tensor::with_rows(gpu, "d_out", dtype, places.d_out, places.rows, &inputs.d_out)?,
             d_lse: inputs.d_lse.as_ref().map(|d_lse| Flat::of(gpu, "d_lse", d_lse)).transpose()?,
             query_lists: inputs.lists.as_ref().map(|lists| query_lists(gpu, lists)).transpose()?,
             key_lists,
@@ -239,7 +241,7 @@ impl Call {
 
     /// Runs the forward into memory filled with `poison`.
     fn forward(&self, gpu: &Gpu, plan: &AttnPlan, poison: u8) -> Result<(Tensor, Flat), super::Failure> {
-        let out = Tensor::poisoned(gpu, "out", self.places.out, self.places.rows, poison)?;
+        let out = Tensor::poisoned(gpu, "out", self.dtype, self.places.out, self.places.rows, poison)?;
         let lse = Flat::poisoned(gpu, "lse", self.lse_bytes, poison)?;
         let args = FwdArgs {
             q: self.q.address(),
@@ -267,9 +269,9 @@ impl Call {
     ) -> Result<Grads, super::Failure> {
         let (rows, kv_rows) = (self.places.rows, self.places.kv_rows);
         let grads = Grads {
-            dq: Tensor::poisoned(gpu, "dq", self.places.dq, rows, poison)?,
-            dk: Tensor::poisoned(gpu, "dk", self.places.dk, kv_rows, poison)?,
-            dv: Tensor::poisoned(gpu, "dv", self.places.dv, kv_rows, poison)?,
+            dq: Tensor::poisoned(gpu, "dq", self.dtype, self.places.dq, rows, poison)?,
+            dk: Tensor::poisoned(gpu, "dk", self.dtype, self.places.dk, kv_rows, poison)?,
+            dv: Tensor::poisoned(gpu, "dv", self.dtype, self.places.dv, kv_rows, poison)?,
         };
         let workspace = Flat::poisoned(gpu, "workspace", plan.workspace_bytes() as usize, poison)?;
         let args = self.backward_args(out, lse, &grads, &workspace);
@@ -312,7 +314,7 @@ struct Grads {
 
 impl Grads {
     fn values(&self, gpu: &Gpu) -> Result<AttnGrads<f32>, super::Failure> {
-        let rows = |tensor: &Tensor| tensor.rows(gpu).map(floats);
+        let rows = |tensor: &Tensor| tensor.rows(gpu);
         Ok(AttnGrads { dq: rows(&self.dq)?, dk: rows(&self.dk)?, dv: rows(&self.dv)? })
     }
 }
@@ -337,10 +339,6 @@ fn query_lists(gpu: &Gpu, lists: &KvListsBuf) -> Result<(Flat, Flat), super::Fai
     Ok((Flat::of(gpu, "q2k_index", &lists.index)?, Flat::of(gpu, "q2k_count", &lists.count)?))
 }
 
-fn floats(values: Vec<bf16>) -> Vec<f32> {
-    values.into_iter().map(bf16::to_f32).collect()
-}
-
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|x| x.to_bits()).collect()
 }
@@ -362,7 +360,7 @@ fn forward(gpu: &mut Gpu, variant: &Variant, spec: AttnSpec) -> Outcome {
     let mut runs = Vec::new();
     for poison in POISONS {
         let (out, lse) = call.forward(gpu, &plan, poison)?;
-        runs.push(AttnOutput { out: floats(out.rows(gpu)?), lse: lse.read(gpu)? });
+        runs.push(AttnOutput { out: out.rows(gpu)?, lse: lse.read(gpu)? });
         flag_is(call.flag(gpu)?, 0)?;
     }
     let results = compare_output(inputs, &expected.oracle, lowp, &runs[0]);
@@ -417,7 +415,7 @@ fn forward_and_backward(
     let lowp_grads = expected.grads.as_ref().ok_or("gradients were asked for")?;
     let call = Call::new(gpu, variant, inputs)?;
     let (out, lse) = call.forward(gpu, &plan, POISONS[0])?;
-    let found = AttnOutput { out: floats(out.rows(gpu)?), lse: lse.read(gpu)? };
+    let found = AttnOutput { out: out.rows(gpu)?, lse: lse.read(gpu)? };
     let mut runs = Vec::new();
     for poison in POISONS {
         runs.push(call.backward(gpu, &plan, &out, &lse, poison)?.values(gpu)?);
@@ -544,7 +542,7 @@ fn faulty_lists(
     let plan = gpu.runtime.attention_with(&problem, &call.places.layouts(), None, &loaded)?;
     let (out, lse) = call.forward(gpu, &plan, 0xFF)?;
     flag_is(call.flag(gpu)?, if in_inverse { 0 } else { fault.bit() })?;
-    let found = floats(out.rows(gpu)?);
+    let found = out.rows(gpu)?;
     let found_lse: Vec<f32> = lse.read(gpu)?;
 
     // All groups but the spoiled one are as with good lists.
@@ -603,12 +601,12 @@ fn in_a_graph(
     let direct = call.backward(gpu, &plan, &out, &lse, 0xFF)?.values(gpu)?;
 
     let places = &call.places;
-    let graph_out = Tensor::poisoned(gpu, "out", places.out, places.rows, 0xFF)?;
+    let graph_out = Tensor::poisoned(gpu, "out", call.dtype, places.out, places.rows, 0xFF)?;
     let graph_lse = Flat::poisoned(gpu, "lse", call.lse_bytes, 0xFF)?;
     let graph_grads = Grads {
-        dq: Tensor::poisoned(gpu, "dq", places.dq, places.rows, 0xFF)?,
-        dk: Tensor::poisoned(gpu, "dk", places.dk, places.kv_rows, 0xFF)?,
-        dv: Tensor::poisoned(gpu, "dv", places.dv, places.kv_rows, 0xFF)?,
+        dq: Tensor::poisoned(gpu, "dq", call.dtype, places.dq, places.rows, 0xFF)?,
+        dk: Tensor::poisoned(gpu, "dk", call.dtype, places.dk, places.kv_rows, 0xFF)?,
+        dv: Tensor::poisoned(gpu, "dv", call.dtype, places.dv, places.kv_rows, 0xFF)?,
     };
     let workspace = Flat::poisoned(gpu, "workspace", plan.workspace_bytes() as usize, 0xFF)?;
     gpu.wait()?;
@@ -633,7 +631,7 @@ fn in_a_graph(
     gpu.wait()?;
     flag_is(call.flag(gpu)?, 0)?;
     let replayed = graph_grads.values(gpu)?;
-    same("out of the graph", &bits(&floats(graph_out.rows(gpu)?)), &bits(&floats(out.rows(gpu)?)))?;
+    same("out of the graph", &bits(&graph_out.rows(gpu)?), &bits(&out.rows(gpu)?))?;
     same("lse of the graph", &bits(&graph_lse.read(gpu)?), &bits(&lse.read(gpu)?))?;
     for (name, fixed, ours, theirs) in beside(&replayed, &direct, lists, form) {
         let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 0.02 * (1.0 + b.abs());

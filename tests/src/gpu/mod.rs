@@ -58,6 +58,7 @@ fn tests() -> Vec<GpuTest> {
 
 /// A variant's inputs and what they should give.
 struct Expected {
+    dtype: Dtype,
     inputs: Inputs,
     oracle: Oracle,
     /// By the forward's `block_n`.
@@ -140,7 +141,10 @@ impl Gpu {
         if self.expected.as_ref().is_none_or(|(of, _)| *of != name) {
             let inputs = Inputs::of(variant);
             let oracle = Oracle::of(&inputs)?;
-            self.expected = Some((name, Expected { inputs, oracle, lowp: BTreeMap::new(), grads: None }));
+            self.expected = Some((
+                name,
+                Expected { dtype: variant.case.dtype, inputs, oracle, lowp: BTreeMap::new(), grads: None },
+            ));
         }
         self.expected()
     }
@@ -148,11 +152,11 @@ impl Gpu {
     /// Adds, for the variant last expected, the rounding of a forward that walks keys in tiles of `block_n`, and of the
     /// backward after it where `grads` says so.
     fn expect_rounding(&mut self, block_n: usize, grads: bool) -> Result<(), Failure> {
-        let Some((_, Expected { inputs, lowp, grads: made, .. })) = &mut self.expected else {
+        let Some((_, Expected { dtype, inputs, lowp, grads: made, .. })) = &mut self.expected else {
             return Err("nothing is expected".into());
         };
         if let Entry::Vacant(entry) = lowp.entry(block_n) {
-            entry.insert(Lowp::of(inputs, Dtype::Bf16, block_n)?);
+            entry.insert(Lowp::of(inputs, *dtype, block_n)?);
         }
         if grads && made.is_none() {
             *made = Some(lowp[&block_n].grads(inputs)?);

@@ -121,8 +121,8 @@ fn run(gpu: &mut Gpu, case: &Case, query_group: u16, kv_block: u16, rule: GroupR
         ([case.batch, case.seqlen_q, heads, RANK], [case.batch, case.seqlen_kv, heads, RANK]);
     let place = |n, d: [usize; 4]| Placement::of(case.layout, n, d[0], d[1], d[2], d[3]);
     let (q_place, k_place) = (place(0, q_rows), place(1, k_rows));
-    let q_lr = Tensor::with_rows(gpu, "q_lr", q_place, q_rows, &q)?;
-    let k_lr = Tensor::with_rows(gpu, "k_lr", k_place, k_rows, &k)?;
+    let q_lr = Tensor::with_rows(gpu, "q_lr", Dtype::Bf16, q_place, q_rows, &q)?;
+    let k_lr = Tensor::with_rows(gpu, "k_lr", Dtype::Bf16, k_place, k_rows, &k)?;
     let top_k_flat = Flat::of(gpu, "top_k", &case.top_k)?;
     let plan = gpu.runtime.selection(&problem, Tensor::layout(&q_place), Tensor::layout(&k_place))?;
 

@@ -159,8 +159,8 @@ fn run(
         ([case.batch, case.seqlen_q, heads, RANK], [case.batch, case.seqlen_kv, heads, RANK]);
     let place = |n, d: [usize; 4]| Placement::of(case.layout, n, d[0], d[1], d[2], d[3]);
     let (q_place, k_place) = (place(0, q_rows), place(1, k_rows));
-    let q_lr = Tensor::with_rows(gpu, "q_lr", q_place, q_rows, &q)?;
-    let k_lr = Tensor::with_rows(gpu, "k_lr", k_place, k_rows, &k)?;
+    let q_lr = Tensor::with_rows(gpu, "q_lr", Dtype::Bf16, q_place, q_rows, &q)?;
+    let k_lr = Tensor::with_rows(gpu, "k_lr", Dtype::Bf16, k_place, k_rows, &k)?;
     let top_k = Flat::of(gpu, "top_k", &budgets)?;
     let plan = gpu.runtime.fine_selection_with(
         &problem,

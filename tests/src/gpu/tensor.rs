@@ -4,12 +4,14 @@ use super::{Failure, Gpu};
 use crate::inputs::Placement;
 use dsv_runtime::device::Plain;
 use dsv_runtime::{DeviceBuffer, Layout};
-use half::bf16;
+use dsv_spec::Dtype;
+use half::{bf16, f16};
 
-/// A [batch, seq, heads, dim] tensor of bf16.
+/// A [batch, seq, heads, dim] tensor of bf16 or f16.
 pub(super) struct Tensor {
     name: &'static str,
     buffer: DeviceBuffer,
+    dtype: Dtype,
     place: Placement,
     dims: [usize; 4],
     /// The byte everything that is no row is filled with.
@@ -21,28 +23,30 @@ impl Tensor {
     pub(super) fn with_rows(
         gpu: &Gpu,
         name: &'static str,
+        dtype: Dtype,
         place: Placement,
         dims: [usize; 4],
         rows: &[f32],
     ) -> Result<Tensor, Failure> {
-        let rows: Vec<bf16> = rows.iter().map(|&x| bf16::from_f32(x)).collect();
-        let mut data = vec![bf16::from_bits(0xFFFF); place.elements];
+        let rows: Vec<u16> = rows.iter().map(|&x| to_bits(dtype, x)).collect();
+        let mut data = vec![0xFFFFu16; place.elements];
         place.layout.unpack(&rows, dims[1], dims[2], dims[3], &mut data[place.first..]);
         let buffer = gpu.runtime.device().upload(&gpu.stream, &data)?;
-        Ok(Tensor { name, buffer, place, dims, poison: 0xFF })
+        Ok(Tensor { name, buffer, dtype, place, dims, poison: 0xFF })
     }
 
     /// Filled with `poison`.
     pub(super) fn poisoned(
         gpu: &Gpu,
         name: &'static str,
+        dtype: Dtype,
         place: Placement,
         dims: [usize; 4],
         poison: u8,
     ) -> Result<Tensor, Failure> {
         let buffer = gpu.runtime.device().alloc(2 * place.elements)?;
         buffer.fill(&gpu.stream, poison)?;
-        Ok(Tensor { name, buffer, place, dims, poison })
+        Ok(Tensor { name, buffer, dtype, place, dims, poison })
     }
 
     /// Address of row (0, 0, 0).
@@ -51,18 +55,17 @@ impl Tensor {
     }
 
     /// The rows, packed. An error where anything else was written.
-    pub(super) fn rows(&self, gpu: &Gpu) -> Result<Vec<bf16>, Failure> {
-        let mut data: Vec<bf16> = self.buffer.read(&gpu.stream, 0, self.place.elements)?;
+    pub(super) fn rows(&self, gpu: &Gpu) -> Result<Vec<f32>, Failure> {
+        let mut data: Vec<u16> = self.buffer.read(&gpu.stream, 0, self.place.elements)?;
         let [batch, seqlen, heads, dim] = self.dims;
         let body = &mut data[self.place.first..];
         let rows = self.place.layout.pack(body, batch, seqlen, heads, dim);
-        let poison = bf16::from_bits(u16::from_le_bytes([self.poison; 2]));
+        let poison = u16::from_le_bytes([self.poison; 2]);
         let blank = vec![poison; rows.len()];
         self.place.layout.unpack(&blank, seqlen, heads, dim, body);
-        let touched: Vec<usize> =
-            (0..data.len()).filter(|&i| data[i].to_bits() != poison.to_bits()).collect();
+        let touched: Vec<usize> = (0..data.len()).filter(|&i| data[i] != poison).collect();
         match touched.first() {
-            None => Ok(rows),
+            None => Ok(rows.into_iter().map(|bits| from_bits(self.dtype, bits)).collect()),
             Some(&first) => Err(format!(
                 "{}: {} elements outside its rows were written, the first at element {} from row (0, 0, 0)",
                 self.name,
@@ -77,6 +80,23 @@ impl Tensor {
     pub(super) fn layout(place: &Placement) -> Layout {
         let l = place.layout;
         Layout { batch: l.batch as i64, seq: l.seq as i64, head: l.head as i64 }
+    }
+}
+
+/// A value of a 16-bit type, rounded to nearest.
+fn to_bits(dtype: Dtype, value: f32) -> u16 {
+    match dtype {
+        Dtype::Bf16 => bf16::from_f32(value).to_bits(),
+        Dtype::F16 => f16::from_f32(value).to_bits(),
+        Dtype::F32 => unreachable!("no tensor of the corpus is f32"),
+    }
+}
+
+fn from_bits(dtype: Dtype, bits: u16) -> f32 {
+    match dtype {
+        Dtype::Bf16 => bf16::from_bits(bits).to_f32(),
+        Dtype::F16 => f16::from_bits(bits).to_f32(),
+        Dtype::F32 => unreachable!("no tensor of the corpus is f32"),
     }
 }
 

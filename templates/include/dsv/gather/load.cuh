@@ -72,15 +72,18 @@ struct Gather {
                 const Element* source = head + (token < 0 ? 0 : token) * stride;
                 const uint32 target = to + row / 8 * Tile::kGroup + row % 8 * kRowBytes + ((lane % 8 ^ row % 8) << 4);
 #pragma unroll
-                for (int slab = 0; slab < head_dim / 64; ++slab) {
-                    copy_16_async(target + slab * Tile::kSlab, source + slab * 64, token >= 0);
+                for (int slab = 0; slab < slabs(head_dim); ++slab) {
+                    // Products do not read past head_dim.
+                    if (slab * kSlabColumns + lane % 8 * 8 < head_dim) {
+                        copy_16_async(target + slab * Tile::kSlab, source + slab * kSlabColumns, token >= 0);
+                    }
                 }
             }
             mbarrier_arrive_after_copies(barrier);
         } else {
-            if (lane == 0) mbarrier_arrive_expect(barrier, block_n * head_dim * sizeof(Element));
+            if (lane == 0) mbarrier_arrive_expect(barrier, tile_bytes(block_n, head_dim));
             if (lane < kBoxes) {
-                tma_load_tile(tile + lane * Tile::kGroup, from.map, barrier, fetched, kv_head, batch);
+                tma_load_tile<head_dim, 8>(tile + lane * Tile::kGroup, from.map, barrier, fetched, kv_head, batch);
             }
             __syncwarp();
         }

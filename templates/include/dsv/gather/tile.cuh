@@ -1,9 +1,10 @@
 #pragma once
 // Where the 8-row atoms of swizzled tiles lie, and warpgroup products between tiles that differ in it.
 //
-// A gathered tile of `rows` tokens is [rows / 8][head_dim / 64][8 rows][64 columns]: what the copy engine brings of 8
-// tokens, all their columns, is contiguous, and every 8 rows x 64 columns are one atom of the 128-byte swizzle. A plain
-// tile (dsv/wgmma.cuh) is [columns / 64][rows][64 columns]. wgmma takes either: descriptors carry both strides.
+// A gathered tile of `rows` tokens is [rows / 8][slabs][8 rows][64 columns]: what the copy engine brings of 8 tokens, all
+// their columns, is contiguous, and every 8 rows x 64 columns are one atom of the 128-byte swizzle. A plain tile
+// (dsv/tile.cuh) is [slabs][rows][64 columns]. wgmma takes either: descriptors carry both strides.
+#include "dsv/tile.cuh"
 #include "dsv/wgmma.cuh"
 
 namespace dsv {
@@ -16,9 +17,8 @@ struct PlainTile {
 };
 template <int head_dim>
 struct GatheredTile {
-    static_assert(head_dim % kSlabColumns == 0, "whole 128-byte swizzle columns");
     static constexpr uint32 kSlab = kAtomBytes;
-    static constexpr uint32 kGroup = head_dim / kSlabColumns * kAtomBytes;
+    static constexpr uint32 kGroup = tile_bytes(8, head_dim);
 };
 
 // Descriptor of either kind of operand: K-major ignores the leading stride, between slabs of M or N in MN-major.
