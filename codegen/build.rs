@@ -25,11 +25,11 @@ fn main() {
     for (op, path) in files(&templates.join("kernels"), ".cu.tera") {
         writeln!(text, "    ({op:?}, include_str!({path:?})),").expect("a string takes any text");
     }
-    text += "];\n\n/// (`dsv/xxx.cuh`, text) of every device header, sorted, those of one architecture in a folder (`dsv/sm80/xxx.cuh`):\n\
+    text += "];\n\n/// (`dsv/xxx.cuh`, text) of every device header, sorted, those of some kernels alone in a folder (`dsv/sm80/xxx.cuh`):\n\
              /// given to NVRTC by name beside any source; see [`source_hash`] for what a text is hashed with.\n\
              pub static HEADERS: &[(&str, &str)] = &[\n";
     let include = templates.join("include/dsv");
-    let mut headers: Vec<(String, PathBuf)> = ["", "sm80/"]
+    let mut headers: Vec<(String, PathBuf)> = ["", "gather/", "sm80/"]
         .iter()
         .flat_map(|folder| {
             let named = |(name, path)| (format!("dsv/{folder}{name}.cuh"), path);

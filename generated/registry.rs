@@ -17,704 +17,774 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
-        source_hash: "b616aa2dffbecd2110ed80ab64ea4aa21c65447335c4fc3ab6ae3b073a508cd6",
+        source_hash: "dc4e1fec9f5b467bd274904b8634984f677ef362f4c871c1b278172000290699",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "d6eb5c0a1f8ac733a48f2b4675db889a9e610bfac0ec5a1aab0d931169abfbcd",
+        source_hash: "0bc37df1581a9340304ad37198fb4cbadd997ee1839244a7e4b7ef24843ee1a4",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "a019e56303fac4f004f2da8963250a4a5e737a5ffbcd1af0bb551f440cea61c7",
+        source_hash: "3cfee82c6bd790bd76b944821be06b24ca70f67530ae48c9fc007ed0cb28f0a5",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1b3079b41b193c05b42ea520faba56bb7752253cc6641ddaa9d7ed19818e0e1a",
+        source_hash: "17b3823105884fea6fdba97bc308bdc49a73c6aab388ccad35231d9f57bc6611",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "28ac359fa01af408244ae5f13cd7ce4e3660923ae70cc79ada84ab1aeb8070a7",
+        source_hash: "93cc831e32f677caa30eefc8fa48cce3324cf2b39e444c9b9adca85ca16f42b6",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "534764cc05e198c353c381be927ba29e4abc3e4954eec4b9e80c8ec2f6569512",
+        source_hash: "18245f3c32c0325a1798442d8d20f40f431fd4b52b25a3c25cda1ed793031ccb",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "29d5c9886495bb6fb63e6d8b544c7e7b15d98d476cafe983d978cbb8d3bbd575",
+        source_hash: "d1b9e4602d9ac323385920263a3d7d3bbfaf674515beb6fb695eb3394d9ea39a",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "134b98c88bf49282535a6f85c132e460f6f2a9f387e2b471e49755c473422288",
+        source_hash: "9913f3abbe4731f897609f17883f62612fe5f166279a7a370e2c7ce5e45dc882",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "862b12b338d91b61f15cedcd9d41cb45e8aeb492f9964cdf0fede3897bce0cf6",
+        source_hash: "6e523d5e8b33c0f00bbac4faa38e3b53f6db05083d0cf17a39cd75ab1d817eac",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "91bb33eb18498a44d9bb8aedb3a73d885ff1ee28c87ff8f35d431c96e895b527",
+        source_hash: "56fd4f8d2cd66eaba679519a9edf945e1e240efe3643b8716dcd2dc28d5f2469",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "e4aa55fca6c4202c7482fcac174083ecd2fecab11d05b21e28b7ecfe544c68a9",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "7f6aa95e3df4a8292b0bc31a16bd6e3c550372e3736b0e4f4843243a446b09a3",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "e536cc0bfdece6194f19c8b259a7e5e98187c01da353a13df13fedfeaa276803",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "2c1cdde28b67566379c41ee5a240f276b741e17c83a3f8e8eddb14fee7466317",
+        source_hash: "23439596c5d968494082820297f39f8f3d450d368888c2761fe64e835b403979",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e0137d47acf4829cc5a63d8a39155058c68a4c8c3ac44f875163aebd6a1e9401",
+        source_hash: "00645ba601f74e69d73112b1515dfee02b8b62f8295d9f0d56c4b213b0a9b691",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "15a952d414167571e6da34fabf809bc21e3d262423931cc568a03b951020410f",
+        source_hash: "9e135f18fae973861540216982d3416b4659e89d59a833a76492c5838496cf0c",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "9676c0efee633716855a7584fc81835c390bbf3c4fb1e8b4297e1e8a0c022aed",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "fe4bef4e0214f002d0510beb1683638195c0e20e18bef5626f6dbab81de74368",
+        source_hash: "da52eae84d21d2ab0e9b2304ad0331ab8e71abc9e7cfeca3b843d6fe526b3f7c",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "d9a88a2a5c9c267e0eaa9e7c31b327d353edbfcf64f4f9b48e88e4d53a3fb51f",
+        source_hash: "120439f15ba21f56676a7fdbec33a4d6a2c7387e3239446c2ed961b60b763ce1",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "c394b9f636ea55a9d5b2adaaed3721221cd572f7d4aac779bae7b68e1c2ce88d",
+        source_hash: "3be7f60f2ad8d23628031eb33545eb5442537ed572a249372089b9afa6a72d52",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "6a2db8dc236546576597318d5a6f3ff0c974e1940f0e9d67fd43868fa26e6106",
+        source_hash: "f7365d033373161c80b6f6d966406c3cb7a755159574f65c0bd372f0ac39832a",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c0ea3b8e6cb8af1b7a744f9d1ef16d663026130c205aded4050463c17493b8e4",
+        source_hash: "de8fd48171e7b941a3cff3fcbff5ae5ac751d283e4036b1368ac62ccd116abc7",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "5b90c1b47235b532fec2caf54388e5678bfb2728003f331c36ecbb4683350f59",
+        source_hash: "15416c396f0d28b10049603ffa942ee2c939e30e7a46c58d01585138013212ed",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "05046a063d0f1facaa8b67eafba7ba1a7c2d8b9a61f2d993341bd58829d1bd4c",
+        source_hash: "cc1aa228ada532b949eb928d25c89900dc10f58c4af8bce8f6e9b05fb08c9545",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e90bf91a195d677be3e9320f8e27bd4530c8cade489789523b9f006358df4cae",
+        source_hash: "f7b31e50085dc4bfe3a8c14f12100d7a93940cf9e3fffd5b7fdcc152d7333759",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "347c63a6b98292675e981c8d126164538deefa17494d3b84c2f279dc43128d0a",
+        source_hash: "7f05befdd7f14c50cdada4f7f5d4fbe40487b5f03592da278b2c48e70a95e36b",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "72f0bf2ff2cdc771008d33387cd97f2d94f392ea31c8871073a994a648f896a5",
+        source_hash: "04084d7fab7e0efa02f00062ec3d877938f765fe5fb184b2a9be56f2594840b6",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "2592e5b2240cb1de3774d57dd7ae14acdbf9eabe5ff1cba85a5f3f0361913a10",
+        source_hash: "040c962dbb1bd4257b8083411cc94a83b883738499ddb76b6c53dd22b899eccf",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "eeb216360535df1c7a1bd8e3c3fa3326b9952e1e262a16737071bf6d3affaab9",
+        source_hash: "47a5bc9ca6895fc501f6c797012f2e1243c36381da7d451433e84a5143eba8fe",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "94f707c6819257777d8ca40388b93edf2b5083e5e1041d251cfa632b1085952d",
+        source_hash: "9c4f8f59323840b55761f411707fc71b70b4870a8ed5465045d6efdd6ece0843",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "fd935e09d99d37bf831e3a90638409349da417971ecce9de412980b5484a6810",
+        source_hash: "d4acbb6e4f60e094022c5a5e696d9699d2adf174e14be0ae22aa560506314f95",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "041dc6a94fe3bdf54bc8ea6bd5328ca1fd0d7abec4c136d3d31b000fc6c822db",
+        source_hash: "a612d46f0abe5c985dd20a3a68064237a8d49e9de726f177ab2e6d11b981be92",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5a59c95fd461de5df9e9a319d0406470099c4b1b3779392d786a9cae3e8d5bdc",
+        source_hash: "6f989d57025d75a3add2ab33ed4c9cd0750cc2e1980225ba2fef4f96e5d664d9",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5d20b515545c40ec27f20be6bb26ce7c354dbc15024c8dc47d3c3cbc8ca906f2",
+        source_hash: "d1516fa3643372aa3bbaf14116697aeac5049c422a5321900b7352cf9bb94d38",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "dbfc1d35259b12eaef6db4b65797d993a62e99357b7ce965bee1a55a8c8507c0",
+        source_hash: "dad3cc21067982176e200f056839d93a87ab670600f81596dd44b6ca27f11d1f",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d96ab71d3ac605cdee5b9f9092fcbbca960f283ae7f229050c273da942fa469a",
+        source_hash: "ca41976ee41679bded27bfd528efb8316db5f5052c747436be42323ac7d9111c",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "312102ec01b50004d0b58d95d1e8dfcd2825a5dc99653366cacb504713021ea5",
+        source_hash: "c3ba753dbe9b1463df1d39872872ea54968e1ff6a85c9c866379f3641c5fddd4",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "db9148044c64debe17133f952bf1fad6ce226e30e1b49d01ba645c76961b0c6a",
+        source_hash: "606ea3e3a8af03313db497ae9183af0cc0bda25d8164037374b5be88a512dd80",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "765341bf339b9610e605461143709586b3f13daa05d9905943ef741214c29276",
+        source_hash: "2ead9c0f6a8f01b05cc05a5214f89fe5975d860faf5374f81437c87b4ada7bea",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "b75eb17676018d5d13c0492249c9f4d2d06bb470612b2cc790f14651a1f6a492",
+        source_hash: "9bb1b0663b368fad3a4d610a568ffe7e172d784ca45ad31a5d29b4ec56cd1adf",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1557ee520fff0b90187b96bd46abd6ebac3307fab5bce4f4c1e51c28e4a4cab8",
+        source_hash: "4d2612490bd93cb5d1af965d65b76754b3c1666b91666f2af938758091b69257",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "1b4883f26dbb3b9cd87a04b25a2e8858cfb4ade26a880bcfc7a2966f84dad667",
+        source_hash: "d9e5720510d9a275ad6732a5028203aef61a753ab27ddf300d25533218978219",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3a97ce7cad3bf14ccda72ab3944051c5e65a19e50c5db720e3ad8f1e516812e0",
+        source_hash: "c18b3105c094f55315ef64d8292fb9b8ef6d1767c97c98b9c49cbe97342e2589",
+    },
+    Kernel {
+        name: "attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "a2890ac3b2867cdaca3d4c6b623b1a0f83c5c85ef427b527c6a091b13b78340a",
+    },
+    Kernel {
+        name: "attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "6ea9e2fbdbcd5cefb8012dffe546bfc29474b1805b4e71377c8f792d357383a0",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "80b2f3bcd5c69b8e37b7ee50fc44408ff936ceee38c90df84277f05502bc987b",
+        source_hash: "4394759ae7801505280b2cfe330603f0c27c73ceb4f4aebc8f9cff90dc3fece2",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d5cd83049e459667424521b0effa0d6b27e1208c495366245c103c0cdcd3f911",
+        source_hash: "d325c1de9fad87ad1a0095f3444c207ce502998d9210c95e3596bec6b41f60db",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "4ea7bcf47aefff5822432399b1dda3b6400132ea59742f48c31808af7c0ddd65",
+        source_hash: "306478a01d762a48ea7fba7da5a3ac21b5a097dec554c69a2a05a5ce2aab34a7",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "dd3584eeaa7823bf2213439e3d86bcefe7e6532068a764d3631030738a2fb284",
+        source_hash: "0240dee0f5a1e6601524386f2875cc486cb2ada2f40fb422e4b53248f60cf584",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c032a3b4237793ae6d395e39d513780b2f885a3f0a01df7b9c83858825096c68",
+        source_hash: "a810fa1a69f914294b05c4c309a37b449a3781fb1dc1d67926c2fd867c58e480",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "985a6b01755d5fb801678c4c8a536760b1e9cca5276419eb1d0301c585a17249",
+        source_hash: "9d0df77ff82b3901191b92682039a2e5f641e750f6523a8129bf7dafafacbc6e",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "c119c9e8dc3df3ee0b3adbe870242eda84a8bf69212c7db665ab262c87bc2845",
+        source_hash: "6978f4894bd94c0bd06f55d2bf9693f1421d9aa1ae8ab4e0b34f94ac5eb89ada",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "21287c05eadc06be4f1d6b9a6adecdca235c1d878c2c7e564be5b60a2244b9cd",
+        source_hash: "b814da66f68b0cc3e824f84bb07624c01c78cf69473a723013075416b417a65b",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "37f9b6592b70dfa5458cc8ecc786b97b6f2f6eb5f9f02207e8e23599ab912d7c",
+        source_hash: "5361da3838f7f40832d68a4c7c2f0568d0c2a3b6a17265e80f80ebb7fb3cc2ac",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "6377aaa3ebf2aa6146645509d2db1365791b4bcb35b8e1fff01c7def8594d907",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "fb39da3e8090cc072a8b357af9c8eebc1339a6f3b7a0b5980c7102e8a69ba082",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "281afc08fc2ca33a3887c7026124e4e6e517306dbaa957bc009c8f0bc299e4dc",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "45b06e46dc4a988ebb0af3cd340d8b0e2bbc7b2f0397ac308708d558b1e13087",
+        source_hash: "0c3da5d2f3ed9d46e40a46bfb60ef198cf3d8174c608a6053547ef48c8b0f520",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e5c3a08ac8be8ece21b21d660965317edaf10330ceddd29588d37847379c5e5f",
+        source_hash: "14ed38344c14f5058b76f77332f97326f57cf3b7034afe0f9e497766f802b934",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "a58b46b7766adad8daa860087f9cd411e796ccf65787fa9e1cfa7e3259eef59b",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "135a8fb2457a31b4b2d9016dc145d0726f80d85a34469e5c756aa6e31959cdd8",
+        source_hash: "6daa6023c02312f0a7042aca1ede2011f767226d6d55a7e218f6ae650c19d4fc",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3d2a14059c1a620aabd013c60275d00522eefcbfb3a35c0f20e93cd4e8b4927c",
+        source_hash: "837510b326ba562083f393f64c2351f39a2fefb1a5dbe50319baaeb0881e0ff8",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "d77a924e38f32cb9b9d06d04ea538733237bff27ed32842d454f1eaea46cd156",
+        source_hash: "f61ccd40c628a016743c4faf604844141e0b898dd21755b4f4278bf1d6ba01f5",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c65e84e8d6fa561575e43346f03bec381f0ef185433e1b36e92ba219d6471e90",
+        source_hash: "ff4c573dfb7098cd53f722d98cd67cb5a82c8334653a46175311b569f535dd98",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e729d775d60bbd2cb955580946a7fd5e6571ee42e100fe57c3d2bc4c40321293",
+        source_hash: "ca8300b9fb6a38ac0ad478ca60fa5624386f8eec159dfab480f703a85f5ab496",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7bdb929494f77f7bf20e48d43456f5f85eaf6bb32a955421610a6d3dd2c8acc9",
+        source_hash: "e956b80723cc6044dbe8400e1e97643a42b30fcfa2924df30f9c575dd9955f98",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "83ca9ae48ddd5406827f8528c556f2d870cbe36d3945cdf50c1f4a12e100fa45",
+        source_hash: "fa74e51537a3ad6974e01b86ccd6769121438f2da460ecdd99a0cd08e0c5966b",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "88eddbb91afced0f653dc1f21f04d474e5f2c8f4bad0b82f27da7f378461e208",
+        source_hash: "d9480720da189441d0eb6e11a80e7ff60e3bd344c27fe05976f0cce50fb743e1",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1f5417572106c361461cafd4f538f89d9a90592bc6d2697bdfc5d476855dae64",
+        source_hash: "fedd803bbb73919fc41fff494ee25f77aff78ead3bf1e275dd1c8fd021b2b656",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "da31c340346dc9fabd30c94e70d56b170e4bccd6d95f487b393b4f8f3306dc74",
+        source_hash: "468530f98f10ad1870d318b1abd5e738941299970768f39b66f0331396491d7a",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "17d75223b36a85f60e101884b7507c9eb9369a95f692dce2e3db7e9473f4fa14",
+        source_hash: "fdbaed8c56649887ab4efd36e4e7d805ab4943f5b9fc5b6101940dd9b1295ff2",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "64c6f5c13fc49c4bce918917b092cabadd0852db72977f0cae7c4b2992ed9355",
+        source_hash: "e5a40e4ed3da1141d1bbcc729a5aa66ba1887c87f08ba625fec67539b920b711",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "c1f3f677b9c4b3bd40de37a26a9f0e82f1d8068e40b605ed6e6cc5fb30d85101",
+        source_hash: "a32dcde0e7328d19f4bdf5758c477812b4f03cbc916c4ea5c39ab034a2040e2d",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "d40aadc689578db0c9f5454d732a7fdec7ffef9fc68407a028832b15e2356c2f",
+        source_hash: "d311b1e31b17c7259b35aaa052847e749a02423a86a5bd792b8c2bb732ef10ca",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "35fd6f51d16f3012d9a5d6b68f8418b615ee33f0305c18ec3a3d6b4ed7d26192",
+        source_hash: "f0c161f4c9f7549b2720de6f4263aa89386255e77478c6ba441d240a11689724",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "135e7509ee2d4e4c37fb8ef37b73bdbe2dfd9d64dd5ba9b79eccbe951bc11a36",
+        source_hash: "48a4175071d51eb4bf9d24b02d0f6ad14dcd7d3250619a6c7eb3d24c23c9d3df",
     },
     Kernel {
         name: "gram_key_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_v1_sm90a.cu"),
-        source_hash: "9c992251ef5466ea803758d4c2f1eecced6193e97e9a0f689a5223f06f56cfc9",
+        source_hash: "ed2921d6856db89ddb2546f5d4f9fc1e071b08dadbe9c84a3fdf40f467cb37e9",
     },
     Kernel {
         name: "gram_key_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_v1_sm90a.cu"),
-        source_hash: "a2ddaa32224bee60bb12405263cfcb962db1dc7ee6835e6c79ad4442a9178a71",
+        source_hash: "882c7fe88c8ae0535637e0a28af43508f5169d5736fa4da15c663f8eb7942709",
     },
     Kernel {
         name: "gram_query_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_v1_sm90a.cu"),
-        source_hash: "b88d42084d20d3ea743edaf3241d22c371d73df0844718fb6973de40e2018a9f",
+        source_hash: "51ece8c165bd736bdd157d81cf62de08a1a2071c3124605c3a5939af3aefbbb9",
     },
     Kernel {
         name: "gram_query_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_v1_sm90a.cu"),
-        source_hash: "d43617df14b341433e806610e34ebcbd178efb2db35b9edaeadd847230678e9a",
+        source_hash: "c7e6688b7c8c6e0fac6cc485d7b1e4e9a6e22422b9b6f24c41ba9aec2befb68d",
     },
     Kernel {
         name: "kv_invert_sm80",
         source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
-        source_hash: "68e9e389a452d2d7b3c7ff0b81013ac85385df9ab31e847dd1d5c237792a0742",
+        source_hash: "c5ff426427e45473a9909ccbe4970a45d9bd01607a7459ab6fbc9cfff58fe189",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "c7136246e52534017bb3c8b759e0d9ed99bdb44d7339ec07653eeefd7463f36c",
+        source_hash: "d46d39d9b7d5f3243a6452cbe4010ee4e64cbf7988597987a8cecbc30ad1f845",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "80e435029c33ff0a952af665e7c67d6f0dc01485f6290fb806c4ea1d7c367e7f",
+        source_hash: "1b5bc7c70ecf5fdcbba9d79ccdc49a233f54781ddf3e6db6172158a93b62c7d3",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "1cc2035f85e82d630edf0cdf8ecd1f7d49f6290564f57535743c3bd10754904b",
+        source_hash: "094b89f56fe6d77f931c1147f6f3d15887a19341f49e5be98df35aa7572dc3b2",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "65d46f76574c4f707e8b709bef845773a4b9bc59b993dc7eee3ddc4df2df9abe",
+        source_hash: "61ed3f527a8df8590b9ed780779adc4066b33a70367cb8a47f7287fa4bf973b4",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "6158ca56e38547057a84eaf8d8e2065f497ab503536dbc3a3aa1472f1363492a",
+        source_hash: "69f7d96b72ca3c1fad9eff1176b04b0afd20de0df2f9ab5f88665345a1acd942",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "55cfc528fbaacc3d1a6ad6897005d7c1c841ab2a149fa4ce543dd5ccc8816f0d",
+        source_hash: "ce7471b25a3be1587e11e9e69af4111d0f5c6092972226fabeb875aaf2197f54",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "4cd267385497977e7719cbaa228e9d4eb9f88a00cf6ff4f0b88f80dcf1dd630e",
+        source_hash: "b4734ff26e789da8db34e11f4f73480887ae01a8b6be822ff99dad8a5279319a",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "4e1951394fd19ca97564813c1ed4f891f11a9da820436fa01496d0664f10802d",
+        source_hash: "21f1be0dcf9ec76d8ab6b2c78e12867d42fb9a17709847ae55785de01d9fbdcd",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "8dd056a4185ed3fafb9bd579204d28ed2454034a9fdc41f5dcc574681ab924cb",
+        source_hash: "318195cc53a205ad57ad2c4c6cfde81c9773e90adae4066c5d06a111970b9cd8",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "693ad3d1da81dc9a34131359f51982506a54d10fe53abc5b065463b67794982a",
+        source_hash: "ecc9f41b99b6715b881272f6094459bddc96aa5be751cd1a0e86beb6a1addafc",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "b6d56ac31f5f00fb12c58f4aab78fd0ea73bceb9b0ef21f4588694f2b77954aa",
+        source_hash: "7d75710f45d0f32695df7933254ce498d57eeedfcdfe32c1eadb8818ccfd5c0b",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "e7933cd9e54c0575f32e185264eedd21670814a9f62031df8e87f5531442ad69",
+        source_hash: "0d2a1d5f42c397c7cbc39e2f5c81fa9f8ae067e422a9966d5fb7f0427a0ed122",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "5c2af9eb74f36a8d511fea72db7d4316a361be792aa6e2241188a322b431b038",
+        source_hash: "5849be4281fe4fa48686b428a00b8d0c9709b93a0b99b1dc000c883ce5f8c284",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "4a463f3b77242a7575f5b7fcd7178299ec6999528fe451d3a5c4ad67be4c6c52",
+        source_hash: "82a6c180c61586a9c134309b7748b1f50b26cb41db876b2110b3aaa97c8dd96c",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "5d61226e8b576c1cdfdd2d5655ad96be8e476c2eda3923c8d20e8c2674c79859",
+        source_hash: "ffcec484d8226ef1de9ced392b3a8577434125fb86be73d9b17bc461447b4719",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "0f4d12a546db2a7f9ed9d84f2ceb643b76ac9e26c0ad636026aae1e626d32451",
+        source_hash: "af5d861c292b8ca2613d3d9ae764ab541f53479a0d4d409044386bd75b064152",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "93c2870f76f54102b759fd192d940951d5ffd82c4eb0587782fdf30067873895",
+        source_hash: "cae9f863be1c26154aed03c3f89de08b3d83a0dbd3b854dded13f98cf8884ff0",
     },
     Kernel {
         name: "kv_validate_sm80",
         source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
-        source_hash: "3c197a6944b8f7e8689788d61f4b836cc65a7b92a1f9c7c1785351d5c5ce1655",
+        source_hash: "c8a12b76e188473b4170af4510a8e0926159186fac752bac15e2226b8ca0f651",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "7bec33b3b2a1685c3468be8a76d781f828fcbc136155951c74b5ec110c64dac6",
+        source_hash: "0ff1a75a0bc51d7aab118bb76be6b3ba8602e22acac468c73debf07fa9f41399",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "0b90776b8a20fb82069effeaf9523df6d61d90df84f0c575a67fbf1025cd3e78",
+        source_hash: "ddbde158c83da2641933bb2465c6d35d02b7051a43a9d37d1582b04397b84e1c",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "6d0f817463726a4b568e504344d5275470d3da9fe4e158af24dd1f889713ad97",
+        source_hash: "2e44c6af293b2d5b597c6e56bce0b2c561fb3d4821a4fac53fd6ec6a6cc4d8d2",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "fe6adf0eea80207aaabbf395b3d94790ab5cc602fc8b4c382facc8e3b14e076b",
+        source_hash: "9bfd6c2923de624b018a6c5344660601799fb70438c4e55e6ee1d7a6a620803b",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "a6ea848e91eadfd829e90a41b0763e38f786bdd2ccb48a29d83beba8bcfd8d3d",
+        source_hash: "4fa4d33a226dffce69f7e7291fe6450b5709bca77f04285921f313eff33a97fd",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "daabc7a817af9a2d62f7dfe7f4904536c2885033191d58da3607bda89d5e9a79",
+        source_hash: "c457d3d9c4bea86f13fe5a22be51f2693aaa8dbb03977558cb45cfd446d9f03c",
     },
     Kernel {
         name: "profile_f32_d0_v1_sm90a",
         source: include_str!("kernels/profile/profile_f32_d0_v1_sm90a.cu"),
-        source_hash: "fbdc4052efa822be853491dea345a38514787b58af3ba98347c84215c7e70367",
+        source_hash: "9aacbecb7052803eb26de9b673d513450fd5219be42d47e7fc69b4d9c141e26d",
     },
     Kernel {
         name: "profile_logits_bf16_d128_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d128_v1_sm90a.cu"
         ),
-        source_hash: "0c54c227e99b6f53cedc6057ceeea91308df22569eab1c8d096bdd2337945305",
+        source_hash: "b7687f166c18ab4c0bba07dd951dc10d3ed7fe021223432dfb99d1a75ec34cbb",
     },
     Kernel {
         name: "profile_logits_bf16_d64_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d64_v1_sm90a.cu"
         ),
-        source_hash: "156327e445c0f630a59066eb75cb81d09fce16bf4b4882c212f49b7a53d55daa",
+        source_hash: "60162b0b008a25625df8a0794d55cefe3c690de6c920c0d37d0178676d5077f2",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "4cb7a89b3eadbf0224d8ac34de782f16bf6bde84bde3f3cc74f3b1e9b6eb2f10",
+        source_hash: "e253dbac404794ed852794656dddd8cf73f44c13b93d7349feae70dbd857be0c",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "aa65bbcf24aed597612d1b5546b45bfdb2eec0ffdabf0bc98775e42e561cd487",
+        source_hash: "3f7e28fed899b62cfbe4dedb8c87fa94cefe9d315f26a055a1dbc535a378d20a",
     },
     Kernel {
         name: "residual_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_bwd/residual_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "c11f6c6a352f51e971a02e10c13f3b9a3f43080268fdfcbc110560ba82ee4544",
+        source_hash: "39fb44d4f03a530298b39df11325bd5ece84b4b92477f3ecf52731c92be0611e",
     },
     Kernel {
         name: "residual_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_fwd/residual_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "03cbe3d43caa74359ebcafc4f210cb26e396cb66178c9ece9595826f9abf52ea",
+        source_hash: "9c2eaf189d8ab4cb58ebc3f9388e11fbb047164e45a2ff01b4a5a83a78897e14",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "a617a342361fbb0d2026216df0c2eacfa0268e7bd3f78de5a63127aedb5423a7",
+        source_hash: "93ece3936aeae1bb6ac34393f2fa8811851046cca3a8d96b165163e98e48ea00",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "cee14a9f424a100c9836641feb7a253dfbe1c52c23c03b96c1ea4d3cf3a0e701",
+        source_hash: "6abc59891b8d392cf494d2c377632c422a4270ceb4346fe1e7126dc8aa203a54",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "1059697588c2f97448417b631d2176c939191de2cd96d17a51b1f5d7eb8ada0a",
+        source_hash: "bfe93f8dbe6c0ead712d9d5e77cc020a335467909e6d709e4fdac2ce669db1ae",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "04effd453e4d1fd5942efa46f36cc6a6a9313bfbcba404eb9625b5e745e2196e",
+        source_hash: "a7e3b02232ae3610311bb92f28cc93cba0ac1c3afce8b5ab9119ad6f18de1789",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "1f0902cd518949ae246e86e718810f7d5da95e1fcc985bd12428c2459bdbff1e",
+        source_hash: "a9298bc028cc730ffa73bfba80f8c936b11d63f0b0b344acaafb6c1550af42e5",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "c23c987b5262133bd0a93da36a373338768384e2f68f80f6219426be86e084a2",
+        source_hash: "e2fec41b151de8d3e86bb3d8321009ad1eeccb6c0e2a78cea85e275ecd8a7433",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "adfc6122e2a0f6b42a9b979bfe2cc4b158b741c48c99013f578efc0112bc0eb0",
+        source_hash: "9e1ba7bf9ddc16c9167a0ac78ab5aa21f9895f41d289bd3339a333b259d58f2f",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "148854ddbd70534807792b5da8bc731fef76abdcbba6d7ce1e2e817218ab4f42",
+        source_hash: "64e38f8baf07380d9bea56d56a06c018d6bfd92e63a2acf6e38b3ffd3eb7fbb4",
     },
 ];
 
@@ -722,6 +792,13 @@ pub static KERNELS: &[Kernel] = &[
 pub static HEADERS: &[(&str, &str)] = &[
     ("dsv/attention.cuh", include_str!("../templates/include/dsv/attention.cuh")),
     ("dsv/fragment.cuh", include_str!("../templates/include/dsv/fragment.cuh")),
+    (
+        "dsv/gather/accumulator.cuh",
+        include_str!("../templates/include/dsv/gather/accumulator.cuh"),
+    ),
+    ("dsv/gather/load.cuh", include_str!("../templates/include/dsv/gather/load.cuh")),
+    ("dsv/gather/tile.cuh", include_str!("../templates/include/dsv/gather/tile.cuh")),
+    ("dsv/gather/walk.cuh", include_str!("../templates/include/dsv/gather/walk.cuh")),
     ("dsv/kv_walk.cuh", include_str!("../templates/include/dsv/kv_walk.cuh")),
     ("dsv/math.cuh", include_str!("../templates/include/dsv/math.cuh")),
     ("dsv/mbarrier.cuh", include_str!("../templates/include/dsv/mbarrier.cuh")),
@@ -737,6 +814,7 @@ pub static HEADERS: &[(&str, &str)] = &[
         "dsv/sm80/products.cuh",
         include_str!("../templates/include/dsv/sm80/products.cuh"),
     ),
+    ("dsv/softmax.cuh", include_str!("../templates/include/dsv/softmax.cuh")),
     ("dsv/tile.cuh", include_str!("../templates/include/dsv/tile.cuh")),
     ("dsv/tma.cuh", include_str!("../templates/include/dsv/tma.cuh")),
     ("dsv/types.cuh", include_str!("../templates/include/dsv/types.cuh")),

@@ -355,7 +355,9 @@ impl Plan {
                     Step::Select | Step::Invert => {
                         let key = (step, Case { head_dim: 0, ..case });
                         // How lists are clustered changes nothing about choosing them.
+                        // Lists of small units are chosen by kv_select_fine, and no kernel reads their inverse.
                         let wanted = !case.lists.is_dense()
+                            && !case.lists.is_gather()
                             && (step == Step::Invert
                                 || case.kind != ListKind::Clustered
                                 || self.mode == Mode::Bench);
@@ -558,11 +560,11 @@ pub(crate) fn parse_block(text: &str) -> Result<Option<(u16, u16)>, TuneError> {
         return Ok(None);
     }
     let size = text.split_once('x').and_then(|(q, k)| Some((q.parse().ok()?, k.parse().ok()?)));
+    let shipped = || space::SHIPPED_BLOCK_SIZES.into_iter().chain(space::SHIPPED_GATHER);
     match size {
-        Some(size) if space::SHIPPED_BLOCK_SIZES.contains(&size) => Ok(Some(size)),
+        Some(size) if shipped().any(|s| s == size) => Ok(Some(size)),
         _ => {
-            let sizes: Vec<String> =
-                space::SHIPPED_BLOCK_SIZES.iter().map(|(q, k)| format!("{q}x{k}")).collect();
+            let sizes: Vec<String> = shipped().map(|(q, k)| format!("{q}x{k}")).collect();
             Err(TuneError::option("--block", text, format!("dense, {}", sizes.join(", "))))
         }
     }
@@ -641,7 +643,7 @@ mod tests {
         expect(BenchRequest { head_dims: vec![80], ..good.clone() }, &["--head-dim 80", "64 or 128"]);
         expect(
             BenchRequest { blocks: vec!["63x64".into()], ..good.clone() },
-            &["--block 63x64", "dense, 64x64"],
+            &["--block 63x64", "dense, 64x64, 128x128, 64x1, 64x8, 128x1, 128x8"],
         );
         expect(BenchRequest { keeps: vec![1.5], ..good.clone() }, &["--keep 1.5", "at most 1"]);
         expect(BenchRequest { num_heads: 0, ..good.clone() }, &["--heads 0"]);
@@ -668,6 +670,11 @@ mod tests {
         expect(BenchRequest { kernels: two, ..own.clone() }, &[&sm80, "of one architecture"]);
         let both = BenchRequest { served: Some(ServedBy::Committed), ..own };
         expect(both, &["--kernel attn_bwd", "no --served"]);
+        // Lists of tokens: the forward and the backward alone.
+        let steps = Step::ALL.to_vec();
+        let tokens = BenchRequest { blocks: vec!["128x1".into()], steps, ..good.clone() }.plan().unwrap();
+        let steps: Vec<Step> = tokens.contests(Arch::Sm90a).iter().map(|c| c.step).collect();
+        assert_eq!(steps, [Step::Forward, Step::Backward]);
         // Mixed lists have a sparsity of their own: one case, whatever is kept.
         let kinds = BenchRequest {
             kinds: vec![ListKind::Random, ListKind::Mixed],

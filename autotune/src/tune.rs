@@ -266,6 +266,7 @@ impl<'a> Session<'a> {
         let mut specs: Vec<KernelSpec> = [
             default_attn(AttnOp::BwdPrep, case, no, self.arch),
             default_attn(AttnOp::BwdPost, case, no, self.arch),
+            default_attn(AttnOp::BwdPostKv, case, no, self.arch),
             self.beside(AttnOp::Bwd, case),
             self.beside(AttnOp::BwdDq, case),
             self.beside(AttnOp::Fwd, case),
@@ -488,7 +489,7 @@ impl<'a> Session<'a> {
             AttnOp::Fwd => (Problem { op: AttnOp::Fwd, ..*problem }, own, None),
             op => {
                 let prep = self.kernel(helper(AttnOp::BwdPrep), "attn_bwd_prep")?;
-                let (main, dq) = if op == AttnOp::BwdDq {
+                let (main, ending) = if op == AttnOp::BwdDq {
                     (self.any(AttnOp::Bwd, case)?, own)
                 } else if s.deterministic() == Deterministic::Yes {
                     // A table names its own; else the best that was measured before.
@@ -501,13 +502,18 @@ impl<'a> Session<'a> {
                         None => (own, self.any(AttnOp::BwdDq, case)?),
                     }
                 } else {
-                    (own, self.kernel(helper(AttnOp::BwdPost), "attn_bwd_post")?)
+                    let ending = AttnOp::ending(s.lists(), s.deterministic());
+                    (own, self.kernel(helper(ending), ending.name())?)
                 };
                 let forward = match forward {
                     Some(kernel) => kernel,
                     None => self.any(AttnOp::Fwd, case)?,
                 };
-                (Problem { op: AttnOp::Bwd, ..*problem }, forward, Some(BackwardKernels { prep, main, dq }))
+                (
+                    Problem { op: AttnOp::Bwd, ..*problem },
+                    forward,
+                    Some(BackwardKernels { prep, main, ending }),
+                )
             }
         };
         AttnPlan::new(&problem, &layouts(&problem), None, forward, backward)

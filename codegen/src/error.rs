@@ -117,13 +117,13 @@ pub(crate) fn no_kernel(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, a
     if !space::SHIPPED_DTYPES.contains(&dtype) {
         axis("dtype", joined(space::SHIPPED_DTYPES), listed(dtype.to_string(), "SHIPPED_DTYPES"));
     }
-    if !lists.is_dense() && !space::SHIPPED_BLOCK_SIZES.contains(&(query_group, kv_block)) {
-        let sizes =
-            space::SHIPPED_BLOCK_SIZES.map(|(query_group, kv_block)| format!("({query_group}, {kv_block})"));
+    let (shipped, list) = space::shipped_sizes(lists);
+    if !lists.is_dense() && !shipped.contains(&(query_group, kv_block)) {
+        let sizes = shipped.iter().map(|(query_group, kv_block)| format!("({query_group}, {kv_block})"));
         axis(
             "(query_group, kv_block)",
             joined(["dense".to_owned()].into_iter().chain(sizes)),
-            listed(format!("({query_group}, {kv_block})"), "SHIPPED_BLOCK_SIZES"),
+            listed(format!("({query_group}, {kv_block})"), list),
         );
     }
     if axes.is_empty() {

@@ -52,19 +52,23 @@ pub fn attention(
     lists: Lists,
     arch: Arch,
 ) -> Result<Vec<KernelSpec>, CodegenError> {
+    // On sm80 dQ is always accumulated; of small KV units dK and dV are, and nothing else.
+    let needed = |op: AttnOp| match op {
+        AttnOp::BwdPostKv => lists.is_gather(),
+        AttnOp::BwdPost => !lists.is_gather(),
+        AttnOp::BwdDq => !lists.is_gather() && arch != Arch::Sm80,
+        AttnOp::Fwd | AttnOp::BwdPrep | AttnOp::Bwd => true,
+    };
     let asked = |spec: &KernelSpec| match spec {
         KernelSpec::Attn(s) => {
-            // The text of these two does not depend on lists: there is one, named dense.
-            let of_any_lists = matches!(s.op(), AttnOp::BwdPrep | AttnOp::BwdPost);
-            (s.dtype(), s.head_dim()) == (dtype, head_dim) && (of_any_lists || s.lists() == lists)
+            let listed = s.op().is_of_any_lists() || s.lists() == lists;
+            (s.dtype(), s.head_dim()) == (dtype, head_dim) && listed && needed(s.op())
         }
         _ => false,
     };
     let specs: Vec<KernelSpec> = space::shipped(arch).into_iter().filter(asked).collect();
-    // On sm80 dQ is always accumulated.
-    let needed = |op: &&AttnOp| (**op, arch) != (AttnOp::BwdDq, Arch::Sm80);
     let missing = |op: &&AttnOp| !specs.iter().any(|spec| spec.op() == op.name());
-    match AttnOp::ALL.iter().filter(needed).find(missing) {
+    match AttnOp::ALL.iter().filter(|op| needed(**op)).find(missing) {
         None => Ok(specs),
         Some(&op) => Err(error::no_kernel(op, dtype, head_dim, lists, arch)),
     }

@@ -12,9 +12,13 @@ use crate::context::{describe, variables};
 // KERNELS and HEADERS, listed by the build script.
 include!(concat!(env!("OUT_DIR"), "/templates.rs"));
 
-/// Name of a spec's template: `<op>_<arch>` where the architecture has one of its own, else `<op>`.
+/// Name of a spec's template: `<op>_gather` for lists of units smaller than a tile; else `<op>_<arch>` where the
+/// architecture has one of its own, else `<op>`.
 pub fn template_name(spec: &KernelSpec) -> &'static str {
-    let own = format!("{}_{}", spec.op(), spec.arch());
+    let own = match spec {
+        KernelSpec::Attn(s) if s.lists().is_gather() => format!("{}_gather", spec.op()),
+        _ => format!("{}_{}", spec.op(), spec.arch()),
+    };
     KERNELS.iter().map(|(name, _)| *name).find(|name| *name == own).unwrap_or(spec.op())
 }
 
@@ -197,7 +201,10 @@ mod tests {
         let by_hand = |source: &str| {
             let mut plain = blake3::Hasher::new();
             for (name, text) in [("", source)].iter().chain(HEADERS) {
-                if name.starts_with("dsv/sm80/") && !source.contains("sm80") {
+                if ["sm80", "gather"]
+                    .iter()
+                    .any(|f| name.starts_with(&format!("dsv/{f}/")) && !source.contains(f))
+                {
                     continue;
                 }
                 for part in [name, text] {
@@ -207,8 +214,8 @@ mod tests {
             }
             plain.finalize().to_hex().to_string()
         };
-        for source in ["#include \"dsv/types.cuh\"", "#include \"dsv/sm80/cp_async.cuh\""] {
-            assert_eq!(source_hash(source), by_hand(source), "{source}");
+        for source in ["types", "sm80/cp_async", "gather/load"].map(|h| format!("#include \"dsv/{h}.cuh\"")) {
+            assert_eq!(source_hash(&source), by_hand(&source), "{source}");
         }
         assert!(HEADERS.iter().any(|(name, _)| name.starts_with("dsv/sm80/")));
     }

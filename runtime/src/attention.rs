@@ -5,7 +5,8 @@ use crate::error::Error;
 use crate::kernels::Kernel;
 use crate::layout::{ALIGN_BYTES, Extent, Layout, pair_of_rows_map};
 use dsv_spec::params::{
-    AttnBwd, AttnBwdDq, AttnBwdPost, AttnBwdPrep, AttnBwdViews, AttnFwd, AttnFwdViews, AttnSizes,
+    AttnBwd, AttnBwdDq, AttnBwdGather, AttnBwdPost, AttnBwdPostKv, AttnBwdPrep, AttnBwdViews, AttnFwd,
+    AttnFwdGather, AttnFwdViews, AttnSizes,
 };
 use dsv_spec::{Arch, AttnOp, AttnSpec, AttnTile, Deterministic, Dtype, KernelSpec, Lists, Problem, limits};
 use std::sync::Arc;
@@ -152,12 +153,14 @@ fn statistics_rows(p: &Problem) -> u64 {
     p.batch as u64 * p.num_heads as u64 * seqlen_q_padded(p) as u64
 }
 
-/// Byte offsets of the backward's workspace: f32 `lse_log2` and `delta` [B, H, seqlen_q_padded], then, where dQ is
-/// accumulated, its f32 accumulator [B, H, seqlen_q_padded, D]; each aligned to 256 bytes.
+/// Byte offsets of the backward's workspace: f32 `lse_log2` and `delta` [B, H, seqlen_q_padded], then an f32 accumulator
+/// where there is one: of dQ [B, H, seqlen_q_padded, D], or with KV units below 64 tokens of dK and dV
+/// [B, Hkv, seqlen_kv rounded up to 64, 2 * D]; each aligned to 256 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Workspace {
     pub(crate) delta: u64,
-    pub(crate) dq_accum: u64,
+    pub(crate) accumulator: u64,
+    pub(crate) accumulator_bytes: u64,
     pub(crate) bytes: u64,
 }
 
@@ -166,11 +169,21 @@ impl Workspace {
     pub(crate) fn of(p: &Problem, main: Deterministic) -> Workspace {
         let rows = statistics_rows(p);
         let statistics = (rows * 4).next_multiple_of(256);
-        let accumulator = match main {
-            Deterministic::Yes => 0,
-            Deterministic::No => (rows * p.head_dim as u64 * 4).next_multiple_of(256),
+        let summed = match AttnOp::ending(p.lists, main) {
+            AttnOp::BwdPostKv => {
+                let tokens = p.seqlen_kv.next_multiple_of(limits::BWD_BLOCK_M as u32) as u64;
+                2 * p.batch as u64 * p.num_kv_heads as u64 * tokens
+            }
+            AttnOp::BwdPost => rows,
+            _ => 0,
         };
-        Workspace { delta: statistics, dq_accum: 2 * statistics, bytes: 2 * statistics + accumulator }
+        let accumulator_bytes = (summed * p.head_dim as u64 * 4).next_multiple_of(256);
+        Workspace {
+            delta: statistics,
+            accumulator: 2 * statistics,
+            accumulator_bytes,
+            bytes: 2 * statistics + accumulator_bytes,
+        }
     }
 }
 
@@ -234,7 +247,7 @@ pub struct BwdArgs {
     pub dk: u64,
     /// Gradient of V, written.
     pub dv: u64,
-    /// The inverted lists; `None` exactly when the problem is dense.
+    /// The inverted lists; needed exactly where [`AttnPlan::needs_key_lists`] says so, and else not looked at.
     pub lists: Option<KeyLists>,
     /// The lists the forward read; needed where there are lists and [`AttnPlan::needs_query_lists`] says so.
     pub query_lists: Option<QueryLists>,
@@ -249,18 +262,12 @@ pub struct BwdArgs {
 pub struct BackwardKernels {
     /// `attn_bwd_prep`.
     pub prep: Arc<Kernel>,
-    /// `attn_bwd`: dK, dV, and, unless it is deterministic, the accumulator of dQ.
+    /// `attn_bwd`: dK, dV, and, unless it is deterministic, the accumulator of dQ; with KV units below 64 tokens, dQ and
+    /// the accumulator of dK and dV.
     pub main: Arc<Kernel>,
-    /// What writes dQ: `attn_bwd_dq` after a deterministic `attn_bwd`, else `attn_bwd_post` from the accumulator.
-    pub dq: Arc<Kernel>,
-}
-
-/// The op that writes dQ after this form of `attn_bwd`.
-pub(crate) fn dq_op(main: Deterministic) -> AttnOp {
-    match main {
-        Deterministic::Yes => AttnOp::BwdDq,
-        Deterministic::No => AttnOp::BwdPost,
-    }
+    /// What `main` leaves open, of the op [`AttnOp::ending`] names: `attn_bwd_dq` after a deterministic `attn_bwd`, else
+    /// `attn_bwd_post` or `attn_bwd_post_kv` from the accumulator.
+    pub ending: Arc<Kernel>,
 }
 
 /// The form of an attention kernel; of others, [`Deterministic::Yes`].
@@ -312,7 +319,7 @@ impl AttnPlan {
             (Some(b), _) => {
                 serves(&b.prep, AttnOp::BwdPrep, p, &mut problems);
                 serves(&b.main, AttnOp::Bwd, p, &mut problems);
-                serves(&b.dq, dq_op(form(&b.main)), p, &mut problems);
+                serves(&b.ending, AttnOp::ending(p.lists, form(&b.main)), p, &mut problems);
             }
             (None, _) => {}
         }
@@ -353,10 +360,21 @@ impl AttnPlan {
         self.backward.as_ref()
     }
 
-    /// Whether the backward reads [`BwdArgs::query_lists`]: it has lists, and its `attn_bwd` is deterministic.
+    /// Whether the backward reads [`BwdArgs::query_lists`]: it has lists, and its `attn_bwd` is deterministic or walks
+    /// units below 64 tokens.
     pub fn needs_query_lists(&self) -> bool {
-        !self.problem.lists.is_dense()
-            && self.backward.as_ref().is_some_and(|b| form(&b.main) == Deterministic::Yes)
+        let lists = self.problem.lists;
+        !lists.is_dense()
+            && self
+                .backward
+                .as_ref()
+                .is_some_and(|b| lists.is_gather() || form(&b.main) == Deterministic::Yes)
+    }
+
+    /// Whether the backward reads [`BwdArgs::lists`]: it has lists, of units of at least 64 tokens.
+    pub fn needs_key_lists(&self) -> bool {
+        let lists = self.problem.lists;
+        self.backward.is_some() && !lists.is_dense() && !lists.is_gather()
     }
 
     /// Bytes of workspace the backward needs; 0 for `attn_fwd`.
@@ -406,6 +424,23 @@ impl AttnPlan {
             // SAFETY: the caller's promise; the parameters are those of attn_fwd on sm80.
             return unsafe { kernel.launch(stream, grid, smem_bytes, &params) };
         }
+        if p.lists.is_gather() {
+            let params = AttnFwdGather {
+                map_q: q.tensor_map(args.q, &self.layouts.q, CONSUMER_ROWS)?,
+                map_k: kv.tensor_map(args.k, &self.layouts.k, box_rows as u32)?,
+                map_v: kv.tensor_map(args.v, &self.layouts.v, box_rows as u32)?,
+                map_o: q.tensor_map(args.out, &self.layouts.out, CONSUMER_ROWS)?,
+                k: self.layouts.k.view(args.k),
+                v: self.layouts.v.view(args.v),
+                lse: args.lse,
+                q2k_index: lists.q2k_index,
+                q2k_count: lists.q2k_count,
+                error_flag: args.error_flag,
+                sizes: self.sizes,
+            };
+            // SAFETY: the caller's promise; the parameters are those of attn_fwd with such lists.
+            return unsafe { kernel.launch(stream, grid, smem_bytes, &params) };
+        }
         let params = AttnFwd {
             map_q: q.tensor_map(args.q, &self.layouts.q, CONSUMER_ROWS)?,
             map_k: kv_map(args.k, &self.layouts.k)?,
@@ -421,7 +456,7 @@ impl AttnPlan {
         unsafe { kernel.launch(stream, grid, smem_bytes, &params) }
     }
 
-    /// Queues dQ, dK and dV: three launches in stream order.
+    /// Queues dQ, dK and dV: three launches in stream order, and with KV units below 64 tokens a fill of the accumulator.
     ///
     /// # Safety
     /// As [`AttnPlan::forward`].
@@ -436,8 +471,12 @@ impl AttnPlan {
             allowed: "a plan whose problem has op attn_bwd".to_string(),
         })?;
         let check = Check { kernel: &kernels.main, dense: self.problem.lists.is_dense() };
-        let key = check.lists("lists", args.lists)?.unwrap_or(KeyLists { k2q_offset: 0, k2q_index: 0 });
-        if args.lists.is_some() {
+        let gather = self.problem.lists.is_gather();
+        let mut key = KeyLists { k2q_offset: 0, k2q_index: 0 };
+        if !gather {
+            key = check.lists("lists", args.lists)?.unwrap_or(key);
+        }
+        if self.needs_key_lists() {
             check.words(&[("k2q_offset", key.k2q_offset), ("k2q_index", key.k2q_index)])?;
         }
         let mut query = QueryLists { q2k_index: 0, q2k_count: 0 };
@@ -465,8 +504,9 @@ impl AttnPlan {
         let layouts = &self.layouts;
         let lse_log2 = args.workspace;
         let delta = args.workspace + self.workspace.delta;
-        let fixed_order = form(&kernels.main) == Deterministic::Yes;
-        let dq_accum = if fixed_order { 0 } else { args.workspace + self.workspace.dq_accum };
+        let accumulator = args.workspace + self.workspace.accumulator;
+        let ending = AttnOp::ending(p.lists, form(&kernels.main));
+        let dq_accum = if ending == AttnOp::BwdPost { accumulator } else { 0 };
         let row_tiles = [seqlen_q_padded(p) / limits::BWD_BLOCK_M as u32, p.num_heads, p.batch];
         stream.bind()?;
 
@@ -486,6 +526,41 @@ impl AttnPlan {
         // SAFETY: the caller's promise; the parameters are those of attn_bwd_prep, and the workspace holds what it
         // hands on.
         unsafe { kernels.prep.launch(stream, row_tiles, smem_bytes(&kernels.prep), &prep)? };
+        if gather {
+            // SAFETY: the accumulator lies in the workspace.
+            unsafe { stream.fill(accumulator, 0, self.workspace.accumulator_bytes as usize)? };
+            let block_m = tile(&kernels.main).block_m as u32;
+            let box_rows = attn_spec(&kernels.main).map_or(0, AttnSpec::kv_box_rows) as u32;
+            let main = AttnBwdGather {
+                map_q: q.tensor_map(args.q, &layouts.q, block_m)?,
+                map_do: q.tensor_map(args.d_out, &layouts.d_out, block_m)?,
+                map_k: kv.tensor_map(args.k, &layouts.k, box_rows)?,
+                map_v: kv.tensor_map(args.v, &layouts.v, box_rows)?,
+                map_dq: q.tensor_map(args.dq, &layouts.dq, CONSUMER_ROWS)?,
+                k: layouts.k.view(args.k),
+                v: layouts.v.view(args.v),
+                lse_log2,
+                delta,
+                dkv_accum: accumulator,
+                q2k_index: query.q2k_index,
+                q2k_count: query.q2k_count,
+                error_flag: args.error_flag,
+                sizes: self.sizes,
+            };
+            let post = AttnBwdPostKv {
+                dk: layouts.dk.view(args.dk),
+                dv: layouts.dv.view(args.dv),
+                dkv_accum: accumulator,
+                sizes: self.sizes,
+            };
+            let grid = [p.seqlen_q.div_ceil(block_m), p.num_heads, p.batch];
+            let kv_tiles = [p.seqlen_kv.div_ceil(limits::BWD_BLOCK_M as u32), p.num_kv_heads, p.batch];
+            // SAFETY: as above, of attn_bwd with such lists, and of attn_bwd_post_kv.
+            return unsafe {
+                kernels.main.launch(stream, grid, smem_bytes(&kernels.main), &main)?;
+                kernels.ending.launch(stream, kv_tiles, smem_bytes(&kernels.ending), &post)
+            };
+        }
         let post = AttnBwdPost { dq: layouts.dq.view(args.dq), dq_accum, sizes: self.sizes };
         if kernels.main.spec().arch() == Arch::Sm80 {
             let main = AttnBwdViews {
@@ -506,7 +581,7 @@ impl AttnPlan {
             // SAFETY: as above, of attn_bwd on sm80, which accumulates dQ, and of attn_bwd_post.
             return unsafe {
                 kernels.main.launch(stream, kv_tiles, smem_bytes(&kernels.main), &main)?;
-                kernels.dq.launch(stream, row_tiles, smem_bytes(&kernels.dq), &post)
+                kernels.ending.launch(stream, row_tiles, smem_bytes(&kernels.ending), &post)
             };
         }
         let main = AttnBwd {
@@ -525,9 +600,9 @@ impl AttnPlan {
         };
         // SAFETY: as above, of attn_bwd.
         unsafe { kernels.main.launch(stream, kv_tiles, smem_bytes(&kernels.main), &main)? };
-        let smem_bytes = smem_bytes(&kernels.dq);
-        if fixed_order {
-            let AttnTile { block_m, block_n, .. } = tile(&kernels.dq);
+        let smem_bytes = smem_bytes(&kernels.ending);
+        if ending == AttnOp::BwdDq {
+            let AttnTile { block_m, block_n, .. } = tile(&kernels.ending);
             let dq = AttnBwdDq {
                 map_q: main.map_q,
                 map_do: main.map_do,
@@ -543,10 +618,10 @@ impl AttnPlan {
             };
             let grid = [p.seqlen_q.div_ceil(block_m as u32), p.num_heads, p.batch];
             // SAFETY: as above.
-            unsafe { kernels.dq.launch(stream, grid, smem_bytes, &dq) }
+            unsafe { kernels.ending.launch(stream, grid, smem_bytes, &dq) }
         } else {
             // SAFETY: as above.
-            unsafe { kernels.dq.launch(stream, row_tiles, smem_bytes, &post) }
+            unsafe { kernels.ending.launch(stream, row_tiles, smem_bytes, &post) }
         }
     }
 }
@@ -567,8 +642,7 @@ fn tile(kernel: &Kernel) -> AttnTile {
 
 /// Adds the reason why a kernel cannot serve as `op` of a problem, if there is one.
 fn serves(kernel: &Kernel, op: AttnOp, p: &Problem, problems: &mut Vec<String>) {
-    // The helpers' text does not depend on lists.
-    let lists = if matches!(op, AttnOp::BwdPrep | AttnOp::BwdPost) { Lists::Dense } else { p.lists };
+    let lists = if op.is_of_any_lists() { Lists::Dense } else { p.lists };
     let wanted: (AttnOp, Dtype, u16, Lists) = (op, p.dtype, p.head_dim, lists);
     let fits = attn_spec(kernel).is_some_and(|s| {
         (s.op(), s.dtype(), s.head_dim(), s.lists()) == wanted && s.deterministic() >= p.deterministic

@@ -167,7 +167,7 @@ impl Dispatch {
     /// that does not fit, and the next command.
     pub fn explain(&self, problem: &Problem) -> Result<Explanation, Error> {
         let mut why = match (&self.table, problem.op) {
-            (_, AttnOp::BwdPrep | AttnOp::BwdPost) => "the backward's helpers are not tuned".to_string(),
+            (_, op) if op.is_of_any_lists() => "the backward's helpers are not tuned".to_string(),
             (Err(reason), _) => reason.clone(),
             (Ok((origin, table)), _) => {
                 let (choice, entry) = match table.lookup(problem) {
@@ -232,21 +232,36 @@ impl Dispatch {
         if arch == Arch::Sm80 && p.op != AttnOp::Fwd && p.deterministic == Deterministic::Yes {
             line("deterministic", "nondet on sm80, det on sm90a".into(), String::new());
         }
+        let gather = p.lists.is_gather();
+        if gather && arch == Arch::Sm80 {
+            line("kv_block", "64, 128 or dense on sm80, 1, 8 and 16 on sm90a".into(), String::new());
+        }
+        if gather && p.op == AttnOp::Bwd && p.deterministic == Deterministic::Yes {
+            line("deterministic", "nondet with kv_block below 64".into(), String::new());
+        }
         if !space::SHIPPED_DTYPES.contains(&p.dtype) {
             let available = list(space::SHIPPED_DTYPES.iter().map(|d| d.to_string()).collect());
             line("dtype", available, format!("put {} in SHIPPED_DTYPES {space_rs}", p.dtype));
         }
-        if !space::SHIPPED_HEAD_DIMS.contains(&p.head_dim) {
+        if gather && !space::SHIPPED_GATHER_HEAD_DIMS.contains(&p.head_dim) {
+            let available = list(space::SHIPPED_GATHER_HEAD_DIMS.iter().map(|d| d.to_string()).collect());
+            line(
+                "head_dim with kv_block below 64",
+                available,
+                format!("put {} in SHIPPED_GATHER_HEAD_DIMS {space_rs}", p.head_dim),
+            );
+        } else if !space::SHIPPED_HEAD_DIMS.contains(&p.head_dim) {
             let available = list(space::SHIPPED_HEAD_DIMS.iter().map(|d| d.to_string()).collect());
             line("head_dim", available, space::how_to_add_head_dim(p.head_dim));
         }
-        if !space::shipped_lists().any(|l| l == p.lists) {
-            let (query_group, kv_block) = p.lists.block_size();
-            let available = list(space::SHIPPED_BLOCK_SIZES.iter().map(|b| format!("{b:?}")).collect());
+        let (query_group, kv_block) = p.lists.block_size();
+        let (shipped, constant) = space::shipped_sizes(p.lists);
+        if !p.lists.is_dense() && !shipped.contains(&(query_group, kv_block)) {
+            let available = list(shipped.iter().map(|b| format!("{b:?}")).collect());
             line(
                 "(query_group, kv_block)",
                 format!("dense, {available}"),
-                format!("put ({query_group}, {kv_block}) in SHIPPED_BLOCK_SIZES {space_rs}"),
+                format!("put ({query_group}, {kv_block}) in {constant} {space_rs}"),
             );
         }
         if !explained {

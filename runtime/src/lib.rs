@@ -147,8 +147,8 @@ impl Runtime {
         let backward = match problem.op {
             AttnOp::Bwd => {
                 let main = choose(AttnOp::Bwd)?;
-                let dq = choose(attention::dq_op(attention::form(&main)))?;
-                Some(BackwardKernels { prep: choose(AttnOp::BwdPrep)?, main, dq })
+                let ending = choose(AttnOp::ending(problem.lists, attention::form(&main)))?;
+                Some(BackwardKernels { prep: choose(AttnOp::BwdPrep)?, main, ending })
             }
             _ => None,
         };

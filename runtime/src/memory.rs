@@ -11,7 +11,7 @@ use dsv_spec::{AttnOp, KernelSpec, Problem};
 pub struct MemoryNeeded {
     /// `q2k_index` and `q2k_count`: kept from forward to backward.
     pub query_lists: u64,
-    /// `k2q_offset` and `k2q_index`: for the backward alone.
+    /// `k2q_offset` and `k2q_index`: for the backward alone, with KV blocks of at least 64 tokens.
     pub key_lists: u64,
     /// f32 LSE [B, H, seqlen_q]: kept from forward to backward.
     pub lse: u64,
@@ -27,7 +27,9 @@ impl MemoryNeeded {
         let lists = (!problem.lists.is_dense()).then(|| ListShape::of(problem));
         MemoryNeeded {
             query_lists: lists.map_or(0, |l| l.index_bytes() + l.count_bytes()),
-            key_lists: lists.filter(|_| backward).map_or(0, |l| l.index_bytes() + l.offset_bytes()),
+            key_lists: lists
+                .filter(|_| backward && !problem.lists.is_gather())
+                .map_or(0, |l| l.index_bytes() + l.offset_bytes()),
             lse: 4 * problem.batch as u64 * problem.num_heads as u64 * problem.seqlen_q as u64,
             workspace: if backward { Workspace::of(problem, problem.deterministic).bytes } else { 0 },
         }

@@ -278,6 +278,12 @@ mod tests {
                 has("every shipped shape", &|v| v.head_dim == head_dim && v.lists == lists);
             }
         }
+        for (query_group, kv_block) in
+            [64, 128, 256].into_iter().flat_map(|group| [1, 8, 16].map(|block| (group, block)))
+        {
+            let lists = dsv_spec::Lists::Blocks { query_group, kv_block };
+            has("every gathered shape", &|v| v.lists == lists);
+        }
     }
 
     #[test]

@@ -190,8 +190,7 @@ fn every_shipped_problem_has_its_kernels() {
                         if (arch, form) == (Arch::Sm80, Deterministic::Yes) {
                             continue;
                         }
-                        let dq = if form == Deterministic::Yes { AttnOp::BwdDq } else { AttnOp::BwdPost };
-                        for op in [AttnOp::Fwd, AttnOp::BwdPrep, AttnOp::Bwd, dq] {
+                        for op in [AttnOp::Fwd, AttnOp::BwdPrep, AttnOp::Bwd, AttnOp::ending(lists, form)] {
                             let spec = space::default_attn(op, dtype, head_dim, lists, form, arch)
                                 .unwrap_or_else(|| panic!("{op} {dtype} {head_dim} {lists:?} {form} {arch}"));
                             let name = KernelSpec::Attn(spec).name();

@@ -8,14 +8,16 @@ tokens! {
     AttnOp {
         /// out and LSE from Q, K, V.
         Fwd = "attn_fwd",
-        /// delta = rowsum(out * d_out) - d_lse, LSE in base 2, zeroed dQ accumulator.
+        /// delta = rowsum(out * d_out) - d_lse, LSE in base 2, zeroed dQ accumulator where there is one.
         BwdPrep = "attn_bwd_prep",
-        /// dK, dV and the f32 accumulator of dQ.
+        /// dK, dV and the f32 accumulator of dQ; of small KV units, dQ and the f32 accumulator of dK and dV.
         Bwd = "attn_bwd",
         /// dQ alone, walked from the queries' side: what a deterministic `attn_bwd` leaves out.
         BwdDq = "attn_bwd_dq",
         /// dQ in the input dtype from its accumulator.
         BwdPost = "attn_bwd_post",
+        /// dK and dV in the input dtype from their accumulator, which an `attn_bwd` of small KV units fills.
+        BwdPostKv = "attn_bwd_post_kv",
     }
 }
 
@@ -50,6 +52,11 @@ impl Lists {
     /// Whether every key is seen.
     pub const fn is_dense(self) -> bool {
         matches!(self, Lists::Dense)
+    }
+
+    /// Whether listed units are smaller than the KV tile of any kernel, so that tiles are gathered from several.
+    pub const fn is_gather(self) -> bool {
+        matches!(self, Lists::Blocks { kv_block: ..64, .. })
     }
 }
 
@@ -113,6 +120,23 @@ const KV_BLOCKS: [u16; 5] = [1, 8, 16, 64, 128];
 /// Sparsities a text may be specialised for.
 const SPARSITIES: [u8; 8] = [0, 50, 75, 80, 85, 90, 95, 98];
 
+impl AttnOp {
+    /// Whether the op's text does not depend on lists: there is one kernel of it, named dense.
+    pub const fn is_of_any_lists(self) -> bool {
+        matches!(self, AttnOp::BwdPrep | AttnOp::BwdPost | AttnOp::BwdPostKv)
+    }
+
+    /// The op that ends a backward whose `attn_bwd` is of these lists and this form: what writes the gradients that the
+    /// form leaves open.
+    pub const fn ending(lists: Lists, form: Deterministic) -> AttnOp {
+        match form {
+            _ if lists.is_gather() => AttnOp::BwdPostKv,
+            Deterministic::Yes => AttnOp::BwdDq,
+            Deterministic::No => AttnOp::BwdPost,
+        }
+    }
+}
+
 impl AttnSpec {
     /// The only constructor: a spec that exists is feasible for its architecture.
     ///
@@ -173,7 +197,14 @@ impl AttnSpec {
         }
         match self.op {
             AttnOp::Fwd | AttnOp::Bwd | AttnOp::BwdDq => self.check_matmul(),
-            AttnOp::BwdPrep | AttnOp::BwdPost => {
+            AttnOp::BwdPrep | AttnOp::BwdPost | AttnOp::BwdPostKv => {
+                if (self.op, self.arch) == (AttnOp::BwdPostKv, Arch::Sm80) {
+                    return Err(SpecError::new(
+                        "arch",
+                        self.arch,
+                        "sm90a: on sm80 no attn_bwd takes KV units below 64 tokens",
+                    ));
+                }
                 if !self.lists.is_dense() {
                     return Err(SpecError::new(
                         "lists",
@@ -185,7 +216,7 @@ impl AttnSpec {
                     return Err(SpecError::new(
                         "tile",
                         format!("m{block_m}n{block_n}s{stages}"),
-                        "m64n0 with 0 stages: rows of the backward's query tile",
+                        "m64n0 with 0 stages: rows of the backward's accumulators",
                     ));
                 }
                 Ok(())
@@ -225,6 +256,9 @@ impl AttnSpec {
         }
         if self.arch == Arch::Sm80 {
             return self.check_sm80();
+        }
+        if self.lists.is_gather() {
+            self.check_gather()?;
         }
         let most_stages = if groups == 1 { 4 } else { 6 };
         if !(1..=most_stages).contains(&stages) {
@@ -297,7 +331,7 @@ impl AttnSpec {
                         ));
                     }
                     let joins = self.op == AttnOp::Fwd && kv_block >= 64 && block_n.is_multiple_of(kv_block);
-                    if !joins && !kv_block.is_multiple_of(block_n) {
+                    if !joins && !self.lists.is_gather() && !kv_block.is_multiple_of(block_n) {
                         let multiple =
                             if self.op == AttnOp::Fwd { " or, from 64 on, a multiple" } else { "" };
                         return Err(SpecError::new(
@@ -306,6 +340,17 @@ impl AttnSpec {
                             format!("a divisor{multiple} of kv_block {kv_block}"),
                         ));
                     }
+                }
+            }
+            // check_gather has said all of the tile.
+            AttnOp::Bwd if self.lists.is_gather() && consumers <= 2 => {
+                let (query_group, _) = self.lists.block_size();
+                if !query_group.is_multiple_of(block_m) {
+                    return Err(SpecError::new(
+                        "block_m",
+                        block_m,
+                        format!("a divisor of query_group {query_group}"),
+                    ));
                 }
             }
             AttnOp::Bwd => {
@@ -360,7 +405,7 @@ impl AttnSpec {
                     }
                 }
             }
-            AttnOp::BwdPrep | AttnOp::BwdPost => unreachable!("checked by the caller"),
+            AttnOp::BwdPrep | AttnOp::BwdPost | AttnOp::BwdPostKv => unreachable!("checked by the caller"),
         }
         let smem = attn_smem_bytes(self);
         if smem > limits::SMEM_BYTES_PER_CTA {
@@ -371,6 +416,51 @@ impl AttnSpec {
             ));
         }
         Ok(())
+    }
+
+    /// What the gathering templates ask beside the rules of the others.
+    fn check_gather(&self) -> Result<(), SpecError> {
+        let AttnTile { block_m, block_n, consumers, stages, .. } = self.tile;
+        let (_, kv_block) = self.lists.block_size();
+        if !block_n.is_multiple_of(kv_block.max(8)) {
+            return Err(SpecError::new(
+                "block_n",
+                block_n,
+                format!("whole units of kv_block {kv_block}, and whole groups of 8 tokens"),
+            ));
+        }
+        if kv_block == 1 && ![64, 128].contains(&block_n) {
+            return Err(SpecError::new(
+                "block_n",
+                block_n,
+                "64 or 128 with kv_block 1: 16 or 32 tokens for each of four producer warps",
+            ));
+        }
+        match self.op {
+            AttnOp::BwdDq => Err(SpecError::new(
+                "lists",
+                format!("{:?}", self.lists),
+                "kv_block 64 or 128, or dense: with smaller units attn_bwd writes dQ itself",
+            )),
+            AttnOp::Bwd if self.deterministic == Deterministic::Yes => Err(SpecError::new(
+                "deterministic",
+                self.deterministic,
+                "nondet with kv_block below 64: dK and dV are added by whichever group comes first",
+            )),
+            AttnOp::Bwd if block_m != block_n || block_m != 64 * consumers as u16 => Err(SpecError::new(
+                "block_m",
+                block_m,
+                format!(
+                    "block_n {block_n}, both 64 for each of {consumers} consumers: they share KV rows, then dQ's rows"
+                ),
+            )),
+            AttnOp::Bwd if stages < 2 => Err(SpecError::new(
+                "stages",
+                stages,
+                "2 to 4: K of the tile before is read while the next arrives; V has one stage less",
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// What several groups in one CTA ask: each has its consumer, which leaves out the blocks it does not list.
@@ -462,9 +552,11 @@ impl AttnSpec {
         Ok(())
     }
 
-    /// Tokens one copy brings of K and of V: a whole tile, or a block where tiles are put together from several.
+    /// Tokens one copy brings of K and of V: a whole tile, or a block where tiles are put together from several, of units
+    /// below 64 tokens 8.
     pub const fn kv_box_rows(&self) -> u16 {
         match self.lists {
+            Lists::Blocks { kv_block: ..64, .. } => 8,
             Lists::Blocks { kv_block, .. } if kv_block < self.tile.block_n => kv_block,
             _ => self.tile.block_n,
         }

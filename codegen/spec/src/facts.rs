@@ -1,4 +1,4 @@
-use crate::attn::{AttnOp, AttnSpec, AttnTile};
+use crate::attn::{AttnOp, AttnSpec, AttnTile, Lists};
 use crate::params;
 use crate::select::{SelectOp, SelectSpec};
 use crate::types::{Arch, Deterministic};
@@ -75,15 +75,18 @@ impl Facts {
         let consumers = spec.tile().consumers as u32;
         let params_bytes = match (spec.op(), spec.arch()) {
             (AttnOp::Fwd, Arch::Sm80) => size_of::<params::AttnFwdViews>(),
+            (AttnOp::Fwd, Arch::Sm90a) if spec.lists().is_gather() => size_of::<params::AttnFwdGather>(),
             (AttnOp::Fwd, Arch::Sm90a) => size_of::<params::AttnFwd>(),
             (AttnOp::BwdPrep, _) => size_of::<params::AttnBwdPrep>(),
             (AttnOp::Bwd, Arch::Sm80) => size_of::<params::AttnBwdViews>(),
+            (AttnOp::Bwd, Arch::Sm90a) if spec.lists().is_gather() => size_of::<params::AttnBwdGather>(),
             (AttnOp::Bwd, Arch::Sm90a) => size_of::<params::AttnBwd>(),
             (AttnOp::BwdDq, _) => size_of::<params::AttnBwdDq>(),
             (AttnOp::BwdPost, _) => size_of::<params::AttnBwdPost>(),
+            (AttnOp::BwdPostKv, _) => size_of::<params::AttnBwdPostKv>(),
         } as u32;
         match spec.op() {
-            AttnOp::BwdPrep | AttnOp::BwdPost => Facts {
+            AttnOp::BwdPrep | AttnOp::BwdPost | AttnOp::BwdPostKv => Facts {
                 threads: 256,
                 ctas_per_sm: 2,
                 smem_bytes: 0,
@@ -117,7 +120,13 @@ impl Facts {
                 // Three leave 80 registers a thread at launch: too few to compile a product of more than 64 keys.
                 let small_forward =
                     spec.op() == AttnOp::Fwd && spec.head_dim() == 64 && spec.tile().block_n == 64;
+                // The producers of single tokens compute an address for every 16 bytes.
+                let by_token = matches!(spec.lists(), Lists::Blocks { kv_block: 1, .. });
+                let gather_backward = spec.lists().is_gather() && spec.op() == AttnOp::Bwd;
                 let (ctas, consumer_registers, producer_registers) = match (consumers, spec.op()) {
+                    (1, AttnOp::Fwd) if by_token && spec.head_dim() > 128 => (1, 224, 56),
+                    (1, _) if by_token => (2, 208, 48),
+                    (2, _) if by_token || gather_backward => (1, 232, 40),
                     (1, AttnOp::Fwd) if small_forward => (3, 136, 24),
                     // 128 registers of O cannot be had while two CTAs share a multiprocessor.
                     (1, AttnOp::Fwd) if spec.head_dim() > 128 => (1, 240, 24),
@@ -187,7 +196,7 @@ pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
                 let stage = 2 * m * d * bytes + 2 * m * 4;
                 2 * n * d * bytes + stages * stage + n * m * bytes + n / 16 * 2048
             }
-            AttnOp::BwdDq | AttnOp::BwdPrep | AttnOp::BwdPost => 0,
+            AttnOp::BwdDq | AttnOp::BwdPrep | AttnOp::BwdPost | AttnOp::BwdPostKv => 0,
         };
     }
     // Tiles are whole slabs of 64 columns, of which the last may be partly zeros (templates/include/dsv/tile.cuh).
@@ -197,6 +206,10 @@ pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
         AttnOp::Fwd => m * columns * bytes + stages * 2 * n * columns * bytes,
         // Q (its room serves dQ in the epilogue) and dO, then the ring of K and V.
         AttnOp::BwdDq => 2 * m * columns * bytes + stages * 2 * n * columns * bytes,
+        // Q (its room serves dQ in the epilogue), dO and their statistics, K and V (which has one stage less), and dS.
+        AttnOp::Bwd if spec.lists().is_gather() => {
+            2 * m * columns * bytes + 2 * m * 4 + (2 * stages - 1) * n * columns * bytes + n * m * bytes
+        }
         // K and V (their room serves dK and dV in the epilogue), the ring of Q and dO with LSE and delta, and dS:
         // two buffers where warpgroups exchange it, one where a lone warpgroup keeps it to itself, none where dQ is
         // another kernel's.
@@ -217,7 +230,7 @@ pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
                 2 * n * columns * bytes + stages * (2 * m * columns * bytes + 2 * m * 4) + ds + dq + 1024;
             return if once + dq <= limits::SMEM_BYTES_PER_CTA { once + dq } else { once };
         }
-        AttnOp::BwdPrep | AttnOp::BwdPost => 0,
+        AttnOp::BwdPrep | AttnOp::BwdPost | AttnOp::BwdPostKv => 0,
     };
     tiles + 2048
 }

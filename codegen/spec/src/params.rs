@@ -97,6 +97,36 @@ pub struct AttnFwd {
     pub sizes: AttnSizes,
 }
 
+/// Launch parameters of `attn_fwd` with lists of units smaller than a tile.
+///
+/// Tensor maps as in [`AttnFwd`]; box rows: q and o 64, k and v 8 (unused with kv_block 1).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AttnFwdGather {
+    /// Q, box of 64 rows.
+    pub map_q: TensorMap,
+    /// K, box of 8 rows.
+    pub map_k: TensorMap,
+    /// V, box of 8 rows.
+    pub map_v: TensorMap,
+    /// out, box of 64 rows.
+    pub map_o: TensorMap,
+    /// K, for kv_block 1.
+    pub k: TensorView,
+    /// V, for kv_block 1.
+    pub v: TensorView,
+    /// f32 [B, H, seqlen_q]: LSE out.
+    pub lse: u64,
+    /// i32 [B, H, G, max_selected].
+    pub q2k_index: u64,
+    /// i32 [B, H, G].
+    pub q2k_count: u64,
+    /// i32 [1]: OR of [`error_bits`].
+    pub error_flag: u64,
+    /// Sizes.
+    pub sizes: AttnSizes,
+}
+
 /// Launch parameters of `attn_fwd` on sm80, which has no TMA.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -175,6 +205,43 @@ pub struct AttnBwd {
     pub sizes: AttnSizes,
 }
 
+/// Launch parameters of `attn_bwd` with lists of units smaller than a tile. Grid: (ceil(seqlen_q / block_m), H, B).
+///
+/// Tensor maps as in [`AttnFwd`]; box rows: q and do block_m, k and v 8 (unused with kv_block 1), dq 64.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AttnBwdGather {
+    /// Q, box of block_m rows.
+    pub map_q: TensorMap,
+    /// Gradient of out, box of block_m rows.
+    pub map_do: TensorMap,
+    /// K, box of 8 rows.
+    pub map_k: TensorMap,
+    /// V, box of 8 rows.
+    pub map_v: TensorMap,
+    /// dQ, box of 64 rows.
+    pub map_dq: TensorMap,
+    /// K, for kv_block 1.
+    pub k: TensorView,
+    /// V, for kv_block 1.
+    pub v: TensorView,
+    /// f32 [B, H, seqlen_q_padded].
+    pub lse_log2: u64,
+    /// f32 [B, H, seqlen_q_padded].
+    pub delta: u64,
+    /// f32 [B, Hkv, seqlen_kv rounded up to 64, 2 * D], zeros on entry, in the kernel's own order; only
+    /// `attn_bwd_post_kv` reads it.
+    pub dkv_accum: u64,
+    /// i32 [B, H, G, max_selected].
+    pub q2k_index: u64,
+    /// i32 [B, H, G].
+    pub q2k_count: u64,
+    /// i32 [1].
+    pub error_flag: u64,
+    /// Sizes.
+    pub sizes: AttnSizes,
+}
+
 /// Launch parameters of `attn_bwd` on sm80, which has no TMA. Grid: as [`AttnBwd`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -245,6 +312,20 @@ pub struct AttnBwdPost {
     pub dq: TensorView,
     /// f32 accumulator of `attn_bwd`.
     pub dq_accum: u64,
+    /// Sizes.
+    pub sizes: AttnSizes,
+}
+
+/// Launch parameters of `attn_bwd_post_kv`. Grid: (ceil(seqlen_kv / 64), Hkv, B).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AttnBwdPostKv {
+    /// dK out.
+    pub dk: TensorView,
+    /// dV out.
+    pub dv: TensorView,
+    /// f32 accumulator of `attn_bwd`.
+    pub dkv_accum: u64,
     /// Sizes.
     pub sizes: AttnSizes,
 }

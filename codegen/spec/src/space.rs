@@ -10,6 +10,11 @@ use crate::{KernelSpec, PointwiseOp, PointwiseSpec};
 pub const SHIPPED_HEAD_DIMS: [u16; 2] = [64, 128];
 /// Block sizes (query_group, kv_block) the shipped kernels serve, beside dense.
 pub const SHIPPED_BLOCK_SIZES: [(u16, u16); 2] = [(64, 64), (128, 128)];
+/// Granularities (query_group, kv_block) below a KV tile that the shipped attention kernels gather; others are rendered on
+/// demand.
+pub const SHIPPED_GATHER: [(u16, u16); 4] = [(64, 1), (64, 8), (128, 1), (128, 8)];
+/// Head dims of the shipped gather kernels.
+pub const SHIPPED_GATHER_HEAD_DIMS: [u16; 1] = [128];
 /// Granularities (query_group, kv_block) of the shipped `kv_select_fine` kernels, with the rules of one query; kv_block 1
 /// is the token. Others are rendered on demand.
 pub const SHIPPED_GRANULARITIES: [(u16, u16); 4] = [(64, 1), (64, 8), (128, 1), (128, 8)];
@@ -34,6 +39,19 @@ pub fn shipped_lists() -> impl Iterator<Item = Lists> {
     )
 }
 
+/// The shipped block sizes of the same kind as these lists, gathered or not, and the constant that holds them.
+pub const fn shipped_sizes(lists: Lists) -> (&'static [(u16, u16)], &'static str) {
+    match lists.is_gather() {
+        true => (&SHIPPED_GATHER, "SHIPPED_GATHER"),
+        false => (&SHIPPED_BLOCK_SIZES, "SHIPPED_BLOCK_SIZES"),
+    }
+}
+
+/// Every shipped granularity below a KV tile.
+pub fn shipped_gather() -> impl Iterator<Item = Lists> {
+    SHIPPED_GATHER.into_iter().map(|(query_group, kv_block)| Lists::Blocks { query_group, kv_block })
+}
+
 /// The feasible tiles of one kernel, best guess first; the tuner times them all.
 ///
 /// Of `attn_bwd` both forms come, first those that reduce dQ by atomics, then those that leave it to `attn_bwd_dq`.
@@ -49,6 +67,18 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
     };
     let small = head_dim <= 64;
     let tiles: Vec<(u16, u16, u8, u8)> = match op {
+        // Two consumers where the group has rows for them: every gathered token then serves twice the queries. One leaves
+        // room for a second CTA, whose products run while the first waits for L2.
+        AttnOp::Fwd if lists.is_gather() => {
+            vec![
+                (128, 128, 2, 2),
+                (128, 176, 2, 2),
+                (128, 64, 2, if head_dim > 128 { 2 } else { 4 }),
+                (64, 64, 1, 2),
+                (64, 128, 1, 2),
+            ]
+        }
+        AttnOp::Bwd if lists.is_gather() => vec![(128, 128, 2, 2), (64, 64, 1, 2), (64, 64, 1, 3)],
         AttnOp::Fwd if arch == Arch::Sm80 => vec![
             (128, 64, 1, if small { 2 } else { 1 }),
             (64, 64, 1, 2),
@@ -102,7 +132,7 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
         AttnOp::BwdDq => {
             vec![(128, 64, 2, 3), (64, 64, 1, 2), (128, 128, 2, 2), (128, 64, 2, 2), (192, 64, 3, 2)]
         }
-        AttnOp::BwdPrep | AttnOp::BwdPost => vec![(64, 0, 1, 0)],
+        AttnOp::BwdPrep | AttnOp::BwdPost | AttnOp::BwdPostKv => vec![(64, 0, 1, 0)],
     };
     let mut tiles: Vec<AttnTile> = tiles.into_iter().map(|(m, n, c, s)| tile(m, n, c, s)).collect();
     if op == AttnOp::Fwd && arch == Arch::Sm90a {
@@ -149,8 +179,7 @@ pub fn default_attn(
     deterministic: Deterministic,
     arch: Arch,
 ) -> Option<AttnSpec> {
-    // The helpers' text does not depend on lists.
-    let lists = if matches!(op, AttnOp::BwdPrep | AttnOp::BwdPost) { Lists::Dense } else { lists };
+    let lists = if op.is_of_any_lists() { Lists::Dense } else { lists };
     let candidates = candidates(op, dtype, head_dim, lists, arch);
     candidates.into_iter().find(|spec| spec.deterministic() >= deterministic)
 }
@@ -214,6 +243,14 @@ pub fn shipped(arch: Arch) -> Vec<KernelSpec> {
                                 .map(KernelSpec::Attn),
                         );
                     }
+                }
+            }
+        }
+        for head_dim in SHIPPED_GATHER_HEAD_DIMS {
+            for lists in shipped_gather() {
+                for op in [AttnOp::Fwd, AttnOp::Bwd] {
+                    let spec = default_attn(op, dtype, head_dim, lists, Deterministic::No, arch);
+                    specs.extend(spec.map(KernelSpec::Attn));
                 }
             }
         }

@@ -14,6 +14,7 @@
 #include "dsv/fragment.cuh"
 #include "dsv/kv_walk.cuh"
 #include "dsv/mbarrier.cuh"
+#include "dsv/softmax.cuh"
 #include "dsv/tma.cuh"
 #include "dsv/types.cuh"
 #include "dsv/wgmma.cuh"
@@ -206,37 +207,6 @@ __device__ __forceinline__ void produce_merged(const Params& p, SharedStorage& s
     }
 }
 
-// Row statistics of one thread: rows lane / 4 and lane / 4 + 8 of its warp.
-struct Softmax {
-    float row_max[2] = {-dsv::kInf, -dsv::kInf};
-    float row_sum[2] = {0.0f, 0.0f};  // this thread's columns only; reduced once at the end
-
-    // S becomes P = exp2(c S - c m); returns what O has to be scaled with.
-    __device__ __forceinline__ void step(float (&s)[kBlockN / 2], float scale_log2, float (&rescale)[2]) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float m = row_max[r];
-#pragma unroll
-            for (int j = 0; j < kBlockN / 8; ++j) m = fmaxf(m, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
-            m = dsv::quad_max(m);
-            const float m_log2 = m == -dsv::kInf ? 0.0f : m * scale_log2;
-            // The difference first: exactly 1 where the maximum stays, so that hundreds of tiles add no bias to l.
-            rescale[r] = m == -dsv::kInf ? 1.0f : dsv::exp2_fast((row_max[r] - m) * scale_log2);
-            row_max[r] = m;
-            float sum = row_sum[r] * rescale[r];
-#pragma unroll
-            for (int j = 0; j < kBlockN / 8; ++j) {
-#pragma unroll
-                for (int i = 2 * r; i < 2 * r + 2; ++i) {
-                    s[4 * j + i] = dsv::exp2_fast(s[4 * j + i] * scale_log2 - m_log2);
-                    sum += s[4 * j + i];
-                }
-            }
-            row_sum[r] = sum;
-        }
-    }
-};
-
 __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
     const int3 cta = dsv::cta_index();
     const int first_row = cta.x * kBlockM, head = cta.y, batch = cta.z;
@@ -250,7 +220,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
     float o[kHeadDim / 2];
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.0f;
-    Softmax softmax;
+    dsv::Softmax<kBlockN> softmax;
 
     if (kGroups > 1 || walk.tiles > 0) {
         int valid = walk.tiles > 0 ? walk.valid_in_first(p.sizes.seqlen_kv) : 0;

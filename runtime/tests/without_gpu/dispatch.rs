@@ -248,11 +248,20 @@ fn what_no_kernel_serves_is_said_axis_by_axis() {
     );
     let both = text(Problem {
         dtype: Dtype::F16,
-        lists: Lists::Blocks { query_group: 64, kv_block: 8 },
+        lists: Lists::Blocks { query_group: 64, kv_block: 128 },
         ..forward()
     });
     assert!(both.contains("dtype available: bf16"), "{both}");
     assert!(both.contains("(query_group, kv_block) available: dense, (64, 64), (128, 128)"), "{both}");
+    // Gathered units are shipped apart.
+    let gather = |query_group, kv_block| Lists::Blocks { query_group, kv_block };
+    let fine = text(Problem { head_dim: 64, lists: gather(256, 16), ..forward() });
+    assert!(fine.contains("head_dim with kv_block below 64 available: 128"), "{fine}");
+    assert!(fine.contains("available: dense, (64, 1), (64, 8), (128, 1), (128, 8)"), "{fine}");
+    assert!(fine.contains("put (256, 16) in SHIPPED_GATHER (codegen/spec/src/space.rs)"), "{fine}");
+    let deterministic = Problem { lists: gather(64, 8), deterministic: Deterministic::Yes, ..problem() };
+    let exact = text(deterministic);
+    assert!(exact.contains("deterministic available: nondet with kv_block below 64"), "{exact}");
     // A deterministic backward leaves dQ to a kernel of its own.
     let exact = Problem { deterministic: Deterministic::Yes, ..problem() };
     for (op, name) in [(AttnOp::Bwd, "attn_bwd_bf16"), (AttnOp::BwdDq, "attn_bwd_dq_bf16")] {
@@ -282,6 +291,13 @@ fn every_shipped_problem_is_served_on_every_op() {
         }
     }
     assert_eq!(served, 2 * 3 * AttnOp::ALL.len());
+    for lists in space::shipped_gather() {
+        for op in [AttnOp::Fwd, AttnOp::BwdPrep, AttnOp::Bwd, AttnOp::BwdPostKv] {
+            let p = Problem { op, head_dim: 128, lists, max_selected: 400, ..problem() };
+            let KernelSpec::Attn(spec) = dispatch.explain(&p).unwrap().kernel else { panic!("{p:?}") };
+            assert_eq!((spec.op(), spec.lists().is_dense()), (op, op.is_of_any_lists()));
+        }
+    }
 }
 
 #[test]

@@ -1,8 +1,8 @@
 use crate::problem;
 use dsv_runtime::{AttnLayouts, Error, FineProblem, Keep, Layout, ListShape, MemoryNeeded, SelectProblem};
 use dsv_spec::params::{
-    AdamW, AttnBwd, AttnBwdDq, AttnBwdPost, AttnBwdPrep, AttnBwdViews, AttnFwd, AttnFwdViews, KvInvert,
-    KvSelect, KvSelectFine, KvValidate,
+    AdamW, AttnBwd, AttnBwdDq, AttnBwdGather, AttnBwdPost, AttnBwdPostKv, AttnBwdPrep, AttnBwdViews, AttnFwd,
+    AttnFwdGather, AttnFwdViews, KvInvert, KvSelect, KvSelectFine, KvValidate,
 };
 use dsv_spec::{
     Arch, AttnOp, Deterministic, GroupRule, KernelSpec, ListOp, Lists, PointwiseOp, Problem, SelectOp,
@@ -114,6 +114,20 @@ fn memory_of_a_problem() {
     let exact = MemoryNeeded::of(&Problem { deterministic: Deterministic::Yes, ..p });
     assert_eq!(exact.workspace, 4 * heads * 32_768 * 2);
 
+    // Gathered units: no inverted lists, and dK and dV are accumulated instead of dQ, for every KV head.
+    let gather = Problem {
+        lists: Lists::Blocks { query_group: 64, kv_block: 8 },
+        num_kv_heads: 2,
+        seqlen_kv: 32_767,
+        ..p
+    };
+    let needed_by_gather = MemoryNeeded::of(&gather);
+    assert_eq!(needed_by_gather.key_lists, 0);
+    assert_eq!(
+        needed_by_gather.workspace,
+        4 * heads * 32_768 * 2 + p.batch as u64 * 2 * 32_768 * 2 * 128 * 4
+    );
+
     // One token: rows are padded to the backward's largest tile of 128, parts to 256 bytes.
     let one = Problem { num_heads: 1, num_kv_heads: 1, seqlen_q: 1, seqlen_kv: 1, max_selected: 1, ..p };
     assert_eq!(MemoryNeeded::of(&one).workspace, 512 + 512 + 128 * 128 * 4);
@@ -125,12 +139,15 @@ fn launch_parameters_have_the_size_the_facts_say() {
         let bytes = match &spec {
             KernelSpec::Attn(s) => match (s.op(), s.arch()) {
                 (AttnOp::Fwd, Arch::Sm80) => size_of::<AttnFwdViews>(),
+                (AttnOp::Fwd, Arch::Sm90a) if s.lists().is_gather() => size_of::<AttnFwdGather>(),
                 (AttnOp::Fwd, Arch::Sm90a) => size_of::<AttnFwd>(),
                 (AttnOp::BwdPrep, _) => size_of::<AttnBwdPrep>(),
                 (AttnOp::Bwd, Arch::Sm80) => size_of::<AttnBwdViews>(),
+                (AttnOp::Bwd, Arch::Sm90a) if s.lists().is_gather() => size_of::<AttnBwdGather>(),
                 (AttnOp::Bwd, Arch::Sm90a) => size_of::<AttnBwd>(),
                 (AttnOp::BwdDq, _) => size_of::<AttnBwdDq>(),
                 (AttnOp::BwdPost, _) => size_of::<AttnBwdPost>(),
+                (AttnOp::BwdPostKv, _) => size_of::<AttnBwdPostKv>(),
             },
             KernelSpec::Select(s) if s.op() == SelectOp::Rows => size_of::<KvSelect>(),
             KernelSpec::Select(_) => size_of::<KvSelectFine>(),
