@@ -75,7 +75,7 @@ impl Random {
     }
 
     pub(crate) fn below(&mut self, n: usize) -> usize {
-        (self.next() >> 32) as usize * n >> 32
+        ((self.next() >> 32) as usize * n) >> 32
     }
 }
 
@@ -248,6 +248,7 @@ impl<'a> Block<'a> {
             warp.fragments.push(Fragment { pc: 0, mask: warp.live, wait: Wait::Nothing, yielded: false });
             warp.issued.clear();
             warp.group = 0;
+            warp.cluster_round = 0;
             warp.region = (0, 0, false);
             warp.accumulating.fill(0);
             warp.feeding.fill(0);
@@ -306,7 +307,6 @@ impl<'a> Block<'a> {
                         Special::ClusterNctaZ => cz,
                         Special::DynamicShared => launch.dynamic_shared,
                         Special::TotalShared => launch.dynamic_shared + kernel.static_shared,
-                        Special::Zero => 0,
                     }
                 });
             }
@@ -376,10 +376,15 @@ impl<'a> Block<'a> {
                 return Err(self.deadlock());
             }
             let warp = ready[self.random.below(ready.len())];
-            let quantum = 20 + self.random.below(400) as u64;
+            // Mostly long runs, sometimes a single instruction.
+            let most = 1 << self.random.below(10);
+            let quantum = 1 + self.random.below(most) as u64;
             self.run_warp(warp, quantum)?;
             if self.steps > BUDGET {
-                return Err(Fault::new(702, format!("{BUDGET} instructions and no end: it waits for what never comes")));
+                return Err(Fault::new(
+                    702,
+                    format!("{BUDGET} instructions and no end: it waits for what never comes"),
+                ));
             }
             // The copy engine and the tensor cores get on at their own pace.
             let mut rounds = self.random.below(4);
@@ -467,18 +472,18 @@ impl<'a> Block<'a> {
     }
 
     fn run_warp(&mut self, warp: usize, quantum: u64) -> Result<(), Fault> {
+        // One form only: the body is long, and every x86 of the last ten years has AVX2.
         #[cfg(target_arch = "x86_64")]
-        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
-            // SAFETY: the features are there.
-            return unsafe { self.run_warp_avx2(warp, quantum) };
-        }
+        // SAFETY: `launch` refuses a machine without the features.
+        return unsafe { self.run_warp_avx2(warp, quantum) };
+        #[cfg(not(target_arch = "x86_64"))]
         self.run_warp_body(warp, quantum)
     }
 
     /// # Safety
     /// On a machine with AVX2 and FMA.
     #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2,fma,bmi1,bmi2")]
+    #[target_feature(enable = "avx2,fma")]
     unsafe fn run_warp_avx2(&mut self, warp: usize, quantum: u64) -> Result<(), Fault> {
         self.run_warp_body(warp, quantum)
     }
@@ -667,6 +672,7 @@ impl<'a> Block<'a> {
             for id in 0..16 {
                 self.settle_named(cta, id);
             }
+            self.settle_cluster();
         }
         Ok(())
     }
@@ -683,6 +689,15 @@ impl<'a> Block<'a> {
             let round = b.round + 1;
             let last = b.last;
             *b = Named { round, last, ..Named::default() };
+        }
+    }
+
+    /// Ends a round of the cluster's barrier where every warp that has not ended has arrived.
+    pub(crate) fn settle_cluster(&mut self) {
+        let live: u32 = self.ctas.iter().map(|cta| cta.live_warps).sum();
+        if self.cluster_arrived > 0 && self.cluster_arrived >= live {
+            self.cluster_arrived = 0;
+            self.cluster_round += 1;
         }
     }
 

@@ -27,12 +27,47 @@ type Issuer = (usize, Option<u32>, u32);
 
 #[derive(Clone, Debug)]
 enum Work {
-    TensorLoad { map: Box<TensorMap>, coordinates: [i32; 5], to: u32, barrier: u32, ctas: u32 },
-    BulkLoad { from: u64, to: u32, bytes: u32, barrier: u32, ctas: u32 },
-    ToShared { from: u32, to: (usize, u32), bytes: u32, barrier: (usize, u32) },
-    Store { target: Target, from: u32, bytes: u32, reduce: Option<(Atomic, Ty)>, thread: u32, group: u64, data: Option<Vec<u8>> },
-    CpAsync { pieces: Vec<Piece>, bytes: u32, warp: usize, group: u64 },
-    CpArrive { barrier: u32, thread: u32, warp: usize, lane: u32 },
+    TensorLoad {
+        map: Box<TensorMap>,
+        coordinates: [i32; 5],
+        to: u32,
+        barrier: u32,
+        ctas: u32,
+    },
+    BulkLoad {
+        from: u64,
+        to: u32,
+        bytes: u32,
+        barrier: u32,
+        ctas: u32,
+    },
+    ToShared {
+        from: u32,
+        to: (usize, u32),
+        bytes: u32,
+        barrier: (usize, u32),
+    },
+    Store {
+        target: Target,
+        from: u32,
+        bytes: u32,
+        reduce: Option<(Atomic, Ty)>,
+        thread: u32,
+        group: u64,
+        data: Option<Vec<u8>>,
+    },
+    CpAsync {
+        pieces: Vec<Piece>,
+        bytes: u32,
+        warp: usize,
+        group: u64,
+    },
+    CpArrive {
+        barrier: u32,
+        thread: u32,
+        warp: usize,
+        lane: u32,
+    },
 }
 
 /// A copy under way.
@@ -69,8 +104,11 @@ impl Block<'_> {
 
     fn map_of(&mut self, w: usize, at: At, lane: u32) -> Result<TensorMap, Fault> {
         let address = self.address_of(w, at, lane);
-        if address % 64 != 0 {
-            return Err(Fault::new(MISALIGNED, format!("a tensor map at {address:#x}; allowed: multiples of 64")));
+        if !address.is_multiple_of(64) {
+            return Err(Fault::new(
+                MISALIGNED,
+                format!("a tensor map at {address:#x}; allowed: multiples of 64"),
+            ));
         }
         let place = self.global(w, lane, address, 128, false)?;
         // SAFETY: 128 readable bytes, aligned to 64.
@@ -83,7 +121,7 @@ impl Block<'_> {
     fn engine_address(&mut self, w: usize, at: At, lane: u32, bytes: u32, align: u32) -> Result<u32, Fault> {
         let address = self.address_of(w, at, lane);
         let (cta, place) = self.shared_place(w, address);
-        if place % align as u64 != 0 {
+        if !place.is_multiple_of(align as u64) {
             return Err(Fault::new(
                 MISALIGNED,
                 format!("the copy engine at {place:#x} of shared memory; allowed: multiples of {align}"),
@@ -93,7 +131,9 @@ impl Block<'_> {
             let end = self.ctas[cta].shared.end();
             return Err(Fault::new(
                 ILLEGAL_ADDRESS,
-                format!("the copy engine on {bytes} bytes at {place:#x} of shared memory, which ends at {end:#x}"),
+                format!(
+                    "the copy engine on {bytes} bytes at {place:#x} of shared memory, which ends at {end:#x}"
+                ),
             ));
         }
         Ok(place as u32)
@@ -105,7 +145,10 @@ impl Block<'_> {
         }
         let mask = self.word_of(w, multicast, lane) & 0xFFFF;
         if mask == 0 || mask >> self.ctas.len() != 0 {
-            return Err(Fault::new(LAUNCH_FAILED, format!("multicast to {mask:#x} in a cluster of {}", self.ctas.len())));
+            return Err(Fault::new(
+                LAUNCH_FAILED,
+                format!("multicast to {mask:#x} in a cluster of {}", self.ctas.len()),
+            ));
         }
         Ok(mask)
     }
@@ -119,7 +162,9 @@ impl Block<'_> {
                     self.here.1 = Some(lane);
                     let map = self.map_of(w, *map, lane)?;
                     if map.rank != *rank {
-                        return Err(format!("a map of {} dimensions in an instruction of {rank}", map.rank).into());
+                        return Err(
+                            format!("a map of {} dimensions in an instruction of {rank}", map.rank).into()
+                        );
                     }
                     let to = self.engine_address(w, *to, lane, map.box_bytes(), 128)?;
                     let (_, barrier) = self.barrier_address(w, *barrier, lane)?;
@@ -134,7 +179,9 @@ impl Block<'_> {
                     self.here.1 = Some(lane);
                     let map = self.map_of(w, *map, lane)?;
                     if map.rank != *rank {
-                        return Err(format!("a map of {} dimensions in an instruction of {rank}", map.rank).into());
+                        return Err(
+                            format!("a map of {} dimensions in an instruction of {rank}", map.rank).into()
+                        );
                     }
                     let bytes = map.box_bytes();
                     let from = self.engine_address(w, *from, lane, bytes, 128)?;
@@ -143,7 +190,11 @@ impl Block<'_> {
                     let target = Target::Tensor(Box::new(map), coordinates);
                     let thread = self.thread_of(w, lane);
                     let group = self.ctas[cta].bulk_group[thread as usize];
-                    self.push(w, lane, Work::Store { target, from, bytes, reduce, thread, group, data: None });
+                    self.push(
+                        w,
+                        lane,
+                        Work::Store { target, from, bytes, reduce, thread, group, data: None },
+                    );
                 }
             }
             Op::BulkLoad { to, from, bytes, barrier, multicast } => {
@@ -166,7 +217,11 @@ impl Block<'_> {
                     let thread = self.thread_of(w, lane);
                     let group = self.ctas[cta].bulk_group[thread as usize];
                     let (target, reduce) = (Target::Line(to), *reduce);
-                    self.push(w, lane, Work::Store { target, from, bytes, reduce, thread, group, data: None });
+                    self.push(
+                        w,
+                        lane,
+                        Work::Store { target, from, bytes, reduce, thread, group, data: None },
+                    );
                 }
             }
             Op::BulkToShared { to, from, bytes, barrier } => {
@@ -176,8 +231,11 @@ impl Block<'_> {
                     let from = self.engine_address(w, *from, lane, bytes, 16)?;
                     let to = self.address_of(w, *to, lane);
                     let (cta, place) = self.shared_place(w, to);
-                    if place % 16 != 0 || !self.ctas[cta].shared.holds(place, bytes) {
-                        return Err(Fault::new(ILLEGAL_ADDRESS, format!("a bulk copy to {place:#x} of shared memory")));
+                    if !place.is_multiple_of(16) || !self.ctas[cta].shared.holds(place, bytes) {
+                        return Err(Fault::new(
+                            ILLEGAL_ADDRESS,
+                            format!("a bulk copy to {place:#x} of shared memory"),
+                        ));
                     }
                     let barrier = self.barrier_address(w, *barrier, lane)?;
                     self.push(w, lane, Work::ToShared { from, to: (cta, place as u32), bytes, barrier });
@@ -223,7 +281,7 @@ impl Block<'_> {
                         return Err(format!("cp.async of {bytes} bytes that reads {read}").into());
                     }
                     let (_, place) = self.shared_place(w, tos[l]);
-                    if place % *bytes as u64 != 0 || froms[l] % *bytes as u64 != 0 {
+                    if !place.is_multiple_of(*bytes as u64) || !froms[l].is_multiple_of(*bytes as u64) {
                         return Err(Fault::new(
                             MISALIGNED,
                             format!("cp.async of {bytes} bytes from {:#x} to {place:#x}", froms[l]),
@@ -287,8 +345,11 @@ impl Block<'_> {
 
     fn bulk_bytes(&self, w: usize, register: u32, lane: u32) -> Result<u32, Fault> {
         let bytes = self.word_of(w, register, lane);
-        if bytes % 16 != 0 {
-            return Err(Fault::new(MISALIGNED, format!("a bulk copy of {bytes} bytes; allowed: multiples of 16")));
+        if !bytes.is_multiple_of(16) {
+            return Err(Fault::new(
+                MISALIGNED,
+                format!("a bulk copy of {bytes} bytes; allowed: multiples of 16"),
+            ));
         }
         Ok(bytes)
     }
@@ -296,8 +357,11 @@ impl Block<'_> {
     /// A line of global memory for the copy engine.
     fn line(&mut self, w: usize, at: At, lane: u32, bytes: u32, write: bool) -> Result<u64, Fault> {
         let address = self.address_of(w, at, lane);
-        if address % 16 != 0 {
-            return Err(Fault::new(MISALIGNED, format!("a bulk copy at {address:#x}; allowed: multiples of 16")));
+        if !address.is_multiple_of(16) {
+            return Err(Fault::new(
+                MISALIGNED,
+                format!("a bulk copy at {address:#x}; allowed: multiples of 16"),
+            ));
         }
         if bytes > 0 {
             self.global(w, lane, address, bytes as u64, write)?;
@@ -373,7 +437,9 @@ impl Block<'_> {
                     }
                     let row = &mut tile[(offset + skip) as usize..][..bytes as usize];
                     // SAFETY: within an allocation, as just found.
-                    unsafe { std::ptr::copy_nonoverlapping(address as *const u8, row.as_mut_ptr(), row.len()) };
+                    unsafe {
+                        std::ptr::copy_nonoverlapping(address as *const u8, row.as_mut_ptr(), row.len())
+                    };
                     Ok(())
                 })?;
                 for cta in (0..self.ctas.len()).filter(|cta| ctas >> cta & 1 != 0) {
@@ -397,7 +463,9 @@ impl Block<'_> {
                     self.engine_writes(cta, to, bytes, thread_of_issuer)?;
                     let into = self.ctas[cta].shared.at_mut(to, bytes as usize);
                     // SAFETY: checked when it was issued; allocations outlive the launch.
-                    unsafe { std::ptr::copy_nonoverlapping(from as *const u8, into.as_mut_ptr(), into.len()) };
+                    unsafe {
+                        std::ptr::copy_nonoverlapping(from as *const u8, into.as_mut_ptr(), into.len())
+                    };
                     self.barrier(cta, barrier)?.complete(bytes as i64);
                 }
             }
@@ -444,7 +512,9 @@ impl Block<'_> {
                     }
                     let Some((op, ty)) = reduce else {
                         // SAFETY: within an allocation, as just found.
-                        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), address as *mut u8, data.len()) };
+                        unsafe {
+                            std::ptr::copy_nonoverlapping(data.as_ptr(), address as *mut u8, data.len())
+                        };
                         return Ok(());
                     };
                     let size = ty.bytes() as usize;
@@ -479,7 +549,9 @@ impl Block<'_> {
                     into.fill(0);
                     let read = piece.read as usize;
                     // SAFETY: checked when it was issued; allocations outlive the launch.
-                    unsafe { std::ptr::copy_nonoverlapping(piece.from as *const u8, into.as_mut_ptr(), read) };
+                    unsafe {
+                        std::ptr::copy_nonoverlapping(piece.from as *const u8, into.as_mut_ptr(), read)
+                    };
                 }
             }
             Work::CpArrive { barrier, thread, warp, lane } => {
@@ -495,7 +567,10 @@ impl Block<'_> {
     fn engine_reads(&mut self, cta: usize, from: u32, bytes: u32, reader: u32) -> Result<Vec<u8>, Fault> {
         let shared = &mut self.ctas[cta].shared;
         if !shared.holds(from as u64, bytes) {
-            return Err(Fault::new(ILLEGAL_ADDRESS, format!("the copy engine reads shared memory at {from:#x}")));
+            return Err(Fault::new(
+                ILLEGAL_ADDRESS,
+                format!("the copy engine reads shared memory at {from:#x}"),
+            ));
         }
         if let Some(writer) = shared.unfenced(from, bytes, reader) {
             return Err(Fault::new(

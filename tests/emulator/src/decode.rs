@@ -69,7 +69,7 @@ impl Ty {
 /// What an arithmetic instruction does. `W` are words, `D` doubles, `H` 16-bit values in a word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[rustfmt::skip]
-pub(crate) enum F {
+pub(crate) enum Arith {
     // Word from words.
     MovW, NotW, NegW, AbsW, Popc, Clz, Brev, BfindU, BfindS, BfindShiftU, FNeg, FAbs, Ex2, Lg2, Rcp, Sqrt, Rsqrt, Sin, Cos, Tanh,
     AddW, SubW, MulW, MulHiU, MulHiS, AndW, OrW, XorW, ShlW, ShrU, ShrS, MinU, MaxU, MinS, MaxS,
@@ -187,57 +187,240 @@ pub(crate) enum Half {
 
 #[derive(Clone, Debug)]
 pub(crate) enum Op {
-    Alu { f: F, d: u32, a: u32, b: u32, c: u32, extra: u32 },
-    Setp { ty: Ty, compare: Compare, d: u32, q: u32, a: u32, b: u32, logic: Logic, c: u32, c_not: bool },
-    Cvt { d: u32, a: u32, to: Ty, from: Ty, round: Round, saturate: bool },
+    Alu {
+        f: Arith,
+        d: u32,
+        a: u32,
+        b: u32,
+        c: u32,
+        extra: u32,
+    },
+    Setp {
+        ty: Ty,
+        compare: Compare,
+        d: u32,
+        q: u32,
+        a: u32,
+        b: u32,
+        logic: Logic,
+        c: u32,
+        c_not: bool,
+    },
+    Cvt {
+        d: u32,
+        a: u32,
+        to: Ty,
+        from: Ty,
+        round: Round,
+        saturate: bool,
+    },
     /// `wide`: narrow values in registers of 64 bits, as PTX allows.
-    Ld { at: At, space: Where, ty: Ty, d: [u32; 8], count: u32, wide: bool },
-    St { at: At, space: Where, ty: Ty, a: [u32; 8], count: u32, wide: bool },
-    Atom { at: At, space: Where, ty: Ty, op: Atomic, d: u32, a: [u32; 4], b: u32, count: u32 },
+    Ld {
+        at: At,
+        space: Where,
+        ty: Ty,
+        d: [u32; 8],
+        count: u32,
+        wide: bool,
+    },
+    St {
+        at: At,
+        space: Where,
+        ty: Ty,
+        a: [u32; 8],
+        count: u32,
+        wide: bool,
+    },
+    Atom {
+        at: At,
+        space: Where,
+        ty: Ty,
+        op: Atomic,
+        d: u32,
+        a: [u32; 4],
+        b: u32,
+        count: u32,
+    },
     Bra,
     Exit,
     Trap,
     Nop,
     /// Lets others run.
     Yield,
-    Shfl { mode: Shuffle, d: u32, p: u32, a: u32, b: u32, c: u32, members: u32 },
-    Vote { mode: Vote, d: u32, a: u32, a_not: bool, members: u32 },
-    MatchAny { wide: bool, all: bool, d: u32, p: u32, a: u32, members: u32 },
-    Redux { op: Atomic, signed: bool, d: u32, a: u32, members: u32 },
-    Elect { d: u32, p: u32, members: u32 },
-    ActiveMask { d: u32 },
-    WarpSync { members: u32 },
-    Bar { id: u32, threads: u32, wait: bool, aligned: bool, red: Option<BarRed>, d: u32, a: u32, a_not: bool },
-    MbarInit { at: At, count: u32 },
-    MbarInval { at: At },
+    Shfl {
+        mode: Shuffle,
+        d: u32,
+        p: u32,
+        a: u32,
+        b: u32,
+        c: u32,
+        members: u32,
+    },
+    Vote {
+        mode: Vote,
+        d: u32,
+        a: u32,
+        a_not: bool,
+        members: u32,
+    },
+    MatchAny {
+        wide: bool,
+        all: bool,
+        d: u32,
+        p: u32,
+        a: u32,
+        members: u32,
+    },
+    Redux {
+        op: Atomic,
+        signed: bool,
+        d: u32,
+        a: u32,
+        members: u32,
+    },
+    Elect {
+        d: u32,
+        p: u32,
+        members: u32,
+    },
+    ActiveMask {
+        d: u32,
+    },
+    WarpSync {
+        members: u32,
+    },
+    Bar {
+        id: u32,
+        threads: u32,
+        wait: bool,
+        red: Option<BarRed>,
+        d: u32,
+        a: u32,
+        a_not: bool,
+    },
+    MbarInit {
+        at: At,
+        count: u32,
+    },
+    MbarInval {
+        at: At,
+    },
     /// `count` arrivals (NONE: one) and `bytes` announced (NONE: none). `arrive` false: `expect_tx` alone.
-    MbarArrive { at: At, state: u32, count: u32, bytes: u32, arrive: bool, drop: bool, remote: bool },
-    MbarWait { at: At, d: u32, phase: u32, state: bool, block: bool },
-    MbarCpAsync { at: At, noinc: bool },
+    MbarArrive {
+        at: At,
+        state: u32,
+        count: u32,
+        bytes: u32,
+        arrive: bool,
+        drop: bool,
+    },
+    MbarWait {
+        at: At,
+        d: u32,
+        phase: u32,
+        state: bool,
+        block: bool,
+    },
+    MbarCpAsync {
+        at: At,
+        noinc: bool,
+    },
     FenceProxy,
     Fence,
-    Clock { d: Reg },
-    LdMatrix { at: At, d: [u32; 4], count: u32, transpose: bool },
-    StMatrix { at: At, a: [u32; 4], count: u32, transpose: bool },
-    Mma { d: [u32; 4], a: [u32; 4], b: [u32; 4], c: [u32; 4], k: u32, half: Half },
+    Clock {
+        d: Reg,
+    },
+    LdMatrix {
+        at: At,
+        d: [u32; 4],
+        count: u32,
+        transpose: bool,
+    },
+    StMatrix {
+        at: At,
+        a: [u32; 4],
+        count: u32,
+        transpose: bool,
+    },
+    Mma {
+        d: [u32; 4],
+        a: [u32; 4],
+        b: [u32; 4],
+        c: [u32; 4],
+        k: u32,
+        half: Half,
+    },
     Wgmma(Box<Wgmma>),
     WgmmaFence,
     WgmmaCommit,
-    WgmmaWait { groups: u32 },
-    SetMaxReg { count: u32, grow: bool },
-    CpAsync { to: At, from: At, bytes: u32, size: u32 },
+    WgmmaWait {
+        groups: u32,
+    },
+    SetMaxReg {
+        count: u32,
+    },
+    CpAsync {
+        to: At,
+        from: At,
+        bytes: u32,
+        size: u32,
+    },
     CpAsyncCommit,
-    CpAsyncWait { groups: u32 },
-    TensorLoad { to: At, map: At, barrier: At, coordinates: [u32; 5], rank: u32, multicast: u32 },
-    TensorStore { from: At, map: At, coordinates: [u32; 5], rank: u32, reduce: Option<Atomic> },
-    BulkLoad { to: At, from: At, bytes: u32, barrier: At, multicast: u32 },
-    BulkStore { to: At, from: At, bytes: u32, reduce: Option<(Atomic, Ty)> },
-    BulkToShared { to: At, from: At, bytes: u32, barrier: At },
+    CpAsyncWait {
+        groups: u32,
+    },
+    TensorLoad {
+        to: At,
+        map: At,
+        barrier: At,
+        coordinates: [u32; 5],
+        rank: u32,
+        multicast: u32,
+    },
+    TensorStore {
+        from: At,
+        map: At,
+        coordinates: [u32; 5],
+        rank: u32,
+        reduce: Option<Atomic>,
+    },
+    BulkLoad {
+        to: At,
+        from: At,
+        bytes: u32,
+        barrier: At,
+        multicast: u32,
+    },
+    BulkStore {
+        to: At,
+        from: At,
+        bytes: u32,
+        reduce: Option<(Atomic, Ty)>,
+    },
+    BulkToShared {
+        to: At,
+        from: At,
+        bytes: u32,
+        barrier: At,
+    },
     BulkCommit,
-    BulkWait { groups: u32, read: bool },
-    PrefetchMap { map: At },
-    MapA { d: Reg, a: Reg, rank: u32 },
-    IsSpace { d: u32, a: u32, space: Where },
+    BulkWait {
+        groups: u32,
+        read: bool,
+    },
+    PrefetchMap {
+        map: At,
+    },
+    MapA {
+        d: Reg,
+        a: Reg,
+        rank: u32,
+    },
+    IsSpace {
+        d: u32,
+        a: u32,
+        space: Where,
+    },
     ClusterArrive,
     ClusterWait,
 }
@@ -287,7 +470,7 @@ pub(crate) enum Special {
     TidX, TidY, TidZ, NtidX, NtidY, NtidZ, CtaidX, CtaidY, CtaidZ, NctaidX, NctaidY, NctaidZ, Lane, Warp, Warps,
     LaneEq, LaneLt, LaneLe, LaneGt, LaneGe, Sm, Sms, ClusterRank, ClusterSize,
     ClusterIdX, ClusterIdY, ClusterIdZ, ClusterCtaX, ClusterCtaY, ClusterCtaZ, ClusterNctaX, ClusterNctaY, ClusterNctaZ,
-    DynamicShared, TotalShared, Zero,
+    DynamicShared, TotalShared,
 }
 
 /// A kernel ready to run.
@@ -409,7 +592,8 @@ impl<'a> Decoder<'a> {
                     Class::Double => value as i64 as u64,
                 };
                 // 64-bit patterns above the range of i64 wrap above as wanted.
-                let bits = if class == Class::Double && value > i64::MAX as i128 { value as u64 } else { bits };
+                let bits =
+                    if class == Class::Double && value > i64::MAX as i128 { value as u64 } else { bits };
                 Ok(self.constant(class, bits))
             }
             Operand::Special(name) => {
@@ -533,7 +717,12 @@ fn vector(operand: &Operand) -> Vec<&Operand> {
 }
 
 impl<'a> Decoder<'a> {
-    fn registers<const N: usize>(&mut self, operand: &Operand, class: Class, write: bool) -> Result<([u32; N], u32), String> {
+    fn registers<const N: usize>(
+        &mut self,
+        operand: &Operand,
+        class: Class,
+        write: bool,
+    ) -> Result<([u32; N], u32), String> {
         let list = vector(operand);
         if list.len() > N {
             return Err(format!("{} registers where at most {N} are understood", list.len()));
@@ -545,7 +734,7 @@ impl<'a> Decoder<'a> {
         Ok((found, list.len() as u32))
     }
 
-    fn alu(&mut self, f: F, s: &Statement, classes: &[Class], d: Class) -> Result<Op, String> {
+    fn alu(&mut self, f: Arith, s: &Statement, classes: &[Class], d: Class) -> Result<Op, String> {
         let mut sources = [NONE; 4];
         for (i, class) in classes.iter().enumerate() {
             let operand = s.operands.get(i + 1).ok_or("an operand is missing")?;
@@ -559,29 +748,37 @@ impl<'a> Decoder<'a> {
         let (to, from) = (&s.operands[0], &s.operands[1]);
         let name = s.opcode.last().map(String::as_str).unwrap_or_default();
         match (to, from) {
-            (Operand::Reg(d), Operand::Special(n)) if n.starts_with("%clock") || n.starts_with("%globaltimer") => {
+            (Operand::Reg(d), Operand::Special(n))
+                if n.starts_with("%clock") || n.starts_with("%globaltimer") =>
+            {
                 Ok(Op::Clock { d: *d })
             }
             (Operand::Vector(parts), _) => {
-                let (class, f) =
-                    if name.ends_with("64") { (Class::Double, F::UnpackWD) } else { (Class::Word, F::UnpackHW) };
+                let (class, f) = if name.ends_with("64") {
+                    (Class::Double, Arith::UnpackWD)
+                } else {
+                    (Class::Word, Arith::UnpackHW)
+                };
                 let a = self.read(from, class)?;
                 let d = self.written(&parts[0], Class::Word)?;
                 let b = self.written(&parts[1], Class::Word)?;
                 Ok(Op::Alu { f, d, a, b, c: NONE, extra: NONE })
             }
             (_, Operand::Vector(parts)) => {
-                let (class, f) =
-                    if name.ends_with("64") { (Class::Double, F::PackWD) } else { (Class::Word, F::PackHW) };
+                let (class, f) = if name.ends_with("64") {
+                    (Class::Double, Arith::PackWD)
+                } else {
+                    (Class::Word, Arith::PackHW)
+                };
                 let a = self.read(&parts[0], Class::Word)?;
                 let b = self.read(&parts[1], Class::Word)?;
                 Ok(Op::Alu { f, d: self.written(to, class)?, a, b, c: NONE, extra: NONE })
             }
             (Operand::Reg(d), _) => {
                 let f = match d.class {
-                    Class::Pred => F::MovP,
-                    Class::Word => F::MovW,
-                    Class::Double => F::MovD,
+                    Class::Pred => Arith::MovP,
+                    Class::Word => Arith::MovW,
+                    Class::Double => Arith::MovD,
                 };
                 Ok(Op::Alu { f, d: d.index, a: self.read(from, d.class)?, b: NONE, c: NONE, extra: NONE })
             }
@@ -598,151 +795,314 @@ impl<'a> Decoder<'a> {
         let bits = bytes_of(kind).unwrap_or(0) * 8;
         let signed = kind.starts_with('s');
         let f = match (name, kind) {
-            ("add" | "sub" | "mul" | "min" | "max" | "div" | "fma" | "mad" | "neg" | "abs" | "sqrt" | "rcp" | "copysign", "f32") => match name {
-                "add" => F::FAdd,
-                "sub" => F::FSub,
-                "mul" => F::FMul,
-                "min" if nan => F::FMinNan,
-                "min" => F::FMin,
-                "max" if nan => F::FMaxNan,
-                "max" => F::FMax,
-                "div" => F::FDiv,
-                "fma" | "mad" => F::FFma,
-                "neg" => F::FNeg,
-                "abs" => F::FAbs,
-                "sqrt" => F::Sqrt,
-                "copysign" => F::FCopysign,
-                _ => F::Rcp,
+            (
+                "add" | "sub" | "mul" | "min" | "max" | "div" | "fma" | "mad" | "neg" | "abs" | "sqrt"
+                | "rcp" | "copysign",
+                "f32",
+            ) => match name {
+                "add" => Arith::FAdd,
+                "sub" => Arith::FSub,
+                "mul" => Arith::FMul,
+                "min" if nan => Arith::FMinNan,
+                "min" => Arith::FMin,
+                "max" if nan => Arith::FMaxNan,
+                "max" => Arith::FMax,
+                "div" => Arith::FDiv,
+                "fma" | "mad" => Arith::FFma,
+                "neg" => Arith::FNeg,
+                "abs" => Arith::FAbs,
+                "sqrt" => Arith::Sqrt,
+                "copysign" => Arith::FCopysign,
+                _ => Arith::Rcp,
             },
-            ("ex2", "f32") => F::Ex2,
-            ("lg2", "f32") => F::Lg2,
-            ("rsqrt", "f32") => F::Rsqrt,
-            ("sin", "f32") => F::Sin,
-            ("cos", "f32") => F::Cos,
-            ("tanh", "f32") => F::Tanh,
-            ("add", "f64") => F::DAdd,
-            ("sub", "f64") => F::DSub,
-            ("mul", "f64") => F::DMul,
-            ("div", "f64") => F::DDiv,
-            ("fma" | "mad", "f64") => F::DFma,
-            ("min", "f64") => F::DMin,
-            ("max", "f64") => F::DMax,
-            ("neg", "f64") => F::DNeg,
-            ("abs", "f64") => F::DAbs,
-            ("sqrt", "f64") => F::DSqrt,
-            ("add", "bf16x2") => F::AddBf2,
-            ("sub", "bf16x2") => F::SubBf2,
-            ("mul", "bf16x2") => F::MulBf2,
-            ("fma", "bf16x2") => F::FmaBf2,
-            ("max", "bf16x2") => F::MaxBf2,
-            ("min", "bf16x2") => F::MinBf2,
-            ("add", "f16x2") => F::AddHf2,
-            ("sub", "f16x2") => F::SubHf2,
-            ("mul", "f16x2") => F::MulHf2,
-            ("fma", "f16x2") => F::FmaHf2,
-            ("max", "f16x2") => F::MaxHf2,
-            ("min", "f16x2") => F::MinHf2,
+            ("ex2", "f32") => Arith::Ex2,
+            ("lg2", "f32") => Arith::Lg2,
+            ("rsqrt", "f32") => Arith::Rsqrt,
+            ("sin", "f32") => Arith::Sin,
+            ("cos", "f32") => Arith::Cos,
+            ("tanh", "f32") => Arith::Tanh,
+            ("add", "f64") => Arith::DAdd,
+            ("sub", "f64") => Arith::DSub,
+            ("mul", "f64") => Arith::DMul,
+            ("div", "f64") => Arith::DDiv,
+            ("fma" | "mad", "f64") => Arith::DFma,
+            ("min", "f64") => Arith::DMin,
+            ("max", "f64") => Arith::DMax,
+            ("neg", "f64") => Arith::DNeg,
+            ("abs", "f64") => Arith::DAbs,
+            ("sqrt", "f64") => Arith::DSqrt,
+            ("add", "bf16x2") => Arith::AddBf2,
+            ("sub", "bf16x2") => Arith::SubBf2,
+            ("mul", "bf16x2") => Arith::MulBf2,
+            ("fma", "bf16x2") => Arith::FmaBf2,
+            ("max", "bf16x2") => Arith::MaxBf2,
+            ("min", "bf16x2") => Arith::MinBf2,
+            ("add", "f16x2") => Arith::AddHf2,
+            ("sub", "f16x2") => Arith::SubHf2,
+            ("mul", "f16x2") => Arith::MulHf2,
+            ("fma", "f16x2") => Arith::FmaHf2,
+            ("max", "f16x2") => Arith::MaxHf2,
+            ("min", "f16x2") => Arith::MinHf2,
             (_, "f16" | "bf16" | "f32" | "f64" | "f16x2" | "bf16x2") => return Ok(None),
-            ("and", "pred") => F::AndP,
-            ("or", "pred") => F::OrP,
-            ("xor", "pred") => F::XorP,
-            ("not", "pred") => F::NotP,
-            ("popc", _) if bits == 64 => F::PopcD,
-            ("popc", _) => F::Popc,
-            ("clz", _) if bits == 64 => F::ClzD,
-            ("clz", _) => F::Clz,
-            ("brev", "b32") => F::Brev,
-            ("brev", "b64") => F::BrevD,
-            ("bfind", "u32") if has(s, "shiftamt") => F::BfindShiftU,
-            ("bfind", "u32") => F::BfindU,
-            ("bfind", "s32") => F::BfindS,
-            ("bfe", "u32") => F::BfeU,
-            ("bfe", "s32") => F::BfeS,
-            ("bfi", "b32") => F::Bfi,
-            ("prmt", "b32") => F::Prmt,
-            ("lop3", "b32") => F::Lop3,
-            ("cnot", "b32") => F::Cnot,
-            ("sad", "u32") => F::Sad,
+            ("and", "pred") => Arith::AndP,
+            ("or", "pred") => Arith::OrP,
+            ("xor", "pred") => Arith::XorP,
+            ("not", "pred") => Arith::NotP,
+            ("popc", _) if bits == 64 => Arith::PopcD,
+            ("popc", _) => Arith::Popc,
+            ("clz", _) if bits == 64 => Arith::ClzD,
+            ("clz", _) => Arith::Clz,
+            ("brev", "b32") => Arith::Brev,
+            ("brev", "b64") => Arith::BrevD,
+            ("bfind", "u32") if has(s, "shiftamt") => Arith::BfindShiftU,
+            ("bfind", "u32") => Arith::BfindU,
+            ("bfind", "s32") => Arith::BfindS,
+            ("bfe", "u32") => Arith::BfeU,
+            ("bfe", "s32") => Arith::BfeS,
+            ("bfi", "b32") => Arith::Bfi,
+            ("prmt", "b32") => Arith::Prmt,
+            ("lop3", "b32") => Arith::Lop3,
+            ("cnot", "b32") => Arith::Cnot,
+            ("sad", "u32") => Arith::Sad,
             ("shf", "b32") => match (has(s, "l"), has(s, "wrap")) {
-                (true, true) => F::ShfLWrap,
-                (true, false) => F::ShfLClamp,
-                (false, true) => F::ShfRWrap,
-                (false, false) => F::ShfRClamp,
+                (true, true) => Arith::ShfLWrap,
+                (true, false) => Arith::ShfLClamp,
+                (false, true) => Arith::ShfRWrap,
+                (false, false) => Arith::ShfRClamp,
             },
-            ("mul", _) if wide && bits == 32 => if signed { F::MulWideS } else { F::MulWideU },
-            ("mul", _) if wide && bits == 16 => if signed { F::MulWideHs } else { F::MulWideHu },
-            ("mad", _) if wide && bits == 32 => if signed { F::MadWideS } else { F::MadWideU },
-            ("mul", _) if hi && bits == 32 => if signed { F::MulHiS } else { F::MulHiU },
-            ("mul", _) if hi && bits == 64 => if signed { F::MulHiSD } else { F::MulHiUD },
+            ("mul", _) if wide && bits == 32 => {
+                if signed {
+                    Arith::MulWideS
+                } else {
+                    Arith::MulWideU
+                }
+            }
+            ("mul", _) if wide && bits == 16 => {
+                if signed {
+                    Arith::MulWideHs
+                } else {
+                    Arith::MulWideHu
+                }
+            }
+            ("mad", _) if wide && bits == 32 => {
+                if signed {
+                    Arith::MadWideS
+                } else {
+                    Arith::MadWideU
+                }
+            }
+            ("mul", _) if hi && bits == 32 => {
+                if signed {
+                    Arith::MulHiS
+                } else {
+                    Arith::MulHiU
+                }
+            }
+            ("mul", _) if hi && bits == 64 => {
+                if signed {
+                    Arith::MulHiSD
+                } else {
+                    Arith::MulHiUD
+                }
+            }
             ("mad", _) if hi => return Ok(None),
-            ("add" | "sub" | "mul" | "mad" | "div" | "rem" | "min" | "max" | "and" | "or" | "xor" | "not" | "neg"
-            | "abs" | "shl" | "shr", _) if bits > 0 => match (name, bits) {
-                ("add", 32) => F::AddW,
-                ("sub", 32) => F::SubW,
-                ("mul", 32) => F::MulW,
-                ("mad", 32) => F::MadW,
-                ("div", 32) => if signed { F::DivS } else { F::DivU },
-                ("rem", 32) => if signed { F::RemS } else { F::RemU },
-                ("min", 32) => if signed { F::MinS } else { F::MinU },
-                ("max", 32) => if signed { F::MaxS } else { F::MaxU },
-                ("and", 32) => F::AndW,
-                ("or", 32) => F::OrW,
-                ("xor", 32) => F::XorW,
-                ("not", 32) => F::NotW,
-                ("neg", 32) => F::NegW,
-                ("abs", 32) => F::AbsW,
-                ("shl", 32) => F::ShlW,
-                ("shr", 32) => if signed { F::ShrS } else { F::ShrU },
-                ("add", 64) => F::AddD,
-                ("sub", 64) => F::SubD,
-                ("mul", 64) => F::MulD,
-                ("mad", 64) => F::MadD,
-                ("div", 64) => if signed { F::DivSD } else { F::DivUD },
-                ("rem", 64) => if signed { F::RemSD } else { F::RemUD },
-                ("min", 64) => if signed { F::MinSD } else { F::MinUD },
-                ("max", 64) => if signed { F::MaxSD } else { F::MaxUD },
-                ("and", 64) => F::AndD,
-                ("or", 64) => F::OrD,
-                ("xor", 64) => F::XorD,
-                ("not", 64) => F::NotD,
-                ("neg", 64) => F::NegD,
-                ("shl", 64) => F::ShlD,
-                ("shr", 64) => if signed { F::ShrSD } else { F::ShrUD },
-                ("add", 16) => F::AddH,
-                ("sub", 16) => F::SubH,
-                ("mul", 16) => F::MulH,
-                ("and", 16) => F::AndH,
-                ("or", 16) => F::OrH,
-                ("xor", 16) => F::XorH,
-                ("not", 16) => F::NotH,
-                ("neg", 16) => F::NegH,
-                ("shl", 16) => F::ShlH,
-                ("shr", 16) => if signed { F::ShrHs } else { F::ShrHu },
-                ("min", 16) => if signed { F::MinHs } else { F::MinHu },
-                ("max", 16) => if signed { F::MaxHs } else { F::MaxHu },
+            (
+                "add" | "sub" | "mul" | "mad" | "div" | "rem" | "min" | "max" | "and" | "or" | "xor" | "not"
+                | "neg" | "abs" | "shl" | "shr",
+                _,
+            ) if bits > 0 => match (name, bits) {
+                ("add", 32) => Arith::AddW,
+                ("sub", 32) => Arith::SubW,
+                ("mul", 32) => Arith::MulW,
+                ("mad", 32) => Arith::MadW,
+                ("div", 32) => {
+                    if signed {
+                        Arith::DivS
+                    } else {
+                        Arith::DivU
+                    }
+                }
+                ("rem", 32) => {
+                    if signed {
+                        Arith::RemS
+                    } else {
+                        Arith::RemU
+                    }
+                }
+                ("min", 32) => {
+                    if signed {
+                        Arith::MinS
+                    } else {
+                        Arith::MinU
+                    }
+                }
+                ("max", 32) => {
+                    if signed {
+                        Arith::MaxS
+                    } else {
+                        Arith::MaxU
+                    }
+                }
+                ("and", 32) => Arith::AndW,
+                ("or", 32) => Arith::OrW,
+                ("xor", 32) => Arith::XorW,
+                ("not", 32) => Arith::NotW,
+                ("neg", 32) => Arith::NegW,
+                ("abs", 32) => Arith::AbsW,
+                ("shl", 32) => Arith::ShlW,
+                ("shr", 32) => {
+                    if signed {
+                        Arith::ShrS
+                    } else {
+                        Arith::ShrU
+                    }
+                }
+                ("add", 64) => Arith::AddD,
+                ("sub", 64) => Arith::SubD,
+                ("mul", 64) => Arith::MulD,
+                ("mad", 64) => Arith::MadD,
+                ("div", 64) => {
+                    if signed {
+                        Arith::DivSD
+                    } else {
+                        Arith::DivUD
+                    }
+                }
+                ("rem", 64) => {
+                    if signed {
+                        Arith::RemSD
+                    } else {
+                        Arith::RemUD
+                    }
+                }
+                ("min", 64) => {
+                    if signed {
+                        Arith::MinSD
+                    } else {
+                        Arith::MinUD
+                    }
+                }
+                ("max", 64) => {
+                    if signed {
+                        Arith::MaxSD
+                    } else {
+                        Arith::MaxUD
+                    }
+                }
+                ("and", 64) => Arith::AndD,
+                ("or", 64) => Arith::OrD,
+                ("xor", 64) => Arith::XorD,
+                ("not", 64) => Arith::NotD,
+                ("neg", 64) => Arith::NegD,
+                ("shl", 64) => Arith::ShlD,
+                ("shr", 64) => {
+                    if signed {
+                        Arith::ShrSD
+                    } else {
+                        Arith::ShrUD
+                    }
+                }
+                ("add", 16) => Arith::AddH,
+                ("sub", 16) => Arith::SubH,
+                ("mul", 16) => Arith::MulH,
+                ("and", 16) => Arith::AndH,
+                ("or", 16) => Arith::OrH,
+                ("xor", 16) => Arith::XorH,
+                ("not", 16) => Arith::NotH,
+                ("neg", 16) => Arith::NegH,
+                ("shl", 16) => Arith::ShlH,
+                ("shr", 16) => {
+                    if signed {
+                        Arith::ShrHs
+                    } else {
+                        Arith::ShrHu
+                    }
+                }
+                ("min", 16) => {
+                    if signed {
+                        Arith::MinHs
+                    } else {
+                        Arith::MinHu
+                    }
+                }
+                ("max", 16) => {
+                    if signed {
+                        Arith::MaxHs
+                    } else {
+                        Arith::MaxHu
+                    }
+                }
                 _ => return Ok(None),
             },
             _ => return Ok(None),
         };
         let (sources, d): (&[Class], Class) = match f {
-            F::AndP | F::OrP | F::XorP => (&[P, P], P),
-            F::NotP => (&[P], P),
-            F::PopcD | F::ClzD => (&[D], W),
-            F::MulWideU | F::MulWideS => (&[W, W], D),
-            F::MulWideHu | F::MulWideHs => (&[W, W], W),
-            F::MadWideU | F::MadWideS => (&[W, W, D], D),
-            F::ShlD | F::ShrUD | F::ShrSD => (&[D, W], D),
-            F::DNeg | F::DAbs | F::DSqrt | F::NotD | F::NegD | F::BrevD => (&[D], D),
-            F::MadD | F::DFma => (&[D, D, D], D),
-            F::DAdd | F::DSub | F::DMul | F::DDiv | F::DMin | F::DMax | F::AddD | F::SubD | F::MulD | F::MulHiUD
-            | F::MulHiSD | F::AndD | F::OrD | F::XorD | F::MinUD | F::MaxUD | F::MinSD | F::MaxSD | F::DivUD
-            | F::DivSD | F::RemUD | F::RemSD => (&[D, D], D),
-            F::NotW | F::NegW | F::AbsW | F::Popc | F::Clz | F::Brev | F::BfindU | F::BfindS | F::BfindShiftU
-            | F::FNeg | F::FAbs | F::Ex2 | F::Lg2 | F::Rcp | F::Sqrt | F::Rsqrt | F::Sin | F::Cos | F::Tanh
-            | F::NotH | F::NegH | F::Cnot => (&[W], W),
-            F::Bfi | F::Lop3 => (&[W, W, W, W], W),
-            F::FFma | F::MadW | F::ShfLWrap | F::ShfRWrap | F::ShfLClamp | F::ShfRClamp | F::Prmt | F::BfeU
-            | F::BfeS | F::Sad | F::FmaBf2 | F::FmaHf2 => (&[W, W, W], W),
+            Arith::AndP | Arith::OrP | Arith::XorP => (&[P, P], P),
+            Arith::NotP => (&[P], P),
+            Arith::PopcD | Arith::ClzD => (&[D], W),
+            Arith::MulWideU | Arith::MulWideS => (&[W, W], D),
+            Arith::MulWideHu | Arith::MulWideHs => (&[W, W], W),
+            Arith::MadWideU | Arith::MadWideS => (&[W, W, D], D),
+            Arith::ShlD | Arith::ShrUD | Arith::ShrSD => (&[D, W], D),
+            Arith::DNeg | Arith::DAbs | Arith::DSqrt | Arith::NotD | Arith::NegD | Arith::BrevD => (&[D], D),
+            Arith::MadD | Arith::DFma => (&[D, D, D], D),
+            Arith::DAdd
+            | Arith::DSub
+            | Arith::DMul
+            | Arith::DDiv
+            | Arith::DMin
+            | Arith::DMax
+            | Arith::AddD
+            | Arith::SubD
+            | Arith::MulD
+            | Arith::MulHiUD
+            | Arith::MulHiSD
+            | Arith::AndD
+            | Arith::OrD
+            | Arith::XorD
+            | Arith::MinUD
+            | Arith::MaxUD
+            | Arith::MinSD
+            | Arith::MaxSD
+            | Arith::DivUD
+            | Arith::DivSD
+            | Arith::RemUD
+            | Arith::RemSD => (&[D, D], D),
+            Arith::NotW
+            | Arith::NegW
+            | Arith::AbsW
+            | Arith::Popc
+            | Arith::Clz
+            | Arith::Brev
+            | Arith::BfindU
+            | Arith::BfindS
+            | Arith::BfindShiftU
+            | Arith::FNeg
+            | Arith::FAbs
+            | Arith::Ex2
+            | Arith::Lg2
+            | Arith::Rcp
+            | Arith::Sqrt
+            | Arith::Rsqrt
+            | Arith::Sin
+            | Arith::Cos
+            | Arith::Tanh
+            | Arith::NotH
+            | Arith::NegH
+            | Arith::Cnot => (&[W], W),
+            Arith::Bfi | Arith::Lop3 => (&[W, W, W, W], W),
+            Arith::FFma
+            | Arith::MadW
+            | Arith::ShfLWrap
+            | Arith::ShfRWrap
+            | Arith::ShfLClamp
+            | Arith::ShfRClamp
+            | Arith::Prmt
+            | Arith::BfeU
+            | Arith::BfeS
+            | Arith::Sad
+            | Arith::FmaBf2
+            | Arith::FmaHf2 => (&[W, W, W], W),
             _ => (&[W, W], W),
         };
         // The last source of a shift of doubles is a word in PTX, too.
@@ -750,13 +1110,14 @@ impl<'a> Decoder<'a> {
     }
 
     fn cvt(&mut self, s: &Statement) -> Result<Op, String> {
-        let kinds: Vec<&str> = s.opcode.iter().map(String::as_str).filter(|p| bytes_of(p).is_some()).collect();
+        let kinds: Vec<&str> =
+            s.opcode.iter().map(String::as_str).filter(|p| bytes_of(p).is_some()).collect();
         let [to, from] = kinds[..] else { return Err("cvt without two types".into()) };
         if matches!(to, "bf16x2" | "f16x2") && from == "f32" {
             let f = match (to, has(s, "relu")) {
-                ("bf16x2", false) => F::PackBf16,
-                ("bf16x2", true) => F::PackBf16Relu,
-                ("f16x2", false) => F::PackF16,
+                ("bf16x2", false) => Arith::PackBf16,
+                ("bf16x2", true) => Arith::PackBf16Relu,
+                ("f16x2", false) => Arith::PackF16,
                 _ => return Err("this cvt is not emulated".into()),
             };
             if !has(s, "rn") {
@@ -833,14 +1194,22 @@ impl<'a> Decoder<'a> {
             .ok_or("a tensor copy without its rank")?;
         let reduce = s.opcode[1] == "reduce" || s.opcode[0] == "cp" && has(s, "reduce");
         let reduce = if reduce {
-            Some(s.opcode.iter().skip(2).find_map(|part| atomic(part)).ok_or("a reduction without its operation")?)
+            Some(
+                s.opcode
+                    .iter()
+                    .skip(2)
+                    .find_map(|part| atomic(part))
+                    .ok_or("a reduction without its operation")?,
+            )
         } else {
             None
         };
         let first_space = s.opcode.iter().find(|p| p.starts_with("shared") || p.as_str() == "global");
         let load = first_space.is_some_and(|space| space.starts_with("shared"));
         let map = if load { &s.operands[1] } else { &s.operands[0] };
-        let Operand::Address { rest, .. } = map else { return Err("a tensor copy without coordinates".into()) };
+        let Operand::Address { rest, .. } = map else {
+            return Err("a tensor copy without coordinates".into());
+        };
         let list = rest.first().ok_or("a tensor copy without coordinates")?;
         let (coordinates, count) = self.registers::<5>(list, Class::Word, false)?;
         if count != rank {
@@ -848,7 +1217,8 @@ impl<'a> Decoder<'a> {
         }
         let map = self.at(map)?;
         if load {
-            let multicast = if has(s, "multicast::cluster") { self.read(&s.operands[3], Class::Word)? } else { NONE };
+            let multicast =
+                if has(s, "multicast::cluster") { self.read(&s.operands[3], Class::Word)? } else { NONE };
             let (to, barrier) = (self.at(&s.operands[0])?, self.at(&s.operands[2])?);
             Ok(Op::TensorLoad { to, map, barrier, coordinates, rank, multicast })
         } else {
@@ -890,7 +1260,9 @@ impl<'a> Decoder<'a> {
                 _ => return Err("cp.async with its size in a register".into()),
             };
             let size = match s.operands.get(3) {
-                Some(Operand::Reg(reg)) if reg.class == Class::Pred => return Err("cp.async with ignore-src".into()),
+                Some(Operand::Reg(reg)) if reg.class == Class::Pred => {
+                    return Err("cp.async with ignore-src".into());
+                }
                 Some(_) if has(s, "L2::cache_hint") && s.operands.len() == 4 => NONE,
                 Some(operand) => self.read(operand, Class::Word)?,
                 None => NONE,
@@ -899,8 +1271,12 @@ impl<'a> Decoder<'a> {
             return Ok(Op::CpAsync { to, from, bytes, size });
         }
         let reduce = s.opcode[1] == "reduce";
-        let spaces: Vec<&str> =
-            s.opcode.iter().map(String::as_str).filter(|p| p.starts_with("shared") || *p == "global").collect();
+        let spaces: Vec<&str> = s
+            .opcode
+            .iter()
+            .map(String::as_str)
+            .filter(|p| p.starts_with("shared") || *p == "global")
+            .collect();
         let (to, from) = (self.at(&s.operands[0])?, self.at(&s.operands[1])?);
         let bytes = self.read(&s.operands[2], Class::Word)?;
         match (spaces.first().copied(), spaces.get(1).copied()) {
@@ -915,7 +1291,8 @@ impl<'a> Decoder<'a> {
             }
             (Some(_), Some("global")) if !reduce => {
                 let barrier = self.at(&s.operands[3])?;
-                let multicast = if has(s, "multicast::cluster") { self.read(&s.operands[4], Class::Word)? } else { NONE };
+                let multicast =
+                    if has(s, "multicast::cluster") { self.read(&s.operands[4], Class::Word)? } else { NONE };
                 Ok(Op::BulkLoad { to, from, bytes, barrier, multicast })
             }
             (Some("shared::cluster"), Some("shared::cta")) if !reduce => {
@@ -927,7 +1304,10 @@ impl<'a> Decoder<'a> {
 
     fn mbarrier(&mut self, s: &Statement) -> Result<Op, String> {
         match s.opcode[1].as_str() {
-            "init" => Ok(Op::MbarInit { at: self.at(&s.operands[0])?, count: self.read(&s.operands[1], Class::Word)? }),
+            "init" => Ok(Op::MbarInit {
+                at: self.at(&s.operands[0])?,
+                count: self.read(&s.operands[1], Class::Word)?,
+            }),
             "inval" => Ok(Op::MbarInval { at: self.at(&s.operands[0])? }),
             "expect_tx" => Ok(Op::MbarArrive {
                 at: self.at(&s.operands[0])?,
@@ -936,7 +1316,6 @@ impl<'a> Decoder<'a> {
                 bytes: self.read(&s.operands[1], Class::Word)?,
                 arrive: false,
                 drop: false,
-                remote: has(s, "shared::cluster"),
             }),
             "arrive" | "arrive_drop" => {
                 let address = s.operands.iter().position(|o| matches!(o, Operand::Address { .. }));
@@ -957,7 +1336,6 @@ impl<'a> Decoder<'a> {
                     bytes: if expect { extra } else { NONE },
                     arrive: true,
                     drop: s.opcode[1] == "arrive_drop",
-                    remote: has(s, "shared::cluster"),
                 })
             }
             "try_wait" | "test_wait" => {
@@ -980,7 +1358,9 @@ impl<'a> Decoder<'a> {
             "fence" => return Ok(Op::WgmmaFence),
             "commit_group" => return Ok(Op::WgmmaCommit),
             "wait_group" => {
-                let Some(Operand::Number(n)) = s.operands.first() else { return Err("wait_group of what".into()) };
+                let Some(Operand::Number(n)) = s.operands.first() else {
+                    return Err("wait_group of what".into());
+                };
                 return Ok(Op::WgmmaWait { groups: number(n).unwrap_or(0) as u32 });
             }
             "mma_async" => {}
@@ -989,13 +1369,14 @@ impl<'a> Decoder<'a> {
         let shape = s.opcode.iter().find(|p| p.starts_with("m64n")).ok_or("wgmma without a shape")?;
         let (n, k) = shape[4..].split_once('k').ok_or("wgmma without a shape")?;
         let n: u32 = n.parse().map_err(|_| "wgmma's n")?;
-        let kinds: Vec<&str> = s.opcode.iter().map(String::as_str).filter(|p| bytes_of(p).is_some()).collect();
+        let kinds: Vec<&str> =
+            s.opcode.iter().map(String::as_str).filter(|p| bytes_of(p).is_some()).collect();
         let half = match kinds[..] {
             ["f32", "bf16", "bf16"] => Half::Bf16,
             ["f32", "f16", "f16"] => Half::F16,
             _ => return Err(format!("wgmma of {kinds:?} is not emulated")),
         };
-        if k != "16" || n == 0 || n > 256 || n % 8 != 0 {
+        if k != "16" || n == 0 || n > 256 || !n.is_multiple_of(8) {
             return Err(format!("wgmma shape {shape}"));
         }
         let Operand::Vector(d) = &s.operands[0] else { return Err("wgmma's accumulators".into()) };
@@ -1042,7 +1423,6 @@ impl<'a> Decoder<'a> {
         if has(s, "cluster") {
             return Ok(if has(s, "arrive") { Op::ClusterArrive } else { Op::ClusterWait });
         }
-        let aligned = s.opcode[0] == "bar" || has(s, "aligned");
         let red = if has(s, "red") {
             Some(if has(s, "popc") {
                 BarRed::Popc
@@ -1068,7 +1448,7 @@ impl<'a> Decoder<'a> {
             Some(operand) => self.read(operand, Class::Word)?,
             None => NONE,
         };
-        Ok(Op::Bar { id, threads, wait: !has(s, "arrive"), aligned, red, d, a, a_not })
+        Ok(Op::Bar { id, threads, wait: !has(s, "arrive"), red, d, a, a_not })
     }
 
     fn op(&mut self, s: &Statement) -> Result<Op, String> {
@@ -1079,7 +1459,7 @@ impl<'a> Decoder<'a> {
             "setp" => self.setp(s),
             "selp" => {
                 let class = class_of_type(s)?;
-                let f = if class == Class::Double { F::SelD } else { F::SelW };
+                let f = if class == Class::Double { Arith::SelD } else { Arith::SelW };
                 let d = self.written(&s.operands[0], class)?;
                 let (a, b) = (self.read(&s.operands[1], class)?, self.read(&s.operands[2], class)?);
                 let (c, not) = self.predicate(&s.operands[3])?;
@@ -1097,7 +1477,7 @@ impl<'a> Decoder<'a> {
                 let d = self.written(&s.operands[0], Class::Double)?;
                 let a = self.read(&s.operands[1], Class::Double)?;
                 let b = self.constant(Class::Double, window);
-                Ok(Op::Alu { f: if to { F::SubD } else { F::AddD }, d, a, b, c: NONE, extra: NONE })
+                Ok(Op::Alu { f: if to { Arith::SubD } else { Arith::AddD }, d, a, b, c: NONE, extra: NONE })
             }
             "ld" | "ldu" => {
                 let (ty, _) = type_of(s).ok_or("a load without a type")?;
@@ -1121,7 +1501,12 @@ impl<'a> Decoder<'a> {
                 if kind.contains("x2") || matches!(ty, Ty::F16 | Ty::Bf16) {
                     return Err("atomics of halves are not emulated".into());
                 }
-                let op = s.opcode.iter().skip(1).find_map(|p| atomic(p)).ok_or("an atomic without its operation")?;
+                let op = s
+                    .opcode
+                    .iter()
+                    .skip(1)
+                    .find_map(|p| atomic(p))
+                    .ok_or("an atomic without its operation")?;
                 let class = ty.class();
                 let (d, rest) = match name {
                     "atom" => {
@@ -1221,7 +1606,8 @@ impl<'a> Decoder<'a> {
                 }
             }
             "mma" => {
-                let kinds: Vec<&str> = s.opcode.iter().map(String::as_str).filter(|p| bytes_of(p).is_some()).collect();
+                let kinds: Vec<&str> =
+                    s.opcode.iter().map(String::as_str).filter(|p| bytes_of(p).is_some()).collect();
                 let half = match kinds[..] {
                     ["f32", "bf16", "bf16", "f32"] => Half::Bf16,
                     ["f32", "f16", "f16", "f32"] => Half::F16,
@@ -1243,8 +1629,10 @@ impl<'a> Decoder<'a> {
             }
             "wgmma" => self.wgmma(s),
             "setmaxnreg" => {
-                let Some(Operand::Number(n)) = s.operands.first() else { return Err("setmaxnreg of what".into()) };
-                Ok(Op::SetMaxReg { count: number(n).unwrap_or(0) as u32, grow: has(s, "inc") })
+                let Some(Operand::Number(n)) = s.operands.first() else {
+                    return Err("setmaxnreg of what".into());
+                };
+                Ok(Op::SetMaxReg { count: number(n).unwrap_or(0) as u32 })
             }
             "cp" => self.copy(s),
             "prefetch" | "prefetchu" => {
@@ -1256,7 +1644,11 @@ impl<'a> Decoder<'a> {
             "applypriority" | "discard" | "griddepcontrol" => Ok(Op::Nop),
             "mapa" => {
                 let Operand::Reg(d) = s.operands[0] else { return Err("mapa into what".into()) };
-                Ok(Op::MapA { d, a: self.any(&s.operands[1])?, rank: self.read(&s.operands[2], Class::Word)? })
+                Ok(Op::MapA {
+                    d,
+                    a: self.any(&s.operands[1])?,
+                    rank: self.read(&s.operands[2], Class::Word)?,
+                })
             }
             "isspacep" => Ok(Op::IsSpace {
                 d: self.written(&s.operands[0], Class::Pred)?,
@@ -1289,7 +1681,16 @@ impl<'a> Decoder<'a> {
         }
         let writes_first = !matches!(
             s.opcode[0].as_str(),
-            "st" | "red" | "stmatrix" | "cp" | "bar" | "barrier" | "prefetch" | "fence" | "nanosleep" | "bra" | "ret"
+            "st" | "red"
+                | "stmatrix"
+                | "cp"
+                | "bar"
+                | "barrier"
+                | "prefetch"
+                | "fence"
+                | "nanosleep"
+                | "bra"
+                | "ret"
         ) && !matches!(s.operands.first(), Some(Operand::Address { .. }));
         let mut range = |operands: &[Operand]| {
             let first = self.operands.len() as u32;

@@ -241,30 +241,30 @@ unsafe extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, _device: c_int) -> S
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, _device: c_int) -> Status {
     let found = match attribute {
-        1 => 1024,                              // threads of a CTA
-        2 | 3 => 1024,                          // its dimensions
+        1 => 1024,     // threads of a CTA
+        2 | 3 => 1024, // its dimensions
         4 => 64,
-        5 => i32::MAX,                          // grid dimensions
+        5 => i32::MAX, // grid dimensions
         6 | 7 => 65_535,
-        8 => 48 << 10,                          // shared memory without opting in
-        10 => 32,                               // lanes of a warp
-        12 | 82 => 65_536,                      // registers of a CTA, of a multiprocessor
-        13 | 36 => 1_000_000,                   // clock and memory clock, kHz
+        8 => 48 << 10,        // shared memory without opting in
+        10 => 32,             // lanes of a warp
+        12 | 82 => 65_536,    // registers of a CTA, of a multiprocessor
+        13 | 36 => 1_000_000, // clock and memory clock, kHz
         16 => MULTIPROCESSORS as c_int,
-        31 => 1,                                // kernels beside each other
-        37 => 5120,                             // bits of the memory bus
-        38 => 50 << 20,                         // L2
-        39 => 2048,                             // threads of a multiprocessor
-        40 => 1,                                // copies beside kernels
-        41 => 1,                                // unified addressing
+        31 => 1,        // kernels beside each other
+        37 => 5120,     // bits of the memory bus
+        38 => 50 << 20, // L2
+        39 => 2048,     // threads of a multiprocessor
+        40 => 1,        // copies beside kernels
+        41 => 1,        // unified addressing
         75 => 9,
         76 => 0,
-        81 => 228 << 10,                        // shared memory of a multiprocessor
-        97 => SHARED_LIMIT as c_int,            // with opting in
-        106 => 32,                              // CTAs of a multiprocessor
-        111 => 1 << 10,                         // shared memory the driver keeps
-        120 => 1,                               // clusters
-        127 => 1,                               // tensor maps
+        81 => 228 << 10,             // shared memory of a multiprocessor
+        97 => SHARED_LIMIT as c_int, // with opting in
+        106 => 32,                   // CTAs of a multiprocessor
+        111 => 1 << 10,              // shared memory the driver keeps
+        120 => 1,                    // clusters
+        127 => 1,                    // tensor maps
         // Memory pools, managed memory, and what else there is: no.
         _ => 0,
     };
@@ -385,7 +385,12 @@ unsafe extern "C" fn cuMemcpyHtoD_v2(to: u64, from: *const c_void, bytes: usize)
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn cuMemcpyHtoDAsync_v2(to: u64, from: *const c_void, bytes: usize, stream: *mut c_void) -> Status {
+unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
+    to: u64,
+    from: *const c_void,
+    bytes: usize,
+    stream: *mut c_void,
+) -> Status {
     unsafe { queue(stream, Work::CopyToDevice { to, from, bytes }) }
 }
 
@@ -395,7 +400,12 @@ unsafe extern "C" fn cuMemcpyDtoH_v2(to: *mut c_void, from: u64, bytes: usize) -
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: u64, bytes: usize, stream: *mut c_void) -> Status {
+unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
+    to: *mut c_void,
+    from: u64,
+    bytes: usize,
+    stream: *mut c_void,
+) -> Status {
     unsafe { queue(stream, Work::CopyToHost { to, from, bytes }) }
 }
 
@@ -450,7 +460,11 @@ unsafe extern "C" fn cuStreamCreate(stream: *mut *mut Stream, _flags: c_uint) ->
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn cuStreamCreateWithPriority(stream: *mut *mut Stream, flags: c_uint, _priority: c_int) -> Status {
+unsafe extern "C" fn cuStreamCreateWithPriority(
+    stream: *mut *mut Stream,
+    flags: c_uint,
+    _priority: c_int,
+) -> Status {
     unsafe { cuStreamCreate(stream, flags) }
 }
 
@@ -505,7 +519,11 @@ unsafe extern "C" fn cuStreamEndCapture(stream: *mut Stream, graph: *mut *mut Ve
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn cuGraphInstantiateWithFlags(exec: *mut *mut Vec<Work>, graph: *mut Vec<Work>, _flags: u64) -> Status {
+unsafe extern "C" fn cuGraphInstantiateWithFlags(
+    exec: *mut *mut Vec<Work>,
+    graph: *mut Vec<Work>,
+    _flags: u64,
+) -> Status {
     unsafe { *exec = Box::into_raw(Box::new((*graph).clone())) };
     SUCCESS
 }
@@ -607,7 +625,11 @@ unsafe extern "C" fn cuModuleUnload(module: Handle) -> Status {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn cuModuleGetFunction(function: *mut Handle, module: Handle, name: *const c_char) -> Status {
+unsafe extern "C" fn cuModuleGetFunction(
+    function: *mut Handle,
+    module: Handle,
+    name: *const c_char,
+) -> Status {
     let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
     if unsafe { &*module }.kernel.name != name {
         return NOT_FOUND;
@@ -642,7 +664,12 @@ unsafe extern "C" fn cuFuncSetAttribute(function: Handle, attribute: c_int, valu
     SUCCESS
 }
 
-unsafe fn launch_with(function: Handle, stream: *mut c_void, shape: Shape, arguments: *mut *mut c_void) -> Status {
+unsafe fn launch_with(
+    function: Handle,
+    stream: *mut c_void,
+    shape: Shape,
+    arguments: *mut *mut c_void,
+) -> Status {
     let module = unsafe { &*function }.clone();
     let mut params = vec![0u8; module.kernel.params_bytes as usize];
     for (i, &(offset, bytes)) in module.kernel.param_places.iter().enumerate() {
@@ -774,11 +801,16 @@ fn error_text(status: Status) -> Option<(&'static CStr, &'static CStr)> {
         400 => (c"CUDA_ERROR_INVALID_HANDLE", c"invalid resource handle"),
         500 => (c"CUDA_ERROR_NOT_FOUND", c"named symbol not found"),
         600 => (c"CUDA_ERROR_NOT_READY", c"device not ready"),
-        700 => (c"CUDA_ERROR_ILLEGAL_ADDRESS", c"an illegal memory access was encountered (the emulator says which on stderr)"),
+        700 => (
+            c"CUDA_ERROR_ILLEGAL_ADDRESS",
+            c"an illegal memory access was encountered (the emulator says which on stderr)",
+        ),
         702 => (c"CUDA_ERROR_LAUNCH_TIMEOUT", c"the launch timed out and was terminated"),
         716 => (c"CUDA_ERROR_MISALIGNED_ADDRESS", c"misaligned address (the emulator says which on stderr)"),
         719 => (c"CUDA_ERROR_LAUNCH_FAILED", c"unspecified launch failure (the emulator says why on stderr)"),
-        900 => (c"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", c"operation not permitted when stream is capturing"),
+        900 => {
+            (c"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", c"operation not permitted when stream is capturing")
+        }
         _ => return None,
     })
 }

@@ -23,12 +23,24 @@ fn combine(op: Atomic, ty: Ty, old: u64, a: u64, b: u64) -> u64 {
     let (x32, y32) = (old as u32, a as u32);
     match (op, ty) {
         (Atomic::Exch, _) => a,
-        (Atomic::Cas, Ty::U32 | Ty::S32 | Ty::F32) => if x32 == y32 { b } else { old },
-        (Atomic::Cas, _) => if old == a { b } else { old },
+        (Atomic::Cas, Ty::U32 | Ty::S32 | Ty::F32) => {
+            if x32 == y32 {
+                b
+            } else {
+                old
+            }
+        }
+        (Atomic::Cas, _) => {
+            if old == a {
+                b
+            } else {
+                old
+            }
+        }
         (Atomic::And, _) => old & a,
         (Atomic::Or, _) => old | a,
         (Atomic::Xor, _) => old ^ a,
-        (Atomic::Add, Ty::F32) => (f32::from_bits(x32) + f32::from_bits(y32)).to_bits() as u64,
+        (Atomic::Add, Ty::F32) => crate::float::bits_of(f32::from_bits(x32) + f32::from_bits(y32)) as u64,
         (Atomic::Add, Ty::F64) => (f64::from_bits(old) + f64::from_bits(a)).to_bits(),
         (Atomic::Add, _) => old.wrapping_add(a),
         (Atomic::Min, Ty::S32) => (x32 as i32).min(y32 as i32) as u32 as u64,
@@ -37,12 +49,28 @@ fn combine(op: Atomic, ty: Ty, old: u64, a: u64, b: u64) -> u64 {
         (Atomic::Max, Ty::U32) => x32.max(y32) as u64,
         (Atomic::Min, Ty::S64) => (old as i64).min(a as i64) as u64,
         (Atomic::Max, Ty::S64) => (old as i64).max(a as i64) as u64,
-        (Atomic::Min, Ty::F32) => crate::float::min(f32::from_bits(x32), f32::from_bits(y32)).to_bits() as u64,
-        (Atomic::Max, Ty::F32) => crate::float::max(f32::from_bits(x32), f32::from_bits(y32)).to_bits() as u64,
+        (Atomic::Min, Ty::F32) => {
+            crate::float::min(f32::from_bits(x32), f32::from_bits(y32)).to_bits() as u64
+        }
+        (Atomic::Max, Ty::F32) => {
+            crate::float::max(f32::from_bits(x32), f32::from_bits(y32)).to_bits() as u64
+        }
         (Atomic::Min, _) => old.min(a),
         (Atomic::Max, _) => old.max(a),
-        (Atomic::Inc, _) => if x32 >= y32 { 0 } else { x32 as u64 + 1 },
-        (Atomic::Dec, _) => if x32 == 0 || x32 > y32 { y32 as u64 } else { x32 as u64 - 1 },
+        (Atomic::Inc, _) => {
+            if x32 >= y32 {
+                0
+            } else {
+                x32 as u64 + 1
+            }
+        }
+        (Atomic::Dec, _) => {
+            if x32 == 0 || x32 > y32 {
+                y32 as u64
+            } else {
+                x32 as u64 - 1
+            }
+        }
     }
 }
 
@@ -98,7 +126,10 @@ impl Block<'_> {
     fn members(&self, w: usize, members: u32, active: u32, fragment: u32) -> Result<Option<Next>, Fault> {
         let mask = self.uniform(w, members, active, "the member mask")?;
         if active & !mask != 0 {
-            return refuse(format!("lanes {:#010x} execute it and are not in the member mask {mask:#010x}", active & !mask));
+            return refuse(format!(
+                "lanes {:#010x} execute it and are not in the member mask {mask:#010x}",
+                active & !mask
+            ));
         }
         self.together(w, mask, active, fragment)
     }
@@ -119,8 +150,12 @@ impl Block<'_> {
             };
         }
         match op {
-            Op::Ld { at, space, ty, d, count, wide } => self.load(w, *at, *space, *ty, d, *count, *wide, active)?,
-            Op::St { at, space, ty, a, count, wide } => self.store(w, *at, *space, *ty, a, *count, *wide, active)?,
+            Op::Ld { at, space, ty, d, count, wide } => {
+                self.load(w, *at, *space, *ty, d, *count, *wide, active)?
+            }
+            Op::St { at, space, ty, a, count, wide } => {
+                self.store(w, *at, *space, *ty, a, *count, *wide, active)?
+            }
             Op::Atom { at, space, ty, op, d, a, b, count } => {
                 let addresses = self.addresses(w, *at);
                 let bytes = ty.bytes();
@@ -235,9 +270,8 @@ impl Block<'_> {
             }
             Op::ActiveMask { d } => self.warps[w].set_word(*d, &[active; LANES], active),
             Op::WarpSync { members } => gather!(self.members(w, *members, active, fragment)),
-            Op::Bar { id, threads, wait, aligned, red, d, a, a_not } => {
+            Op::Bar { id, threads, wait, red, d, a, a_not } => {
                 gather!(self.aligned(w, active, fragment));
-                let _ = aligned;
                 return self.named(w, *id, *threads, *wait, *red, *d, (*a, *a_not), active);
             }
             Op::MbarInit { at, count } => {
@@ -245,7 +279,9 @@ impl Block<'_> {
                     let (cta, address) = self.barrier_address(w, *at, lane)?;
                     let count = self.warps[w].word(*count)[lane as usize] as i64;
                     if count == 0 || count >= 1 << 20 {
-                        return refuse(format!("mbarrier.init with {count} arrivals; allowed: 1 to 2^20 - 1"));
+                        return refuse(format!(
+                            "mbarrier.init with {count} arrivals; allowed: 1 to 2^20 - 1"
+                        ));
                     }
                     let fresh = Mbarrier { count, pending: count, bytes: 0, phase: 0 };
                     self.ctas[cta].mbarriers.insert(address, fresh);
@@ -259,7 +295,7 @@ impl Block<'_> {
                     }
                 }
             }
-            Op::MbarArrive { at, state, count, bytes, arrive, drop, remote: _ } => {
+            Op::MbarArrive { at, state, count, bytes, arrive, drop } => {
                 let mut phases = [0u64; LANES];
                 for lane in lanes(active) {
                     self.here.1 = Some(lane);
@@ -275,7 +311,9 @@ impl Block<'_> {
                     if *drop {
                         barrier.count -= count;
                     }
-                    barrier.arrive(count, bytes).map_err(|why| format!("the barrier at {address:#x}: {why}"))?;
+                    barrier
+                        .arrive(count, bytes)
+                        .map_err(|why| format!("the barrier at {address:#x}: {why}"))?;
                 }
                 self.warps[w].set_double(*state, &phases, active);
             }
@@ -320,11 +358,12 @@ impl Block<'_> {
             Op::LdMatrix { at, d, count, transpose } => {
                 gather!(self.aligned(w, active, fragment));
                 let addresses = self.addresses(w, *at);
-                for m in 0..*count as usize {
+                for (m, &d) in d.iter().enumerate().take(*count as usize) {
                     let mut rows = [[0u16; 8]; 8];
                     for (r, row) in rows.iter_mut().enumerate() {
                         let lane = 8 * m + r;
-                        let place = self.resolve(w, lane as u32, addresses[lane], 16, Where::Shared, false)?;
+                        let place =
+                            self.resolve(w, lane as u32, addresses[lane], 16, Where::Shared, false)?;
                         for (i, x) in row.iter_mut().enumerate() {
                             // SAFETY: resolve checked 16 bytes.
                             *x = unsafe { place.cast::<u16>().add(i).read_unaligned() };
@@ -338,14 +377,14 @@ impl Block<'_> {
                         };
                         x as u32 | (y as u32) << 16
                     });
-                    self.warps[w].set_word(d[m], &out, active);
+                    self.warps[w].set_word(d, &out, active);
                 }
             }
             Op::StMatrix { at, a, count, transpose } => {
                 gather!(self.aligned(w, active, fragment));
                 let addresses = self.addresses(w, *at);
-                for m in 0..*count as usize {
-                    let values = *self.warps[w].word(a[m]);
+                for (m, &a) in a.iter().enumerate().take(*count as usize) {
+                    let values = *self.warps[w].word(a);
                     let mut rows = [[0u16; 8]; 8];
                     for (l, x) in values.iter().enumerate() {
                         let (r, c) = (l / 4, 2 * (l % 4));
@@ -401,9 +440,9 @@ impl Block<'_> {
                 let group = self.warps[w].group;
                 self.end_wgmma(w, group.saturating_sub(*groups as u64))?;
             }
-            Op::SetMaxReg { count, .. } => {
+            Op::SetMaxReg { count } => {
                 gather!(self.aligned(w, active, fragment));
-                if !(24..=256).contains(count) || count % 8 != 0 {
+                if !(24..=256).contains(count) || !count.is_multiple_of(8) {
                     return refuse(format!("setmaxnreg {count}; allowed: multiples of 8 from 24 to 256"));
                 }
             }
@@ -435,18 +474,14 @@ impl Block<'_> {
             }
             Op::ClusterArrive => {
                 gather!(self.aligned(w, active, fragment));
+                self.warps[w].cluster_round = self.cluster_round;
                 self.cluster_arrived += 1;
-                if self.cluster_arrived == self.warps.len() as u32 {
-                    self.cluster_arrived = 0;
-                    self.cluster_round += 1;
-                    self.warps.iter_mut().for_each(|warp| warp.region.2 &= true);
-                }
-                let round = self.cluster_round;
-                let _ = round;
+                self.settle_cluster();
             }
             Op::ClusterWait => {
                 gather!(self.aligned(w, active, fragment));
-                return refuse("barrier.cluster.wait is not emulated");
+                let round = self.warps[w].cluster_round;
+                return Ok(Next::Wait(Wait::Cluster { round }, true));
             }
             other => return self.copy(w, other, active),
         }
@@ -564,7 +599,7 @@ impl Block<'_> {
             true => 32 * self.ctas[cta].live_warps,
             false => self.uniform(w, threads, active, "the barrier's thread count")?,
         };
-        if expected == 0 || expected % 32 != 0 || expected > 32 * self.warps_a_cta {
+        if expected == 0 || !expected.is_multiple_of(32) || expected > 32 * self.warps_a_cta {
             return refuse(format!(
                 "named barrier {id} of {expected} threads; allowed: multiples of 32 up to {}",
                 32 * self.warps_a_cta
@@ -579,7 +614,8 @@ impl Block<'_> {
             *b = Named { round: b.round, last: b.last, expected, all: true, default, ..Named::default() };
         }
         if b.expected != expected || b.default != default {
-            let text = format!("named barrier {id}: {expected} threads here, {} before in this round", b.expected);
+            let text =
+                format!("named barrier {id}: {expected} threads here, {} before in this round", b.expected);
             return refuse(text);
         }
         b.arrived += 32;
@@ -587,7 +623,8 @@ impl Block<'_> {
         b.any |= p != 0;
         b.count += p.count_ones();
         if b.arrived > b.expected {
-            let text = format!("named barrier {id}: {} threads arrived where it takes {}", b.arrived, b.expected);
+            let text =
+                format!("named barrier {id}: {} threads arrived where it takes {}", b.arrived, b.expected);
             return refuse(text);
         }
         let round = b.round;
@@ -609,11 +646,14 @@ impl Block<'_> {
     pub(crate) fn barrier_address(&mut self, w: usize, at: At, lane: u32) -> Result<(usize, u32), Fault> {
         let address = self.address_of(w, at, lane);
         let (cta, place) = self.shared_place(w, address);
-        if place % 8 != 0 {
+        if !place.is_multiple_of(8) {
             return Err(Fault::new(MISALIGNED, format!("a barrier at {place:#x}; allowed: multiples of 8")));
         }
         if !self.ctas[cta].shared.holds(place, 8) {
-            return Err(Fault::new(ILLEGAL_ADDRESS, format!("a barrier at {place:#x}, outside shared memory")));
+            return Err(Fault::new(
+                ILLEGAL_ADDRESS,
+                format!("a barrier at {place:#x}, outside shared memory"),
+            ));
         }
         Ok((cta, place as u32))
     }
@@ -650,7 +690,7 @@ impl Block<'_> {
                 }
                 return Ok(());
             }
-            Op::Alu { f: crate::decode::F::MovW, d, a, .. } if warp.accumulating[*a as usize] > 0 => {
+            Op::Alu { f: crate::decode::Arith::MovW, d, a, .. } if warp.accumulating[*a as usize] > 0 => {
                 if warp.accumulating[*d as usize] + warp.feeding[*d as usize] > 0 || active != FULL {
                     return refuse(format!("register {d} of a wgmma in flight is written by a move"));
                 }
@@ -671,7 +711,8 @@ impl Block<'_> {
             }
             _ => {}
         }
-        let line = |warp: &crate::warp::Warp| warp.issued.front().map_or(0, |i| kernel.code[i.pc as usize].line);
+        let line =
+            |warp: &crate::warp::Warp| warp.issued.front().map_or(0, |i| kernel.code[i.pc as usize].line);
         if let Some(r) = list(i.reads).iter().find(|&&r| warp.accumulating[r as usize] > 0) {
             let line = line(warp);
             return refuse(format!(
@@ -695,7 +736,7 @@ impl Block<'_> {
         if active != FULL {
             return refuse("wgmma by a warp that is not whole");
         }
-        if self.warps_a_cta % 4 != 0 {
+        if !self.warps_a_cta.is_multiple_of(4) {
             return refuse("wgmma in a CTA that is not whole warpgroups");
         }
         let warp = &mut self.warps[w];
@@ -783,7 +824,8 @@ impl Block<'_> {
             };
             let words = self.warps[w].words.as_mut_ptr();
             // SAFETY: the decoder numbered the registers.
-            let d: Vec<*mut [u32; LANES]> = product.d.iter().map(|&r| unsafe { words.add(r as usize) }).collect();
+            let d: Vec<*mut [u32; LANES]> =
+                product.d.iter().map(|&r| unsafe { words.add(r as usize) }).collect();
             if !accumulate {
                 for &d in &d {
                     // SAFETY: a register of this warp.

@@ -2,6 +2,15 @@
 
 use half::f16;
 
+/// The bits of a result: every NaN that arithmetic makes is this one (on x86 it would have a sign).
+#[inline(always)]
+pub(crate) fn bits_of(x: f32) -> u32 {
+    if x.is_nan() { NAN } else { x.to_bits() }
+}
+
+/// The NaN of the hardware.
+pub(crate) const NAN: u32 = 0x7FFF_FFFF;
+
 /// Nearest even; every NaN is 0x7FFF, as the hardware makes it.
 #[inline(always)]
 pub(crate) fn bf16_of(x: f32) -> u32 {
@@ -37,11 +46,11 @@ pub(crate) fn exp2(x: f32) -> f32 {
     let inside = x.clamp(-127.0, 128.0);
     let n = (inside + 12_582_912.0) - 12_582_912.0;
     let f = inside - n;
-    let mut p = 1.525_273_4e-5f32;
+    let mut p = 1.525_273_3e-5f32;
     p = f.mul_add(p, 1.540_353e-4);
     p = f.mul_add(p, 1.333_355_8e-3);
     p = f.mul_add(p, 9.618_129e-3);
-    p = f.mul_add(p, 5.550_410_8e-2);
+    p = f.mul_add(p, 5.550_411e-2);
     p = f.mul_add(p, 2.402_265e-1);
     p = f.mul_add(p, std::f32::consts::LN_2);
     p = f.mul_add(p, 1.0);

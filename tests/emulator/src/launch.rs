@@ -40,8 +40,12 @@ pub(crate) fn launch(
         return invalid(format!("a grid of {:?}", shape.grid));
     }
     let cluster: u32 = shape.cluster.iter().product();
-    if cluster == 0 || cluster > 8 || (0..3).any(|i| shape.grid[i] % shape.cluster[i] != 0) {
+    if cluster == 0 || cluster > 8 || (0..3).any(|i| !shape.grid[i].is_multiple_of(shape.cluster[i])) {
         return invalid(format!("clusters of {:?} in a grid of {:?}", shape.cluster, shape.grid));
+    }
+    #[cfg(target_arch = "x86_64")]
+    if !std::arch::is_x86_feature_detected!("avx2") || !std::arch::is_x86_feature_detected!("fma") {
+        return Err(Fault::new(LAUNCH_FAILED, "the emulator needs a processor with AVX2 and FMA"));
     }
     if kernel.static_shared + shape.dynamic_shared > SHARED_LIMIT {
         return invalid(format!("{} bytes of shared memory", kernel.static_shared + shape.dynamic_shared));

@@ -21,3 +21,6 @@ mod parse;
 mod product;
 mod tensor_map;
 mod warp;
+
+#[cfg(test)]
+mod tests;

@@ -124,11 +124,6 @@ impl Shared {
         self.written[at / 4..(at + bytes as usize).div_ceil(4)].fill(0);
     }
 
-    pub(crate) fn fence(&mut self, thread: u32) {
-        self.epoch += 1;
-        self.fenced[thread as usize] = self.epoch;
-    }
-
     /// Fences of many threads of a warp at once.
     pub(crate) fn fence_warp(&mut self, first: u32, mask: u32) {
         self.epoch += 1;

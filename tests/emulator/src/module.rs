@@ -52,7 +52,8 @@ pub(crate) fn load(cubin: &[u8]) -> Result<Module, String> {
             continue;
         }
         let text = compiler.ptx(job).map_err(|e| e.to_string())?;
-        let kernel = parse(&text).and_then(|text| decode(&text, &name)).map_err(|e| format!("{name}: {e}"))?;
+        let kernel =
+            parse(&text).and_then(|text| decode(&text, &name)).map_err(|e| format!("{name}: {e}"))?;
         return Ok(Module {
             kernel,
             registers: compiled.report.registers,

@@ -31,7 +31,11 @@ pub(crate) enum Operand {
     Symbol(String),
     Vector(Vec<Operand>),
     /// `[base + offset]`, or `[base, {coordinates}]`.
-    Address { base: Box<Operand>, offset: i64, rest: Vec<Operand> },
+    Address {
+        base: Box<Operand>,
+        offset: i64,
+        rest: Vec<Operand>,
+    },
     /// `d|p`.
     Pair(Box<Operand>, Box<Operand>),
     /// `_`.
@@ -75,8 +79,6 @@ pub(crate) struct Function {
     pub(crate) name: String,
     pub(crate) entry: bool,
     pub(crate) params: Vec<Variable>,
-    /// What it returns, as PTX declares it.
-    pub(crate) results: Vec<Variable>,
     pub(crate) variables: Vec<Variable>,
     pub(crate) statements: Vec<Statement>,
     /// Registers of each file: predicates, words, doubles.
@@ -195,8 +197,8 @@ fn without_comments(text: &str) -> String {
 fn class_of(kind: &str) -> Option<Class> {
     Some(match kind {
         "pred" => Class::Pred,
-        "b8" | "u8" | "s8" | "b16" | "u16" | "s16" | "f16" | "bf16" | "b32" | "u32" | "s32" | "f32" | "f16x2"
-        | "bf16x2" => Class::Word,
+        "b8" | "u8" | "s8" | "b16" | "u16" | "s16" | "f16" | "bf16" | "b32" | "u32" | "s32" | "f32"
+        | "f16x2" | "bf16x2" => Class::Word,
         "b64" | "u64" | "s64" | "f64" => Class::Double,
         _ => return None,
     })
@@ -245,7 +247,6 @@ fn variable(text: &str) -> Result<Variable, String> {
     let mut space = Space::Global;
     let mut align = 0;
     let mut unit = 0;
-    let mut kind = "";
     let mut vector = 1;
     let mut name = "";
     let mut words = head.split_whitespace();
@@ -262,7 +263,7 @@ fn variable(text: &str) -> Result<Variable, String> {
             ".v4" => vector = 4,
             _ if word.starts_with('.') => {
                 if let Some(bytes) = bytes_of(&word[1..]) {
-                    (unit, kind) = (bytes, &word[1..]);
+                    unit = bytes;
                 } else {
                     return Err(fail());
                 }
@@ -297,7 +298,6 @@ fn variable(text: &str) -> Result<Variable, String> {
             data.extend_from_slice(&(value as i64 as u64).to_le_bytes()[..unit as usize]);
         }
     }
-    let _ = kind;
     let bytes = if open { 0 } else { unit * vector * count };
     Ok(Variable { name: name.to_string(), space, align: align.max(unit), bytes, init: data })
 }
@@ -345,12 +345,14 @@ impl Scopes {
         }
         if let Some(inner) = text.strip_prefix('{') {
             let inner = inner.strip_suffix('}').ok_or_else(fail)?;
-            let list: Result<Vec<_>, _> = split_operands(inner).into_iter().map(|t| self.operand(t)).collect();
+            let list: Result<Vec<_>, _> =
+                split_operands(inner).into_iter().map(|t| self.operand(t)).collect();
             return Ok(Operand::Vector(list?));
         }
         if let Some(inner) = text.strip_prefix('(') {
             let inner = inner.strip_suffix(')').ok_or_else(fail)?;
-            let list: Result<Vec<_>, _> = split_operands(inner).into_iter().map(|t| self.operand(t)).collect();
+            let list: Result<Vec<_>, _> =
+                split_operands(inner).into_iter().map(|t| self.operand(t)).collect();
             return Ok(Operand::Vector(list?));
         }
         if let Some(inner) = text.strip_prefix('[') {
@@ -402,12 +404,10 @@ fn head(text: &str) -> Result<Function, String> {
     let fail = || format!("function not understood: {text}");
     let entry = text.contains(".entry");
     let rest = text.split_once(if entry { ".entry" } else { ".func" }).ok_or_else(fail)?.1.trim();
-    let (results, rest) = match rest.strip_prefix('(') {
-        Some(rest) => {
-            let (results, rest) = rest.split_once(')').ok_or_else(fail)?;
-            (list_of_params(results)?, rest.trim())
-        }
-        None => (Vec::new(), rest),
+    // What a function returns stands before its name.
+    let rest = match rest.strip_prefix('(') {
+        Some(rest) => rest.split_once(')').ok_or_else(fail)?.1.trim(),
+        None => rest,
     };
     let (name, rest) = match rest.split_once('(') {
         Some((name, rest)) => (name.trim(), rest),
@@ -429,7 +429,6 @@ fn head(text: &str) -> Result<Function, String> {
         name: name.to_string(),
         entry,
         params: list_of_params(params)?,
-        results,
         variables: Vec::new(),
         statements: Vec::new(),
         registers: [0; 3],
@@ -501,9 +500,10 @@ pub(crate) fn parse(text: &str) -> Result<Text, String> {
                     let scope = scopes.names.last_mut().ok_or("a register outside a function")?;
                     for name in names.split(',').map(str::trim) {
                         let (stem, count) = match name.split_once('<') {
-                            Some((stem, count)) => {
-                                (stem, count.trim_end_matches('>').parse::<u32>().map_err(|e| at(e.to_string()))?)
-                            }
+                            Some((stem, count)) => (
+                                stem,
+                                count.trim_end_matches('>').parse::<u32>().map_err(|e| at(e.to_string()))?,
+                            ),
                             None => (name, u32::MAX),
                         };
                         let next = &mut function.registers[class as usize];
@@ -543,7 +543,11 @@ pub(crate) fn parse(text: &str) -> Result<Text, String> {
                 let (opcode, operands) = rest.split_once(char::is_whitespace).unwrap_or((rest, ""));
                 let opcode: Vec<String> = opcode.split('.').map(str::to_string).collect();
                 let operands = if opcode[0] == "bra" {
-                    branches.push((function.statements.len(), scopes.ids.clone(), operands.trim().to_string()));
+                    branches.push((
+                        function.statements.len(),
+                        scopes.ids.clone(),
+                        operands.trim().to_string(),
+                    ));
                     Vec::new()
                 } else {
                     let operands = split_operands(operands);

@@ -5,7 +5,7 @@
 //! registers, and no accumulator is moved.
 
 use crate::decode::Half;
-use crate::float::{bf16_to, f16_to};
+use crate::float::{NAN, bf16_to, bits_of, f16_to};
 use crate::memory::Shared;
 use crate::tensor_map::swizzled;
 
@@ -66,7 +66,7 @@ impl Descriptor {
 
 /// Reads 16 bytes for the tensor cores on behalf of thread `reader`.
 fn chunk(shared: &mut Shared, address: u32, reader: u32) -> Result<[u32; 4], String> {
-    if address % 16 != 0 || !shared.holds(address as u64, 16) {
+    if !address.is_multiple_of(16) || !shared.holds(address as u64, 16) {
         return Err(format!("wgmma reads shared memory at {address:#x}, outside its {:#x}", shared.end()));
     }
     if let Some(writer) = shared.unfenced(address, 16, reader) {
@@ -76,7 +76,9 @@ fn chunk(shared: &mut Shared, address: u32, reader: u32) -> Result<[u32; 4], Str
         ));
     }
     let bytes = shared.at(address, 16);
-    Ok(std::array::from_fn(|i| u32::from_le_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]])))
+    Ok(std::array::from_fn(|i| {
+        u32::from_le_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]])
+    }))
 }
 
 #[inline(always)]
@@ -216,7 +218,7 @@ pub(crate) unsafe fn multiply(d: &[*mut [u32; 32]], rows: &Rows, columns: &Colum
                     *sum = a[lane].mul_add(b[lane % 8], *sum);
                 }
             }
-            *d = sum.map(f32::to_bits);
+            *d = sum.map(bits_of);
         }
     }
 }
@@ -228,7 +230,12 @@ pub(crate) unsafe fn multiply(d: &[*mut [u32; 32]], rows: &Rows, columns: &Colum
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn multiply_avx2(d: &[*mut [u32; 32]], rows: &Rows, columns: &Columns) {
-    use std::arch::x86_64::{_mm256_fmadd_ps, _mm256_loadu_ps, _mm256_storeu_ps};
+    use std::arch::x86_64::{
+        _CMP_UNORD_Q, _mm256_blendv_ps, _mm256_cmp_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps,
+        _mm256_storeu_ps,
+    };
+    let nan = _mm256_set1_ps(f32::from_bits(NAN));
+    let clean = |x| _mm256_blendv_ps(x, nan, _mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
     for (tile, by_k) in columns.chunks_exact(16).enumerate() {
         let (j, e) = (tile / 2, tile % 2);
         // SAFETY: every pointer below is to 8 floats of an array that lives.
@@ -236,16 +243,16 @@ unsafe fn multiply_avx2(d: &[*mut [u32; 32]], rows: &Rows, columns: &Columns) {
             let (d0, d1) = (d[4 * j + e].cast::<f32>(), d[4 * j + 2 + e].cast::<f32>());
             let mut low: [_; 4] = std::array::from_fn(|q| _mm256_loadu_ps(d0.add(8 * q)));
             let mut high: [_; 4] = std::array::from_fn(|q| _mm256_loadu_ps(d1.add(8 * q)));
-            for k in 0..16 {
-                let b = _mm256_loadu_ps(by_k[k].as_ptr());
+            for (k, b) in by_k.iter().enumerate() {
+                let b = _mm256_loadu_ps(b.as_ptr());
                 for q in 0..4 {
                     low[q] = _mm256_fmadd_ps(_mm256_loadu_ps(rows.0[0][k].as_ptr().add(8 * q)), b, low[q]);
                     high[q] = _mm256_fmadd_ps(_mm256_loadu_ps(rows.0[1][k].as_ptr().add(8 * q)), b, high[q]);
                 }
             }
             for q in 0..4 {
-                _mm256_storeu_ps(d0.add(8 * q), low[q]);
-                _mm256_storeu_ps(d1.add(8 * q), high[q]);
+                _mm256_storeu_ps(d0.add(8 * q), clean(low[q]));
+                _mm256_storeu_ps(d1.add(8 * q), clean(high[q]));
             }
         }
     }

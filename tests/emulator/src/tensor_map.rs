@@ -76,7 +76,7 @@ impl TensorMap {
         if !(1..=5).contains(&rank) {
             return Err(format!("{rank} dimensions; allowed: 1 to 5"));
         }
-        if address % 16 != 0 {
+        if !address.is_multiple_of(16) {
             return Err(format!("address {address:#x}; allowed: multiples of 16"));
         }
         if interleave != 0 {
@@ -89,16 +89,8 @@ impl TensorMap {
             3 => 128,
             other => return Err(format!("swizzle {other} is not emulated")),
         };
-        let mut map = TensorMap {
-            ty,
-            nan,
-            swizzle,
-            rank,
-            address,
-            dims: [1; 5],
-            strides: [size; 5],
-            window: [1; 5],
-        };
+        let mut map =
+            TensorMap { ty, nan, swizzle, rank, address, dims: [1; 5], strides: [size; 5], window: [1; 5] };
         for i in 0..rank as usize {
             if dims[i] == 0 || dims[i] > 1 << 32 {
                 return Err(format!("dimension {i} of size {}; allowed: 1 to 2^32", dims[i]));
@@ -107,12 +99,15 @@ impl TensorMap {
                 return Err(format!("box of {} in dimension {i}; allowed: 1 to 256", window[i]));
             }
             if element_strides[i] != 1 {
-                return Err(format!("element stride {} in dimension {i}: only 1 is emulated", element_strides[i]));
+                return Err(format!(
+                    "element stride {} in dimension {i}: only 1 is emulated",
+                    element_strides[i]
+                ));
             }
             (map.dims[i], map.window[i]) = (dims[i], window[i]);
             if i > 0 {
                 let stride = strides[i - 1];
-                if stride % 16 != 0 || stride >= 1 << 40 {
+                if !stride.is_multiple_of(16) || stride >= 1 << 40 {
                     return Err(format!(
                         "stride {stride} of dimension {i}; allowed: multiples of 16 bytes below 2^40"
                     ));
@@ -121,11 +116,13 @@ impl TensorMap {
             }
         }
         let inner = map.inner_bytes();
-        if inner % 16 != 0 {
+        if !inner.is_multiple_of(16) {
             return Err(format!("{inner} bytes in the box's innermost dimension; allowed: multiples of 16"));
         }
         if swizzle != 0 && inner > swizzle {
-            return Err(format!("{inner} bytes in the box's innermost dimension; the swizzle allows {swizzle}"));
+            return Err(format!(
+                "{inner} bytes in the box's innermost dimension; the swizzle allows {swizzle}"
+            ));
         }
         if nan && !ty.is_float() {
             return Err("NaN outside a tensor of integers".into());

@@ -1,7 +1,7 @@
 //! Registers of a warp and the instructions that touch nothing else.
 
-use crate::decode::{Compare, F, Kernel, Logic, NONE, Round, Ty};
-use crate::float::{bf16_of, bf16_to, exp2, f16_of, f16_to, max, max_nan, min, min_nan};
+use crate::decode::{Arith, Compare, Kernel, Logic, NONE, Round, Ty};
+use crate::float::{bf16_of, bf16_to, bits_of, exp2, f16_of, f16_to, max, max_nan, min, min_nan};
 use std::collections::VecDeque;
 
 pub(crate) const LANES: usize = 32;
@@ -12,13 +12,24 @@ pub(crate) const FULL: u32 = u32::MAX;
 pub(crate) enum Wait {
     Nothing,
     /// The phase of a barrier in shared memory: its address, the parity that has to end.
-    Phase { cta: u32, address: u32, parity: u32 },
+    Phase {
+        cta: u32,
+        address: u32,
+        parity: u32,
+    },
     /// A named barrier, and how often it had completed.
-    Barrier { id: u32, round: u64, red: u32, word: bool },
+    Barrier {
+        id: u32,
+        round: u64,
+        red: u32,
+        word: bool,
+    },
     /// These lanes, at the same instruction.
     Lanes(u32),
     /// The cluster's barrier, and how often it had completed.
-    Cluster { round: u64 },
+    Cluster {
+        round: u64,
+    },
 }
 
 /// Lanes at one place of the program.
@@ -57,6 +68,8 @@ pub(crate) struct Warp {
     /// By word: wgmmas in flight that it is an accumulator of, and those that read it.
     pub(crate) accumulating: Vec<u16>,
     pub(crate) feeding: Vec<u16>,
+    /// How often the cluster's barrier had completed when this warp arrived.
+    pub(crate) cluster_round: u64,
     /// The allocation last used.
     pub(crate) region: (u64, u64, bool),
 }
@@ -77,6 +90,7 @@ impl Warp {
             group: 0,
             accumulating: vec![0; in_flight],
             feeding: vec![0; in_flight],
+            cluster_round: 0,
             region: (0, 0, false),
         }
     }
@@ -140,7 +154,7 @@ impl Warp {
 
     /// One arithmetic instruction. `d` holds `a` op `b` in the lanes of `mask`.
     #[inline(always)]
-    pub(crate) fn alu(&mut self, f: F, d: u32, a: u32, b: u32, c: u32, extra: u32, mask: u32) {
+    pub(crate) fn alu(&mut self, f: Arith, d: u32, a: u32, b: u32, c: u32, extra: u32, mask: u32) {
         macro_rules! map {
             ($to:ident, $kind:ty, ($($x:ident = $from:ident $r:ident),*), $e:expr) => {{
                 $(let $x = *self.$from($r);)*
@@ -156,90 +170,132 @@ impl Warp {
         macro_rules! w2 { (|$x:ident, $y:ident| $e:expr) => { map!(set_word, u32, ($x = word a, $y = word b), $e) } }
         macro_rules! w3 { (|$x:ident, $y:ident, $z:ident| $e:expr) => {
             map!(set_word, u32, ($x = word a, $y = word b, $z = word c), $e) } }
-        macro_rules! f1 { (|$x:ident| $e:expr) => { w1!(|p| { let $x = f32::from_bits(p); let y: f32 = $e; y.to_bits() }) } }
-        macro_rules! f2 { (|$x:ident, $y:ident| $e:expr) => {
-            w2!(|p, q| { let ($x, $y) = (f32::from_bits(p), f32::from_bits(q)); let z: f32 = $e; z.to_bits() }) } }
+        macro_rules! f1 {
+            (|$x:ident| $e:expr) => {
+                w1!(|p| {
+                    let $x = f32::from_bits(p);
+                    let y: f32 = $e;
+                    bits_of(y)
+                })
+            };
+        }
+        macro_rules! f2 {
+            (|$x:ident, $y:ident| $e:expr) => {
+                w2!(|p, q| {
+                    let ($x, $y) = (f32::from_bits(p), f32::from_bits(q));
+                    let z: f32 = $e;
+                    bits_of(z)
+                })
+            };
+        }
         macro_rules! d1 { (|$x:ident| $e:expr) => { map!(set_double, u64, ($x = double a), $e) } }
         macro_rules! d2 { (|$x:ident, $y:ident| $e:expr) => { map!(set_double, u64, ($x = double a, $y = double b), $e) } }
-        macro_rules! g1 { (|$x:ident| $e:expr) => { d1!(|p| { let $x = f64::from_bits(p); let y: f64 = $e; y.to_bits() }) } }
-        macro_rules! g2 { (|$x:ident, $y:ident| $e:expr) => {
-            d2!(|p, q| { let ($x, $y) = (f64::from_bits(p), f64::from_bits(q)); let z: f64 = $e; z.to_bits() }) } }
+        macro_rules! g1 {
+            (|$x:ident| $e:expr) => {
+                d1!(|p| {
+                    let $x = f64::from_bits(p);
+                    let y: f64 = $e;
+                    y.to_bits()
+                })
+            };
+        }
+        macro_rules! g2 {
+            (|$x:ident, $y:ident| $e:expr) => {
+                d2!(|p, q| {
+                    let ($x, $y) = (f64::from_bits(p), f64::from_bits(q));
+                    let z: f64 = $e;
+                    z.to_bits()
+                })
+            };
+        }
         // Two halves a word.
-        macro_rules! p2 { ($to:ident, $of:ident, |$x:ident, $y:ident| $e:expr) => {
-            w2!(|p, q| {
-                let low = { let ($x, $y) = ($to(p & 0xFFFF), $to(q & 0xFFFF)); $of($e) };
-                let high = { let ($x, $y) = ($to(p >> 16), $to(q >> 16)); $of($e) };
-                low | high << 16
-            }) } }
-        macro_rules! p3 { ($to:ident, $of:ident) => {
-            w3!(|p, q, r| {
-                let low = $of($to(p & 0xFFFF).mul_add($to(q & 0xFFFF), $to(r & 0xFFFF)));
-                let high = $of($to(p >> 16).mul_add($to(q >> 16), $to(r >> 16)));
-                low | high << 16
-            }) } }
+        macro_rules! p2 {
+            ($to:ident, $of:ident, |$x:ident, $y:ident| $e:expr) => {
+                w2!(|p, q| {
+                    let low = {
+                        let ($x, $y) = ($to(p & 0xFFFF), $to(q & 0xFFFF));
+                        $of($e)
+                    };
+                    let high = {
+                        let ($x, $y) = ($to(p >> 16), $to(q >> 16));
+                        $of($e)
+                    };
+                    low | high << 16
+                })
+            };
+        }
+        macro_rules! p3 {
+            ($to:ident, $of:ident) => {
+                w3!(|p, q, r| {
+                    let low = $of($to(p & 0xFFFF).mul_add($to(q & 0xFFFF), $to(r & 0xFFFF)));
+                    let high = $of($to(p >> 16).mul_add($to(q >> 16), $to(r >> 16)));
+                    low | high << 16
+                })
+            };
+        }
         match f {
-            F::MovW => w1!(|x| x),
-            F::NotW => w1!(|x| !x),
-            F::NegW => w1!(|x| x.wrapping_neg()),
-            F::AbsW => w1!(|x| (x as i32).wrapping_abs() as u32),
-            F::Cnot => w1!(|x| (x == 0) as u32),
-            F::Popc => w1!(|x| x.count_ones()),
-            F::Clz => w1!(|x| x.leading_zeros()),
-            F::Brev => w1!(|x| x.reverse_bits()),
-            F::BfindU => w1!(|x| if x == 0 { FULL } else { 31 - x.leading_zeros() }),
-            F::BfindShiftU => w1!(|x| if x == 0 { FULL } else { x.leading_zeros() }),
-            F::BfindS => w1!(|x| {
+            Arith::MovW => w1!(|x| x),
+            Arith::NotW => w1!(|x| !x),
+            Arith::NegW => w1!(|x| x.wrapping_neg()),
+            Arith::AbsW => w1!(|x| (x as i32).wrapping_abs() as u32),
+            Arith::Cnot => w1!(|x| (x == 0) as u32),
+            Arith::Popc => w1!(|x| x.count_ones()),
+            Arith::Clz => w1!(|x| x.leading_zeros()),
+            Arith::Brev => w1!(|x| x.reverse_bits()),
+            Arith::BfindU => w1!(|x| if x == 0 { FULL } else { 31 - x.leading_zeros() }),
+            Arith::BfindShiftU => w1!(|x| if x == 0 { FULL } else { x.leading_zeros() }),
+            Arith::BfindS => w1!(|x| {
                 let x = if (x as i32) < 0 { !x } else { x };
                 if x == 0 { FULL } else { 31 - x.leading_zeros() }
             }),
-            F::FNeg => w1!(|x| x ^ 1 << 31),
-            F::FAbs => w1!(|x| x & !(1 << 31)),
-            F::Ex2 => f1!(|x| exp2(x)),
-            F::Lg2 => f1!(|x| x.log2()),
-            F::Rcp => f1!(|x| 1.0 / x),
-            F::Sqrt => f1!(|x| x.sqrt()),
-            F::Rsqrt => f1!(|x| 1.0 / x.sqrt()),
-            F::Sin => f1!(|x| x.sin()),
-            F::Cos => f1!(|x| x.cos()),
-            F::Tanh => f1!(|x| x.tanh()),
-            F::AddW => w2!(|x, y| x.wrapping_add(y)),
-            F::SubW => w2!(|x, y| x.wrapping_sub(y)),
-            F::MulW => w2!(|x, y| x.wrapping_mul(y)),
-            F::MulHiU => w2!(|x, y| (x as u64 * y as u64 >> 32) as u32),
-            F::MulHiS => w2!(|x, y| (x as i32 as i64 * y as i32 as i64 >> 32) as u32),
-            F::AndW => w2!(|x, y| x & y),
-            F::OrW => w2!(|x, y| x | y),
-            F::XorW => w2!(|x, y| x ^ y),
-            F::ShlW => w2!(|x, y| if y > 31 { 0 } else { x << y }),
-            F::ShrU => w2!(|x, y| if y > 31 { 0 } else { x >> y }),
-            F::ShrS => w2!(|x, y| (x as i32 >> y.min(31)) as u32),
-            F::MinU => w2!(|x, y| x.min(y)),
-            F::MaxU => w2!(|x, y| x.max(y)),
-            F::MinS => w2!(|x, y| (x as i32).min(y as i32) as u32),
-            F::MaxS => w2!(|x, y| (x as i32).max(y as i32) as u32),
-            F::DivU => w2!(|x, y| x.checked_div(y).unwrap_or(FULL)),
-            F::DivS => w2!(|x, y| if y == 0 { FULL } else { (x as i32).wrapping_div(y as i32) as u32 }),
-            F::RemU => w2!(|x, y| x.checked_rem(y).unwrap_or(x)),
-            F::RemS => w2!(|x, y| if y == 0 { x } else { (x as i32).wrapping_rem(y as i32) as u32 }),
-            F::FAdd => f2!(|x, y| x + y),
-            F::FSub => f2!(|x, y| x - y),
-            F::FMul => f2!(|x, y| x * y),
-            F::FMin => f2!(|x, y| min(x, y)),
-            F::FMax => f2!(|x, y| max(x, y)),
-            F::FMinNan => f2!(|x, y| min_nan(x, y)),
-            F::FMaxNan => f2!(|x, y| max_nan(x, y)),
-            F::FDiv => f2!(|x, y| x / y),
-            F::FCopysign => f2!(|x, y| y.copysign(x)),
-            F::MadW => w3!(|x, y, z| x.wrapping_mul(y).wrapping_add(z)),
-            F::FFma => {
-                w3!(|x, y, z| f32::from_bits(x).mul_add(f32::from_bits(y), f32::from_bits(z)).to_bits())
+            Arith::FNeg => w1!(|x| x ^ 1 << 31),
+            Arith::FAbs => w1!(|x| x & !(1 << 31)),
+            Arith::Ex2 => f1!(|x| exp2(x)),
+            Arith::Lg2 => f1!(|x| x.log2()),
+            Arith::Rcp => f1!(|x| 1.0 / x),
+            Arith::Sqrt => f1!(|x| x.sqrt()),
+            Arith::Rsqrt => f1!(|x| 1.0 / x.sqrt()),
+            Arith::Sin => f1!(|x| x.sin()),
+            Arith::Cos => f1!(|x| x.cos()),
+            Arith::Tanh => f1!(|x| x.tanh()),
+            Arith::AddW => w2!(|x, y| x.wrapping_add(y)),
+            Arith::SubW => w2!(|x, y| x.wrapping_sub(y)),
+            Arith::MulW => w2!(|x, y| x.wrapping_mul(y)),
+            Arith::MulHiU => w2!(|x, y| ((x as u64 * y as u64) >> 32) as u32),
+            Arith::MulHiS => w2!(|x, y| ((x as i32 as i64 * y as i32 as i64) >> 32) as u32),
+            Arith::AndW => w2!(|x, y| x & y),
+            Arith::OrW => w2!(|x, y| x | y),
+            Arith::XorW => w2!(|x, y| x ^ y),
+            Arith::ShlW => w2!(|x, y| if y > 31 { 0 } else { x << y }),
+            Arith::ShrU => w2!(|x, y| if y > 31 { 0 } else { x >> y }),
+            Arith::ShrS => w2!(|x, y| (x as i32 >> y.min(31)) as u32),
+            Arith::MinU => w2!(|x, y| x.min(y)),
+            Arith::MaxU => w2!(|x, y| x.max(y)),
+            Arith::MinS => w2!(|x, y| (x as i32).min(y as i32) as u32),
+            Arith::MaxS => w2!(|x, y| (x as i32).max(y as i32) as u32),
+            Arith::DivU => w2!(|x, y| x.checked_div(y).unwrap_or(FULL)),
+            Arith::DivS => w2!(|x, y| if y == 0 { FULL } else { (x as i32).wrapping_div(y as i32) as u32 }),
+            Arith::RemU => w2!(|x, y| x.checked_rem(y).unwrap_or(x)),
+            Arith::RemS => w2!(|x, y| if y == 0 { x } else { (x as i32).wrapping_rem(y as i32) as u32 }),
+            Arith::FAdd => f2!(|x, y| x + y),
+            Arith::FSub => f2!(|x, y| x - y),
+            Arith::FMul => f2!(|x, y| x * y),
+            Arith::FMin => f2!(|x, y| min(x, y)),
+            Arith::FMax => f2!(|x, y| max(x, y)),
+            Arith::FMinNan => f2!(|x, y| min_nan(x, y)),
+            Arith::FMaxNan => f2!(|x, y| max_nan(x, y)),
+            Arith::FDiv => f2!(|x, y| x / y),
+            Arith::FCopysign => f2!(|x, y| y.copysign(x)),
+            Arith::MadW => w3!(|x, y, z| x.wrapping_mul(y).wrapping_add(z)),
+            Arith::FFma => {
+                w3!(|x, y, z| bits_of(f32::from_bits(x).mul_add(f32::from_bits(y), f32::from_bits(z))))
             }
-            F::Sad => w3!(|x, y, z| x.abs_diff(y).wrapping_add(z)),
-            F::ShfLWrap => w3!(|x, y, z| ((((y as u64) << 32 | x as u64) << (z & 31)) >> 32) as u32),
-            F::ShfRWrap => w3!(|x, y, z| (((y as u64) << 32 | x as u64) >> (z & 31)) as u32),
-            F::ShfLClamp => w3!(|x, y, z| ((((y as u64) << 32 | x as u64) << z.min(32)) >> 32) as u32),
-            F::ShfRClamp => w3!(|x, y, z| (((y as u64) << 32 | x as u64) >> z.min(32)) as u32),
-            F::Prmt => w3!(|x, y, z| {
+            Arith::Sad => w3!(|x, y, z| x.abs_diff(y).wrapping_add(z)),
+            Arith::ShfLWrap => w3!(|x, y, z| ((((y as u64) << 32 | x as u64) << (z & 31)) >> 32) as u32),
+            Arith::ShfRWrap => w3!(|x, y, z| (((y as u64) << 32 | x as u64) >> (z & 31)) as u32),
+            Arith::ShfLClamp => w3!(|x, y, z| ((((y as u64) << 32 | x as u64) << z.min(32)) >> 32) as u32),
+            Arith::ShfRClamp => w3!(|x, y, z| (((y as u64) << 32 | x as u64) >> z.min(32)) as u32),
+            Arith::Prmt => w3!(|x, y, z| {
                 let both = (y as u64) << 32 | x as u64;
                 let mut out = 0;
                 for i in 0..4 {
@@ -250,12 +306,12 @@ impl Warp {
                 }
                 out
             }),
-            F::BfeU => w3!(|x, y, z| {
+            Arith::BfeU => w3!(|x, y, z| {
                 let (at, len) = (y & 0xFF, z & 0xFF);
                 let moved = if at > 31 { 0 } else { x >> at };
                 if len > 31 { moved } else { moved & ((1 << len) - 1) }
             }),
-            F::BfeS => w3!(|x, y, z| {
+            Arith::BfeS => w3!(|x, y, z| {
                 let (at, len) = ((y & 0xFF).min(31), (z & 0xFF).min(32));
                 if len == 0 {
                     0
@@ -265,7 +321,7 @@ impl Warp {
                     moved as u32
                 }
             }),
-            F::Bfi => {
+            Arith::Bfi => {
                 let (x, y, z, n) = (*self.word(a), *self.word(b), *self.word(c), *self.word(extra));
                 let out = std::array::from_fn(|l| {
                     let (at, len) = (z[l] & 0xFF, n[l] & 0xFF);
@@ -277,7 +333,7 @@ impl Warp {
                 });
                 self.set_word(d, &out, mask);
             }
-            F::Lop3 => {
+            Arith::Lop3 => {
                 let (x, y, z) = (*self.word(a), *self.word(b), *self.word(c));
                 let table = self.word(extra)[0];
                 let out = std::array::from_fn(|l| {
@@ -292,126 +348,130 @@ impl Warp {
                 });
                 self.set_word(d, &out, mask);
             }
-            F::PackBf16 => w2!(|x, y| bf16_of(f32::from_bits(x)) << 16 | bf16_of(f32::from_bits(y))),
-            F::PackBf16Relu => w2!(|x, y| {
+            Arith::PackBf16 => w2!(|x, y| bf16_of(f32::from_bits(x)) << 16 | bf16_of(f32::from_bits(y))),
+            Arith::PackBf16Relu => w2!(|x, y| {
                 bf16_of(max(f32::from_bits(x), 0.0)) << 16 | bf16_of(max(f32::from_bits(y), 0.0))
             }),
-            F::PackF16 => w2!(|x, y| f16_of(f32::from_bits(x)) << 16 | f16_of(f32::from_bits(y))),
-            F::AddH => w2!(|x, y| x.wrapping_add(y) & 0xFFFF),
-            F::SubH => w2!(|x, y| x.wrapping_sub(y) & 0xFFFF),
-            F::MulH => w2!(|x, y| x.wrapping_mul(y) & 0xFFFF),
-            F::AndH => w2!(|x, y| x & y & 0xFFFF),
-            F::OrH => w2!(|x, y| (x | y) & 0xFFFF),
-            F::XorH => w2!(|x, y| (x ^ y) & 0xFFFF),
-            F::NotH => w1!(|x| !x & 0xFFFF),
-            F::NegH => w1!(|x| x.wrapping_neg() & 0xFFFF),
-            F::ShlH => w2!(|x, y| if y > 15 { 0 } else { x << y & 0xFFFF }),
-            F::ShrHu => w2!(|x, y| if y > 15 { 0 } else { (x & 0xFFFF) >> y }),
-            F::ShrHs => w2!(|x, y| (x as i16 >> y.min(15)) as u16 as u32),
-            F::MinHs => w2!(|x, y| (x as i16).min(y as i16) as u16 as u32),
-            F::MaxHs => w2!(|x, y| (x as i16).max(y as i16) as u16 as u32),
-            F::MinHu => w2!(|x, y| (x as u16).min(y as u16) as u32),
-            F::MaxHu => w2!(|x, y| (x as u16).max(y as u16) as u32),
-            F::AddBf2 => p2!(bf16_to, bf16_of, |x, y| x + y),
-            F::SubBf2 => p2!(bf16_to, bf16_of, |x, y| x - y),
-            F::MulBf2 => p2!(bf16_to, bf16_of, |x, y| x * y),
-            F::MaxBf2 => p2!(bf16_to, bf16_of, |x, y| max(x, y)),
-            F::MinBf2 => p2!(bf16_to, bf16_of, |x, y| min(x, y)),
-            F::FmaBf2 => p3!(bf16_to, bf16_of),
-            F::AddHf2 => p2!(f16_to, f16_of, |x, y| x + y),
-            F::SubHf2 => p2!(f16_to, f16_of, |x, y| x - y),
-            F::MulHf2 => p2!(f16_to, f16_of, |x, y| x * y),
-            F::MaxHf2 => p2!(f16_to, f16_of, |x, y| max(x, y)),
-            F::MinHf2 => p2!(f16_to, f16_of, |x, y| min(x, y)),
-            F::FmaHf2 => p3!(f16_to, f16_of),
-            F::PackHW => w2!(|x, y| x & 0xFFFF | y << 16),
-            F::UnpackHW => {
+            Arith::PackF16 => w2!(|x, y| f16_of(f32::from_bits(x)) << 16 | f16_of(f32::from_bits(y))),
+            Arith::AddH => w2!(|x, y| x.wrapping_add(y) & 0xFFFF),
+            Arith::SubH => w2!(|x, y| x.wrapping_sub(y) & 0xFFFF),
+            Arith::MulH => w2!(|x, y| x.wrapping_mul(y) & 0xFFFF),
+            Arith::AndH => w2!(|x, y| x & y & 0xFFFF),
+            Arith::OrH => w2!(|x, y| (x | y) & 0xFFFF),
+            Arith::XorH => w2!(|x, y| (x ^ y) & 0xFFFF),
+            Arith::NotH => w1!(|x| !x & 0xFFFF),
+            Arith::NegH => w1!(|x| x.wrapping_neg() & 0xFFFF),
+            Arith::ShlH => w2!(|x, y| if y > 15 { 0 } else { x << y & 0xFFFF }),
+            Arith::ShrHu => w2!(|x, y| if y > 15 { 0 } else { (x & 0xFFFF) >> y }),
+            Arith::ShrHs => w2!(|x, y| (x as i16 >> y.min(15)) as u16 as u32),
+            Arith::MinHs => w2!(|x, y| (x as i16).min(y as i16) as u16 as u32),
+            Arith::MaxHs => w2!(|x, y| (x as i16).max(y as i16) as u16 as u32),
+            Arith::MinHu => w2!(|x, y| (x as u16).min(y as u16) as u32),
+            Arith::MaxHu => w2!(|x, y| (x as u16).max(y as u16) as u32),
+            Arith::AddBf2 => p2!(bf16_to, bf16_of, |x, y| x + y),
+            Arith::SubBf2 => p2!(bf16_to, bf16_of, |x, y| x - y),
+            Arith::MulBf2 => p2!(bf16_to, bf16_of, |x, y| x * y),
+            Arith::MaxBf2 => p2!(bf16_to, bf16_of, |x, y| max(x, y)),
+            Arith::MinBf2 => p2!(bf16_to, bf16_of, |x, y| min(x, y)),
+            Arith::FmaBf2 => p3!(bf16_to, bf16_of),
+            Arith::AddHf2 => p2!(f16_to, f16_of, |x, y| x + y),
+            Arith::SubHf2 => p2!(f16_to, f16_of, |x, y| x - y),
+            Arith::MulHf2 => p2!(f16_to, f16_of, |x, y| x * y),
+            Arith::MaxHf2 => p2!(f16_to, f16_of, |x, y| max(x, y)),
+            Arith::MinHf2 => p2!(f16_to, f16_of, |x, y| min(x, y)),
+            Arith::FmaHf2 => p3!(f16_to, f16_of),
+            Arith::PackHW => w2!(|x, y| x & 0xFFFF | y << 16),
+            Arith::UnpackHW => {
                 let x = *self.word(a);
                 self.set_word(d, &x.map(|x| x & 0xFFFF), mask);
                 self.set_word(b, &x.map(|x| x >> 16), mask);
             }
-            F::PackWD => map!(set_double, u64, (x = word a, y = word b), x as u64 | (y as u64) << 32),
-            F::UnpackWD => {
+            Arith::PackWD => map!(set_double, u64, (x = word a, y = word b), x as u64 | (y as u64) << 32),
+            Arith::UnpackWD => {
                 let x = *self.double(a);
                 self.set_word(d, &x.map(|x| x as u32), mask);
                 self.set_word(b, &x.map(|x| (x >> 32) as u32), mask);
             }
-            F::MovD => d1!(|x| x),
-            F::NotD => d1!(|x| !x),
-            F::NegD => d1!(|x| x.wrapping_neg()),
-            F::BrevD => d1!(|x| x.reverse_bits()),
-            F::AddD => d2!(|x, y| x.wrapping_add(y)),
-            F::SubD => d2!(|x, y| x.wrapping_sub(y)),
-            F::MulD => d2!(|x, y| x.wrapping_mul(y)),
-            F::MulHiUD => d2!(|x, y| (x as u128 * y as u128 >> 64) as u64),
-            F::MulHiSD => d2!(|x, y| (x as i64 as i128 * y as i64 as i128 >> 64) as u64),
-            F::AndD => d2!(|x, y| x & y),
-            F::OrD => d2!(|x, y| x | y),
-            F::XorD => d2!(|x, y| x ^ y),
-            F::ShlD => map!(set_double, u64, (x = double a, y = word b), if y > 63 { 0 } else { x << y }),
-            F::ShrUD => map!(set_double, u64, (x = double a, y = word b), if y > 63 { 0 } else { x >> y }),
-            F::ShrSD => map!(set_double, u64, (x = double a, y = word b), (x as i64 >> y.min(63)) as u64),
-            F::MinUD => d2!(|x, y| x.min(y)),
-            F::MaxUD => d2!(|x, y| x.max(y)),
-            F::MinSD => d2!(|x, y| (x as i64).min(y as i64) as u64),
-            F::MaxSD => d2!(|x, y| (x as i64).max(y as i64) as u64),
-            F::DivUD => d2!(|x, y| x.checked_div(y).unwrap_or(u64::MAX)),
-            F::DivSD => d2!(|x, y| if y == 0 { u64::MAX } else { (x as i64).wrapping_div(y as i64) as u64 }),
-            F::RemUD => d2!(|x, y| x.checked_rem(y).unwrap_or(x)),
-            F::RemSD => d2!(|x, y| if y == 0 { x } else { (x as i64).wrapping_rem(y as i64) as u64 }),
-            F::MadD => {
+            Arith::MovD => d1!(|x| x),
+            Arith::NotD => d1!(|x| !x),
+            Arith::NegD => d1!(|x| x.wrapping_neg()),
+            Arith::BrevD => d1!(|x| x.reverse_bits()),
+            Arith::AddD => d2!(|x, y| x.wrapping_add(y)),
+            Arith::SubD => d2!(|x, y| x.wrapping_sub(y)),
+            Arith::MulD => d2!(|x, y| x.wrapping_mul(y)),
+            Arith::MulHiUD => d2!(|x, y| ((x as u128 * y as u128) >> 64) as u64),
+            Arith::MulHiSD => d2!(|x, y| ((x as i64 as i128 * y as i64 as i128) >> 64) as u64),
+            Arith::AndD => d2!(|x, y| x & y),
+            Arith::OrD => d2!(|x, y| x | y),
+            Arith::XorD => d2!(|x, y| x ^ y),
+            Arith::ShlD => map!(set_double, u64, (x = double a, y = word b), if y > 63 { 0 } else { x << y }),
+            Arith::ShrUD => {
+                map!(set_double, u64, (x = double a, y = word b), if y > 63 { 0 } else { x >> y })
+            }
+            Arith::ShrSD => map!(set_double, u64, (x = double a, y = word b), (x as i64 >> y.min(63)) as u64),
+            Arith::MinUD => d2!(|x, y| x.min(y)),
+            Arith::MaxUD => d2!(|x, y| x.max(y)),
+            Arith::MinSD => d2!(|x, y| (x as i64).min(y as i64) as u64),
+            Arith::MaxSD => d2!(|x, y| (x as i64).max(y as i64) as u64),
+            Arith::DivUD => d2!(|x, y| x.checked_div(y).unwrap_or(u64::MAX)),
+            Arith::DivSD => {
+                d2!(|x, y| if y == 0 { u64::MAX } else { (x as i64).wrapping_div(y as i64) as u64 })
+            }
+            Arith::RemUD => d2!(|x, y| x.checked_rem(y).unwrap_or(x)),
+            Arith::RemSD => d2!(|x, y| if y == 0 { x } else { (x as i64).wrapping_rem(y as i64) as u64 }),
+            Arith::MadD => {
                 map!(set_double, u64, (x = double a, y = double b, z = double c), x.wrapping_mul(y).wrapping_add(z))
             }
-            F::DAdd => g2!(|x, y| x + y),
-            F::DSub => g2!(|x, y| x - y),
-            F::DMul => g2!(|x, y| x * y),
-            F::DDiv => g2!(|x, y| x / y),
-            F::DMin => g2!(|x, y| x.min(y)),
-            F::DMax => g2!(|x, y| x.max(y)),
-            F::DFma => map!(
+            Arith::DAdd => g2!(|x, y| x + y),
+            Arith::DSub => g2!(|x, y| x - y),
+            Arith::DMul => g2!(|x, y| x * y),
+            Arith::DDiv => g2!(|x, y| x / y),
+            Arith::DMin => g2!(|x, y| x.min(y)),
+            Arith::DMax => g2!(|x, y| x.max(y)),
+            Arith::DFma => map!(
                 set_double,
                 u64,
                 (x = double a, y = double b, z = double c),
                 f64::from_bits(x).mul_add(f64::from_bits(y), f64::from_bits(z)).to_bits()
             ),
-            F::DNeg => g1!(|x| -x),
-            F::DAbs => g1!(|x| x.abs()),
-            F::DSqrt => g1!(|x| x.sqrt()),
-            F::PopcD => map!(set_word, u32, (x = double a), x.count_ones()),
-            F::ClzD => map!(set_word, u32, (x = double a), x.leading_zeros()),
-            F::MulWideU => map!(set_double, u64, (x = word a, y = word b), x as u64 * y as u64),
-            F::MulWideS => {
+            Arith::DNeg => g1!(|x| -x),
+            Arith::DAbs => g1!(|x| x.abs()),
+            Arith::DSqrt => g1!(|x| x.sqrt()),
+            Arith::PopcD => map!(set_word, u32, (x = double a), x.count_ones()),
+            Arith::ClzD => map!(set_word, u32, (x = double a), x.leading_zeros()),
+            Arith::MulWideU => map!(set_double, u64, (x = word a, y = word b), x as u64 * y as u64),
+            Arith::MulWideS => {
                 map!(set_double, u64, (x = word a, y = word b), (x as i32 as i64 * y as i32 as i64) as u64)
             }
-            F::MadWideU => map!(
+            Arith::MadWideU => map!(
                 set_double,
                 u64,
                 (x = word a, y = word b, z = double c),
                 (x as u64 * y as u64).wrapping_add(z)
             ),
-            F::MadWideS => map!(
+            Arith::MadWideS => map!(
                 set_double,
                 u64,
                 (x = word a, y = word b, z = double c),
                 ((x as i32 as i64 * y as i32 as i64) as u64).wrapping_add(z)
             ),
-            F::MulWideHu => w2!(|x, y| (x & 0xFFFF) * (y & 0xFFFF)),
-            F::MulWideHs => w2!(|x, y| (x as i16 as i32 * y as i16 as i32) as u32),
-            F::SelW => {
+            Arith::MulWideHu => w2!(|x, y| (x & 0xFFFF) * (y & 0xFFFF)),
+            Arith::MulWideHs => w2!(|x, y| (x as i16 as i32 * y as i16 as i32) as u32),
+            Arith::SelW => {
                 let (x, y, p) = (*self.word(a), *self.word(b), self.predicate(c));
                 let out = std::array::from_fn(|l| if p >> l & 1 != 0 { x[l] } else { y[l] });
                 self.set_word(d, &out, mask);
             }
-            F::SelD => {
+            Arith::SelD => {
                 let (x, y, p) = (*self.double(a), *self.double(b), self.predicate(c));
                 let out = std::array::from_fn(|l| if p >> l & 1 != 0 { x[l] } else { y[l] });
                 self.set_double(d, &out, mask);
             }
-            F::MovP => self.set_predicate(d, self.predicate(a), mask),
-            F::NotP => self.set_predicate(d, !self.predicate(a), mask),
-            F::AndP => self.set_predicate(d, self.predicate(a) & self.predicate(b), mask),
-            F::OrP => self.set_predicate(d, self.predicate(a) | self.predicate(b), mask),
-            F::XorP => self.set_predicate(d, self.predicate(a) ^ self.predicate(b), mask),
+            Arith::MovP => self.set_predicate(d, self.predicate(a), mask),
+            Arith::NotP => self.set_predicate(d, !self.predicate(a), mask),
+            Arith::AndP => self.set_predicate(d, self.predicate(a) & self.predicate(b), mask),
+            Arith::OrP => self.set_predicate(d, self.predicate(a) | self.predicate(b), mask),
+            Arith::XorP => self.set_predicate(d, self.predicate(a) ^ self.predicate(b), mask),
         }
     }
 
@@ -441,20 +501,86 @@ impl Warp {
         macro_rules! ordered {
             ($from:ident, $kind:ty, |$x:ident| $cast:expr) => {
                 match compare {
-                    Compare::Eq => lanes!($from, |x, y| { let p: $kind = { let $x = x; $cast }; let q: $kind = { let $x = y; $cast }; p == q }),
-                    Compare::Ne => lanes!($from, |x, y| { let p: $kind = { let $x = x; $cast }; let q: $kind = { let $x = y; $cast }; p != q }),
-                    Compare::Lt => lanes!($from, |x, y| { let p: $kind = { let $x = x; $cast }; let q: $kind = { let $x = y; $cast }; p < q }),
-                    Compare::Le => lanes!($from, |x, y| { let p: $kind = { let $x = x; $cast }; let q: $kind = { let $x = y; $cast }; p <= q }),
-                    Compare::Gt => lanes!($from, |x, y| { let p: $kind = { let $x = x; $cast }; let q: $kind = { let $x = y; $cast }; p > q }),
-                    _ => lanes!($from, |x, y| { let p: $kind = { let $x = x; $cast }; let q: $kind = { let $x = y; $cast }; p >= q }),
+                    Compare::Eq => lanes!($from, |x, y| {
+                        let p: $kind = {
+                            let $x = x;
+                            $cast
+                        };
+                        let q: $kind = {
+                            let $x = y;
+                            $cast
+                        };
+                        p == q
+                    }),
+                    Compare::Ne => lanes!($from, |x, y| {
+                        let p: $kind = {
+                            let $x = x;
+                            $cast
+                        };
+                        let q: $kind = {
+                            let $x = y;
+                            $cast
+                        };
+                        p != q
+                    }),
+                    Compare::Lt => lanes!($from, |x, y| {
+                        let p: $kind = {
+                            let $x = x;
+                            $cast
+                        };
+                        let q: $kind = {
+                            let $x = y;
+                            $cast
+                        };
+                        p < q
+                    }),
+                    Compare::Le => lanes!($from, |x, y| {
+                        let p: $kind = {
+                            let $x = x;
+                            $cast
+                        };
+                        let q: $kind = {
+                            let $x = y;
+                            $cast
+                        };
+                        p <= q
+                    }),
+                    Compare::Gt => lanes!($from, |x, y| {
+                        let p: $kind = {
+                            let $x = x;
+                            $cast
+                        };
+                        let q: $kind = {
+                            let $x = y;
+                            $cast
+                        };
+                        p > q
+                    }),
+                    _ => lanes!($from, |x, y| {
+                        let p: $kind = {
+                            let $x = x;
+                            $cast
+                        };
+                        let q: $kind = {
+                            let $x = y;
+                            $cast
+                        };
+                        p >= q
+                    }),
                 }
             };
         }
         macro_rules! floats {
             ($from:ident, |$x:ident| $cast:expr) => {
                 lanes!($from, |x, y| {
-                    let p = { let $x = x; $cast };
-                    let q = { let $x = y; $cast };
+                    let p = {
+                        let $x = x;
+                        $cast
+                    };
+                    let q = {
+                        let $x = y;
+                        $cast
+                    };
                     let nan = p.is_nan() || q.is_nan();
                     match compare {
                         Compare::Eq => p == q,
@@ -620,7 +746,7 @@ fn convert(x: u64, to: Ty, from: Ty, round: Round, saturate: bool) -> u64 {
             }
             match to {
                 Ty::F64 => value.to_bits(),
-                Ty::F32 => to_f32(value, round).to_bits() as u64,
+                Ty::F32 => bits_of(to_f32(value, round)) as u64,
                 // From f32 by way of f64 and back is exact.
                 Ty::Bf16 if round == Round::Zero => (value as f32).to_bits() as u64 >> 16,
                 Ty::Bf16 => bf16_of(value as f32) as u64,

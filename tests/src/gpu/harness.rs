@@ -19,6 +19,8 @@ const WORKER: &str = "DSV_GPU_TEST_WORKER";
 const PATIENCE: Duration = Duration::from_secs(300);
 /// A file that gets one JSON line a test: name, whether it passed, seconds, comparison.
 const LOG: &str = "DSV_GPU_TEST_LOG";
+/// A file of names, one a line: the other tests are left out. How a run of part of the corpus is written down.
+const ONLY: &str = "DSV_GPU_TEST_ONLY";
 /// Set to run tests in this process, for compute-sanitizer and debuggers.
 const IN_PROCESS: &str = "DSV_GPU_TEST_IN_PROCESS";
 
@@ -29,7 +31,13 @@ pub fn main() -> ExitCode {
     }
     let mut args = Arguments::from_args();
     args.test_threads = Some(1);
-    let tests = tests();
+    let tests = match listed(tests()) {
+        Ok(tests) => tests,
+        Err(error) => {
+            eprintln!("{error}");
+            return ExitCode::FAILURE;
+        }
+    };
     let chosen: Vec<&GpuTest> = tests.iter().filter(|test| is_chosen(&args, &test.name)).collect();
     if !args.list && !chosen.is_empty() {
         let kernels: BTreeSet<KernelSpec> =
@@ -56,6 +64,20 @@ pub fn main() -> ExitCode {
         })
         .collect();
     libtest_mimic::run(&args, trials).exit_code()
+}
+
+/// The tests that [`ONLY`] names, or all without it. A name that is no test's is an error: the list has aged.
+fn listed(tests: Vec<GpuTest>) -> Result<Vec<GpuTest>, String> {
+    let Some(path) = std::env::var_os(ONLY) else { return Ok(tests) };
+    let path = std::path::PathBuf::from(path);
+    let text =
+        std::fs::read_to_string(&path).map_err(|error| format!("{ONLY}: {}: {error}", path.display()))?;
+    let mut names: BTreeSet<&str> = text.lines().filter(|line| !line.is_empty()).collect();
+    let tests: Vec<GpuTest> = tests.into_iter().filter(|test| names.remove(test.name.as_str())).collect();
+    match names.first() {
+        None => Ok(tests),
+        Some(name) => Err(format!("{ONLY}: {}: no test is called {name}; names: --list", path.display())),
+    }
 }
 
 /// libtest's rule.
