@@ -61,6 +61,20 @@ pub(super) fn tests() -> Vec<GpuTest> {
             }
         }
     }
+    // Groups that share a CTA must not harm each other either.
+    let lists = Lists::Blocks { query_group: 64, kv_block: 64 };
+    let merged = space::candidates(AttnOp::Fwd, Dtype::Bf16, 64, lists, ARCH);
+    for spec in merged.into_iter().filter(|spec| spec.tile().groups > 1) {
+        for fault in Fault::ALL.into_iter().filter(|fault| !fault.in_inverse()) {
+            let Some(mut kernels) = shipped(64, lists, Deterministic::No, ARCH) else { continue };
+            kernels[0] = KernelSpec::Attn(spec);
+            tests.push(GpuTest::new(
+                format!("faults/{fault:?}-{}", kernels[0]),
+                kernels.clone(),
+                move |gpu| faulty_lists(gpu, lists, fault, &kernels, Deterministic::No),
+            ));
+        }
+    }
     for head_dim in space::SHIPPED_HEAD_DIMS {
         for lists in space::shipped_lists() {
             let (query_group, kv_block) = lists.block_size();
@@ -434,6 +448,14 @@ impl Fault {
         Fault::InverseOffsetDescending,
     ];
 
+    /// Whether only the backward's lists are spoiled.
+    fn in_inverse(self) -> bool {
+        !matches!(
+            self,
+            Fault::IndexTooLarge | Fault::IndexNegative | Fault::CountTooLarge | Fault::CountNegative
+        )
+    }
+
     fn bit(self) -> i32 {
         match self {
             Fault::IndexTooLarge
@@ -485,10 +507,7 @@ fn faulty_lists(
     }
     call.query_lists = Some(query_lists(gpu, &bad)?);
     let mut inverse = good.invert()?;
-    let in_inverse = !matches!(
-        fault,
-        Fault::IndexTooLarge | Fault::IndexNegative | Fault::CountTooLarge | Fault::CountNegative
-    );
+    let in_inverse = fault.in_inverse();
     match fault {
         Fault::InverseGroupTooLarge => inverse.index[0] = dims.groups() as i32,
         Fault::InverseGroupNegative => inverse.index[0] = -7,
