@@ -441,10 +441,11 @@ impl AttnSpec {
         Ok(())
     }
 
-    /// Tokens one copy brings of K and of V: a whole tile, or a block where tiles are put together from several.
+    /// Tokens one copy brings of K and of V: a whole tile, or a block of at least 64 where tiles are put together from
+    /// several.
     pub const fn kv_box_rows(&self) -> u16 {
         match self.lists {
-            Lists::Blocks { kv_block, .. } if kv_block < self.tile.block_n => kv_block,
+            Lists::Blocks { kv_block: kv_block @ 64.., .. } if kv_block < self.tile.block_n => kv_block,
             _ => self.tile.block_n,
         }
     }
