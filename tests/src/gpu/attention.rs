@@ -71,6 +71,20 @@ pub(super) fn tests() -> Vec<GpuTest> {
             }
         }
     }
+    // Groups that share a CTA must not harm each other either.
+    let lists = Lists::Blocks { query_group: 64, kv_block: 64 };
+    let merged = space::candidates(AttnOp::Fwd, Dtype::Bf16, 64, lists, ARCH);
+    for spec in merged.into_iter().filter(|spec| spec.tile().groups > 1) {
+        for fault in Fault::ALL.into_iter().filter(|fault| !fault.is_in_inverse()) {
+            let Some(mut kernels) = shipped(64, lists, Deterministic::No, ARCH) else { continue };
+            kernels[0] = KernelSpec::Attn(spec);
+            tests.push(GpuTest::new(
+                format!("faults/{fault:?}-{}", kernels[0]),
+                kernels.clone(),
+                move |gpu| faulty_lists(gpu, lists, fault, &kernels, Deterministic::No),
+            ));
+        }
+    }
     let everything = space::SHIPPED_HEAD_DIMS.into_iter().flat_map(|head_dim| {
         space::shipped_lists().chain(space::shipped_gather()).map(move |lists| (head_dim, lists))
     });
@@ -463,6 +477,7 @@ impl Fault {
         Fault::InverseOffsetDescending,
     ];
 
+    /// Whether only the backward's lists are spoiled.
     fn is_in_inverse(self) -> bool {
         matches!(
             self,
