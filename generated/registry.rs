@@ -83,21 +83,21 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "8b50d2208c4f9518d66b3fb7704cab328ad5d72e12fe0b58394c414e37cf2bcd",
+        source_hash: "3ec2344074905a19fe5344bda0d281ce324122e5ca2f544c5862f86971d00d28",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "fe9793a7436a3deaf1f552db1bfb89bffc63d0add0a5fb01f611ffd8fad5d1ce",
+        source_hash: "fd4c7d64d52b27c66bd1ab184a969d238d3299f9a511cedcf34f9cb6c271ffb8",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ef23d685f55c888a3474c0fa605aa1d59346eec66329d4ae05e59b6b2eb5455c",
+        source_hash: "f39c3c00c6bc67e5eafb7726fb555990737cd5108649fcd5f75d67c5c3e873fb",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
@@ -125,7 +125,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "07a35e1fbe4ae80042319f87f82566fbbc50c7a8bc26d93f47f61fd88e34c386",
+        source_hash: "0e8576ecf3eba0633d7a12224862a3499fa3936a23910f493cf795f3c17f764a",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
@@ -314,42 +314,42 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7928b96777c97850abf8c21815ba6469f49d44e33dccc44af93445e31f10f680",
+        source_hash: "3c42398495913621181ba79b074d42d082827c4a341d9cb71a7270ebaa72b4a8",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3d3e923a20ffc720c56d3ead2b563dced9381f1fe474642bc5865e274c751724",
+        source_hash: "4695da11e99a946cb925daf570e4ab08dac2d603099c585791c58a5ded23bf0a",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "1283d091393a514a422676af699f0a1d495f133225c32f90c6127b9626061fb4",
+        source_hash: "c4e5385260633ed3c6cec8b31d54e69ef969b532e75fbf3896b13872b46b97bc",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9e5723c5919fc116b758cae98f0dede4dcc904dd81f332dc90c1ed9551ee983c",
+        source_hash: "d4617a1486db6ecb9f4bef0d5842de416eac78a481a96e8d89055d5c0943bd5b",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "86e86c95ef7acaf2b5d0b2870aa121f071762e2164774d5f76d1b5c95a071196",
+        source_hash: "6a5617b4da7ed5e7dbf9e3b1381d2d03ad9e0c320cc5405034f908e9f6dfbcca",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1848e15a69124247d3bacfe53c60c52f9523bc680833b2328d44dfa171c8fbe4",
+        source_hash: "388b433813a54a4a5c202f29781bd019b89539288b36b7f78c093bba8d13638c",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
@@ -391,21 +391,21 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4a914d83c2d0d91dc06449056b803b2297c3530ea9169a7dc8c2705ace50dd75",
+        source_hash: "a7bd74672b5e3224781f068d86c3bf6b1ee88bf6a213414451bb0f07d44955a1",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e375f0e54daa46d468ecfc25b6ce1e4b375e0c02e0d978557f4d1cb6e6a640d3",
+        source_hash: "48ad5ecc527996b2ed36c7d0fd26789c8b896f4688641a0439c8eea8e5ba70a0",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a16b093fab84267e0a847f8c5a1bfc984912326ec2a5dd3dc9b2d422122f8ab6",
+        source_hash: "754d1f7424d7458f98b6a8a6bade75649e6312f3dfe4b4436e86dd6fc7a34dea",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
@@ -426,7 +426,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9954445a75619bb4133a43a5ac49b04e2f331eb3ab9cf3847919352eef1f5761",
+        source_hash: "8ab02b3a9f590bb87de073673978fc8846db5c075c38aa6fe5c2800f7fca7eba",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",

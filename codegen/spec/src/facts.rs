@@ -206,7 +206,7 @@ pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
         AttnOp::BwdDq => 2 * m * d * bytes + stages * 2 * n * d * bytes,
         // Q (its room serves dQ in the epilogue), dO and their statistics, K and V (which has one stage less), and dS.
         AttnOp::Bwd if spec.lists().is_gather() => {
-            2 * m * d * bytes + 2 * m * 4 + (2 * stages - 1) * n * d * bytes + n * m * bytes
+            2 * m * columns * bytes + 2 * m * 4 + (2 * stages - 1) * n * columns * bytes + n * m * bytes
         }
         // K and V (their room serves dK and dV in the epilogue), the ring of Q and dO with LSE and delta, and dS:
         // two buffers where warpgroups exchange it, one where a lone warpgroup keeps it to itself, none where dQ is

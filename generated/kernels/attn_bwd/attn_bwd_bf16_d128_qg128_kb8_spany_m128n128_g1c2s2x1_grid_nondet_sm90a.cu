@@ -44,12 +44,12 @@ constexpr int kRows = 64;
 constexpr int kConsumerThreads = 128 * kConsumers;
 constexpr dsv::uint32 kTileBytesQ = dsv::tile_bytes(kBlockM, kHeadDim);
 constexpr dsv::uint32 kTileBytesKv = dsv::tile_bytes(kBlockN, kHeadDim);
-constexpr int kChunks = kHeadDim / 64;  // of dV or dK: 64 columns a product
+constexpr int kChunks = dsv::slabs(kHeadDim);  // dV and dK are made, and leave, slab by slab
 
 static_assert(kBlockN == kRows * kConsumers, "one wgmma M of 64 KV rows a consumer");
 static_assert(kBlockM == kRows * kConsumers, "one wgmma M of 64 rows of dQ a consumer");
 static_assert(kStages > 1, "K of the tile before is read while the next K arrives");
-static_assert(kHeadDim % 64 == 0, "whole 128-byte swizzle columns");
+static_assert(kHeadDim % 16 == 0 && kHeadDim <= 128, "whole K steps, and dQ of 64 rows in registers");
 static_assert(kQueryGroup % kBlockM == 0, "a CTA lies within one group");
 
 struct Params {
@@ -281,7 +281,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
     for (int i = 0; i < kHeadDim / 2; ++i) dq[i] *= p.sizes.scale;
     dsv::uint32 packed[kHeadDim / 16][4];
     dsv::to_operand<Element, kHeadDim>(packed, dq);
-    dsv::uint8* dq_tile = smem.q + consumer * (kRows * kHeadDim * 2);
+    dsv::uint8* dq_tile = smem.q + consumer * dsv::tile_bytes(kRows, kHeadDim);
     dsv::store_fragment<kHeadDim, kRows>(dq_tile, 0, packed);
     dsv::fence_async_proxy();
     dsv::named_sync(kEpilogueBarrier + 1 + consumer, 128);

@@ -20,9 +20,11 @@ constexpr int kCtasPerSm = 2;
 constexpr int kParamsBytes = 152;
 // END CONFIG
 
-constexpr int kThreadsPerRow = kHeadDim / 8;  // 16 bytes a thread
+constexpr int kChunks = kHeadDim / 8;  // of 16 bytes, one a thread
+// A power of two; at head_dim 96 four of 16 threads take part in the sum alone.
+constexpr int kThreadsPerRow = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
 constexpr int kRowsPerPass = kThreads / kThreadsPerRow;
-static_assert(kHeadDim % 8 == 0 && 32 % kThreadsPerRow == 0, "a row lies within one warp");
+static_assert(kHeadDim % 8 == 0 && kChunks <= kThreadsPerRow, "a row lies within one warp");
 static_assert(kBlockM % kRowsPerPass == 0, "whole passes");
 
 struct Params {
@@ -55,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_prep
         const int row = blockIdx.x * kBlockM + pass * kRowsPerPass + threadIdx.x / kThreadsPerRow;
         const bool exists = row < p.sizes.seqlen_q;
         float dot = 0.0f;
-        if (exists) {
+        if (exists && lane_in_row < kChunks) {
             const uint4 o = *reinterpret_cast<const uint4*>(p.o.at<Element>(batch, row, head) + 8 * lane_in_row);
             const uint4 d = *reinterpret_cast<const uint4*>(p.d_o.at<Element>(batch, row, head) + 8 * lane_in_row);
             const dsv::uint32 o4[4] = {o.x, o.y, o.z, o.w};
