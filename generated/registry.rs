@@ -83,21 +83,21 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "3ec2344074905a19fe5344bda0d281ce324122e5ca2f544c5862f86971d00d28",
+        source_hash: "e2c2c6f905b892957fef1cb096718f6e24705cf9949e95a49d6cdbd64ab65919",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "fd4c7d64d52b27c66bd1ab184a969d238d3299f9a511cedcf34f9cb6c271ffb8",
+        source_hash: "e972ea6dcafb283590af677785c93549c221204f96b771eecf7d7cba7d988c4d",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "f39c3c00c6bc67e5eafb7726fb555990737cd5108649fcd5f75d67c5c3e873fb",
+        source_hash: "e459dfa1c9691296e846e1a8d299f285638b80da368460245dd2029bb98c726e",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
@@ -125,7 +125,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "0e8576ecf3eba0633d7a12224862a3499fa3936a23910f493cf795f3c17f764a",
+        source_hash: "e21eccca83b7a529d6287bc0a7fc16373033f83f00fb3cd60f5e8934cc506ab5",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
