@@ -17,774 +17,774 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
-        source_hash: "dc4e1fec9f5b467bd274904b8634984f677ef362f4c871c1b278172000290699",
+        source_hash: "f55e014403a47df4b7652f72417b3155ad3be008fbe971f48f8be3ed2b04337a",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "0bc37df1581a9340304ad37198fb4cbadd997ee1839244a7e4b7ef24843ee1a4",
+        source_hash: "dd8a68eb176d0dd90aa9c32c69d1bdbb6b9d8f8b509c815ad11350ccb9d9ddf9",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "3cfee82c6bd790bd76b944821be06b24ca70f67530ae48c9fc007ed0cb28f0a5",
+        source_hash: "95343e3a42f2826fe94a780ad5a1fa06e0e5e339308b839e08fdbce6b59a21ab",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "17b3823105884fea6fdba97bc308bdc49a73c6aab388ccad35231d9f57bc6611",
+        source_hash: "c878348e2857fb6d439eb824ec79b0562e9ff4d411efcbf6da246ff5693065f3",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "93cc831e32f677caa30eefc8fa48cce3324cf2b39e444c9b9adca85ca16f42b6",
+        source_hash: "444e7cd7ecc4087a320a98a28e68559ca0bbd090c386055119dba64dca048346",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "18245f3c32c0325a1798442d8d20f40f431fd4b52b25a3c25cda1ed793031ccb",
+        source_hash: "85c4a4f67e9101ae90fdaf08075da6fafa9495ffa651524bca9aee63b046228c",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d1b9e4602d9ac323385920263a3d7d3bbfaf674515beb6fb695eb3394d9ea39a",
+        source_hash: "94967de7ff94c3066ace1617b9d76b4df016eb51a341fe9880534035d64739b4",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9913f3abbe4731f897609f17883f62612fe5f166279a7a370e2c7ce5e45dc882",
+        source_hash: "25cd13121354c164704b6ad57c3d9d3ebf17b0d216d8d0f8dc8712cb1f731240",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "6e523d5e8b33c0f00bbac4faa38e3b53f6db05083d0cf17a39cd75ab1d817eac",
+        source_hash: "e145bd1e86a73d04ab2afb2fff6201dd6e2732513281074aa0c041a7baf756eb",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "56fd4f8d2cd66eaba679519a9edf945e1e240efe3643b8716dcd2dc28d5f2469",
+        source_hash: "b561275ba0d59bc0635f33ef2adbcfd6b413b3ec13ad20085a8415bd17ae2205",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "e4aa55fca6c4202c7482fcac174083ecd2fecab11d05b21e28b7ecfe544c68a9",
+        source_hash: "e2c2c6f905b892957fef1cb096718f6e24705cf9949e95a49d6cdbd64ab65919",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "7f6aa95e3df4a8292b0bc31a16bd6e3c550372e3736b0e4f4843243a446b09a3",
+        source_hash: "e972ea6dcafb283590af677785c93549c221204f96b771eecf7d7cba7d988c4d",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "e536cc0bfdece6194f19c8b259a7e5e98187c01da353a13df13fedfeaa276803",
+        source_hash: "e459dfa1c9691296e846e1a8d299f285638b80da368460245dd2029bb98c726e",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "23439596c5d968494082820297f39f8f3d450d368888c2761fe64e835b403979",
+        source_hash: "ed8740ae9a4a736e789e1d1fbe2a6ec377c15dd4188fe9c696c702dda8a5c635",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "00645ba601f74e69d73112b1515dfee02b8b62f8295d9f0d56c4b213b0a9b691",
+        source_hash: "076223012a079940391749b8c68983a7790087ea6a7d10e6be54dc8b43f7e86e",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "9e135f18fae973861540216982d3416b4659e89d59a833a76492c5838496cf0c",
+        source_hash: "64e7d3e3a530a76c4a1457a171888c04e2338e4062bc9c1f602028ab4bd28a46",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "9676c0efee633716855a7584fc81835c390bbf3c4fb1e8b4297e1e8a0c022aed",
+        source_hash: "e21eccca83b7a529d6287bc0a7fc16373033f83f00fb3cd60f5e8934cc506ab5",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "da52eae84d21d2ab0e9b2304ad0331ab8e71abc9e7cfeca3b843d6fe526b3f7c",
+        source_hash: "e4403fbc674efad08993a09a4161551fffbbe215c5410b93dabe8a612bf69678",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "120439f15ba21f56676a7fdbec33a4d6a2c7387e3239446c2ed961b60b763ce1",
+        source_hash: "b2a3ad64f7fd3ac0dfc5de4d87feae6dc753bb7a0453c83b6853d2b04ed5cc60",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "3be7f60f2ad8d23628031eb33545eb5442537ed572a249372089b9afa6a72d52",
+        source_hash: "f102b6722a26553996fcfd52d8c1c62e9917455d57771698a41d2d4974bc2f76",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "f7365d033373161c80b6f6d966406c3cb7a755159574f65c0bd372f0ac39832a",
+        source_hash: "bba34fbef9e7494e09709208087030f23bc367c7d142c0b98675f6eb87e4c74b",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "de8fd48171e7b941a3cff3fcbff5ae5ac751d283e4036b1368ac62ccd116abc7",
+        source_hash: "53a4a98b5f8af6abc3d4dcf4535f85f3d34568f22ce46bacb770afcd1bccbb34",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "15416c396f0d28b10049603ffa942ee2c939e30e7a46c58d01585138013212ed",
+        source_hash: "689ac13c92f3660148a0c13312b67a0b6f5662866471943fd61b90ed89cf4948",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "cc1aa228ada532b949eb928d25c89900dc10f58c4af8bce8f6e9b05fb08c9545",
+        source_hash: "f580502e8b56c5fbe86f326511d7cedee9e2bf605adce9e9f8099a0dd663c46d",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f7b31e50085dc4bfe3a8c14f12100d7a93940cf9e3fffd5b7fdcc152d7333759",
+        source_hash: "677910e169c7df8c09ec4562d34d0bd3723af3b51f8ea8ed7a3a600cf5163acc",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "7f05befdd7f14c50cdada4f7f5d4fbe40487b5f03592da278b2c48e70a95e36b",
+        source_hash: "961d5f2d763c60bc5c213afe9dffc08e60dc1335beba3c78b0f4b98661046c85",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "04084d7fab7e0efa02f00062ec3d877938f765fe5fb184b2a9be56f2594840b6",
+        source_hash: "72bb39a39b731ace2189b7d589b35a72f4855b3654719c7f2f894038536258b6",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "040c962dbb1bd4257b8083411cc94a83b883738499ddb76b6c53dd22b899eccf",
+        source_hash: "d68d95f9ca485cb182e4f36d048004f8d7dbb10029cbdb07d3c665deac1863e3",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "47a5bc9ca6895fc501f6c797012f2e1243c36381da7d451433e84a5143eba8fe",
+        source_hash: "1819cc67bfe790862d52857b4130b9c234d4239a3f044c123bb6d9c1e9f0c8be",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9c4f8f59323840b55761f411707fc71b70b4870a8ed5465045d6efdd6ece0843",
+        source_hash: "7b8c568b4b14451dfe13d02cd58d3abd45614e579e8584b943aab55400458022",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "d4acbb6e4f60e094022c5a5e696d9699d2adf174e14be0ae22aa560506314f95",
+        source_hash: "17929fca97ececab3e8891f91a4783c2117fc85920f8e745774237350b7edc82",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "a612d46f0abe5c985dd20a3a68064237a8d49e9de726f177ab2e6d11b981be92",
+        source_hash: "50717f834febf7d711b473373e4fd6e4da90fe490811d6fc74d256aeb9c8620d",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6f989d57025d75a3add2ab33ed4c9cd0750cc2e1980225ba2fef4f96e5d664d9",
+        source_hash: "c5a5240c4be9ae03dffecfdd01963cab3b6bf011f1fcb1811e8655f49d93a483",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d1516fa3643372aa3bbaf14116697aeac5049c422a5321900b7352cf9bb94d38",
+        source_hash: "9d5d0d763c7b66d52766246db11b425def72222e16a0ec43999bc117711deb72",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "dad3cc21067982176e200f056839d93a87ab670600f81596dd44b6ca27f11d1f",
+        source_hash: "479a9df7955a8a4ebcff022f7f10cf292b5495c708b6407c7c7cfe80c1b2074b",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ca41976ee41679bded27bfd528efb8316db5f5052c747436be42323ac7d9111c",
+        source_hash: "dfc89906206a7586969de6ffb48583b0d57aee35826b4eaa04fcb6ef353e3ec9",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c3ba753dbe9b1463df1d39872872ea54968e1ff6a85c9c866379f3641c5fddd4",
+        source_hash: "67d92b2e221c46152d3b949c4ea881f580283fb058c37fee7629621f5a499900",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "606ea3e3a8af03313db497ae9183af0cc0bda25d8164037374b5be88a512dd80",
+        source_hash: "388511106472578a98ad6c5dc37a3a18204f2520384176d5e7d072f90f1fa59d",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2ead9c0f6a8f01b05cc05a5214f89fe5975d860faf5374f81437c87b4ada7bea",
+        source_hash: "df30b903a2aaa1516aa4780256944f07979cf1c1d0397f4a2b7b0e1becf750e9",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "9bb1b0663b368fad3a4d610a568ffe7e172d784ca45ad31a5d29b4ec56cd1adf",
+        source_hash: "50b55ed2839ef9d06a3c6fa32d4e28caca3439fcc63b1e6905e3c25efee0b940",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4d2612490bd93cb5d1af965d65b76754b3c1666b91666f2af938758091b69257",
+        source_hash: "a8e049e2acd8a2636a767ea80a6fc2902978c544af8208f9954b676c8c75b448",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "d9e5720510d9a275ad6732a5028203aef61a753ab27ddf300d25533218978219",
+        source_hash: "332e9e04450fd1c084f8c8b3a47c16387dcc5d7384f4943e0dcfca472fd7aa6e",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c18b3105c094f55315ef64d8292fb9b8ef6d1767c97c98b9c49cbe97342e2589",
+        source_hash: "d5bb1e7cbbaa006893e6c8441a44be68a3728a14f68172f3d09aba4bd51436ea",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a2890ac3b2867cdaca3d4c6b623b1a0f83c5c85ef427b527c6a091b13b78340a",
+        source_hash: "3c42398495913621181ba79b074d42d082827c4a341d9cb71a7270ebaa72b4a8",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6ea9e2fbdbcd5cefb8012dffe546bfc29474b1805b4e71377c8f792d357383a0",
+        source_hash: "4695da11e99a946cb925daf570e4ab08dac2d603099c585791c58a5ded23bf0a",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "4394759ae7801505280b2cfe330603f0c27c73ceb4f4aebc8f9cff90dc3fece2",
+        source_hash: "c4e5385260633ed3c6cec8b31d54e69ef969b532e75fbf3896b13872b46b97bc",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d325c1de9fad87ad1a0095f3444c207ce502998d9210c95e3596bec6b41f60db",
+        source_hash: "d4617a1486db6ecb9f4bef0d5842de416eac78a481a96e8d89055d5c0943bd5b",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "306478a01d762a48ea7fba7da5a3ac21b5a097dec554c69a2a05a5ce2aab34a7",
+        source_hash: "6a5617b4da7ed5e7dbf9e3b1381d2d03ad9e0c320cc5405034f908e9f6dfbcca",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0240dee0f5a1e6601524386f2875cc486cb2ada2f40fb422e4b53248f60cf584",
+        source_hash: "388b433813a54a4a5c202f29781bd019b89539288b36b7f78c093bba8d13638c",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a810fa1a69f914294b05c4c309a37b449a3781fb1dc1d67926c2fd867c58e480",
+        source_hash: "245b430ba86debd937dbda7ddd6fd16c217728c48d69a8cc48265b4d48ab775c",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9d0df77ff82b3901191b92682039a2e5f641e750f6523a8129bf7dafafacbc6e",
+        source_hash: "be3e1f79dc4cf163b79ea12a0fa2ab3e01a46a5edd66291bb3944ca92b2d236f",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "6978f4894bd94c0bd06f55d2bf9693f1421d9aa1ae8ab4e0b34f94ac5eb89ada",
+        source_hash: "ff55265a72dd976de13f730fb81cd0a1fe455b1557fdd8563a8cf8f6cc5630a1",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b814da66f68b0cc3e824f84bb07624c01c78cf69473a723013075416b417a65b",
+        source_hash: "5079b0dbce87cf212d526c588ee2d9d6ff494cd3c3b91d1c1d51918ac2456e3f",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "5361da3838f7f40832d68a4c7c2f0568d0c2a3b6a17265e80f80ebb7fb3cc2ac",
+        source_hash: "810f006d265fe22dee9529ec9bd6030d22a81aa21b93cea677511da377041021",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6377aaa3ebf2aa6146645509d2db1365791b4bcb35b8e1fff01c7def8594d907",
+        source_hash: "a7bd74672b5e3224781f068d86c3bf6b1ee88bf6a213414451bb0f07d44955a1",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "fb39da3e8090cc072a8b357af9c8eebc1339a6f3b7a0b5980c7102e8a69ba082",
+        source_hash: "48ad5ecc527996b2ed36c7d0fd26789c8b896f4688641a0439c8eea8e5ba70a0",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "281afc08fc2ca33a3887c7026124e4e6e517306dbaa957bc009c8f0bc299e4dc",
+        source_hash: "754d1f7424d7458f98b6a8a6bade75649e6312f3dfe4b4436e86dd6fc7a34dea",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "0c3da5d2f3ed9d46e40a46bfb60ef198cf3d8174c608a6053547ef48c8b0f520",
+        source_hash: "667d0273382e3dd0ab1e8385c53d5f1c393dec0c9d4bf52724c4d7e619507c68",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "14ed38344c14f5058b76f77332f97326f57cf3b7034afe0f9e497766f802b934",
+        source_hash: "555ca27b7922aa5c605cb12d7407c472b73cf2b5c10a5d4d49873a13944eb0b7",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a58b46b7766adad8daa860087f9cd411e796ccf65787fa9e1cfa7e3259eef59b",
+        source_hash: "8ab02b3a9f590bb87de073673978fc8846db5c075c38aa6fe5c2800f7fca7eba",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "6daa6023c02312f0a7042aca1ede2011f767226d6d55a7e218f6ae650c19d4fc",
+        source_hash: "405f92e2d0eba2782d1bd33bee0f1b860021114c13f732324155919794a970cd",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "837510b326ba562083f393f64c2351f39a2fefb1a5dbe50319baaeb0881e0ff8",
+        source_hash: "4bbb83ac7566ac975797e27f376613b4db77260b4fa1fc72c2c8ff99248a788a",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "f61ccd40c628a016743c4faf604844141e0b898dd21755b4f4278bf1d6ba01f5",
+        source_hash: "0ea31c01d3a836eca8e759452fc3d8b5060eeaea66066d6e4438f290d4a6c49a",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ff4c573dfb7098cd53f722d98cd67cb5a82c8334653a46175311b569f535dd98",
+        source_hash: "bb49d8f2badb2ba44f664c6028cf10c1640d40e4ae34affb1177e6ac4e460b9e",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ca8300b9fb6a38ac0ad478ca60fa5624386f8eec159dfab480f703a85f5ab496",
+        source_hash: "f2be1f4604edeb916e7968e37ae9630a4d1af781acced41bcfadd683886e4587",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e956b80723cc6044dbe8400e1e97643a42b30fcfa2924df30f9c575dd9955f98",
+        source_hash: "45959585f86702c83af46e8ad50ca2d7fe27e1690676c64f831c1c63306c500d",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "fa74e51537a3ad6974e01b86ccd6769121438f2da460ecdd99a0cd08e0c5966b",
+        source_hash: "d1ad6bca52861e4477dcbb603e8cf0749b692c1e8306a6cc142442b0ade70e01",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d9480720da189441d0eb6e11a80e7ff60e3bd344c27fe05976f0cce50fb743e1",
+        source_hash: "c2a0894beafa08a067281a59e37546478b56125f738bcec5b14ce2650fab1f0f",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "fedd803bbb73919fc41fff494ee25f77aff78ead3bf1e275dd1c8fd021b2b656",
+        source_hash: "bc6e843747d5bb9a2681bb99634a0d669552f07d256a66a9ef95bc76327064e0",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "468530f98f10ad1870d318b1abd5e738941299970768f39b66f0331396491d7a",
+        source_hash: "d2dc62bb045b151a491bebeedff46ef3d577f99aa5c2efbb9b58040dd1127887",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "fdbaed8c56649887ab4efd36e4e7d805ab4943f5b9fc5b6101940dd9b1295ff2",
+        source_hash: "fcc7a79507e4de78e9ef53fde19bbe46acb06dcac0ae6654853fa61e5d8a4b4c",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "e5a40e4ed3da1141d1bbcc729a5aa66ba1887c87f08ba625fec67539b920b711",
+        source_hash: "a865296a5b275555da25ac6c378c6b800700fff2b5f51dee148f2b0210ce0020",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "a32dcde0e7328d19f4bdf5758c477812b4f03cbc916c4ea5c39ab034a2040e2d",
+        source_hash: "8b2b8a59605a3d505b2471b889558fef8d5afc7bfead8581fe2d5e9a43d669ac",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "d311b1e31b17c7259b35aaa052847e749a02423a86a5bd792b8c2bb732ef10ca",
+        source_hash: "0734967247cd53ee5f6624f797452ef24572ad484cf015b2c914bd19076ba2da",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "f0c161f4c9f7549b2720de6f4263aa89386255e77478c6ba441d240a11689724",
+        source_hash: "1d14c3e35e607eee0cc948324fb41f736f95f597067f8fae9def4abf0c5f3264",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "48a4175071d51eb4bf9d24b02d0f6ad14dcd7d3250619a6c7eb3d24c23c9d3df",
+        source_hash: "04607d34f770f3a81110d5a0c988b1a5ed7e54832fceef2585ceefa26caf1cb3",
     },
     Kernel {
         name: "gram_key_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_v1_sm90a.cu"),
-        source_hash: "ed2921d6856db89ddb2546f5d4f9fc1e071b08dadbe9c84a3fdf40f467cb37e9",
+        source_hash: "fb214915e252c8fbf495eb683e6cb2a30ecfa5daaa0a4e6c97284cfa38e3c290",
     },
     Kernel {
         name: "gram_key_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_v1_sm90a.cu"),
-        source_hash: "882c7fe88c8ae0535637e0a28af43508f5169d5736fa4da15c663f8eb7942709",
+        source_hash: "ceecf6bcadff23b4f5fa26d59e6817178f29d8477de10241f746e770a0378ab8",
     },
     Kernel {
         name: "gram_query_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_v1_sm90a.cu"),
-        source_hash: "51ece8c165bd736bdd157d81cf62de08a1a2071c3124605c3a5939af3aefbbb9",
+        source_hash: "a0cfad454e46abcfb57dc6bd403f8fc1aafdb72d4bf3f5f23e1802d1f472feab",
     },
     Kernel {
         name: "gram_query_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_v1_sm90a.cu"),
-        source_hash: "c7e6688b7c8c6e0fac6cc485d7b1e4e9a6e22422b9b6f24c41ba9aec2befb68d",
+        source_hash: "17cce83720231703860b33da6eefa5cf3644442173c3213c60fb1b99e98af4e2",
     },
     Kernel {
         name: "kv_invert_sm80",
         source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
-        source_hash: "c5ff426427e45473a9909ccbe4970a45d9bd01607a7459ab6fbc9cfff58fe189",
+        source_hash: "1aac1bf8d5604d330c065ade5f0b7dfb99da42fb032d89179e8680a7bd911543",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "d46d39d9b7d5f3243a6452cbe4010ee4e64cbf7988597987a8cecbc30ad1f845",
+        source_hash: "4a2161fe97fe317decd3676186cae592c2e35ca46c6cd2240a7b3d58b235dbad",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "1b5bc7c70ecf5fdcbba9d79ccdc49a233f54781ddf3e6db6172158a93b62c7d3",
+        source_hash: "5aafa9a0ae14f87f3801166ca1512bcd64697ab388f3fba1a38972ceaafc9968",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "094b89f56fe6d77f931c1147f6f3d15887a19341f49e5be98df35aa7572dc3b2",
+        source_hash: "1c3680fd8009c68356597c3da5d3142b3834c0097b3cc90f5e39852420776588",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "61ed3f527a8df8590b9ed780779adc4066b33a70367cb8a47f7287fa4bf973b4",
+        source_hash: "7921dba528877e6078b30292e839b0a6746c5a94219345fbd0f546c6b35782b9",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "69f7d96b72ca3c1fad9eff1176b04b0afd20de0df2f9ab5f88665345a1acd942",
+        source_hash: "8044b0f92bbfa4fb93a0359619bf7e3fe6190dc634a1d44cb2f4e767c53fa7c9",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "ce7471b25a3be1587e11e9e69af4111d0f5c6092972226fabeb875aaf2197f54",
+        source_hash: "965ed901a2ae8992378e8f960da3c5ae56c2d038184ad2f33418110fe6cb6651",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "b4734ff26e789da8db34e11f4f73480887ae01a8b6be822ff99dad8a5279319a",
+        source_hash: "d3b299a6b64401d34ac1cd094f025ed71ab110f66c52f68da79be0d46d3fd27c",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "21f1be0dcf9ec76d8ab6b2c78e12867d42fb9a17709847ae55785de01d9fbdcd",
+        source_hash: "e0183e1a4dda2b5818de47d57ba1239b323c129c6c801429cef2874cc82eea70",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "318195cc53a205ad57ad2c4c6cfde81c9773e90adae4066c5d06a111970b9cd8",
+        source_hash: "eb393cd359f2563a9138a39a0f04ec7ea28327e526be9a95a5e58348eb1a406e",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "ecc9f41b99b6715b881272f6094459bddc96aa5be751cd1a0e86beb6a1addafc",
+        source_hash: "53fcd8c062a776ab6cc5d76a6bf79483051cde8286f229038952b143185e1845",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "7d75710f45d0f32695df7933254ce498d57eeedfcdfe32c1eadb8818ccfd5c0b",
+        source_hash: "96436a8ca6bbef5b9c7851d24ba43c1d452bef577f4fadeab07118d9ac1798bd",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "0d2a1d5f42c397c7cbc39e2f5c81fa9f8ae067e422a9966d5fb7f0427a0ed122",
+        source_hash: "363c0ca9a19175e679a74e0715464994c6ba6f461197139473a1002cb879ee9a",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "5849be4281fe4fa48686b428a00b8d0c9709b93a0b99b1dc000c883ce5f8c284",
+        source_hash: "2331a5bb2e18373239b0b24ecb025642bfc33775bddd73e4bf69fafcfef59308",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "82a6c180c61586a9c134309b7748b1f50b26cb41db876b2110b3aaa97c8dd96c",
+        source_hash: "210141980d7b4c1c6eb1506b6082a309d66ac9eff1a9b71a4cf865772223b47c",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "ffcec484d8226ef1de9ced392b3a8577434125fb86be73d9b17bc461447b4719",
+        source_hash: "eda731e0a2187bb8109d95d4e14e6b65350385b9bd51785114556dfa75373a89",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "af5d861c292b8ca2613d3d9ae764ab541f53479a0d4d409044386bd75b064152",
+        source_hash: "40568b7999578da8a7268ffe312a1cc37f44424756937015761d5f84db6084eb",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "cae9f863be1c26154aed03c3f89de08b3d83a0dbd3b854dded13f98cf8884ff0",
+        source_hash: "f3cdfe64ea6cc8aa0c305b8b5fee37d4f9ab4f5af17873c50c094b106909d5b2",
     },
     Kernel {
         name: "kv_validate_sm80",
         source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
-        source_hash: "c8a12b76e188473b4170af4510a8e0926159186fac752bac15e2226b8ca0f651",
+        source_hash: "c7f3510f9c66e25ec6314ca40dcc2bbf0c631b81f55b6f25931e0bc8706346aa",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "0ff1a75a0bc51d7aab118bb76be6b3ba8602e22acac468c73debf07fa9f41399",
+        source_hash: "45b6ebcfaead96c839b8ae28a70f0f4899eb0164a49b366910af5e1785d6bd14",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "ddbde158c83da2641933bb2465c6d35d02b7051a43a9d37d1582b04397b84e1c",
+        source_hash: "a168efcb6d9a9a80a4b3e5862dc9fd89a8151c8e3bd1cd68d77e84b5aac00793",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "2e44c6af293b2d5b597c6e56bce0b2c561fb3d4821a4fac53fd6ec6a6cc4d8d2",
+        source_hash: "f8f6ee813217465c7f1bd9b4901f1310abfabb34434a0e6b433606f308c7e63a",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "9bfd6c2923de624b018a6c5344660601799fb70438c4e55e6ee1d7a6a620803b",
+        source_hash: "488b3a6b8eea0798fcea5b53299b9f167d63bf3288998f8ce38f6d257bea3428",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "4fa4d33a226dffce69f7e7291fe6450b5709bca77f04285921f313eff33a97fd",
+        source_hash: "6b1b8c43f7aa734f08f38e21c17cfaee21a6ae36ad0cddf23a7e0285c53807d1",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "c457d3d9c4bea86f13fe5a22be51f2693aaa8dbb03977558cb45cfd446d9f03c",
+        source_hash: "9132220646f83098e03f2f90c9d6ec5c77d8491942493f6bb6fd3f60216db56c",
     },
     Kernel {
         name: "profile_f32_d0_v1_sm90a",
         source: include_str!("kernels/profile/profile_f32_d0_v1_sm90a.cu"),
-        source_hash: "9aacbecb7052803eb26de9b673d513450fd5219be42d47e7fc69b4d9c141e26d",
+        source_hash: "2aca7dcff110f0ed67383761bca49cca6ad6648a6a4178c1c32c78827985c87e",
     },
     Kernel {
         name: "profile_logits_bf16_d128_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d128_v1_sm90a.cu"
         ),
-        source_hash: "b7687f166c18ab4c0bba07dd951dc10d3ed7fe021223432dfb99d1a75ec34cbb",
+        source_hash: "13ffe301713335c5cf91a78befb0931a9e4014e1ed44902756a8dc0fb6c62130",
     },
     Kernel {
         name: "profile_logits_bf16_d64_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d64_v1_sm90a.cu"
         ),
-        source_hash: "60162b0b008a25625df8a0794d55cefe3c690de6c920c0d37d0178676d5077f2",
+        source_hash: "4b6a69ece67d975d26b7832ba60b400b7ea468b31a083b4610e4e35d7e1f68e7",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "e253dbac404794ed852794656dddd8cf73f44c13b93d7349feae70dbd857be0c",
+        source_hash: "179fef5a6d62be5033dc047354947454a96a6c14863f1bd15769c03f9eec6ab1",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "3f7e28fed899b62cfbe4dedb8c87fa94cefe9d315f26a055a1dbc535a378d20a",
+        source_hash: "fdc0833148c47ed341d751249c95543540fdd6e902986d44a97835932cad2e25",
     },
     Kernel {
         name: "residual_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_bwd/residual_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "39fb44d4f03a530298b39df11325bd5ece84b4b92477f3ecf52731c92be0611e",
+        source_hash: "9f57372b024550d66fc472243aaaa5c9f9c33432154b7d8b78394732ea784f71",
     },
     Kernel {
         name: "residual_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_fwd/residual_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "9c2eaf189d8ab4cb58ebc3f9388e11fbb047164e45a2ff01b4a5a83a78897e14",
+        source_hash: "a1bef2a871eefc1b640c1a2e34f7e1eefeadba0863752f22d9e7e2f3b73dfcd2",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "93ece3936aeae1bb6ac34393f2fa8811851046cca3a8d96b165163e98e48ea00",
+        source_hash: "43f08e33eed079e3b9c6c96f38c8a98839a127f2c1bf9c70018be6e1fccc6c4e",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "6abc59891b8d392cf494d2c377632c422a4270ceb4346fe1e7126dc8aa203a54",
+        source_hash: "9ff93c58c8ece5f3fc1738e0a5f783f5a2f5ceda08346093b719ff19106f1623",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "bfe93f8dbe6c0ead712d9d5e77cc020a335467909e6d709e4fdac2ce669db1ae",
+        source_hash: "48826b89003fc3bc59deae9c68522b00190b1cd9855f6c8e1aec3e4775fe45de",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "a7e3b02232ae3610311bb92f28cc93cba0ac1c3afce8b5ab9119ad6f18de1789",
+        source_hash: "31f9ccce9eb3be2c5d270fa4180c08b10d5b550c52b262cf806ff29625c56609",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "a9298bc028cc730ffa73bfba80f8c936b11d63f0b0b344acaafb6c1550af42e5",
+        source_hash: "0004c1ba387b08ec1e13859dfd57a487deed7172a5d3c7fe6f882785cfd1fecf",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "e2fec41b151de8d3e86bb3d8321009ad1eeccb6c0e2a78cea85e275ecd8a7433",
+        source_hash: "057ccd0c34e2c078e7c6b831b1888e773f5574eeb960e0c7e90630a73b15ccb3",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "9e1ba7bf9ddc16c9167a0ac78ab5aa21f9895f41d289bd3339a333b259d58f2f",
+        source_hash: "90f6e43a0b8bb788e6bf20a907a20ea85e7c15277ff5ceb60952e2977f32cbee",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "64e38f8baf07380d9bea56d56a06c018d6bfd92e63a2acf6e38b3ffd3eb7fbb4",
+        source_hash: "40310823176442d340dad23af05963cfbec2319df9bb1a63952b4eed2503497b",
     },
 ];
 

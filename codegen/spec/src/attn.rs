@@ -228,6 +228,9 @@ impl AttnSpec {
     const fn matmul_head_dims(&self) -> (&'static [u16], &'static str) {
         match (self.op, self.arch) {
             (AttnOp::Fwd, Arch::Sm90a) => (&HEAD_DIMS, "64, 96, 128 or 256 in attn_fwd on sm90a"),
+            (AttnOp::Bwd, Arch::Sm90a) if self.lists.is_gather() => {
+                (&[64, 96, 128], "64, 96 or 128 in attn_bwd with kv_block below 64: dQ stays in registers")
+            }
             (AttnOp::Bwd | AttnOp::BwdDq, Arch::Sm90a) => {
                 (&HEAD_DIMS, "64, 96, 128 or 256 in the backward on sm90a")
             }

@@ -44,12 +44,12 @@ constexpr int kRows = 64;
 constexpr int kConsumerThreads = 128 * kConsumers;
 constexpr dsv::uint32 kTileBytesQ = dsv::tile_bytes(kBlockM, kHeadDim);
 constexpr dsv::uint32 kTileBytesKv = dsv::tile_bytes(kBlockN, kHeadDim);
-constexpr int kChunks = kHeadDim / 64;  // of dV or dK: 64 columns a product
+constexpr int kChunks = dsv::slabs(kHeadDim);  // dV and dK are made, and leave, slab by slab
 
 static_assert(kBlockN == kRows * kConsumers, "one wgmma M of 64 KV rows a consumer");
 static_assert(kBlockM == kRows * kConsumers, "one wgmma M of 64 rows of dQ a consumer");
 static_assert(kStages > 1, "K of the tile before is read while the next K arrives");
-static_assert(kHeadDim % 64 == 0, "whole 128-byte swizzle columns");
+static_assert(kHeadDim % 16 == 0 && kHeadDim <= 128, "whole K steps, and dQ of 64 rows in registers");
 static_assert(kQueryGroup % kBlockM == 0, "a CTA lies within one group");
 
 struct Params {
@@ -166,7 +166,12 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
                                                                                      smem.q);
             dsv::wgmma_commit();
         };
-        Gather::acquire(&smem.full_k[0], 0);
+        // Of tokens the values too: one fence for both, while few sums are under way that it may have to wait for.
+        const auto acquire_tile = [&] {
+            if constexpr (Gather::kByToken) dsv::mbarrier_wait(&smem.full_v[ring_v.index], ring_v.phase);
+            Gather::acquire(&smem.full_k[ring_k.index], ring_k.phase);
+        };
+        acquire_tile();
         issue_scores(0);
         dsv::wgmma_wait<0>();
         dsv::pin(s);
@@ -185,7 +190,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
             float dp[kBlockM / 2];
             dsv::uint32 p_operand[kBlockM / 16][4];
             dsv::uint32 ds_operand[kBlockM / 16][4];
-            Gather::acquire(&smem.full_v[ring_v.index], ring_v.phase);
+            dsv::mbarrier_wait(&smem.full_v[ring_v.index], ring_v.phase);
             dsv::wgmma_fence();
             dsv::product_of_rows<Element, kBlockM, kHeadDim, Gather::Tile, QueryTile>(
                 dp, smem.v[ring_v.index] + consumer * kMyRows, smem.d_o);
@@ -264,7 +269,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
             dsv::pin(chunk[0]);
             dsv::pin(chunk[1]);
             // After the last tile its own scores once more, which no one reads: a product under a condition is serialised.
-            if (t + 1 < walk.tiles) Gather::acquire(&smem.full_k[ring_k.index], ring_k.phase);
+            if (t + 1 < walk.tiles) acquire_tile();
             issue_scores(t + 1 < walk.tiles ? ring_k.index : stage);
             reduce_chunk(2 * kChunks - 2);
             reduce_chunk(2 * kChunks - 1);
@@ -281,13 +286,14 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
     for (int i = 0; i < kHeadDim / 2; ++i) dq[i] *= p.sizes.scale;
     dsv::uint32 packed[kHeadDim / 16][4];
     dsv::to_operand<Element, kHeadDim>(packed, dq);
-    dsv::uint8* dq_tile = smem.q + consumer * (kRows * kHeadDim * 2);
+    dsv::uint8* dq_tile = smem.q + consumer * dsv::tile_bytes(kRows, kHeadDim);
     dsv::store_fragment<kHeadDim, kRows>(dq_tile, 0, packed);
     dsv::fence_async_proxy();
     dsv::named_sync(kEpilogueBarrier + 1 + consumer, 128);
-    const int row0 = first_row + consumer * kRows;
+    const int3 again = dsv::cta_index();  // kept over the walk it would be spilled
+    const int row0 = again.x * kBlockM + consumer * kRows;
     if (threadIdx.x % 128 == 0 && row0 < p.sizes.seqlen_q) {
-        dsv::tma_store_tile<kHeadDim, kRows>(&p.map_dq, dq_tile, row0, head, batch);
+        dsv::tma_store_tile<kHeadDim, kRows>(&p.map_dq, dq_tile, row0, again.y, again.z);
         dsv::bulk_commit();
         dsv::bulk_wait_read();
     }

@@ -28,11 +28,11 @@ struct Accumulator {
         return head + int64{token / 8} * (2 * kHalf) + token % 8 * 16 + threadIdx.x % 4 * 4;
     }
 
-    // Adds row `r` (0: lane / 4, 1: + 8) of a fragment of 64 columns, the `chunk`-th 64 of dV or dK.
+    // Adds row `r` (0: lane / 4, 1: + 8) of a fragment of 64 columns, the `chunk`-th 64 of dV or dK as far as they exist.
     __device__ __forceinline__ void add(float* of_token, int r, bool dv, int chunk, const float (&d)[32]) const {
         float* to = of_token + (dv ? kHalf : 0) + chunk * (4 * 128);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < 4 && chunk * 4 + i < head_dim / 16; ++i) {
             asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + i * 128), "f"(d[8 * i + 2 * r]),
                          "f"(d[8 * i + 2 * r + 1]), "f"(d[8 * i + 2 * r + 4]), "f"(d[8 * i + 2 * r + 5])
                          : "memory");
