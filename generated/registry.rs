@@ -17,774 +17,704 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
-        source_hash: "f55e014403a47df4b7652f72417b3155ad3be008fbe971f48f8be3ed2b04337a",
+        source_hash: "b616aa2dffbecd2110ed80ab64ea4aa21c65447335c4fc3ab6ae3b073a508cd6",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "dd8a68eb176d0dd90aa9c32c69d1bdbb6b9d8f8b509c815ad11350ccb9d9ddf9",
+        source_hash: "d6eb5c0a1f8ac733a48f2b4675db889a9e610bfac0ec5a1aab0d931169abfbcd",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "95343e3a42f2826fe94a780ad5a1fa06e0e5e339308b839e08fdbce6b59a21ab",
+        source_hash: "a019e56303fac4f004f2da8963250a4a5e737a5ffbcd1af0bb551f440cea61c7",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c878348e2857fb6d439eb824ec79b0562e9ff4d411efcbf6da246ff5693065f3",
+        source_hash: "919bb938b1182c7a8a4dc7641852021db6dd70c0e2036513d5d9074db7668750",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "444e7cd7ecc4087a320a98a28e68559ca0bbd090c386055119dba64dca048346",
+        source_hash: "090782129dd4181ee6e33278e35493fa2dee2b36965add0216f54b8f3c1ed01f",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "85c4a4f67e9101ae90fdaf08075da6fafa9495ffa651524bca9aee63b046228c",
+        source_hash: "534764cc05e198c353c381be927ba29e4abc3e4954eec4b9e80c8ec2f6569512",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "94967de7ff94c3066ace1617b9d76b4df016eb51a341fe9880534035d64739b4",
+        source_hash: "c5d57786e1116c3d191c5378df7a2019e7dfca0fd72e69266f7d5a6aea6eccb2",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "25cd13121354c164704b6ad57c3d9d3ebf17b0d216d8d0f8dc8712cb1f731240",
+        source_hash: "2cbef3beb244b09079f2884af1db0410afd6725d0ed0f493a1678880ed324c25",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "e145bd1e86a73d04ab2afb2fff6201dd6e2732513281074aa0c041a7baf756eb",
+        source_hash: "937693013d6d13c7e6dee6d2567046054df58f023f36d35de323678a74debb77",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "b561275ba0d59bc0635f33ef2adbcfd6b413b3ec13ad20085a8415bd17ae2205",
-    },
-    Kernel {
-        name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
-        ),
-        source_hash: "e2c2c6f905b892957fef1cb096718f6e24705cf9949e95a49d6cdbd64ab65919",
-    },
-    Kernel {
-        name: "attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
-        ),
-        source_hash: "e972ea6dcafb283590af677785c93549c221204f96b771eecf7d7cba7d988c4d",
-    },
-    Kernel {
-        name: "attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
-        ),
-        source_hash: "e459dfa1c9691296e846e1a8d299f285638b80da368460245dd2029bb98c726e",
+        source_hash: "91bb33eb18498a44d9bb8aedb3a73d885ff1ee28c87ff8f35d431c96e895b527",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "ed8740ae9a4a736e789e1d1fbe2a6ec377c15dd4188fe9c696c702dda8a5c635",
+        source_hash: "2c1cdde28b67566379c41ee5a240f276b741e17c83a3f8e8eddb14fee7466317",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "076223012a079940391749b8c68983a7790087ea6a7d10e6be54dc8b43f7e86e",
+        source_hash: "549ae7428fbd3b58fc52618cda476c00b6ac6df1c0da8e830ec7b8820ce6844b",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "64e7d3e3a530a76c4a1457a171888c04e2338e4062bc9c1f602028ab4bd28a46",
-    },
-    Kernel {
-        name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
-        ),
-        source_hash: "e21eccca83b7a529d6287bc0a7fc16373033f83f00fb3cd60f5e8934cc506ab5",
+        source_hash: "24556b5dffc1c7d687bfd141dab4dd03463fe6f798818cf4891424e4f1551d74",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e4403fbc674efad08993a09a4161551fffbbe215c5410b93dabe8a612bf69678",
+        source_hash: "293434225fd8457403283c18c2c9e19b7ef84eb1967e402a0e2921ab161df5a8",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b2a3ad64f7fd3ac0dfc5de4d87feae6dc753bb7a0453c83b6853d2b04ed5cc60",
+        source_hash: "f9061a6d40385254a38822a3ab1bad56f1aee2b4d953f69c3342e80f4aa99c59",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "f102b6722a26553996fcfd52d8c1c62e9917455d57771698a41d2d4974bc2f76",
+        source_hash: "8878b40f2d3e46540fca62b8afb182a708673fc49c828bad05eff28cb5684eac",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "bba34fbef9e7494e09709208087030f23bc367c7d142c0b98675f6eb87e4c74b",
+        source_hash: "d78f701acc1730b50f886be56c7f12f7fa0f734e367012bc14d4bad37bba6134",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "53a4a98b5f8af6abc3d4dcf4535f85f3d34568f22ce46bacb770afcd1bccbb34",
+        source_hash: "562da794571485aed4313ab65ec412512b3db0a1f0f6a980cf1ccaa50fb4b1af",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "689ac13c92f3660148a0c13312b67a0b6f5662866471943fd61b90ed89cf4948",
+        source_hash: "5b90c1b47235b532fec2caf54388e5678bfb2728003f331c36ecbb4683350f59",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "f580502e8b56c5fbe86f326511d7cedee9e2bf605adce9e9f8099a0dd663c46d",
+        source_hash: "019588796085e3b9bab05324cf64393f9eb491951bcdd772f9e3961e0a2351c5",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "677910e169c7df8c09ec4562d34d0bd3723af3b51f8ea8ed7a3a600cf5163acc",
+        source_hash: "62fb926a326176d91dc1e54101ecfc27ee5354f2a028c45042cb89fe5c76d603",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "961d5f2d763c60bc5c213afe9dffc08e60dc1335beba3c78b0f4b98661046c85",
+        source_hash: "81c4096d0112e838714c4ef24eb9a06e5b604e31189806c3b857c03b06d6f46b",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "72bb39a39b731ace2189b7d589b35a72f4855b3654719c7f2f894038536258b6",
+        source_hash: "517834941cc9eae99badc3638ed35679351e99416113b2815818aaf022b5db67",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "d68d95f9ca485cb182e4f36d048004f8d7dbb10029cbdb07d3c665deac1863e3",
+        source_hash: "932a6c364e46b0a9c91db74c0c6a348b50312289eac98306a7fde5a3c0fd7aa3",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "1819cc67bfe790862d52857b4130b9c234d4239a3f044c123bb6d9c1e9f0c8be",
+        source_hash: "eeb216360535df1c7a1bd8e3c3fa3326b9952e1e262a16737071bf6d3affaab9",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7b8c568b4b14451dfe13d02cd58d3abd45614e579e8584b943aab55400458022",
+        source_hash: "2019053ecfa33686ef7522a462af6cefe912f6a928e3a256f3b9512e2da295eb",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "17929fca97ececab3e8891f91a4783c2117fc85920f8e745774237350b7edc82",
+        source_hash: "fd935e09d99d37bf831e3a90638409349da417971ecce9de412980b5484a6810",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "50717f834febf7d711b473373e4fd6e4da90fe490811d6fc74d256aeb9c8620d",
+        source_hash: "8e78b896bff4ced3e17cc745a07377198c2bfff0682372096c59bc331798ed6c",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c5a5240c4be9ae03dffecfdd01963cab3b6bf011f1fcb1811e8655f49d93a483",
+        source_hash: "cd9ae248c88d4abd5dbe5025391f401c3d5d01140a826fc2d2bcef0ae8eeb88d",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9d5d0d763c7b66d52766246db11b425def72222e16a0ec43999bc117711deb72",
+        source_hash: "5d20b515545c40ec27f20be6bb26ce7c354dbc15024c8dc47d3c3cbc8ca906f2",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "479a9df7955a8a4ebcff022f7f10cf292b5495c708b6407c7c7cfe80c1b2074b",
+        source_hash: "dbfc1d35259b12eaef6db4b65797d993a62e99357b7ce965bee1a55a8c8507c0",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "dfc89906206a7586969de6ffb48583b0d57aee35826b4eaa04fcb6ef353e3ec9",
+        source_hash: "d96ab71d3ac605cdee5b9f9092fcbbca960f283ae7f229050c273da942fa469a",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "67d92b2e221c46152d3b949c4ea881f580283fb058c37fee7629621f5a499900",
+        source_hash: "312102ec01b50004d0b58d95d1e8dfcd2825a5dc99653366cacb504713021ea5",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "388511106472578a98ad6c5dc37a3a18204f2520384176d5e7d072f90f1fa59d",
+        source_hash: "db9148044c64debe17133f952bf1fad6ce226e30e1b49d01ba645c76961b0c6a",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "df30b903a2aaa1516aa4780256944f07979cf1c1d0397f4a2b7b0e1becf750e9",
+        source_hash: "765341bf339b9610e605461143709586b3f13daa05d9905943ef741214c29276",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "50b55ed2839ef9d06a3c6fa32d4e28caca3439fcc63b1e6905e3c25efee0b940",
+        source_hash: "b75eb17676018d5d13c0492249c9f4d2d06bb470612b2cc790f14651a1f6a492",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a8e049e2acd8a2636a767ea80a6fc2902978c544af8208f9954b676c8c75b448",
+        source_hash: "1557ee520fff0b90187b96bd46abd6ebac3307fab5bce4f4c1e51c28e4a4cab8",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "332e9e04450fd1c084f8c8b3a47c16387dcc5d7384f4943e0dcfca472fd7aa6e",
+        source_hash: "1b4883f26dbb3b9cd87a04b25a2e8858cfb4ade26a880bcfc7a2966f84dad667",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d5bb1e7cbbaa006893e6c8441a44be68a3728a14f68172f3d09aba4bd51436ea",
-    },
-    Kernel {
-        name: "attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "3c42398495913621181ba79b074d42d082827c4a341d9cb71a7270ebaa72b4a8",
-    },
-    Kernel {
-        name: "attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "4695da11e99a946cb925daf570e4ab08dac2d603099c585791c58a5ded23bf0a",
+        source_hash: "3a97ce7cad3bf14ccda72ab3944051c5e65a19e50c5db720e3ad8f1e516812e0",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "c4e5385260633ed3c6cec8b31d54e69ef969b532e75fbf3896b13872b46b97bc",
+        source_hash: "80b2f3bcd5c69b8e37b7ee50fc44408ff936ceee38c90df84277f05502bc987b",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d4617a1486db6ecb9f4bef0d5842de416eac78a481a96e8d89055d5c0943bd5b",
+        source_hash: "d5cd83049e459667424521b0effa0d6b27e1208c495366245c103c0cdcd3f911",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "6a5617b4da7ed5e7dbf9e3b1381d2d03ad9e0c320cc5405034f908e9f6dfbcca",
+        source_hash: "4ea7bcf47aefff5822432399b1dda3b6400132ea59742f48c31808af7c0ddd65",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "388b433813a54a4a5c202f29781bd019b89539288b36b7f78c093bba8d13638c",
+        source_hash: "dd3584eeaa7823bf2213439e3d86bcefe7e6532068a764d3631030738a2fb284",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "245b430ba86debd937dbda7ddd6fd16c217728c48d69a8cc48265b4d48ab775c",
+        source_hash: "c032a3b4237793ae6d395e39d513780b2f885a3f0a01df7b9c83858825096c68",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "be3e1f79dc4cf163b79ea12a0fa2ab3e01a46a5edd66291bb3944ca92b2d236f",
+        source_hash: "985a6b01755d5fb801678c4c8a536760b1e9cca5276419eb1d0301c585a17249",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "ff55265a72dd976de13f730fb81cd0a1fe455b1557fdd8563a8cf8f6cc5630a1",
+        source_hash: "c119c9e8dc3df3ee0b3adbe870242eda84a8bf69212c7db665ab262c87bc2845",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5079b0dbce87cf212d526c588ee2d9d6ff494cd3c3b91d1c1d51918ac2456e3f",
+        source_hash: "21287c05eadc06be4f1d6b9a6adecdca235c1d878c2c7e564be5b60a2244b9cd",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "810f006d265fe22dee9529ec9bd6030d22a81aa21b93cea677511da377041021",
-    },
-    Kernel {
-        name: "attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "a7bd74672b5e3224781f068d86c3bf6b1ee88bf6a213414451bb0f07d44955a1",
-    },
-    Kernel {
-        name: "attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "48ad5ecc527996b2ed36c7d0fd26789c8b896f4688641a0439c8eea8e5ba70a0",
-    },
-    Kernel {
-        name: "attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "754d1f7424d7458f98b6a8a6bade75649e6312f3dfe4b4436e86dd6fc7a34dea",
+        source_hash: "37f9b6592b70dfa5458cc8ecc786b97b6f2f6eb5f9f02207e8e23599ab912d7c",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "667d0273382e3dd0ab1e8385c53d5f1c393dec0c9d4bf52724c4d7e619507c68",
+        source_hash: "45b06e46dc4a988ebb0af3cd340d8b0e2bbc7b2f0397ac308708d558b1e13087",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "555ca27b7922aa5c605cb12d7407c472b73cf2b5c10a5d4d49873a13944eb0b7",
-    },
-    Kernel {
-        name: "attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "8ab02b3a9f590bb87de073673978fc8846db5c075c38aa6fe5c2800f7fca7eba",
+        source_hash: "e5c3a08ac8be8ece21b21d660965317edaf10330ceddd29588d37847379c5e5f",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "405f92e2d0eba2782d1bd33bee0f1b860021114c13f732324155919794a970cd",
+        source_hash: "135a8fb2457a31b4b2d9016dc145d0726f80d85a34469e5c756aa6e31959cdd8",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4bbb83ac7566ac975797e27f376613b4db77260b4fa1fc72c2c8ff99248a788a",
+        source_hash: "3d2a14059c1a620aabd013c60275d00522eefcbfb3a35c0f20e93cd4e8b4927c",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "0ea31c01d3a836eca8e759452fc3d8b5060eeaea66066d6e4438f290d4a6c49a",
+        source_hash: "d77a924e38f32cb9b9d06d04ea538733237bff27ed32842d454f1eaea46cd156",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bb49d8f2badb2ba44f664c6028cf10c1640d40e4ae34affb1177e6ac4e460b9e",
+        source_hash: "c65e84e8d6fa561575e43346f03bec381f0ef185433e1b36e92ba219d6471e90",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f2be1f4604edeb916e7968e37ae9630a4d1af781acced41bcfadd683886e4587",
+        source_hash: "e729d775d60bbd2cb955580946a7fd5e6571ee42e100fe57c3d2bc4c40321293",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "45959585f86702c83af46e8ad50ca2d7fe27e1690676c64f831c1c63306c500d",
+        source_hash: "7bdb929494f77f7bf20e48d43456f5f85eaf6bb32a955421610a6d3dd2c8acc9",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "d1ad6bca52861e4477dcbb603e8cf0749b692c1e8306a6cc142442b0ade70e01",
+        source_hash: "83ca9ae48ddd5406827f8528c556f2d870cbe36d3945cdf50c1f4a12e100fa45",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c2a0894beafa08a067281a59e37546478b56125f738bcec5b14ce2650fab1f0f",
+        source_hash: "88eddbb91afced0f653dc1f21f04d474e5f2c8f4bad0b82f27da7f378461e208",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bc6e843747d5bb9a2681bb99634a0d669552f07d256a66a9ef95bc76327064e0",
+        source_hash: "1f5417572106c361461cafd4f538f89d9a90592bc6d2697bdfc5d476855dae64",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "d2dc62bb045b151a491bebeedff46ef3d577f99aa5c2efbb9b58040dd1127887",
+        source_hash: "da31c340346dc9fabd30c94e70d56b170e4bccd6d95f487b393b4f8f3306dc74",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "fcc7a79507e4de78e9ef53fde19bbe46acb06dcac0ae6654853fa61e5d8a4b4c",
+        source_hash: "17d75223b36a85f60e101884b7507c9eb9369a95f692dce2e3db7e9473f4fa14",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "a865296a5b275555da25ac6c378c6b800700fff2b5f51dee148f2b0210ce0020",
+        source_hash: "64c6f5c13fc49c4bce918917b092cabadd0852db72977f0cae7c4b2992ed9355",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "8b2b8a59605a3d505b2471b889558fef8d5afc7bfead8581fe2d5e9a43d669ac",
+        source_hash: "c1f3f677b9c4b3bd40de37a26a9f0e82f1d8068e40b605ed6e6cc5fb30d85101",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "0734967247cd53ee5f6624f797452ef24572ad484cf015b2c914bd19076ba2da",
+        source_hash: "d40aadc689578db0c9f5454d732a7fdec7ffef9fc68407a028832b15e2356c2f",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "1d14c3e35e607eee0cc948324fb41f736f95f597067f8fae9def4abf0c5f3264",
+        source_hash: "35fd6f51d16f3012d9a5d6b68f8418b615ee33f0305c18ec3a3d6b4ed7d26192",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "04607d34f770f3a81110d5a0c988b1a5ed7e54832fceef2585ceefa26caf1cb3",
+        source_hash: "135e7509ee2d4e4c37fb8ef37b73bdbe2dfd9d64dd5ba9b79eccbe951bc11a36",
     },
     Kernel {
         name: "gram_key_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_v1_sm90a.cu"),
-        source_hash: "fb214915e252c8fbf495eb683e6cb2a30ecfa5daaa0a4e6c97284cfa38e3c290",
+        source_hash: "9c992251ef5466ea803758d4c2f1eecced6193e97e9a0f689a5223f06f56cfc9",
     },
     Kernel {
         name: "gram_key_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_v1_sm90a.cu"),
-        source_hash: "ceecf6bcadff23b4f5fa26d59e6817178f29d8477de10241f746e770a0378ab8",
+        source_hash: "a2ddaa32224bee60bb12405263cfcb962db1dc7ee6835e6c79ad4442a9178a71",
     },
     Kernel {
         name: "gram_query_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_v1_sm90a.cu"),
-        source_hash: "a0cfad454e46abcfb57dc6bd403f8fc1aafdb72d4bf3f5f23e1802d1f472feab",
+        source_hash: "b88d42084d20d3ea743edaf3241d22c371d73df0844718fb6973de40e2018a9f",
     },
     Kernel {
         name: "gram_query_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_v1_sm90a.cu"),
-        source_hash: "17cce83720231703860b33da6eefa5cf3644442173c3213c60fb1b99e98af4e2",
+        source_hash: "d43617df14b341433e806610e34ebcbd178efb2db35b9edaeadd847230678e9a",
     },
     Kernel {
         name: "kv_invert_sm80",
         source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
-        source_hash: "1aac1bf8d5604d330c065ade5f0b7dfb99da42fb032d89179e8680a7bd911543",
+        source_hash: "68e9e389a452d2d7b3c7ff0b81013ac85385df9ab31e847dd1d5c237792a0742",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "4a2161fe97fe317decd3676186cae592c2e35ca46c6cd2240a7b3d58b235dbad",
+        source_hash: "c7136246e52534017bb3c8b759e0d9ed99bdb44d7339ec07653eeefd7463f36c",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "5aafa9a0ae14f87f3801166ca1512bcd64697ab388f3fba1a38972ceaafc9968",
+        source_hash: "80e435029c33ff0a952af665e7c67d6f0dc01485f6290fb806c4ea1d7c367e7f",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "1c3680fd8009c68356597c3da5d3142b3834c0097b3cc90f5e39852420776588",
+        source_hash: "1cc2035f85e82d630edf0cdf8ecd1f7d49f6290564f57535743c3bd10754904b",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "7921dba528877e6078b30292e839b0a6746c5a94219345fbd0f546c6b35782b9",
+        source_hash: "65d46f76574c4f707e8b709bef845773a4b9bc59b993dc7eee3ddc4df2df9abe",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "8044b0f92bbfa4fb93a0359619bf7e3fe6190dc634a1d44cb2f4e767c53fa7c9",
+        source_hash: "6158ca56e38547057a84eaf8d8e2065f497ab503536dbc3a3aa1472f1363492a",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "965ed901a2ae8992378e8f960da3c5ae56c2d038184ad2f33418110fe6cb6651",
+        source_hash: "55cfc528fbaacc3d1a6ad6897005d7c1c841ab2a149fa4ce543dd5ccc8816f0d",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "d3b299a6b64401d34ac1cd094f025ed71ab110f66c52f68da79be0d46d3fd27c",
+        source_hash: "4cd267385497977e7719cbaa228e9d4eb9f88a00cf6ff4f0b88f80dcf1dd630e",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "e0183e1a4dda2b5818de47d57ba1239b323c129c6c801429cef2874cc82eea70",
+        source_hash: "4e1951394fd19ca97564813c1ed4f891f11a9da820436fa01496d0664f10802d",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "eb393cd359f2563a9138a39a0f04ec7ea28327e526be9a95a5e58348eb1a406e",
+        source_hash: "8dd056a4185ed3fafb9bd579204d28ed2454034a9fdc41f5dcc574681ab924cb",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "53fcd8c062a776ab6cc5d76a6bf79483051cde8286f229038952b143185e1845",
+        source_hash: "693ad3d1da81dc9a34131359f51982506a54d10fe53abc5b065463b67794982a",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "96436a8ca6bbef5b9c7851d24ba43c1d452bef577f4fadeab07118d9ac1798bd",
+        source_hash: "b6d56ac31f5f00fb12c58f4aab78fd0ea73bceb9b0ef21f4588694f2b77954aa",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "363c0ca9a19175e679a74e0715464994c6ba6f461197139473a1002cb879ee9a",
+        source_hash: "e7933cd9e54c0575f32e185264eedd21670814a9f62031df8e87f5531442ad69",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "2331a5bb2e18373239b0b24ecb025642bfc33775bddd73e4bf69fafcfef59308",
+        source_hash: "5c2af9eb74f36a8d511fea72db7d4316a361be792aa6e2241188a322b431b038",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "210141980d7b4c1c6eb1506b6082a309d66ac9eff1a9b71a4cf865772223b47c",
+        source_hash: "4a463f3b77242a7575f5b7fcd7178299ec6999528fe451d3a5c4ad67be4c6c52",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "eda731e0a2187bb8109d95d4e14e6b65350385b9bd51785114556dfa75373a89",
+        source_hash: "5d61226e8b576c1cdfdd2d5655ad96be8e476c2eda3923c8d20e8c2674c79859",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "40568b7999578da8a7268ffe312a1cc37f44424756937015761d5f84db6084eb",
+        source_hash: "0f4d12a546db2a7f9ed9d84f2ceb643b76ac9e26c0ad636026aae1e626d32451",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "f3cdfe64ea6cc8aa0c305b8b5fee37d4f9ab4f5af17873c50c094b106909d5b2",
+        source_hash: "93c2870f76f54102b759fd192d940951d5ffd82c4eb0587782fdf30067873895",
     },
     Kernel {
         name: "kv_validate_sm80",
         source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
-        source_hash: "c7f3510f9c66e25ec6314ca40dcc2bbf0c631b81f55b6f25931e0bc8706346aa",
+        source_hash: "3c197a6944b8f7e8689788d61f4b836cc65a7b92a1f9c7c1785351d5c5ce1655",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "45b6ebcfaead96c839b8ae28a70f0f4899eb0164a49b366910af5e1785d6bd14",
+        source_hash: "7bec33b3b2a1685c3468be8a76d781f828fcbc136155951c74b5ec110c64dac6",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "a168efcb6d9a9a80a4b3e5862dc9fd89a8151c8e3bd1cd68d77e84b5aac00793",
+        source_hash: "0b90776b8a20fb82069effeaf9523df6d61d90df84f0c575a67fbf1025cd3e78",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "f8f6ee813217465c7f1bd9b4901f1310abfabb34434a0e6b433606f308c7e63a",
+        source_hash: "6d0f817463726a4b568e504344d5275470d3da9fe4e158af24dd1f889713ad97",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "488b3a6b8eea0798fcea5b53299b9f167d63bf3288998f8ce38f6d257bea3428",
+        source_hash: "fe6adf0eea80207aaabbf395b3d94790ab5cc602fc8b4c382facc8e3b14e076b",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "6b1b8c43f7aa734f08f38e21c17cfaee21a6ae36ad0cddf23a7e0285c53807d1",
+        source_hash: "a6ea848e91eadfd829e90a41b0763e38f786bdd2ccb48a29d83beba8bcfd8d3d",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "9132220646f83098e03f2f90c9d6ec5c77d8491942493f6bb6fd3f60216db56c",
+        source_hash: "daabc7a817af9a2d62f7dfe7f4904536c2885033191d58da3607bda89d5e9a79",
     },
     Kernel {
         name: "profile_f32_d0_v1_sm90a",
         source: include_str!("kernels/profile/profile_f32_d0_v1_sm90a.cu"),
-        source_hash: "2aca7dcff110f0ed67383761bca49cca6ad6648a6a4178c1c32c78827985c87e",
+        source_hash: "fbdc4052efa822be853491dea345a38514787b58af3ba98347c84215c7e70367",
     },
     Kernel {
         name: "profile_logits_bf16_d128_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d128_v1_sm90a.cu"
         ),
-        source_hash: "13ffe301713335c5cf91a78befb0931a9e4014e1ed44902756a8dc0fb6c62130",
+        source_hash: "0c54c227e99b6f53cedc6057ceeea91308df22569eab1c8d096bdd2337945305",
     },
     Kernel {
         name: "profile_logits_bf16_d64_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d64_v1_sm90a.cu"
         ),
-        source_hash: "4b6a69ece67d975d26b7832ba60b400b7ea468b31a083b4610e4e35d7e1f68e7",
+        source_hash: "156327e445c0f630a59066eb75cb81d09fce16bf4b4882c212f49b7a53d55daa",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "179fef5a6d62be5033dc047354947454a96a6c14863f1bd15769c03f9eec6ab1",
+        source_hash: "4cb7a89b3eadbf0224d8ac34de782f16bf6bde84bde3f3cc74f3b1e9b6eb2f10",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "fdc0833148c47ed341d751249c95543540fdd6e902986d44a97835932cad2e25",
+        source_hash: "aa65bbcf24aed597612d1b5546b45bfdb2eec0ffdabf0bc98775e42e561cd487",
     },
     Kernel {
         name: "residual_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_bwd/residual_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "9f57372b024550d66fc472243aaaa5c9f9c33432154b7d8b78394732ea784f71",
+        source_hash: "c11f6c6a352f51e971a02e10c13f3b9a3f43080268fdfcbc110560ba82ee4544",
     },
     Kernel {
         name: "residual_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/residual_fwd/residual_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "a1bef2a871eefc1b640c1a2e34f7e1eefeadba0863752f22d9e7e2f3b73dfcd2",
+        source_hash: "03cbe3d43caa74359ebcafc4f210cb26e396cb66178c9ece9595826f9abf52ea",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "43f08e33eed079e3b9c6c96f38c8a98839a127f2c1bf9c70018be6e1fccc6c4e",
+        source_hash: "a617a342361fbb0d2026216df0c2eacfa0268e7bd3f78de5a63127aedb5423a7",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "9ff93c58c8ece5f3fc1738e0a5f783f5a2f5ceda08346093b719ff19106f1623",
+        source_hash: "cee14a9f424a100c9836641feb7a253dfbe1c52c23c03b96c1ea4d3cf3a0e701",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "48826b89003fc3bc59deae9c68522b00190b1cd9855f6c8e1aec3e4775fe45de",
+        source_hash: "1059697588c2f97448417b631d2176c939191de2cd96d17a51b1f5d7eb8ada0a",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "31f9ccce9eb3be2c5d270fa4180c08b10d5b550c52b262cf806ff29625c56609",
+        source_hash: "04effd453e4d1fd5942efa46f36cc6a6a9313bfbcba404eb9625b5e745e2196e",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "0004c1ba387b08ec1e13859dfd57a487deed7172a5d3c7fe6f882785cfd1fecf",
+        source_hash: "1f0902cd518949ae246e86e718810f7d5da95e1fcc985bd12428c2459bdbff1e",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "057ccd0c34e2c078e7c6b831b1888e773f5574eeb960e0c7e90630a73b15ccb3",
+        source_hash: "c23c987b5262133bd0a93da36a373338768384e2f68f80f6219426be86e084a2",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "90f6e43a0b8bb788e6bf20a907a20ea85e7c15277ff5ceb60952e2977f32cbee",
+        source_hash: "adfc6122e2a0f6b42a9b979bfe2cc4b158b741c48c99013f578efc0112bc0eb0",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "40310823176442d340dad23af05963cfbec2319df9bb1a63952b4eed2503497b",
+        source_hash: "148854ddbd70534807792b5da8bc731fef76abdcbba6d7ce1e2e817218ab4f42",
     },
 ];
 
@@ -792,13 +722,6 @@ pub static KERNELS: &[Kernel] = &[
 pub static HEADERS: &[(&str, &str)] = &[
     ("dsv/attention.cuh", include_str!("../templates/include/dsv/attention.cuh")),
     ("dsv/fragment.cuh", include_str!("../templates/include/dsv/fragment.cuh")),
-    (
-        "dsv/gather/accumulator.cuh",
-        include_str!("../templates/include/dsv/gather/accumulator.cuh"),
-    ),
-    ("dsv/gather/load.cuh", include_str!("../templates/include/dsv/gather/load.cuh")),
-    ("dsv/gather/tile.cuh", include_str!("../templates/include/dsv/gather/tile.cuh")),
-    ("dsv/gather/walk.cuh", include_str!("../templates/include/dsv/gather/walk.cuh")),
     ("dsv/kv_walk.cuh", include_str!("../templates/include/dsv/kv_walk.cuh")),
     ("dsv/math.cuh", include_str!("../templates/include/dsv/math.cuh")),
     ("dsv/mbarrier.cuh", include_str!("../templates/include/dsv/mbarrier.cuh")),
@@ -814,7 +737,6 @@ pub static HEADERS: &[(&str, &str)] = &[
         "dsv/sm80/products.cuh",
         include_str!("../templates/include/dsv/sm80/products.cuh"),
     ),
-    ("dsv/softmax.cuh", include_str!("../templates/include/dsv/softmax.cuh")),
     ("dsv/tile.cuh", include_str!("../templates/include/dsv/tile.cuh")),
     ("dsv/tma.cuh", include_str!("../templates/include/dsv/tma.cuh")),
     ("dsv/types.cuh", include_str!("../templates/include/dsv/types.cuh")),

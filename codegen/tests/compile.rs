@@ -143,6 +143,33 @@ fn forwards_that_are_not_committed_compile() {
             }
         }
     }
+    assert_compile_without_spills(specs);
+}
+
+/// The backward's candidates for shapes that no committed kernel has: every tile of dense attention, and the first guess
+/// with blocks of two tiles. None may spill.
+#[test]
+fn backwards_that_are_not_committed_compile() {
+    let mut specs: Vec<AttnSpec> = Vec::new();
+    for op in [AttnOp::BwdPrep, AttnOp::Bwd, AttnOp::BwdDq, AttnOp::BwdPost] {
+        let candidates = |dtype, head_dim, lists| {
+            let found = space::candidates(op, dtype, head_dim, lists, Arch::Sm90a);
+            assert!(!found.is_empty(), "{op}, {dtype}, head_dim {head_dim}, {lists:?}");
+            found
+        };
+        for head_dim in [96, 256] {
+            specs.extend(candidates(Dtype::Bf16, head_dim, Lists::Dense));
+            if matches!(op, AttnOp::Bwd | AttnOp::BwdDq) {
+                let lists = Lists::Blocks { query_group: 64, kv_block: 128 };
+                specs.push(candidates(Dtype::Bf16, head_dim, lists)[0]);
+            }
+        }
+        specs.push(candidates(Dtype::F16, 128, Lists::Dense)[0]);
+    }
+    assert_compile_without_spills(specs);
+}
+
+fn assert_compile_without_spills(specs: Vec<AttnSpec>) {
     let specs: Vec<KernelSpec> = specs.into_iter().map(KernelSpec::Attn).collect();
     let texts: Vec<(String, String)> =
         specs.iter().map(|spec| (spec.name(), render(spec).unwrap_or_else(|e| panic!("{e}")))).collect();

@@ -221,14 +221,14 @@ pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
                 (Deterministic::No, 1) => n * m * bytes,
                 (Deterministic::No, _) => 2 * n * m * bytes,
             };
-            // dQ on its way to the copy engine, where there is room, once or twice.
+            // dQ on its way to the copy engine, where there is room for two.
             let staged = spec.deterministic() == Deterministic::No
                 && !spec.splits_columns()
                 && (consumers > 1 || d <= 64);
-            let dq = if staged { m * columns * 4 } else { 0 };
-            let once =
-                2 * n * columns * bytes + stages * (2 * m * columns * bytes + 2 * m * 4) + ds + dq + 1024;
-            return if once + dq <= limits::SMEM_BYTES_PER_CTA { once + dq } else { once };
+            let dq = if staged { 2 * m * columns * 4 } else { 0 };
+            let without =
+                2 * n * columns * bytes + stages * (2 * m * columns * bytes + 2 * m * 4) + ds + 1024;
+            return if without + dq <= limits::SMEM_BYTES_PER_CTA { without + dq } else { without };
         }
         AttnOp::BwdPrep | AttnOp::BwdPost | AttnOp::BwdPostKv => 0,
     };

@@ -54,25 +54,27 @@ constexpr int kDqColumns = kDqByRows || kConsumers == 1 ? kHeadDim : kHeadDim ==
 constexpr dsv::uint32 kTileBytesKv = dsv::tile_bytes(kBlockN, kHeadDim);
 constexpr dsv::uint32 kTileBytesQ = dsv::tile_bytes(kBlockM, kHeadDim);
 constexpr dsv::uint32 kStatBytes = kBlockM * 4;
-// dQ goes to the copy engine, which adds it while the consumers go on; where shared memory has no room for it beside a
-// second CTA, from the registers.
-constexpr bool kStagedDq = !kDeterministic && !kByColumns && (kConsumers > 1 || kHeadDim <= 64);
-constexpr dsv::uint32 kDqBytes = kStagedDq ? 64 * kDqColumns * 4 : 128;  // room of one consumer
+constexpr dsv::uint32 kDsBytes = kDeterministic && !kByColumns ? 16 : kBlockN * kBlockM * 2;
+constexpr dsv::uint32 kPBytes = kByColumns ? kBlockN * kBlockM * 2 : 16;
+// dQ goes to the copy engine, which adds it while the consumers go on, where shared memory has two rooms for it, beside a
+// second CTA if there is one: the copy engine reads the one at L2's pace while the other is written. Else it is added from
+// the registers.
+constexpr int kDqBuffers = 2;
+constexpr dsv::uint32 kDqRoom = 64 * kDqColumns * 4;  // of one consumer
+constexpr dsv::uint32 kTilesBytes = 2 * kTileBytesKv + 2 * kStages * (kTileBytesQ + kStatBytes) + kDsBuffers * kDsBytes;
+constexpr bool kStagedDq = !kDeterministic && !kByColumns && (kConsumers > 1 || kHeadDim <= 64) &&
+                           kTilesBytes + kDqBuffers * kConsumers * kDqRoom + 1024 <= kSmemBytes;
+constexpr dsv::uint32 kDqBytes = kStagedDq ? kDqRoom : 16;
 // Consumers make dQ of a tile while they are at the next: neither waits for the other's dS. At head_dim 128 it costs 4 to 7 %.
 constexpr bool kDqLater = kStagedDq && kDqByRows;
 // S of the next tile is issued behind dQ of this one, so that the tensor cores have work while dQ is staged and, dP being
 // behind it, while P is made. dK goes ahead of dQ then: its registers are S's.
-constexpr bool kEarlyS = kStagedDq && !kDqLater && kStages > 1;
-// dK may run into the next tile, which then needs a stage of its own; at head_dim 128 with dQ beside it registers are too
-// few (C7512).
-constexpr bool kDkAcross =
-    kStages > 1 && !kDqLater && !kEarlyS && (kDeterministic || kHeadDim % 64 == 0) && (kHeadDim < 128 || !kStagedDq);
-constexpr dsv::uint32 kDsBytes = kDeterministic && !kByColumns ? 128 : kBlockN * kBlockM * 2;
-constexpr dsv::uint32 kPBytes = kByColumns ? kBlockN * kBlockM * 2 : 128;
-// Two where shared memory holds them: the copy engine reads the one at L2's pace while the other is written.
-constexpr dsv::uint32 kTilesBytes =
-    2 * kTileBytesKv + 2 * kStages * (kTileBytesQ + kStatBytes) + kDsBuffers * kDsBytes + kConsumers * kDqBytes;
-constexpr int kDqBuffers = kStagedDq && kTilesBytes + kConsumers * kDqBytes + 1024 <= kSmemBytes ? 2 : 1;
+constexpr bool kEarlyS = !kDeterministic && !kByColumns && !kDqLater && kStages > 1 && (kStagedDq || kConsumers > 1);
+// Where dP has registers beside dQ, dQ is staged under both.
+constexpr bool kDpBesideDq = kHeadDim <= 64;
+// dK may run into the next tile, which then needs a stage of its own; at head_dim 96 with dQ of 96 columns beside it registers
+// are too few (C7512).
+constexpr bool kDkAcross = kStages > 1 && !kDqLater && !kEarlyS && (kDeterministic || kHeadDim != 96);
 
 // dV beside dP keeps every accumulator and both operands alive at once: 226 registers at head_dim 128.
 constexpr bool kEarlyDv = kHalves == 1 && (kHeadDim < 128 || kConsumers > 1);
@@ -123,30 +125,35 @@ constexpr int kDsBarrier = 1;
 constexpr int kEpilogueBarrier = 2;
 constexpr int kDqBarrier = 3;
 
-// Hands stage after stage to the consumers: Q with LSE, then dO with delta.
+// Hands stage after stage to the consumers: Q with LSE, then dO with delta. Keeps little, since the producer has 24
+// registers: where the CTA lies is read again for each tile.
 struct Producer {
     const Params& p;
     SharedStorage& smem;
-    int batch;
-    dsv::RingState<kStages> ring;
+    dsv::uint32 fed = 0;  // tiles
+
+    __device__ __forceinline__ dsv::uint32 stage() const { return fed % kStages; }
+    // Of the barrier of a stage that is to be free.
+    __device__ __forceinline__ dsv::uint32 phase() const { return fed / kStages % 2 ^ 1; }
 
     // One thread.
     __device__ __forceinline__ void feed(int tile, int head) {
         // 32 bits: 2^31 rows of Q would be 256 GiB.
+        const int batch = dsv::cta_index().z;
         const int row = (batch * p.sizes.num_heads + head) * p.sizes.seqlen_q_padded + tile * kBlockM;
-        const int s = ring.index;
-        dsv::mbarrier_wait(&smem.empty_q[s], ring.phase ^ 1);
+        const dsv::uint32 s = stage();
+        dsv::mbarrier_wait(&smem.empty_q[s], phase());
         smem.query_tile[s] = row / 64;
         dsv::mbarrier_arrive_expect(&smem.full_q[s], kTileBytesQ + kStatBytes);
-        load(smem.q[s], p.map_q, smem.lse_log2[s], 0, &smem.full_q[s], tile * kBlockM, head, row);
-        dsv::mbarrier_wait(&smem.empty_do[s], ring.phase ^ 1);
+        load(smem.q[s], p.map_q, smem.lse_log2[s], 0, &smem.full_q[s], tile * kBlockM, head, batch, row);
+        dsv::mbarrier_wait(&smem.empty_do[s], phase());
         dsv::mbarrier_arrive_expect(&smem.full_do[s], kTileBytesQ + kStatBytes);
-        load(smem.d_o[s], p.map_do, smem.delta[s], 1, &smem.full_do[s], tile * kBlockM, head, row);
+        load(smem.d_o[s], p.map_do, smem.delta[s], 1, &smem.full_do[s], tile * kBlockM, head, batch, row);
     }
 
     // A tile and its row statistics, 64 queries a copy.
     __device__ __forceinline__ void load(dsv::uint8* to, const dsv::TensorMap& map, float* statistics, int which,
-                                         dsv::uint64* barrier, int query, int head, int row) {
+                                         dsv::uint64* barrier, int query, int head, int batch, int row) {
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
             dsv::tma_load_tile<kHeadDim, 64>(to + half * 64 * dsv::kRowBytes, &map, barrier, query + 64 * half, head, batch);
@@ -155,23 +162,23 @@ struct Producer {
     }
 
     __device__ __forceinline__ void finish() {
-        dsv::mbarrier_wait(&smem.empty_q[ring.index], ring.phase ^ 1);
-        smem.query_tile[ring.index] = -1;
-        dsv::mbarrier_arrive(&smem.full_q[ring.index]);
+        dsv::mbarrier_wait(&smem.empty_q[stage()], phase());
+        smem.query_tile[stage()] = -1;
+        dsv::mbarrier_arrive(&smem.full_q[stage()]);
     }
 };
 
 __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
     const int3 cta = dsv::cta_index();
-    const int kv_tile = cta.x, kv_head = cta.y, batch = cta.z;
+    const int kv_tile = cta.x, kv_head = cta.y;
     const int lane = threadIdx.x % 32;
     const bool leader = lane == 0;
     if (leader) {
         dsv::mbarrier_arrive_expect(&smem.full_kv, 2 * kTileBytesKv);
-        dsv::tma_load_tile<kHeadDim, kBlockN>(smem.k, &p.map_k, &smem.full_kv, kv_tile * kBlockN, kv_head, batch);
-        dsv::tma_load_tile<kHeadDim, kBlockN>(smem.v, &p.map_v, &smem.full_kv, kv_tile * kBlockN, kv_head, batch);
+        dsv::tma_load_tile<kHeadDim, kBlockN>(smem.k, &p.map_k, &smem.full_kv, kv_tile * kBlockN, kv_head, cta.z);
+        dsv::tma_load_tile<kHeadDim, kBlockN>(smem.v, &p.map_v, &smem.full_kv, kv_tile * kBlockN, kv_head, cta.z);
     }
-    Producer producer{p, smem, batch, {}};
+    Producer producer{p, smem};
     const int heads_per_kv = p.sizes.num_heads / p.sizes.num_kv_heads;
 #pragma unroll 1
     for (int head = kv_head * heads_per_kv; head < (kv_head + 1) * heads_per_kv; ++head) {
@@ -179,12 +186,11 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
 #pragma unroll 1
             for (int tile = 0; tile < p.sizes.seqlen_q_padded / kBlockM; ++tile) {
                 if (leader) producer.feed(tile, head);
-                producer.ring.advance();
+                ++producer.fed;
             }
         } else {
-            // Little is kept across the loop: the producer has few registers.
-            const int slab = batch * p.sizes.num_heads + head;
-            const dsv::int32* offset = p.k2q_offset + dsv::int64{slab} * (p.sizes.num_kv_blocks + 1) + kv_tile / kTilesPerBlock;
+            const auto slab = [&] { return dsv::int64{dsv::cta_index().z * p.sizes.num_heads + head}; };
+            const dsv::int32* offset = p.k2q_offset + slab() * (p.sizes.num_kv_blocks + 1) + kv_tile / kTilesPerBlock;
             const int begin = offset[0];
             int edges = offset[1] - begin;
             const dsv::int64 width = dsv::int64{p.sizes.num_groups} * p.sizes.max_selected;
@@ -197,7 +203,7 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
             for (int step = 0; step < edges * kTilesPerGroup; ++step) {
                 const int e = step / kTilesPerGroup;
                 if (step % (32 * kTilesPerGroup) == 0 && e + lane < edges) {
-                    fetched = p.k2q_index[slab * (dsv::int64{p.sizes.num_groups} * p.sizes.max_selected) + begin + e + lane];
+                    fetched = p.k2q_index[slab() * (dsv::int64{p.sizes.num_groups} * p.sizes.max_selected) + begin + e + lane];
                     if (static_cast<unsigned>(fetched) >= static_cast<unsigned>(p.sizes.num_groups)) {
                         atomicOr(p.error_flag, dsv::kIndexOutOfRange);
                         fetched = p.sizes.num_groups - 1;
@@ -206,7 +212,7 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
                 const int tile = __shfl_sync(0xFFFFFFFF, fetched, e % 32) * kTilesPerGroup + step % kTilesPerGroup;
                 if (tile < p.sizes.seqlen_q_padded / kBlockM) {  // the last group may be short
                     if (leader) producer.feed(tile, head);
-                    producer.ring.advance();
+                    ++producer.fed;
                 }
                 __syncwarp();
             }
@@ -397,12 +403,13 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
     if constexpr (kEarlyS) {
         // The loop begins where dV and dK alone are under way: of what crosses its end nothing may be read but by
         // products (C7514).
-        const auto until_dk = [&](Scores& s, int buffer) {
+        const auto begin_dp = [&](Scores& dp) {
+            dsv::mbarrier_wait(&smem.full_do[ring.index], ring.phase);
+            issue_dp(dp, ring.index);
+        };
+        const auto until_dk = [&](Scores& s, Scores& dp, int buffer) {
             const int stage = ring.index;
-            Scores dp;
             Operand p_operand, ds_operand;
-            dsv::mbarrier_wait(&smem.full_do[stage], ring.phase);
-            issue_dp(dp, stage);
             dsv::wgmma_wait<1>();
             make_p(s, stage);
             dsv::to_operand<Element, kBlockM>(p_operand, s);
@@ -414,9 +421,10 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
         };
         int tile = await_tile();
         if (tile >= 0) {
-            Scores first;
-            issue_s(first, ring.index);
-            until_dk(first, 0);
+            Scores s, dp;
+            issue_s(s, ring.index);
+            begin_dp(dp);
+            until_dk(s, dp, 0);
             // Once: what is under way where paths meet is taken for read.
             dsv::wgmma_wait<0>();
             dsv::pin(dv);
@@ -431,7 +439,11 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
             float dq[kChunk / 2];
             const auto stage_dq = [&] {
                 dsv::pin(dq);
-                reduce_dq_staged(dq_of(tile), dq_column, dq_room(step), kDqBarrier + consumer, dq);
+                if constexpr (kStagedDq) {
+                    reduce_dq_staged(dq_of(tile), dq_column, dq_room(step), kDqBarrier + consumer, dq);
+                } else {
+                    reduce_dq(dq_of(tile), dq_column, dq);
+                }
             };
             // Issued on two paths: where one leaves the loop, none whose registers are read may be under way (C7514).
             if (next < 0) {
@@ -448,11 +460,13 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
             dsv::pin(dk);
             release(&smem.empty_do[stage]);
             release(&smem.empty_q[stage]);
-            Scores s;
+            Scores s, dp;
             issue_s(s, ring.index);
-            dsv::wgmma_wait<1>();
+            if constexpr (kDpBesideDq) begin_dp(dp);
+            dsv::wgmma_wait<kDpBesideDq ? 2 : 1>();
             stage_dq();
-            until_dk(s, (step + 1) % kDsBuffers);
+            if constexpr (!kDpBesideDq) begin_dp(dp);
+            until_dk(s, dp, (step + 1) % kDsBuffers);
             tile = next;
         }
     } else {
