@@ -12,7 +12,7 @@ use crate::engine::{
     TextSelect, View,
 };
 use crate::params::{Init, Linear, ParamId, ParamPlan, ParamSet};
-use crate::predictor::{PredictorShape, PredictorTask, Predictors};
+use crate::predictor::{self, PredictorShape, PredictorTask, Predictors};
 use crate::rng::Purpose;
 use dsv_reference::lists::KvListsBuf;
 use dsv_spec::order::Grid;
@@ -432,38 +432,89 @@ pub struct Model {
     purposes: Purposes,
 }
 
+/// What the model keeps of one grid from step to step.
+struct KeptOfGrid {
+    shape: ModelShape,
+    order: Buf,
+    cos: Buf,
+    sin: Buf,
+    window: Option<Lists>,
+    predictors: Option<predictor::Kept>,
+}
+
+impl KeptOfGrid {
+    fn reserve(shape: ModelShape, purposes: Purposes, plan: &mut ArenaPlan) -> KeptOfGrid {
+        let (s, half) = (shape.patch.tokens(), shape.head_dim / 2);
+        let inverse = purposes.train && purposes.inverse_lists;
+        KeptOfGrid {
+            order: plan.i32("inputs/token order", s),
+            cos: plan.f32("inputs/rope cos", s * half),
+            sin: plan.f32("inputs/rope sin", s * half),
+            window: shape.window.map(|w| w.lists.reserve(plan, "lists/windows", inverse)),
+            predictors: shape.predictor.map(|p| Predictors::reserve_kept(&p, plan)),
+            shape,
+        }
+    }
+}
+
 impl Model {
     /// Lays a model out in `plan`; nothing is allocated.
     pub fn reserve(shape: ModelShape, purposes: Purposes, plan: &mut ArenaPlan) -> Model {
-        let (params, weights) = shape.params();
+        Self::reserve_grids(vec![shape], purposes, plan).remove(0)
+    }
+
+    /// Lays one model out for several grids of latents, of which a step uses one: weights and what is kept from step to
+    /// step apart, everything within a step in the same bytes.
+    ///
+    /// # Panics
+    /// If there is no shape.
+    pub fn reserve_grids(shapes: Vec<ModelShape>, purposes: Purposes, plan: &mut ArenaPlan) -> Vec<Model> {
+        let (params, weights) = shapes[0].params();
         let params = params.reserve(plan, "model", purposes.train, purposes.ema);
-        let predictors = shape.predictor.map(|p| {
+        let shared = shapes[0]
+            .predictor
+            .map(|p| Predictors::reserve_shared(&p, shapes[0].dim(), purposes.train, plan));
+        let kept: Vec<KeptOfGrid> =
+            shapes.into_iter().map(|s| KeptOfGrid::reserve(s, purposes, plan)).collect();
+        plan.alternatives(kept, |plan, kept| {
+            Self::reserve_one(kept, params.clone(), weights.clone(), shared.clone(), purposes, plan)
+        })
+    }
+
+    fn reserve_one(
+        kept: KeptOfGrid,
+        params: ParamSet,
+        weights: Weights,
+        shared: Option<predictor::Shared>,
+        purposes: Purposes,
+        plan: &mut ArenaPlan,
+    ) -> Model {
+        let KeptOfGrid { shape, order, cos, sin, window, predictors } = kept;
+        let predictors = shape.predictor.zip(shared.zip(predictors)).map(|(p, buffers)| {
             Predictors::reserve(
                 p,
                 shape.self_attn(),
                 shape.dim(),
+                buffers,
                 purposes.list_slots,
                 purposes.inverse_lists,
                 purposes.train,
                 plan,
             )
         });
-        let window = shape
-            .window
-            .map(|w| w.lists.reserve(plan, "lists/windows", purposes.train && purposes.inverse_lists));
         let PatchShape { batch, .. } = shape.patch;
         let (s, width, dim) = (shape.patch.tokens(), shape.patch.width(), shape.dim());
         let (rows, text_rows) = (shape.rows(), batch * shape.text_tokens);
-        let (heads, half) = (shape.heads, shape.head_dim / 2);
+        let heads = shape.heads;
         let io = Io {
             latents: plan.f32("inputs/latents", batch * shape.patch.latent_len()),
             t: plan.f32("inputs/t", batch),
             keys: plan.i32("inputs/noise keys", 2 * batch),
             text: plan.act("inputs/text", text_rows * shape.text_dim),
             drop: plan.i32("inputs/dropped captions", batch),
-            order: plan.i32("inputs/token order", s),
-            cos: plan.f32("inputs/rope cos", s * half),
-            sin: plan.f32("inputs/rope sin", s * half),
+            order,
+            cos,
+            sin,
             x_t: plan.act("inputs/noised tokens", rows * width),
             target: plan.f32("inputs/target", rows * width),
             pred: plan.act("activations/prediction", rows * width),
@@ -598,6 +649,15 @@ impl Model {
     /// Initial weights, token order and RoPE tables. Call once after [`Engine::reserve`].
     pub fn initialise(&self, engine: &mut dyn Engine, seed: u64) -> Result<(), EngineError> {
         self.params.initialise(engine, seed, Purpose::Init)?;
+        if let Some(predictors) = &self.predictors {
+            predictors.params.initialise(engine, seed, Purpose::Predictor)?;
+        }
+        self.write_tables(engine)
+    }
+
+    /// Token order, RoPE tables and windows of this grid: what [`Model::initialise`] writes beside weights. Call once for
+    /// each further model of [`Model::reserve_grids`].
+    pub fn write_tables(&self, engine: &mut dyn Engine) -> Result<(), EngineError> {
         let (order, positions) = self.shape.token_order();
         engine.write_i32(self.io.order, &order.iter().map(|&i| i as i32).collect::<Vec<_>>())?;
         let tables =
@@ -605,7 +665,6 @@ impl Model {
         engine.write_f32(self.io.cos, &tables.0.iter().map(|&x| x as f32).collect::<Vec<_>>())?;
         engine.write_f32(self.io.sin, &tables.1.iter().map(|&x| x as f32).collect::<Vec<_>>())?;
         if let Some(predictors) = &self.predictors {
-            predictors.params.initialise(engine, seed, Purpose::Predictor)?;
             predictors.write_tables(engine, &positions, self.shape.rope_base)?;
         }
         if let (Some(shape), Some(lists)) = (self.shape.window, self.window) {

@@ -14,7 +14,7 @@ pub struct RunPlan {
     pub params: usize,
     /// Trainable elements of the predictors.
     pub predictor_params: usize,
-    /// Video tokens of a clip.
+    /// Video tokens of a clip of the first grid, of which arithmetic and time are; the memory is that of the largest.
     pub tokens: usize,
     /// Bytes of the arena by component.
     pub memory: Vec<Component>,
@@ -68,7 +68,7 @@ pub struct MemoryError {
 
 /// Refuses a laid-out run that the device has no memory for, before anything is allocated.
 pub fn check(config: &Config, layout: &Layout, device: &dyn DeviceFacts) -> Result<(), MemoryError> {
-    let needed_bytes = bytes(layout, device);
+    let needed_bytes = layout.total_bytes();
     match device.free_bytes() {
         Some(free_bytes) if free_bytes < needed_bytes => {
             let advice = advice(config, device, free_bytes);
@@ -78,16 +78,10 @@ pub fn check(config: &Config, layout: &Layout, device: &dyn DeviceFacts) -> Resu
     }
 }
 
-/// Bytes of arena and workspace.
-fn bytes(layout: &Layout, device: &dyn DeviceFacts) -> usize {
-    let dims = layout.model.shape.dims(layout.model.params.master.len());
-    layout.arena.total_bytes() + device.scratch_bytes(&dims)
-}
-
 /// Settings that make a run fit into `free` bytes: each alone where one is enough, else together, cheapest first.
 fn advice(config: &Config, device: &dyn DeviceFacts, free: usize) -> Vec<String> {
     type Change = (fn(&Config) -> bool, fn(&mut Config), fn(&Config) -> String);
-    let changes: [Change; 6] = [
+    let changes: [Change; 7] = [
         (|c| !c.train.recompute, |c| c.train.recompute = true, |_| "train.recompute=true".into()),
         (|c| c.train.ema_decay > 0.0, |c| c.train.ema_decay = 0.0, |_| "train.ema_decay=0".into()),
         (
@@ -99,12 +93,21 @@ fn advice(config: &Config, device: &dyn DeviceFacts, free: usize) -> Vec<String>
             |c| format!("data.batch_size=1 --set train.grad_accumulation={}", c.train.grad_accumulation),
         ),
         (
+            |c| !c.data.buckets.is_empty(),
+            |c| {
+                let largest =
+                    (0..c.data.buckets.len()).max_by_key(|&i| c.data.buckets[i].iter().product::<usize>());
+                largest.map(|i| c.data.buckets.remove(i));
+            },
+            |c| format!("data.buckets='{:?}'", c.data.buckets),
+        ),
+        (
             |c| c.dsv.attention == Attention::Fixed && c.dsv.keep.is_some_and(|k| k > 0.05),
             |c| c.dsv.keep = c.dsv.keep.map(|k| (k / 2.0).max(0.05)),
             |c| format!("dsv.keep={}", c.dsv.keep.unwrap_or_default()),
         ),
         (
-            |c| c.data.frames / c.model.patch[0] > 1,
+            |c| c.data.buckets.is_empty() && c.data.frames / c.model.patch[0] > 1,
             |c| c.data.frames = (c.data.frames / c.model.patch[0] / 2).max(1) * c.model.patch[0],
             |c| format!("data.frames={}", c.data.frames),
         ),
@@ -114,7 +117,7 @@ fn advice(config: &Config, device: &dyn DeviceFacts, free: usize) -> Vec<String>
             |c| format!("model.layers={}", c.model.layers),
         ),
     ];
-    let needs = |c: &Config| bytes(&Layout::new(c, device, None), device);
+    let needs = |c: &Config| Layout::new(c, device, None).total_bytes();
     let line = |sets: &str, needed: usize| {
         let verdict = if needed <= free { "fits" } else { "still does not fit" };
         format!("--set {sets}: {:.2} GiB, {verdict}", gib(needed))
@@ -164,14 +167,14 @@ pub fn plan(config: &Config, device: &dyn DeviceFacts, gpus: usize) -> RunPlan {
     };
     let flop = flop(shape, config, keep);
     let free_bytes = device.free_bytes();
-    let too_much = free_bytes.filter(|&free| free < bytes(&layout, device));
+    let too_much = free_bytes.filter(|&free| free < layout.total_bytes());
     let (time_ms, attention_measured) = time(shape, config, device, keep, &flop, params.count());
     RunPlan {
         params: params.count(),
         predictor_params: predictor,
         tokens: shape.patch.tokens(),
         memory: components(&layout.arena, gpus, shape.layers),
-        scratch_bytes: device.scratch_bytes(&shape.dims(layout.model.params.master.len())),
+        scratch_bytes: layout.scratch_bytes,
         free_bytes,
         lists: (layout.list_slots, layout.list_bytes),
         flop,

@@ -715,7 +715,8 @@ impl Engine for CudaEngine {
         // What an earlier reserve took is free for this one.
         self.stream.synchronize().map_err(device_error)?;
         self.memory = None;
-        let layout = self.scratch_layout(dims);
+        let mut layout = self.scratch_layout(dims);
+        layout.bytes = layout.bytes.max(plan.scratch_bytes());
         let needed_bytes = plan.total_bytes() + layout.bytes;
         let reserve = |bytes: usize| {
             self.device()

@@ -688,8 +688,8 @@ pub trait DeviceFacts {
 
 /// A device that runs the trainer's ops. See the module's text for the rules.
 pub trait Engine: DeviceFacts {
-    /// Allocates the arena (zeroed) and the scratch; validates that every kernel the run needs
-    /// exists. Called once, before any op.
+    /// Allocates the arena (zeroed) and the scratch, as much as `dims` and the plan ask for; validates that every kernel
+    /// the run needs exists. Called once, before any op.
     fn reserve(&mut self, plan: &ArenaPlan, dims: &Dims) -> Result<(), EngineError>;
 
     /// Waits for all ops and reports the device error flag.
