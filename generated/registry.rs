@@ -447,6 +447,16 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "290c28c21fb396b264c2e9a968f31d5af4b17f227ff2f7da603f62889df9c89b",
     },
     Kernel {
+        name: "gate_grad_bf16_d0_v8_sm90a",
+        source: include_str!("kernels/gate_grad/gate_grad_bf16_d0_v8_sm90a.cu"),
+        source_hash: "ab681562cbba84d0770ba2a579737fd52cc9f92c5842e898bb356fdb3c174818",
+    },
+    Kernel {
+        name: "gate_weight_bf16_d0_v8_sm90a",
+        source: include_str!("kernels/gate_weight/gate_weight_bf16_d0_v8_sm90a.cu"),
+        source_hash: "3548e83d3a23cff881105af7ae54c423163f1619dc3e9ff8845296ff17174697",
+    },
+    Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
         source_hash: "9bf80afd5de59092cc780e495b20589cc9502c80b02a6f0a3db7a7922c508f0d",
@@ -611,7 +621,7 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "fc2703b6bc5c27853c45d5bc9b420bf336fae7581af9f5fbb4fa9f2e6bbce92b",
+        source_hash: "17b9603bd9ee3f899a9eb8febe9b668eab9ead53d6d34e613341500f348685c7",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
@@ -661,16 +671,6 @@ pub static KERNELS: &[Kernel] = &[
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
         source_hash: "9d914ab48aa023d900eb9b1d1ed8e02ef8797f8839d3eb92f93810716d6a100b",
-    },
-    Kernel {
-        name: "residual_bwd_bf16_d0_v8_sm90a",
-        source: include_str!("kernels/residual_bwd/residual_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "fb0dc2cdffec6ce6ab8babef01ec5d0a3d79f17758f78c2dca8f3616f997819c",
-    },
-    Kernel {
-        name: "residual_fwd_bf16_d0_v8_sm90a",
-        source: include_str!("kernels/residual_fwd/residual_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "7da6742059e7daf32073dac8f190dbe2eec03573cd24018267611819dc86cc17",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",

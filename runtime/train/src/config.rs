@@ -139,6 +139,10 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
                 "bundle",
                 "optional: folder made by dsv-codegen build --out; absent = kernels are compiled at the start",
             ),
+            (
+                "graphs",
+                "record forward and backward once and launch them as one CUDA graph: for short sequences, where launches count",
+            ),
         ],
     ),
     (
@@ -490,6 +494,8 @@ pub struct Device {
     /// Cubins made by `dsv-codegen build --out DIR`; `None` = kernels are compiled on this machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bundle: Option<PathBuf>,
+    /// Launch forward and backward as a CUDA graph.
+    pub graphs: bool,
 }
 
 /// Kind of device.
@@ -657,7 +663,7 @@ impl Config {
                 memory_budget_gb: 0.0,
                 dispatch_every: 100,
             },
-            device: Device { kind: DeviceKind::Auto, index: 0, table: None, bundle: None },
+            device: Device { kind: DeviceKind::Auto, index: 0, table: None, bundle: None, graphs: false },
             sample: Sample { steps: 40, guidance: 4.0, solver: Solver::Euler, fps: 12 },
             out: Out { dir: format!("runs/{name}").into() },
         };

@@ -218,9 +218,7 @@ fn component(label: &str) -> (String, Spread) {
         }
         ("kept per block", _) => ("kept per block: log-sum-exp".into(), Spread::Tokens),
         ("lists", _) => ("KV lists".into(), Spread::Tokens),
-        ("block work", "mlp up" | "mlp act" | "mlp down") => {
-            ("activations of a block: MLP".into(), Spread::Tokens)
-        }
+        ("block work", "mlp up" | "mlp act") => ("activations of a block: MLP".into(), Spread::Tokens),
         ("block work", name) if name.starts_with("cross") => {
             ("activations of a block: cross-attention".into(), Spread::Tokens)
         }
@@ -290,13 +288,14 @@ fn time(
             _ => (name, ms(dense, rates.matmul), ms(sparse, rates.matmul)),
         });
     }
-    // Values read and written by norms, rotations, residuals and activations, in widths of the model: forward, and two
-    // and a half times that backward (bias gradients read every gradient once more).
+    // Values read and written beside products and attention, in widths of the model: norms, rotations and residuals 11
+    // forward, 22 backward (bias gradients among them), 10 recomputed; the activation once forward and twice backward
+    // (NOTES.md has the table).
     let (dim, pre, hidden) =
         (shape.dim() as f64, shape.mlp.pre_width(shape.hidden) as f64, shape.hidden as f64);
-    let widths = 17.0 + (pre + hidden) / dim;
-    let passes = if config.train.recompute { 4.5 } else { 3.5 };
-    let pointwise = 2.0 * shape.rows() as f64 * dim * widths * passes * calls;
+    let recomputed = if config.train.recompute { 10.0 } else { 0.0 };
+    let widths = 33.0 + recomputed + 3.0 * (pre + hidden) / dim;
+    let pointwise = 2.0 * shape.rows() as f64 * dim * widths * calls;
     // Master and both moments read and written, the gradient read twice and zeroed, the copy written.
     let each = 38.0 + if config.train.ema_decay > 0.0 { 12.0 } else { 0.0 };
     let ms = |bytes: f64| 1e3 * bytes / rates.memory;
@@ -306,8 +305,8 @@ fn time(
     (out, dense_us.is_some())
 }
 
-/// FLOP (two per multiply-add) of one step: forward 1, backward 2, recompute 1 where on; attention forward 1,
-/// backward 2.5, never recomputed.
+/// FLOP (two per multiply-add) of one step: forward 1, backward 2, recompute 1 where on, but for the MLP's last product;
+/// attention forward 1, backward 2.5, never recomputed.
 fn flop(shape: &ModelShape, config: &Config, keep: f64) -> Vec<(&'static str, f64, f64)> {
     let per_step = (config.train.grad_accumulation * shape.layers) as f64;
     let passes = if config.train.recompute { 4.0 } else { 3.0 };
@@ -318,7 +317,7 @@ fn flop(shape: &ModelShape, config: &Config, keep: f64) -> Vec<(&'static str, f6
     let qkvo = linear(rows, dim, 4.0 * dim);
     let cross = linear(rows, dim, 2.0 * dim) + linear(text_rows, dim, 2.0 * dim);
     let (hidden, pre) = (shape.hidden as f64, shape.mlp.pre_width(shape.hidden) as f64);
-    let mlp = linear(rows, dim, pre) + linear(rows, hidden, dim);
+    let mlp = linear(rows, dim, pre) + linear(rows, hidden, dim) * 3.0 / passes;
     let attention = 4.0 * rows * s * dim * per_step * 3.5;
     // Forward and backward, and the forward once more in the recompute.
     let cross_attention = 4.0 * rows * text * dim * per_step * (passes + 0.5);

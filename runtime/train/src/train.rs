@@ -482,6 +482,7 @@ impl Trainer {
         let batch = self.config.data.batch_size;
         let micros = clips.len() / batch;
         let head = self.slot(0, HEAD);
+        let grid = self.last_grid as u32;
         let e = &mut *self.engine;
         e.fill(model.params.state().grad, 0.0);
         if let Some(predictors) = &model.predictors {
@@ -497,10 +498,12 @@ impl Trainer {
                 self.step * (micros * batch) as u64 + (micro * batch) as u64,
             )?;
             let task = PredictorTask { train: model.predictors.is_some(), profile: profiles && micro == 0 };
-            model.prepare(e);
-            model.forward(e, attention, task);
-            model.loss(e, Some(1.0 / micros as f32));
-            model.backward(e, attention);
+            e.repeat(&repeat_key(grid, task, attention), &mut |e| {
+                model.prepare(e);
+                model.forward(e, attention, task);
+                model.loss(e, Some(1.0 / micros as f32));
+                model.backward(e, attention);
+            });
             e.sum_rows(batch, model.io.loss, head.slice(0, 1));
         }
         Ok(())
@@ -849,6 +852,19 @@ pub(crate) fn write_latents_and_text(
 ) -> Result<(), EngineError> {
     e.write_f32(model.io.latents, &clips.iter().flat_map(|c| &c.latents).copied().collect::<Vec<_>>())?;
     e.write_f32(model.io.text, &clips.iter().flat_map(|c| &c.text).copied().collect::<Vec<_>>())
+}
+
+/// What decides the ops of a forward and backward pass within one run.
+fn repeat_key(grid: u32, task: PredictorTask, attention: &[BlockAttention]) -> Vec<u32> {
+    let mode = |a: &BlockAttention| match *a {
+        BlockAttention::Dense => 0,
+        BlockAttention::Window => 1,
+        BlockAttention::Sparse { slot } => 2 + slot as u32,
+    };
+    [grid, u32::from(task.train), u32::from(task.profile)]
+        .into_iter()
+        .chain(attention.iter().map(mode))
+        .collect()
 }
 
 /// What the dispatcher may rest on.

@@ -65,7 +65,7 @@ mod tests {
     fn order_does_not_depend_on_threads_nor_on_who_is_slow() {
         for readers in [1, 2, 3, 7] {
             let make = |i: u64| {
-                std::thread::sleep(Duration::from_micros(if i % 3 == 0 { 900 } else { 10 }));
+                std::thread::sleep(Duration::from_micros(if i.is_multiple_of(3) { 900 } else { 10 }));
                 i
             };
             let got: Vec<u64> = ahead([readers, 2], 20, make, |_| false, |items| items.collect());

@@ -400,3 +400,21 @@ fn the_memory_budget_limits_list_buffers() {
     config.dsv.memory_budget_gb = 1.0;
     assert_eq!(Layout::new(&config, &engine, None).list_slots, 2);
 }
+
+#[test]
+fn passes_that_queue_other_ops_have_other_keys() {
+    use BlockAttention::{Dense, Sparse, Window};
+    let (train, profile) =
+        (PredictorTask { train: true, profile: false }, PredictorTask { train: true, profile: true });
+    let keys = [
+        repeat_key(0, train, &[Dense, Dense]),
+        repeat_key(1, train, &[Dense, Dense]),
+        repeat_key(0, profile, &[Dense, Dense]),
+        repeat_key(0, PredictorTask::default(), &[Dense, Dense]),
+        repeat_key(0, train, &[Window, Dense]),
+        repeat_key(0, train, &[Sparse { slot: 0 }, Dense]),
+        repeat_key(0, train, &[Sparse { slot: 1 }, Dense]),
+        repeat_key(0, train, &[Dense, Sparse { slot: 1 }]),
+    ];
+    assert_eq!(keys.iter().collect::<std::collections::BTreeSet<_>>().len(), keys.len());
+}
