@@ -17,704 +17,774 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
-        source_hash: "b616aa2dffbecd2110ed80ab64ea4aa21c65447335c4fc3ab6ae3b073a508cd6",
+        source_hash: "dc4e1fec9f5b467bd274904b8634984f677ef362f4c871c1b278172000290699",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "d6eb5c0a1f8ac733a48f2b4675db889a9e610bfac0ec5a1aab0d931169abfbcd",
+        source_hash: "0bc37df1581a9340304ad37198fb4cbadd997ee1839244a7e4b7ef24843ee1a4",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "a019e56303fac4f004f2da8963250a4a5e737a5ffbcd1af0bb551f440cea61c7",
+        source_hash: "3cfee82c6bd790bd76b944821be06b24ca70f67530ae48c9fc007ed0cb28f0a5",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "919bb938b1182c7a8a4dc7641852021db6dd70c0e2036513d5d9074db7668750",
+        source_hash: "c6ff8721061a188565552de2d5a7cde41977aa9698ce2b0896266b361d3f48bc",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "090782129dd4181ee6e33278e35493fa2dee2b36965add0216f54b8f3c1ed01f",
+        source_hash: "33e77220bd31de74f5b6d0c6c0678b44bdf4f25b369d0cd96562b5b7e8137603",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "534764cc05e198c353c381be927ba29e4abc3e4954eec4b9e80c8ec2f6569512",
+        source_hash: "18245f3c32c0325a1798442d8d20f40f431fd4b52b25a3c25cda1ed793031ccb",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c5d57786e1116c3d191c5378df7a2019e7dfca0fd72e69266f7d5a6aea6eccb2",
+        source_hash: "32930c54e0bd227df4d612e21b644daa9e637d7353db2cef7a140a4823276bd0",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2cbef3beb244b09079f2884af1db0410afd6725d0ed0f493a1678880ed324c25",
+        source_hash: "a7b2cc4957c8f321d648eedbc5f7be73f613036cdc2e4191d6e537432a838434",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "937693013d6d13c7e6dee6d2567046054df58f023f36d35de323678a74debb77",
+        source_hash: "960f33a4613a07a3fcb454a21d4b26ba0373ebdbeac1dfe2ed6d1da6e300bc59",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "91bb33eb18498a44d9bb8aedb3a73d885ff1ee28c87ff8f35d431c96e895b527",
+        source_hash: "56fd4f8d2cd66eaba679519a9edf945e1e240efe3643b8716dcd2dc28d5f2469",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "e69485d7108f2ec9ab81ca610699912bf5422b31ef773870a319881799889ab7",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "95dc434b43f13c09201577fcae7f73cde0f01efeb489f76ad895a3e78c2af469",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "7d576c57b908481f76e1dff2691108cefcd5910a16c2adffba2a718d5d0385ad",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "2c1cdde28b67566379c41ee5a240f276b741e17c83a3f8e8eddb14fee7466317",
+        source_hash: "23439596c5d968494082820297f39f8f3d450d368888c2761fe64e835b403979",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "549ae7428fbd3b58fc52618cda476c00b6ac6df1c0da8e830ec7b8820ce6844b",
+        source_hash: "27f274c6345f07c4900c40fddc34ab9383c4471ca17ad68b9e9aba224bf51e64",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "24556b5dffc1c7d687bfd141dab4dd03463fe6f798818cf4891424e4f1551d74",
+        source_hash: "d02be6983b52f0e3a1e5cfb71071b4b47794c9f8017c26d31e6968c1810c59e1",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "6111358501f90636100d105b089aec0fbb056e9a4107848969a6fa38d4a8ffb6",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "293434225fd8457403283c18c2c9e19b7ef84eb1967e402a0e2921ab161df5a8",
+        source_hash: "080dc387ffb6a0f95831652debb963789a53ed7be13f8037e8c8a5bad4958e96",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "f9061a6d40385254a38822a3ab1bad56f1aee2b4d953f69c3342e80f4aa99c59",
+        source_hash: "d4550042db8d3cf95a9962537ed056caf6e6e5eb104e4c816cef8868583afe29",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "8878b40f2d3e46540fca62b8afb182a708673fc49c828bad05eff28cb5684eac",
+        source_hash: "636d2820b4ccebe32a0d8e27e230a38645aacefe607f0e6e69becdf2eda7bd5c",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "d78f701acc1730b50f886be56c7f12f7fa0f734e367012bc14d4bad37bba6134",
+        source_hash: "5681c2db54f66011a1ec6a979344957aa1482d52a29b3ca0253057dd05a834f7",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "562da794571485aed4313ab65ec412512b3db0a1f0f6a980cf1ccaa50fb4b1af",
+        source_hash: "0a1c76f555dd95d64cd4e4dcfae11ef5c09cf84588d0b0574e60c6ed3c0f45ff",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "5b90c1b47235b532fec2caf54388e5678bfb2728003f331c36ecbb4683350f59",
+        source_hash: "15416c396f0d28b10049603ffa942ee2c939e30e7a46c58d01585138013212ed",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "019588796085e3b9bab05324cf64393f9eb491951bcdd772f9e3961e0a2351c5",
+        source_hash: "7cd721a6565fd5f8093b9cd738a1c62d9a982e4b116a6ad0c22131acf537daf7",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "62fb926a326176d91dc1e54101ecfc27ee5354f2a028c45042cb89fe5c76d603",
+        source_hash: "c113f866f2c8932ec5947338bbe313f873cfc70c5db8550982cc2c58b1d36739",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "81c4096d0112e838714c4ef24eb9a06e5b604e31189806c3b857c03b06d6f46b",
+        source_hash: "e3ef74e8b642be581870156bc7d4ad26c64c88f753500b159d6df9e2900a2a12",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "517834941cc9eae99badc3638ed35679351e99416113b2815818aaf022b5db67",
+        source_hash: "d140028eda0ba948907ade6835d7252c1d3db5187d5ab2f06c4745ce06c31250",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "932a6c364e46b0a9c91db74c0c6a348b50312289eac98306a7fde5a3c0fd7aa3",
+        source_hash: "dc59285d0076a0580a0ffc647698fd9ee7cdd78e659220a11a920731b4bdbaac",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "eeb216360535df1c7a1bd8e3c3fa3326b9952e1e262a16737071bf6d3affaab9",
+        source_hash: "47a5bc9ca6895fc501f6c797012f2e1243c36381da7d451433e84a5143eba8fe",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2019053ecfa33686ef7522a462af6cefe912f6a928e3a256f3b9512e2da295eb",
+        source_hash: "985da5fb1211453ac6e1532b0675b72847bd0d74e8dd40c36e3b25a489053d4a",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "fd935e09d99d37bf831e3a90638409349da417971ecce9de412980b5484a6810",
+        source_hash: "d4acbb6e4f60e094022c5a5e696d9699d2adf174e14be0ae22aa560506314f95",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "8e78b896bff4ced3e17cc745a07377198c2bfff0682372096c59bc331798ed6c",
+        source_hash: "1d4593d8ba4945a41953da1348913871e43b64aad4a72f2d217f5d86ee940bd0",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "cd9ae248c88d4abd5dbe5025391f401c3d5d01140a826fc2d2bcef0ae8eeb88d",
+        source_hash: "588d0cb2f0b98fb52a1b4eac71f3c7e1ada6197694270fc6f8156498331b8d1b",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5d20b515545c40ec27f20be6bb26ce7c354dbc15024c8dc47d3c3cbc8ca906f2",
+        source_hash: "d1516fa3643372aa3bbaf14116697aeac5049c422a5321900b7352cf9bb94d38",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "dbfc1d35259b12eaef6db4b65797d993a62e99357b7ce965bee1a55a8c8507c0",
+        source_hash: "dad3cc21067982176e200f056839d93a87ab670600f81596dd44b6ca27f11d1f",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d96ab71d3ac605cdee5b9f9092fcbbca960f283ae7f229050c273da942fa469a",
+        source_hash: "ca41976ee41679bded27bfd528efb8316db5f5052c747436be42323ac7d9111c",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "312102ec01b50004d0b58d95d1e8dfcd2825a5dc99653366cacb504713021ea5",
+        source_hash: "c3ba753dbe9b1463df1d39872872ea54968e1ff6a85c9c866379f3641c5fddd4",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "db9148044c64debe17133f952bf1fad6ce226e30e1b49d01ba645c76961b0c6a",
+        source_hash: "606ea3e3a8af03313db497ae9183af0cc0bda25d8164037374b5be88a512dd80",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "765341bf339b9610e605461143709586b3f13daa05d9905943ef741214c29276",
+        source_hash: "2ead9c0f6a8f01b05cc05a5214f89fe5975d860faf5374f81437c87b4ada7bea",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "b75eb17676018d5d13c0492249c9f4d2d06bb470612b2cc790f14651a1f6a492",
+        source_hash: "9bb1b0663b368fad3a4d610a568ffe7e172d784ca45ad31a5d29b4ec56cd1adf",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1557ee520fff0b90187b96bd46abd6ebac3307fab5bce4f4c1e51c28e4a4cab8",
+        source_hash: "4d2612490bd93cb5d1af965d65b76754b3c1666b91666f2af938758091b69257",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "1b4883f26dbb3b9cd87a04b25a2e8858cfb4ade26a880bcfc7a2966f84dad667",
+        source_hash: "d9e5720510d9a275ad6732a5028203aef61a753ab27ddf300d25533218978219",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3a97ce7cad3bf14ccda72ab3944051c5e65a19e50c5db720e3ad8f1e516812e0",
+        source_hash: "c18b3105c094f55315ef64d8292fb9b8ef6d1767c97c98b9c49cbe97342e2589",
+    },
+    Kernel {
+        name: "attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "21d67aacc49fe8ba32becdc4dacff195370ee804e3c0c8bfa2773938a9acaed6",
+    },
+    Kernel {
+        name: "attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "8ba972ae2a1cf8f087cc745a3e1f7d58204c2d89fc33aa290ca10a73867bcfd9",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "80b2f3bcd5c69b8e37b7ee50fc44408ff936ceee38c90df84277f05502bc987b",
+        source_hash: "4394759ae7801505280b2cfe330603f0c27c73ceb4f4aebc8f9cff90dc3fece2",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d5cd83049e459667424521b0effa0d6b27e1208c495366245c103c0cdcd3f911",
+        source_hash: "d325c1de9fad87ad1a0095f3444c207ce502998d9210c95e3596bec6b41f60db",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "4ea7bcf47aefff5822432399b1dda3b6400132ea59742f48c31808af7c0ddd65",
+        source_hash: "306478a01d762a48ea7fba7da5a3ac21b5a097dec554c69a2a05a5ce2aab34a7",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "dd3584eeaa7823bf2213439e3d86bcefe7e6532068a764d3631030738a2fb284",
+        source_hash: "0240dee0f5a1e6601524386f2875cc486cb2ada2f40fb422e4b53248f60cf584",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c032a3b4237793ae6d395e39d513780b2f885a3f0a01df7b9c83858825096c68",
+        source_hash: "a810fa1a69f914294b05c4c309a37b449a3781fb1dc1d67926c2fd867c58e480",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "985a6b01755d5fb801678c4c8a536760b1e9cca5276419eb1d0301c585a17249",
+        source_hash: "9d0df77ff82b3901191b92682039a2e5f641e750f6523a8129bf7dafafacbc6e",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "c119c9e8dc3df3ee0b3adbe870242eda84a8bf69212c7db665ab262c87bc2845",
+        source_hash: "6978f4894bd94c0bd06f55d2bf9693f1421d9aa1ae8ab4e0b34f94ac5eb89ada",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "21287c05eadc06be4f1d6b9a6adecdca235c1d878c2c7e564be5b60a2244b9cd",
+        source_hash: "b814da66f68b0cc3e824f84bb07624c01c78cf69473a723013075416b417a65b",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "37f9b6592b70dfa5458cc8ecc786b97b6f2f6eb5f9f02207e8e23599ab912d7c",
+        source_hash: "5361da3838f7f40832d68a4c7c2f0568d0c2a3b6a17265e80f80ebb7fb3cc2ac",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "675efca617c9c2d6dee725bea513606a3f8bb4d997cd17371f17674a1c0c8db8",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "976ed890d7420b6eec27cc327eb95f260332ab10d40d6b2efa2bdd096abb7877",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "2d8786b329eaa1895d7226f60f14cb74e7e8b1fe8c819eafc8ab5cfa352f5f6c",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "45b06e46dc4a988ebb0af3cd340d8b0e2bbc7b2f0397ac308708d558b1e13087",
+        source_hash: "0c3da5d2f3ed9d46e40a46bfb60ef198cf3d8174c608a6053547ef48c8b0f520",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e5c3a08ac8be8ece21b21d660965317edaf10330ceddd29588d37847379c5e5f",
+        source_hash: "14ed38344c14f5058b76f77332f97326f57cf3b7034afe0f9e497766f802b934",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "242bfb809a3ececbd68b2518c8841ef11e51e51267b95377f63cf90a9a42d4fe",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "135a8fb2457a31b4b2d9016dc145d0726f80d85a34469e5c756aa6e31959cdd8",
+        source_hash: "6daa6023c02312f0a7042aca1ede2011f767226d6d55a7e218f6ae650c19d4fc",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3d2a14059c1a620aabd013c60275d00522eefcbfb3a35c0f20e93cd4e8b4927c",
+        source_hash: "837510b326ba562083f393f64c2351f39a2fefb1a5dbe50319baaeb0881e0ff8",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "d77a924e38f32cb9b9d06d04ea538733237bff27ed32842d454f1eaea46cd156",
+        source_hash: "f61ccd40c628a016743c4faf604844141e0b898dd21755b4f4278bf1d6ba01f5",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c65e84e8d6fa561575e43346f03bec381f0ef185433e1b36e92ba219d6471e90",
+        source_hash: "ff4c573dfb7098cd53f722d98cd67cb5a82c8334653a46175311b569f535dd98",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e729d775d60bbd2cb955580946a7fd5e6571ee42e100fe57c3d2bc4c40321293",
+        source_hash: "ca8300b9fb6a38ac0ad478ca60fa5624386f8eec159dfab480f703a85f5ab496",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7bdb929494f77f7bf20e48d43456f5f85eaf6bb32a955421610a6d3dd2c8acc9",
+        source_hash: "e956b80723cc6044dbe8400e1e97643a42b30fcfa2924df30f9c575dd9955f98",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "83ca9ae48ddd5406827f8528c556f2d870cbe36d3945cdf50c1f4a12e100fa45",
+        source_hash: "fa74e51537a3ad6974e01b86ccd6769121438f2da460ecdd99a0cd08e0c5966b",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "88eddbb91afced0f653dc1f21f04d474e5f2c8f4bad0b82f27da7f378461e208",
+        source_hash: "d9480720da189441d0eb6e11a80e7ff60e3bd344c27fe05976f0cce50fb743e1",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1f5417572106c361461cafd4f538f89d9a90592bc6d2697bdfc5d476855dae64",
+        source_hash: "fedd803bbb73919fc41fff494ee25f77aff78ead3bf1e275dd1c8fd021b2b656",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "da31c340346dc9fabd30c94e70d56b170e4bccd6d95f487b393b4f8f3306dc74",
+        source_hash: "468530f98f10ad1870d318b1abd5e738941299970768f39b66f0331396491d7a",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "17d75223b36a85f60e101884b7507c9eb9369a95f692dce2e3db7e9473f4fa14",
+        source_hash: "fdbaed8c56649887ab4efd36e4e7d805ab4943f5b9fc5b6101940dd9b1295ff2",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "64c6f5c13fc49c4bce918917b092cabadd0852db72977f0cae7c4b2992ed9355",
+        source_hash: "e5a40e4ed3da1141d1bbcc729a5aa66ba1887c87f08ba625fec67539b920b711",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "c1f3f677b9c4b3bd40de37a26a9f0e82f1d8068e40b605ed6e6cc5fb30d85101",
+        source_hash: "a32dcde0e7328d19f4bdf5758c477812b4f03cbc916c4ea5c39ab034a2040e2d",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "d40aadc689578db0c9f5454d732a7fdec7ffef9fc68407a028832b15e2356c2f",
+        source_hash: "d311b1e31b17c7259b35aaa052847e749a02423a86a5bd792b8c2bb732ef10ca",
+    },
+    Kernel {
+        name: "gate_grad_bf16_d0_v8_sm90a",
+        source: include_str!("kernels/gate_grad/gate_grad_bf16_d0_v8_sm90a.cu"),
+        source_hash: "b36b43d1481904812f842c020775f434aa42cfa894c227fad0fe076721325c18",
+    },
+    Kernel {
+        name: "gate_weight_bf16_d0_v8_sm90a",
+        source: include_str!("kernels/gate_weight/gate_weight_bf16_d0_v8_sm90a.cu"),
+        source_hash: "2143fc3003e93a79adb43649ebe71657e71fc40bdd7087dcea09983c7c72149a",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "35fd6f51d16f3012d9a5d6b68f8418b615ee33f0305c18ec3a3d6b4ed7d26192",
+        source_hash: "f0c161f4c9f7549b2720de6f4263aa89386255e77478c6ba441d240a11689724",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "135e7509ee2d4e4c37fb8ef37b73bdbe2dfd9d64dd5ba9b79eccbe951bc11a36",
+        source_hash: "48a4175071d51eb4bf9d24b02d0f6ad14dcd7d3250619a6c7eb3d24c23c9d3df",
     },
     Kernel {
         name: "gram_key_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_v1_sm90a.cu"),
-        source_hash: "9c992251ef5466ea803758d4c2f1eecced6193e97e9a0f689a5223f06f56cfc9",
+        source_hash: "ed2921d6856db89ddb2546f5d4f9fc1e071b08dadbe9c84a3fdf40f467cb37e9",
     },
     Kernel {
         name: "gram_key_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_v1_sm90a.cu"),
-        source_hash: "a2ddaa32224bee60bb12405263cfcb962db1dc7ee6835e6c79ad4442a9178a71",
+        source_hash: "882c7fe88c8ae0535637e0a28af43508f5169d5736fa4da15c663f8eb7942709",
     },
     Kernel {
         name: "gram_query_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_v1_sm90a.cu"),
-        source_hash: "b88d42084d20d3ea743edaf3241d22c371d73df0844718fb6973de40e2018a9f",
+        source_hash: "51ece8c165bd736bdd157d81cf62de08a1a2071c3124605c3a5939af3aefbbb9",
     },
     Kernel {
         name: "gram_query_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_v1_sm90a.cu"),
-        source_hash: "d43617df14b341433e806610e34ebcbd178efb2db35b9edaeadd847230678e9a",
+        source_hash: "c7e6688b7c8c6e0fac6cc485d7b1e4e9a6e22422b9b6f24c41ba9aec2befb68d",
     },
     Kernel {
         name: "kv_invert_sm80",
         source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
-        source_hash: "68e9e389a452d2d7b3c7ff0b81013ac85385df9ab31e847dd1d5c237792a0742",
+        source_hash: "c5ff426427e45473a9909ccbe4970a45d9bd01607a7459ab6fbc9cfff58fe189",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "c7136246e52534017bb3c8b759e0d9ed99bdb44d7339ec07653eeefd7463f36c",
+        source_hash: "d46d39d9b7d5f3243a6452cbe4010ee4e64cbf7988597987a8cecbc30ad1f845",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "80e435029c33ff0a952af665e7c67d6f0dc01485f6290fb806c4ea1d7c367e7f",
+        source_hash: "1b5bc7c70ecf5fdcbba9d79ccdc49a233f54781ddf3e6db6172158a93b62c7d3",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "1cc2035f85e82d630edf0cdf8ecd1f7d49f6290564f57535743c3bd10754904b",
+        source_hash: "094b89f56fe6d77f931c1147f6f3d15887a19341f49e5be98df35aa7572dc3b2",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "65d46f76574c4f707e8b709bef845773a4b9bc59b993dc7eee3ddc4df2df9abe",
+        source_hash: "61ed3f527a8df8590b9ed780779adc4066b33a70367cb8a47f7287fa4bf973b4",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "6158ca56e38547057a84eaf8d8e2065f497ab503536dbc3a3aa1472f1363492a",
+        source_hash: "69f7d96b72ca3c1fad9eff1176b04b0afd20de0df2f9ab5f88665345a1acd942",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "55cfc528fbaacc3d1a6ad6897005d7c1c841ab2a149fa4ce543dd5ccc8816f0d",
+        source_hash: "ce7471b25a3be1587e11e9e69af4111d0f5c6092972226fabeb875aaf2197f54",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "4cd267385497977e7719cbaa228e9d4eb9f88a00cf6ff4f0b88f80dcf1dd630e",
+        source_hash: "b4734ff26e789da8db34e11f4f73480887ae01a8b6be822ff99dad8a5279319a",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "4e1951394fd19ca97564813c1ed4f891f11a9da820436fa01496d0664f10802d",
+        source_hash: "21f1be0dcf9ec76d8ab6b2c78e12867d42fb9a17709847ae55785de01d9fbdcd",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "8dd056a4185ed3fafb9bd579204d28ed2454034a9fdc41f5dcc574681ab924cb",
+        source_hash: "318195cc53a205ad57ad2c4c6cfde81c9773e90adae4066c5d06a111970b9cd8",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "693ad3d1da81dc9a34131359f51982506a54d10fe53abc5b065463b67794982a",
+        source_hash: "ecc9f41b99b6715b881272f6094459bddc96aa5be751cd1a0e86beb6a1addafc",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "b6d56ac31f5f00fb12c58f4aab78fd0ea73bceb9b0ef21f4588694f2b77954aa",
+        source_hash: "7d75710f45d0f32695df7933254ce498d57eeedfcdfe32c1eadb8818ccfd5c0b",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "e7933cd9e54c0575f32e185264eedd21670814a9f62031df8e87f5531442ad69",
+        source_hash: "0d2a1d5f42c397c7cbc39e2f5c81fa9f8ae067e422a9966d5fb7f0427a0ed122",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "5c2af9eb74f36a8d511fea72db7d4316a361be792aa6e2241188a322b431b038",
+        source_hash: "5849be4281fe4fa48686b428a00b8d0c9709b93a0b99b1dc000c883ce5f8c284",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "4a463f3b77242a7575f5b7fcd7178299ec6999528fe451d3a5c4ad67be4c6c52",
+        source_hash: "82a6c180c61586a9c134309b7748b1f50b26cb41db876b2110b3aaa97c8dd96c",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "5d61226e8b576c1cdfdd2d5655ad96be8e476c2eda3923c8d20e8c2674c79859",
+        source_hash: "ffcec484d8226ef1de9ced392b3a8577434125fb86be73d9b17bc461447b4719",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "0f4d12a546db2a7f9ed9d84f2ceb643b76ac9e26c0ad636026aae1e626d32451",
+        source_hash: "af5d861c292b8ca2613d3d9ae764ab541f53479a0d4d409044386bd75b064152",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "93c2870f76f54102b759fd192d940951d5ffd82c4eb0587782fdf30067873895",
+        source_hash: "cae9f863be1c26154aed03c3f89de08b3d83a0dbd3b854dded13f98cf8884ff0",
     },
     Kernel {
         name: "kv_validate_sm80",
         source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
-        source_hash: "3c197a6944b8f7e8689788d61f4b836cc65a7b92a1f9c7c1785351d5c5ce1655",
+        source_hash: "c8a12b76e188473b4170af4510a8e0926159186fac752bac15e2226b8ca0f651",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "7bec33b3b2a1685c3468be8a76d781f828fcbc136155951c74b5ec110c64dac6",
+        source_hash: "0ff1a75a0bc51d7aab118bb76be6b3ba8602e22acac468c73debf07fa9f41399",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "0b90776b8a20fb82069effeaf9523df6d61d90df84f0c575a67fbf1025cd3e78",
+        source_hash: "27572ea4d79f1176177d03f3fc9743925b07256436d7a6f27e33dd6d211e42f4",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "6d0f817463726a4b568e504344d5275470d3da9fe4e158af24dd1f889713ad97",
+        source_hash: "2e44c6af293b2d5b597c6e56bce0b2c561fb3d4821a4fac53fd6ec6a6cc4d8d2",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "fe6adf0eea80207aaabbf395b3d94790ab5cc602fc8b4c382facc8e3b14e076b",
+        source_hash: "9bfd6c2923de624b018a6c5344660601799fb70438c4e55e6ee1d7a6a620803b",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "a6ea848e91eadfd829e90a41b0763e38f786bdd2ccb48a29d83beba8bcfd8d3d",
+        source_hash: "4fa4d33a226dffce69f7e7291fe6450b5709bca77f04285921f313eff33a97fd",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "daabc7a817af9a2d62f7dfe7f4904536c2885033191d58da3607bda89d5e9a79",
+        source_hash: "c457d3d9c4bea86f13fe5a22be51f2693aaa8dbb03977558cb45cfd446d9f03c",
     },
     Kernel {
         name: "profile_f32_d0_v1_sm90a",
         source: include_str!("kernels/profile/profile_f32_d0_v1_sm90a.cu"),
-        source_hash: "fbdc4052efa822be853491dea345a38514787b58af3ba98347c84215c7e70367",
+        source_hash: "9aacbecb7052803eb26de9b673d513450fd5219be42d47e7fc69b4d9c141e26d",
     },
     Kernel {
         name: "profile_logits_bf16_d128_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d128_v1_sm90a.cu"
         ),
-        source_hash: "0c54c227e99b6f53cedc6057ceeea91308df22569eab1c8d096bdd2337945305",
+        source_hash: "b7687f166c18ab4c0bba07dd951dc10d3ed7fe021223432dfb99d1a75ec34cbb",
     },
     Kernel {
         name: "profile_logits_bf16_d64_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d64_v1_sm90a.cu"
         ),
-        source_hash: "156327e445c0f630a59066eb75cb81d09fce16bf4b4882c212f49b7a53d55daa",
+        source_hash: "60162b0b008a25625df8a0794d55cefe3c690de6c920c0d37d0178676d5077f2",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "4cb7a89b3eadbf0224d8ac34de782f16bf6bde84bde3f3cc74f3b1e9b6eb2f10",
+        source_hash: "e253dbac404794ed852794656dddd8cf73f44c13b93d7349feae70dbd857be0c",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "aa65bbcf24aed597612d1b5546b45bfdb2eec0ffdabf0bc98775e42e561cd487",
-    },
-    Kernel {
-        name: "residual_bwd_bf16_d0_v8_sm90a",
-        source: include_str!("kernels/residual_bwd/residual_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "c11f6c6a352f51e971a02e10c13f3b9a3f43080268fdfcbc110560ba82ee4544",
-    },
-    Kernel {
-        name: "residual_fwd_bf16_d0_v8_sm90a",
-        source: include_str!("kernels/residual_fwd/residual_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "03cbe3d43caa74359ebcafc4f210cb26e396cb66178c9ece9595826f9abf52ea",
+        source_hash: "3f7e28fed899b62cfbe4dedb8c87fa94cefe9d315f26a055a1dbc535a378d20a",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "a617a342361fbb0d2026216df0c2eacfa0268e7bd3f78de5a63127aedb5423a7",
+        source_hash: "93ece3936aeae1bb6ac34393f2fa8811851046cca3a8d96b165163e98e48ea00",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "cee14a9f424a100c9836641feb7a253dfbe1c52c23c03b96c1ea4d3cf3a0e701",
+        source_hash: "6abc59891b8d392cf494d2c377632c422a4270ceb4346fe1e7126dc8aa203a54",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "1059697588c2f97448417b631d2176c939191de2cd96d17a51b1f5d7eb8ada0a",
+        source_hash: "bfe93f8dbe6c0ead712d9d5e77cc020a335467909e6d709e4fdac2ce669db1ae",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "04effd453e4d1fd5942efa46f36cc6a6a9313bfbcba404eb9625b5e745e2196e",
+        source_hash: "a7e3b02232ae3610311bb92f28cc93cba0ac1c3afce8b5ab9119ad6f18de1789",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "1f0902cd518949ae246e86e718810f7d5da95e1fcc985bd12428c2459bdbff1e",
+        source_hash: "a9298bc028cc730ffa73bfba80f8c936b11d63f0b0b344acaafb6c1550af42e5",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "c23c987b5262133bd0a93da36a373338768384e2f68f80f6219426be86e084a2",
+        source_hash: "e2fec41b151de8d3e86bb3d8321009ad1eeccb6c0e2a78cea85e275ecd8a7433",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "adfc6122e2a0f6b42a9b979bfe2cc4b158b741c48c99013f578efc0112bc0eb0",
+        source_hash: "9e1ba7bf9ddc16c9167a0ac78ab5aa21f9895f41d289bd3339a333b259d58f2f",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "148854ddbd70534807792b5da8bc731fef76abdcbba6d7ce1e2e817218ab4f42",
+        source_hash: "64e38f8baf07380d9bea56d56a06c018d6bfd92e63a2acf6e38b3ffd3eb7fbb4",
     },
 ];
 
@@ -722,6 +792,13 @@ pub static KERNELS: &[Kernel] = &[
 pub static HEADERS: &[(&str, &str)] = &[
     ("dsv/attention.cuh", include_str!("../templates/include/dsv/attention.cuh")),
     ("dsv/fragment.cuh", include_str!("../templates/include/dsv/fragment.cuh")),
+    (
+        "dsv/gather/accumulator.cuh",
+        include_str!("../templates/include/dsv/gather/accumulator.cuh"),
+    ),
+    ("dsv/gather/load.cuh", include_str!("../templates/include/dsv/gather/load.cuh")),
+    ("dsv/gather/tile.cuh", include_str!("../templates/include/dsv/gather/tile.cuh")),
+    ("dsv/gather/walk.cuh", include_str!("../templates/include/dsv/gather/walk.cuh")),
     ("dsv/kv_walk.cuh", include_str!("../templates/include/dsv/kv_walk.cuh")),
     ("dsv/math.cuh", include_str!("../templates/include/dsv/math.cuh")),
     ("dsv/mbarrier.cuh", include_str!("../templates/include/dsv/mbarrier.cuh")),
@@ -737,6 +814,7 @@ pub static HEADERS: &[(&str, &str)] = &[
         "dsv/sm80/products.cuh",
         include_str!("../templates/include/dsv/sm80/products.cuh"),
     ),
+    ("dsv/softmax.cuh", include_str!("../templates/include/dsv/softmax.cuh")),
     ("dsv/tile.cuh", include_str!("../templates/include/dsv/tile.cuh")),
     ("dsv/tma.cuh", include_str!("../templates/include/dsv/tma.cuh")),
     ("dsv/types.cuh", include_str!("../templates/include/dsv/types.cuh")),

@@ -21,17 +21,17 @@ tokens! {
         NormModFwd = "norm_mod_fwd",
         /// Its backward.
         NormModBwd = "norm_mod_bwd",
-        /// Gated residual.
-        ResidualFwd = "residual_fwd",
-        /// Its backward.
-        ResidualBwd = "residual_bwd",
+        /// Weights of a gated linear map: gate x weight.
+        GateWeight = "gate_weight",
+        /// Gradients of a gated linear map's weights and gate.
+        GateGrad = "gate_grad",
         /// RMS normalisation and RoPE of Q and K.
         QkPrepFwd = "qk_prep_fwd",
         /// Its backward.
         QkPrepBwd = "qk_prep_bwd",
         /// GeGLU or GELU.
         MlpActFwd = "mlp_act_fwd",
-        /// Its backward.
+        /// Its backward, which makes the forward's output anew and sums the bias gradient.
         MlpActBwd = "mlp_act_bwd",
         /// SiLU.
         SiluFwd = "silu_fwd",
@@ -104,8 +104,8 @@ impl PointwiseOp {
             SumRows => size_of::<params::SumRows>(),
             NormModFwd => size_of::<params::NormModFwd>(),
             NormModBwd => size_of::<params::NormModBwd>(),
-            ResidualFwd => size_of::<params::ResidualFwd>(),
-            ResidualBwd => size_of::<params::ResidualBwd>(),
+            GateWeight => size_of::<params::GateWeight>(),
+            GateGrad => size_of::<params::GateGrad>(),
             QkPrepFwd => size_of::<params::QkPrepFwd>(),
             QkPrepBwd => size_of::<params::QkPrepBwd>(),
             MlpActFwd => size_of::<params::MlpActFwd>(),

@@ -43,10 +43,16 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
             ("frames", "latent frames of a clip"),
             ("height", "latent rows"),
             ("width", "latent columns"),
+            (
+                "buckets",
+                "optional: further grids [[frames, height, width], ...]; every step takes clips of one grid, eval those of the first",
+            ),
             ("clips", "clips of an epoch, for kind = \"procedural\""),
             ("batch_size", "clips of one micro-batch"),
             ("seed", "seed of the shuffle, and of the procedural scenes"),
             ("validation", "clips held out of training for eval"),
+            ("readers", "threads that read clips ahead of the device; the order does not depend on them"),
+            ("read_ahead", "steps whose clips each of them has ready"),
         ],
     ),
     (
@@ -132,6 +138,10 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
             (
                 "bundle",
                 "optional: folder made by dsv-codegen build --out; absent = kernels are compiled at the start",
+            ),
+            (
+                "graphs",
+                "record forward and backward once and launch them as one CUDA graph: for short sequences, where launches count",
             ),
         ],
     ),
@@ -223,6 +233,9 @@ pub struct Data {
     pub height: usize,
     /// Latent columns.
     pub width: usize,
+    /// Further grids of latents `[frames, height, width]`; the first grid is the three values above.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub buckets: Vec<[usize; 3]>,
     /// Clips of an epoch of [`DataKind::Procedural`].
     pub clips: usize,
     /// Clips of one micro-batch.
@@ -231,6 +244,10 @@ pub struct Data {
     pub seed: u64,
     /// Clips held out of training.
     pub validation: usize,
+    /// Threads that read clips ahead.
+    pub readers: usize,
+    /// Steps each reader has ready.
+    pub read_ahead: usize,
 }
 
 /// Where clips come from.
@@ -477,6 +494,8 @@ pub struct Device {
     /// Cubins made by `dsv-codegen build --out DIR`; `None` = kernels are compiled on this machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bundle: Option<PathBuf>,
+    /// Launch forward and backward as a CUDA graph.
+    pub graphs: bool,
 }
 
 /// Kind of device.
@@ -590,10 +609,13 @@ impl Config {
                 frames: 32,
                 height: 64,
                 width: 64,
+                buckets: Vec::new(),
                 clips: 4096,
                 batch_size: 1,
                 seed: 1,
                 validation: 32,
+                readers: 2,
+                read_ahead: 2,
             },
             train: Train {
                 steps: 100_000,
@@ -641,7 +663,7 @@ impl Config {
                 memory_budget_gb: 0.0,
                 dispatch_every: 100,
             },
-            device: Device { kind: DeviceKind::Auto, index: 0, table: None, bundle: None },
+            device: Device { kind: DeviceKind::Auto, index: 0, table: None, bundle: None, graphs: false },
             sample: Sample { steps: 40, guidance: 4.0, solver: Solver::Euler, fps: 12 },
             out: Out { dir: format!("runs/{name}").into() },
         };
@@ -791,6 +813,8 @@ impl Config {
             ("data.height", data.height),
             ("data.width", data.width),
             ("data.batch_size", data.batch_size),
+            ("data.readers", data.readers),
+            ("data.read_ahead", data.read_ahead),
             ("train.steps", train.steps as usize),
             ("train.max_skipped", train.max_skipped as usize),
             ("train.grad_accumulation", train.grad_accumulation),
@@ -820,6 +844,19 @@ impl Config {
                     model.patch,
                     multiples_near(size, patch)
                 ));
+            }
+        }
+        for (i, bucket) in data.buckets.iter().enumerate() {
+            for ((axis, size), patch) in ["frames", "rows", "columns"].iter().zip(bucket).zip(model.patch) {
+                if *size == 0 || patch != 0 && size % patch != 0 {
+                    bad.push(format!(
+                        "data.buckets[{i}] has {size} {axis}; allowed: multiples of the patch {patch} (model.patch = {:?})",
+                        model.patch
+                    ));
+                }
+            }
+            if self.grids()[..=i].contains(bucket) {
+                bad.push(format!("data.buckets[{i}] is {bucket:?}, a grid named before; name each once"));
             }
         }
         if model.head_dim % 2 != 0 {
@@ -965,6 +1002,20 @@ impl Config {
         self.grid().iter().product()
     }
 
+    /// Grids of latents `[frames, height, width]` that clips may have; the first is that of evaluation and samples.
+    pub fn grids(&self) -> Vec<[usize; 3]> {
+        let Data { frames, height, width, buckets, .. } = &self.data;
+        std::iter::once([*frames, *height, *width]).chain(buckets.iter().copied()).collect()
+    }
+
+    /// The same run with clips of this grid alone: what decides the sizes of its buffers and lists.
+    pub fn of_grid(&self, [frames, height, width]: [usize; 3]) -> Config {
+        let mut config = self.clone();
+        (config.data.frames, config.data.height, config.data.width) = (frames, height, width);
+        config.data.buckets = Vec::new();
+        config
+    }
+
     /// Shape of a clip's latents, `[channels, frames, height, width]`.
     pub fn latent_shape(&self) -> [usize; 4] {
         [self.model.latent_channels, self.data.frames, self.data.height, self.data.width]
@@ -1017,10 +1068,10 @@ impl Config {
     }
 
     /// blake3 (hex) of what the weights' shapes and the data order depend on: `[model]`, `[data]` without its
-    /// path, and `dsv.rank`. A checkpoint of another fingerprint cannot be resumed.
+    /// path and readers, and `dsv.rank`. A checkpoint of another fingerprint cannot be resumed.
     pub fn fingerprint(&self) -> String {
-        let mut data = self.data.clone();
-        data.path = PathBuf::new();
+        // Neither where shards lie nor who reads them.
+        let data = Data { path: PathBuf::new(), readers: 0, read_ahead: 0, ..self.data.clone() };
         let what = serde_json::json!({ "model": self.model, "data": data, "rank": self.dsv.rank });
         blake3::hash(what.to_string().as_bytes()).to_hex().to_string()
     }
@@ -1204,6 +1255,7 @@ mod tests {
         let mut c = Config::preset("tiny").unwrap();
         c.dsv.force_sparse = Some(0.9);
         c.dsv.keep = Some(0.2);
+        c.data.buckets = vec![[4, 8, 16]];
         c.train.init_weights = Some("w.safetensors".into());
         c.train.init_map = Some("map.toml".into());
         c.device.table = Some("t.json".into());
@@ -1288,6 +1340,22 @@ mod tests {
     }
 
     #[test]
+    fn buckets_are_multiples_of_the_patch_and_named_once() {
+        let text =
+            "[model]\npatch = [1, 2, 2]\n[data]\nbuckets = [[4, 8, 32], [4, 7, 16], [4, 16, 16], [4, 8, 32]]";
+        let error = error(text);
+        assert!(error.contains("3 problems") && error.contains("data.buckets[1] has 7 rows"), "{error}");
+        for twice in ["data.buckets[2] is [4, 16, 16]", "data.buckets[3] is [4, 8, 32]"] {
+            assert!(error.contains(twice), "{error}");
+        }
+        let sets = ["data.buckets=[[4, 8, 32], [2, 16, 16]]".to_string()];
+        let c = Config::from_toml("", "f", Some("tiny"), &sets).unwrap();
+        assert_eq!(c.grids(), [[4, 16, 16], [4, 8, 32], [2, 16, 16]]);
+        let one = c.of_grid([2, 16, 16]);
+        assert_eq!((one.grids(), one.tokens()), (vec![[2, 16, 16]], 512));
+    }
+
+    #[test]
     fn learning_rate_warms_up_and_decays() {
         let mut c = Config::preset("tiny").unwrap();
         (c.train.steps, c.train.warmup_steps, c.train.lr, c.train.final_lr_factor) = (110, 10, 1.0, 0.1);
@@ -1304,6 +1372,7 @@ mod tests {
         let mut b = a.clone();
         b.train.lr = 1.0;
         b.data.path = "elsewhere".into();
+        b.data.readers += 1;
         assert_eq!(a.fingerprint(), b.fingerprint());
         b.model.layers += 1;
         assert_ne!(a.fingerprint(), b.fingerprint());

@@ -5,6 +5,7 @@
 
 pub mod checkpoint;
 pub mod config;
+pub mod crosscheck;
 pub mod data;
 pub mod dispatch;
 pub mod durable;

@@ -3,7 +3,9 @@
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use dsv_train::config::Config;
+use dsv_train::crosscheck;
 use dsv_train::data::{Dataset, prepare};
+use dsv_train::durable::{RealDisk, write_file};
 use dsv_train::engine::{self, DeviceFacts, EngineError, PlannedGpu};
 use dsv_train::eval::{self, EvalResult};
 use dsv_train::model::BlockAttention;
@@ -11,6 +13,7 @@ use dsv_train::recorder::Recorder;
 use dsv_train::report::{self, RunData};
 use dsv_train::run::{self, Existing};
 use dsv_train::sample;
+use dsv_train::tensors;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -42,6 +45,8 @@ enum Command {
     Plan(PlanArgs),
     /// One HTML report of one run or several compared
     Report(ReportArgs),
+    /// One pass of the model with random weights, every gradient included, for tests/crosscheck.py to compute again
+    Crosscheck(CrosscheckArgs),
 }
 
 #[derive(Args)]
@@ -152,6 +157,15 @@ struct EvalArgs {
 }
 
 #[derive(Args)]
+struct CrosscheckArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// The safetensors file to write
+    #[arg(long)]
+    to: PathBuf,
+}
+
+#[derive(Args)]
 struct ReportArgs {
     /// Folders of runs
     #[arg(required = true)]
@@ -169,6 +183,7 @@ fn main() {
         Command::Eval(args) => evaluate(&args),
         Command::Plan(args) => plan(&args),
         Command::Report(args) => write_report(&args.runs, args.out),
+        Command::Crosscheck(args) => write_pass(&args),
     };
     if let Err(error) = result {
         eprintln!("error: {error:#}");
@@ -355,6 +370,17 @@ fn plan(args: &PlanArgs) -> anyhow::Result<()> {
     plan.lines().for_each(|line| println!("{}", format!("# {line}").trim_end()));
     println!();
     print!("{}", config.documented_toml());
+    Ok(())
+}
+
+fn write_pass(args: &CrosscheckArgs) -> anyhow::Result<()> {
+    let config = args.config.load()?;
+    let mut engine = engine::open(&config.device, config.train.deterministic)?;
+    let pass = crosscheck::pass(&config, &mut *engine)?;
+    write_file(&RealDisk, &args.to, |f| tensors::write(f, &pass.tensors(), &pass.metadata))
+        .with_context(|| format!("cannot write {}", args.to.display()))?;
+    println!("{}", args.to.display());
+    println!("next: python3 runtime/train/tests/crosscheck.py {}", args.to.display());
     Ok(())
 }
 

@@ -3,16 +3,18 @@
 //! [`Engine`].
 //!
 //! A block keeps its input, its self-attention output, log-sum-exp and lists; the rest is recomputed in the
-//! backward (or kept, with `recompute = false`). Attention and selection never run twice for one step.
+//! backward (or kept, with `recompute = false`), but for what no gradient needs: the gates of the residuals are folded into
+//! the weights before them, so the products' outputs are not wanted again ([`Engine::gate_grad`]), and the MLP's activation
+//! is made in the pass that takes its gradient. Attention and selection never run twice for one step.
 
 use crate::config::{self, Config, Mlp};
 use crate::engine::{
-    ArenaPlan, AttnBwd, AttnFwd, AttnShape, Buf, Dims, Engine, EngineError, FlowLoss, FlowPrepare, Gemm,
-    GemmLayout, GradNorm, GroupRule, ListShape, Lists, MlpAct, NormMod, PatchShape, QkPrep, Residual,
+    ArenaPlan, AttnBwd, AttnFwd, AttnShape, Buf, Dims, Engine, EngineError, FlowLoss, FlowPrepare, Gated,
+    GatedGrad, Gemm, GemmLayout, GradNorm, GroupRule, ListShape, Lists, MlpAct, NormMod, PatchShape, QkPrep,
     TextSelect, View,
 };
 use crate::params::{Init, Linear, ParamId, ParamPlan, ParamSet};
-use crate::predictor::{PredictorShape, PredictorTask, Predictors};
+use crate::predictor::{self, PredictorShape, PredictorTask, Predictors};
 use crate::rng::Purpose;
 use dsv_reference::lists::KvListsBuf;
 use dsv_spec::order::Grid;
@@ -339,7 +341,6 @@ struct Work {
     k: Buf,
     q_rstd: Buf,
     k_rstd: Buf,
-    o: Buf,
     x1: Buf,
     cq: Buf,
     ckv: Buf,
@@ -350,8 +351,15 @@ struct Work {
     mean2: Buf,
     rstd2: Buf,
     up: Buf,
+}
+
+/// Used and free again within one part of a block: the MLP's activation (or, until the backward has made it anew, its
+/// gradient), and weights with their gate folded in.
+#[derive(Copy, Clone, Debug)]
+struct Passing {
     act: Buf,
-    down: Buf,
+    gated_weight: Buf,
+    gated_bias: Buf,
 }
 
 /// Gradients on their way back.
@@ -365,7 +373,9 @@ struct Back {
     k: Buf,
     qkv: Buf,
     ckv: Buf,
-    act: Buf,
+    /// Sum over tokens of a gated map's output gradient times its input, and of the former alone.
+    gate_product: Buf,
+    gate_sum: Buf,
     modulation: Buf,
     y: Buf,
     y_act: Buf,
@@ -428,42 +438,94 @@ pub struct Model {
     last: Buf,
     final_norm: [Buf; 3],
     work: Vec<Work>,
+    passing: Passing,
     back: Option<Back>,
     purposes: Purposes,
+}
+
+/// What the model keeps of one grid from step to step.
+struct KeptOfGrid {
+    shape: ModelShape,
+    order: Buf,
+    cos: Buf,
+    sin: Buf,
+    window: Option<Lists>,
+    predictors: Option<predictor::Kept>,
+}
+
+impl KeptOfGrid {
+    fn reserve(shape: ModelShape, purposes: Purposes, plan: &mut ArenaPlan) -> KeptOfGrid {
+        let (s, half) = (shape.patch.tokens(), shape.head_dim / 2);
+        let inverse = purposes.train && purposes.inverse_lists;
+        KeptOfGrid {
+            order: plan.i32("inputs/token order", s),
+            cos: plan.f32("inputs/rope cos", s * half),
+            sin: plan.f32("inputs/rope sin", s * half),
+            window: shape.window.map(|w| w.lists.reserve(plan, "lists/windows", inverse)),
+            predictors: shape.predictor.map(|p| Predictors::reserve_kept(&p, plan)),
+            shape,
+        }
+    }
 }
 
 impl Model {
     /// Lays a model out in `plan`; nothing is allocated.
     pub fn reserve(shape: ModelShape, purposes: Purposes, plan: &mut ArenaPlan) -> Model {
-        let (params, weights) = shape.params();
+        Self::reserve_grids(vec![shape], purposes, plan).remove(0)
+    }
+
+    /// Lays one model out for several grids of latents, of which a step uses one: weights and what is kept from step to
+    /// step apart, everything within a step in the same bytes.
+    ///
+    /// # Panics
+    /// If there is no shape.
+    pub fn reserve_grids(shapes: Vec<ModelShape>, purposes: Purposes, plan: &mut ArenaPlan) -> Vec<Model> {
+        let (params, weights) = shapes[0].params();
         let params = params.reserve(plan, "model", purposes.train, purposes.ema);
-        let predictors = shape.predictor.map(|p| {
+        let shared = shapes[0]
+            .predictor
+            .map(|p| Predictors::reserve_shared(&p, shapes[0].dim(), purposes.train, plan));
+        let kept: Vec<KeptOfGrid> =
+            shapes.into_iter().map(|s| KeptOfGrid::reserve(s, purposes, plan)).collect();
+        plan.alternatives(kept, |plan, kept| {
+            Self::reserve_one(kept, params.clone(), weights.clone(), shared.clone(), purposes, plan)
+        })
+    }
+
+    fn reserve_one(
+        kept: KeptOfGrid,
+        params: ParamSet,
+        weights: Weights,
+        shared: Option<predictor::Shared>,
+        purposes: Purposes,
+        plan: &mut ArenaPlan,
+    ) -> Model {
+        let KeptOfGrid { shape, order, cos, sin, window, predictors } = kept;
+        let predictors = shape.predictor.zip(shared.zip(predictors)).map(|(p, buffers)| {
             Predictors::reserve(
                 p,
                 shape.self_attn(),
                 shape.dim(),
+                buffers,
                 purposes.list_slots,
                 purposes.inverse_lists,
                 purposes.train,
                 plan,
             )
         });
-        let window = shape
-            .window
-            .map(|w| w.lists.reserve(plan, "lists/windows", purposes.train && purposes.inverse_lists));
         let PatchShape { batch, .. } = shape.patch;
         let (s, width, dim) = (shape.patch.tokens(), shape.patch.width(), shape.dim());
         let (rows, text_rows) = (shape.rows(), batch * shape.text_tokens);
-        let (heads, half) = (shape.heads, shape.head_dim / 2);
+        let heads = shape.heads;
         let io = Io {
             latents: plan.f32("inputs/latents", batch * shape.patch.latent_len()),
             t: plan.f32("inputs/t", batch),
             keys: plan.i32("inputs/noise keys", 2 * batch),
             text: plan.act("inputs/text", text_rows * shape.text_dim),
             drop: plan.i32("inputs/dropped captions", batch),
-            order: plan.i32("inputs/token order", s),
-            cos: plan.f32("inputs/rope cos", s * half),
-            sin: plan.f32("inputs/rope sin", s * half),
+            order,
+            cos,
+            sin,
             x_t: plan.act("inputs/noised tokens", rows * width),
             target: plan.f32("inputs/target", rows * width),
             pred: plan.act("activations/prediction", rows * width),
@@ -508,12 +570,11 @@ impl Model {
                 let (n1, n2) = (act("norm 1", rows * dim), act("norm 2", rows * dim));
                 let qkv = act("qkv", rows * 3 * dim);
                 let (q, k) = (act("q", rows * dim), act("k", rows * dim));
-                let (o, x1) = (act("attention projection", rows * dim), act("x1", rows * dim));
+                let x1 = act("x1", rows * dim);
                 let cq = act("cross q", rows * dim);
                 let ckv = act("cross kv", text_rows * 2 * dim);
                 let (ca, x2) = (act("cross out", rows * dim), act("x2", rows * dim));
-                let (up, hidden) = (act("mlp up", rows * pre), act("mlp act", rows * shape.hidden));
-                let down = act("mlp down", rows * dim);
+                let up = act("mlp up", rows * pre);
                 let mut f32 = |name: &str, len: usize| plan.f32(&format!("block work/{name}"), len);
                 Work {
                     modulation: f32("modulation", batch * 6 * dim),
@@ -525,7 +586,6 @@ impl Model {
                     k,
                     q_rstd: f32("q rstd", rows * heads),
                     k_rstd: f32("k rstd", rows * heads),
-                    o,
                     x1,
                     cq,
                     ckv,
@@ -536,11 +596,15 @@ impl Model {
                     mean2: f32("mean 2", rows),
                     rstd2: f32("rstd 2", rows),
                     up,
-                    act: hidden,
-                    down,
                 }
             })
             .collect();
+        let gated = dim * dim.max(shape.hidden);
+        let passing = Passing {
+            act: plan.act("block work/mlp act", rows * shape.hidden),
+            gated_weight: plan.act("block work/gated weight", gated),
+            gated_bias: plan.act("block work/gated bias", dim),
+        };
         let back = purposes.train.then(|| {
             let mut act = |name: &str, len: usize| plan.act(&format!("gradients of activations/{name}"), len);
             let (pred, x) = (act("prediction", rows * width), act("x", rows * dim));
@@ -548,7 +612,6 @@ impl Model {
             let (q, k) = (act("q", rows * dim), act("k", rows * dim));
             let qkv = act("qkv", rows * 3 * dim);
             let ckv = act("cross kv", text_rows * 2 * dim);
-            let hidden = act("mlp", rows * shape.hidden);
             let (y_act, text_act) = (act("text tokens", text_rows * dim), act("text act", text_rows * dim));
             let text = act("text", text_rows * shape.text_dim);
             let shared_act = act("modulation", batch * 6 * dim);
@@ -564,7 +627,8 @@ impl Model {
                 k,
                 qkv,
                 ckv,
-                act: hidden,
+                gate_product: f32("gated weight", gated),
+                gate_sum: f32("gated bias", dim),
                 modulation: f32("block modulation", batch * 6 * dim),
                 y: f32("text tokens sum", text_rows * dim),
                 y_act,
@@ -590,6 +654,7 @@ impl Model {
             last,
             final_norm,
             work,
+            passing,
             back,
             purposes,
         }
@@ -598,6 +663,15 @@ impl Model {
     /// Initial weights, token order and RoPE tables. Call once after [`Engine::reserve`].
     pub fn initialise(&self, engine: &mut dyn Engine, seed: u64) -> Result<(), EngineError> {
         self.params.initialise(engine, seed, Purpose::Init)?;
+        if let Some(predictors) = &self.predictors {
+            predictors.params.initialise(engine, seed, Purpose::Predictor)?;
+        }
+        self.write_tables(engine)
+    }
+
+    /// Token order, RoPE tables and windows of this grid: what [`Model::initialise`] writes beside weights. Call once for
+    /// each further model of [`Model::reserve_grids`].
+    pub fn write_tables(&self, engine: &mut dyn Engine) -> Result<(), EngineError> {
         let (order, positions) = self.shape.token_order();
         engine.write_i32(self.io.order, &order.iter().map(|&i| i as i32).collect::<Vec<_>>())?;
         let tables =
@@ -605,7 +679,6 @@ impl Model {
         engine.write_f32(self.io.cos, &tables.0.iter().map(|&x| x as f32).collect::<Vec<_>>())?;
         engine.write_f32(self.io.sin, &tables.1.iter().map(|&x| x as f32).collect::<Vec<_>>())?;
         if let Some(predictors) = &self.predictors {
-            predictors.params.initialise(engine, seed, Purpose::Predictor)?;
             predictors.write_tables(engine, &positions, self.shape.rope_base)?;
         }
         if let (Some(shape), Some(lists)) = (self.shape.window, self.window) {
@@ -770,11 +843,13 @@ impl Model {
     }
 
     /// `out = x w^T + b` for `rows` rows.
+    fn linear_of(&self, w: Linear, rows: usize, x: Buf, out: Buf) -> Gemm {
+        Gemm::new(GemmLayout::NT, rows, w.out, w.inputs, x, self.params.copy_of(w.weight), out)
+            .bias(self.params.copy_of(w.bias))
+    }
+
     fn linear(&self, e: &mut dyn Engine, w: Linear, rows: usize, x: Buf, out: Buf) {
-        e.gemm(
-            &Gemm::new(GemmLayout::NT, rows, w.out, w.inputs, x, self.params.copy_of(w.weight), out)
-                .bias(self.params.copy_of(w.bias)),
-        );
+        e.gemm(&self.linear_of(w, rows, x, out));
     }
 
     /// Gradients of weight and bias, and of the input where wanted (`true`: added to the buffer).
@@ -787,9 +862,22 @@ impl Model {
         d_out: Buf,
         d_x: Option<(Buf, bool)>,
     ) {
+        e.sum_rows(rows, d_out, self.params.grad_of(w.bias));
+        self.linear_bwd_unbiased(e, w, rows, x, d_out, d_x);
+    }
+
+    /// The same but for the bias, whose gradient whoever made `d_out` has summed.
+    fn linear_bwd_unbiased(
+        &self,
+        e: &mut dyn Engine,
+        w: Linear,
+        rows: usize,
+        x: Buf,
+        d_out: Buf,
+        d_x: Option<(Buf, bool)>,
+    ) {
         let grad = self.params.grad_of(w.weight);
         e.gemm(&Gemm::new(GemmLayout::TN, w.out, w.inputs, rows, d_out, x, grad).accumulate());
-        e.sum_rows(rows, d_out, self.params.grad_of(w.bias));
         if let Some((d_x, add)) = d_x {
             let weight = self.params.copy_of(w.weight);
             let gemm = Gemm::new(GemmLayout::NN, rows, w.inputs, w.out, d_out, weight, d_x);
@@ -816,20 +904,7 @@ impl Model {
         self.linear(e, w.final_mod, batch, c.temb_act, c.final_mod);
         let text_rows = batch * self.shape.text_tokens;
         e.text_select_fwd(&self.text_select(), self.io.text, self.params.copy_of(w.null), c.text);
-        let t = w.text_in;
-        e.gemm(
-            &Gemm::new(
-                GemmLayout::NT,
-                text_rows,
-                t.out,
-                t.inputs,
-                c.text,
-                self.params.copy_of(t.weight),
-                c.text_act,
-            )
-            .bias(self.params.copy_of(t.bias))
-            .gelu(c.text_pre),
-        );
+        e.gemm(&self.linear_of(w.text_in, text_rows, c.text, c.text_act).gelu(c.text_pre));
         self.linear(e, w.text_out, text_rows, c.text_act, c.y);
     }
 
@@ -838,8 +913,9 @@ impl Model {
         let text_rows = batch * self.shape.text_tokens;
         e.copy(b.y, b.y_act);
         self.linear_bwd(e, w.text_out, text_rows, c.text_act, b.y_act, Some((b.text_act, false)));
-        e.mlp_act_bwd(MlpAct::Gelu, text_rows, self.shape.dim(), c.text_pre, b.text_act, c.text_pre);
-        self.linear_bwd(e, w.text_in, text_rows, c.text, c.text_pre, Some((b.text, false)));
+        let bias = self.params.grad_of(w.text_in.bias);
+        e.mlp_act_bwd(MlpAct::Gelu, text_rows, self.shape.dim(), c.text_pre, b.text_act, bias);
+        self.linear_bwd_unbiased(e, w.text_in, text_rows, c.text, c.text_pre, Some((b.text, false)));
         e.text_select_bwd(&self.text_select(), b.text, self.params.grad_of(w.null));
         e.copy(b.shared, b.shared_act);
         e.copy(b.final_mod, b.final_mod_act);
@@ -871,12 +947,90 @@ impl Model {
         NormMod { chunks: 2, ..self.norm_mod(self.last, self.cond.final_mod, 0, mean, rstd) }
     }
 
-    fn residual(&self, gate: Option<(Buf, usize)>) -> Residual {
-        Residual {
-            batch: self.shape.patch.batch,
-            seqlen: self.shape.patch.tokens(),
-            dim: self.shape.dim(),
-            gate: gate.map(|(modulation, chunk)| (modulation, 6, chunk)),
+    /// The gated map `w` of batch element `b`; its gate is this chunk of the block's modulation.
+    fn gated(&self, w: Linear, modulation: Buf, chunk: usize, b: usize) -> Gated {
+        Gated {
+            weight: self.params.copy_of(w.weight),
+            bias: self.params.copy_of(w.bias),
+            gate: chunk_of(modulation, chunk, b, w.out),
+        }
+    }
+
+    /// Folds the gate of batch element `b` into weight and bias.
+    fn fold_gate(
+        &self,
+        e: &mut dyn Engine,
+        w: Linear,
+        modulation: Buf,
+        chunk: usize,
+        b: usize,
+    ) -> (Buf, Buf) {
+        let Passing { gated_weight, gated_bias, .. } = self.passing;
+        let (weight, bias) = (gated_weight.slice(0, w.out * w.inputs), gated_bias.slice(0, w.out));
+        e.gate_weight(&self.gated(w, modulation, chunk, b), weight, bias);
+        (weight, bias)
+    }
+
+    /// `out = x + gate (a w^T + bias)`, the gate being that chunk of the modulation.
+    fn gated_residual(
+        &self,
+        e: &mut dyn Engine,
+        w: Linear,
+        (modulation, chunk): (Buf, usize),
+        [x, a, out]: [Buf; 3],
+    ) {
+        let tokens = self.shape.patch.tokens();
+        for b in 0..self.shape.patch.batch {
+            let (weight, bias) = self.fold_gate(e, w, modulation, chunk, b);
+            let part = |buf: Buf, width: usize| buf.slice(b * tokens * width, tokens * width);
+            let (x, a, out) = (part(x, w.out), part(a, w.inputs), part(out, w.out));
+            e.gemm(&Gemm::new(GemmLayout::NT, tokens, w.out, w.inputs, a, weight, out).bias(bias).plus(x));
+        }
+    }
+
+    /// Gradient of `a` in [`Model::gated_residual`], into `d_a`; `d_out` is that of `x` too.
+    fn gated_bwd_input(
+        &self,
+        e: &mut dyn Engine,
+        w: Linear,
+        (modulation, chunk): (Buf, usize),
+        d_out: Buf,
+        d_a: Buf,
+    ) {
+        let tokens = self.shape.patch.tokens();
+        for b in 0..self.shape.patch.batch {
+            let (weight, _) = self.fold_gate(e, w, modulation, chunk, b);
+            let part = |buf: Buf, width: usize| buf.slice(b * tokens * width, tokens * width);
+            let (d_out, d_a) = (part(d_out, w.out), part(d_a, w.inputs));
+            e.gemm(&Gemm::new(GemmLayout::NN, tokens, w.inputs, w.out, d_out, weight, d_a));
+        }
+    }
+
+    /// Gradients of weight, bias and gate in [`Model::gated_residual`].
+    fn gated_bwd_weight(
+        &self,
+        e: &mut dyn Engine,
+        w: Linear,
+        (modulation, chunk): (Buf, usize),
+        a: Buf,
+        d_out: Buf,
+    ) {
+        let (tokens, back) = (self.shape.patch.tokens(), self.back());
+        let product = back.gate_product.slice(0, w.out * w.inputs);
+        for b in 0..self.shape.patch.batch {
+            let part = |buf: Buf, width: usize| buf.slice(b * tokens * width, tokens * width);
+            let (a, d_out) = (part(a, w.inputs), part(d_out, w.out));
+            e.gemm(&Gemm::new(GemmLayout::TN, w.out, w.inputs, tokens, d_out, a, product));
+            e.fill(back.gate_sum, 0.0);
+            e.sum_rows(tokens, d_out, back.gate_sum);
+            let grad = GatedGrad {
+                product,
+                sum: back.gate_sum,
+                d_weight: self.params.grad_of(w.weight),
+                d_bias: self.params.grad_of(w.bias),
+                d_gate: chunk_of(back.modulation, chunk, b, w.out),
+            };
+            e.gate_grad(&self.gated(w, modulation, chunk, b), &grad);
         }
     }
 
@@ -928,7 +1082,11 @@ impl Model {
         }
     }
 
-    fn lists_of(&self, mode: BlockAttention) -> Option<Lists> {
+    /// The lists a block of this mode attends over.
+    ///
+    /// # Panics
+    /// If the model was laid out without them.
+    pub fn lists_of(&self, mode: BlockAttention) -> Option<Lists> {
         match mode {
             BlockAttention::Dense => None,
             BlockAttention::Window => {
@@ -962,21 +1120,17 @@ impl Model {
             }
             e.attn_fwd(&self.self_attention(w, saved, lists));
         }
-        self.linear(e, p.o, rows, saved.attn, w.o);
-        e.residual_fwd(&self.residual(Some((w.modulation, 2))), x, w.o, w.x1);
+        self.gated_residual(e, p.o, (w.modulation, 2), [x, saved.attn, w.x1]);
         self.linear(e, p.cq, rows, w.x1, w.cq);
         self.linear(e, p.ckv, batch * self.shape.text_tokens, self.cond.y, w.ckv);
         e.attn_fwd(&self.cross_attention(w));
-        // `o` is not read by the backward of the cross-attention, so its projection goes through `down`.
-        self.linear(e, p.co, rows, w.ca, w.down);
-        e.residual_fwd(&self.residual(None), w.x1, w.down, w.x2);
+        e.gemm(&self.linear_of(p.co, rows, w.ca, w.x2).plus(w.x1));
         e.norm_mod_fwd(&self.norm_mod(w.x2, w.modulation, 3, w.mean2, w.rstd2), w.n2);
         self.linear(e, p.up, rows, w.n2, w.up);
-        e.mlp_act_fwd(self.shape.mlp, rows, self.shape.hidden, w.up, w.act);
-        self.linear(e, p.down, rows, w.act, w.down);
         if run.is_some() {
             let out = if self.purposes.train { self.input_of(l + 1) } else { self.last };
-            e.residual_fwd(&self.residual(Some((w.modulation, 5))), w.x2, w.down, out);
+            e.mlp_act_fwd(self.shape.mlp, rows, self.shape.hidden, w.up, self.passing.act);
+            self.gated_residual(e, p.down, (w.modulation, 5), [w.x2, self.passing.act, out]);
         }
     }
 
@@ -985,11 +1139,13 @@ impl Model {
         let (w, saved, p, b) = (self.work_of(l), self.saved_of(l), &self.weights.blocks[l], self.back());
         let s = &self.shape;
         let (rows, batch) = (s.rows(), s.patch.batch);
-        // MLP.
-        e.residual_bwd(&self.residual(Some((w.modulation, 5))), w.down, b.x, b.a, b.modulation);
-        self.linear_bwd(e, p.down, rows, w.act, b.a, Some((b.act, false)));
-        e.mlp_act_bwd(s.mlp, rows, s.hidden, w.up, b.act, w.up);
-        self.linear_bwd(e, p.up, rows, w.n2, w.up, Some((b.a, false)));
+        // MLP. The activation is made anew where its gradient stood: neither it nor what the last product of a block made
+        // was kept or recomputed.
+        let act = self.passing.act;
+        self.gated_bwd_input(e, p.down, (w.modulation, 5), b.x, act);
+        e.mlp_act_bwd(s.mlp, rows, s.hidden, w.up, act, self.params.grad_of(p.up.bias));
+        self.gated_bwd_weight(e, p.down, (w.modulation, 5), act, b.x);
+        self.linear_bwd_unbiased(e, p.up, rows, w.n2, w.up, Some((b.a, false)));
         let norm2 = self.norm_mod(w.x2, w.modulation, 3, w.mean2, w.rstd2);
         e.norm_mod_bwd(&norm2, b.a, b.x, b.modulation);
         // Cross-attention.
@@ -1005,8 +1161,8 @@ impl Model {
         self.linear_bwd(e, p.cq, rows, w.x1, b.b, Some((b.x, true)));
         self.linear_bwd(e, p.ckv, batch * s.text_tokens, self.cond.y, b.ckv, Some((b.y, true)));
         // Self-attention.
-        e.residual_bwd(&self.residual(Some((w.modulation, 2))), w.o, b.x, b.a, b.modulation);
-        self.linear_bwd(e, p.o, rows, saved.attn, b.a, Some((b.b, false)));
+        self.gated_bwd_weight(e, p.o, (w.modulation, 2), saved.attn, b.x);
+        self.gated_bwd_input(e, p.o, (w.modulation, 2), b.x, b.b);
         e.attn_bwd(&AttnBwd {
             fwd: self.self_attention(w, saved, self.lists_of(mode)),
             d_out: self.heads_view(b.b),
@@ -1023,6 +1179,11 @@ impl Model {
         e.sum_rows(batch, b.modulation, self.params.grad_of(p.table));
         e.axpy(1.0, b.modulation, b.shared);
     }
+}
+
+/// Chunk `chunk` of batch element `b` in a modulation `[B, 6, dim]`.
+fn chunk_of(modulation: Buf, chunk: usize, b: usize, dim: usize) -> Buf {
+    modulation.slice((6 * b + chunk) * dim, dim)
 }
 
 #[cfg(test)]

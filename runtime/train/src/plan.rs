@@ -14,7 +14,7 @@ pub struct RunPlan {
     pub params: usize,
     /// Trainable elements of the predictors.
     pub predictor_params: usize,
-    /// Video tokens of a clip.
+    /// Video tokens of a clip of the first grid, of which arithmetic and time are; the memory is that of the largest.
     pub tokens: usize,
     /// Bytes of the arena by component.
     pub memory: Vec<Component>,
@@ -68,7 +68,7 @@ pub struct MemoryError {
 
 /// Refuses a laid-out run that the device has no memory for, before anything is allocated.
 pub fn check(config: &Config, layout: &Layout, device: &dyn DeviceFacts) -> Result<(), MemoryError> {
-    let needed_bytes = bytes(layout, device);
+    let needed_bytes = layout.total_bytes();
     match device.free_bytes() {
         Some(free_bytes) if free_bytes < needed_bytes => {
             let advice = advice(config, device, free_bytes);
@@ -78,16 +78,10 @@ pub fn check(config: &Config, layout: &Layout, device: &dyn DeviceFacts) -> Resu
     }
 }
 
-/// Bytes of arena and workspace.
-fn bytes(layout: &Layout, device: &dyn DeviceFacts) -> usize {
-    let dims = layout.model.shape.dims(layout.model.params.master.len());
-    layout.arena.total_bytes() + device.scratch_bytes(&dims)
-}
-
 /// Settings that make a run fit into `free` bytes: each alone where one is enough, else together, cheapest first.
 fn advice(config: &Config, device: &dyn DeviceFacts, free: usize) -> Vec<String> {
     type Change = (fn(&Config) -> bool, fn(&mut Config), fn(&Config) -> String);
-    let changes: [Change; 6] = [
+    let changes: [Change; 7] = [
         (|c| !c.train.recompute, |c| c.train.recompute = true, |_| "train.recompute=true".into()),
         (|c| c.train.ema_decay > 0.0, |c| c.train.ema_decay = 0.0, |_| "train.ema_decay=0".into()),
         (
@@ -99,12 +93,21 @@ fn advice(config: &Config, device: &dyn DeviceFacts, free: usize) -> Vec<String>
             |c| format!("data.batch_size=1 --set train.grad_accumulation={}", c.train.grad_accumulation),
         ),
         (
+            |c| !c.data.buckets.is_empty(),
+            |c| {
+                let largest =
+                    (0..c.data.buckets.len()).max_by_key(|&i| c.data.buckets[i].iter().product::<usize>());
+                largest.map(|i| c.data.buckets.remove(i));
+            },
+            |c| format!("data.buckets='{:?}'", c.data.buckets),
+        ),
+        (
             |c| c.dsv.attention == Attention::Fixed && c.dsv.keep.is_some_and(|k| k > 0.05),
             |c| c.dsv.keep = c.dsv.keep.map(|k| (k / 2.0).max(0.05)),
             |c| format!("dsv.keep={}", c.dsv.keep.unwrap_or_default()),
         ),
         (
-            |c| c.data.frames / c.model.patch[0] > 1,
+            |c| c.data.buckets.is_empty() && c.data.frames / c.model.patch[0] > 1,
             |c| c.data.frames = (c.data.frames / c.model.patch[0] / 2).max(1) * c.model.patch[0],
             |c| format!("data.frames={}", c.data.frames),
         ),
@@ -114,7 +117,7 @@ fn advice(config: &Config, device: &dyn DeviceFacts, free: usize) -> Vec<String>
             |c| format!("model.layers={}", c.model.layers),
         ),
     ];
-    let needs = |c: &Config| bytes(&Layout::new(c, device, None), device);
+    let needs = |c: &Config| Layout::new(c, device, None).total_bytes();
     let line = |sets: &str, needed: usize| {
         let verdict = if needed <= free { "fits" } else { "still does not fit" };
         format!("--set {sets}: {:.2} GiB, {verdict}", gib(needed))
@@ -164,14 +167,14 @@ pub fn plan(config: &Config, device: &dyn DeviceFacts, gpus: usize) -> RunPlan {
     };
     let flop = flop(shape, config, keep);
     let free_bytes = device.free_bytes();
-    let too_much = free_bytes.filter(|&free| free < bytes(&layout, device));
+    let too_much = free_bytes.filter(|&free| free < layout.total_bytes());
     let (time_ms, attention_measured) = time(shape, config, device, keep, &flop, params.count());
     RunPlan {
         params: params.count(),
         predictor_params: predictor,
         tokens: shape.patch.tokens(),
         memory: components(&layout.arena, gpus, shape.layers),
-        scratch_bytes: device.scratch_bytes(&shape.dims(layout.model.params.master.len())),
+        scratch_bytes: layout.scratch_bytes,
         free_bytes,
         lists: (layout.list_slots, layout.list_bytes),
         flop,
@@ -215,9 +218,7 @@ fn component(label: &str) -> (String, Spread) {
         }
         ("kept per block", _) => ("kept per block: log-sum-exp".into(), Spread::Tokens),
         ("lists", _) => ("KV lists".into(), Spread::Tokens),
-        ("block work", "mlp up" | "mlp act" | "mlp down") => {
-            ("activations of a block: MLP".into(), Spread::Tokens)
-        }
+        ("block work", "mlp up" | "mlp act") => ("activations of a block: MLP".into(), Spread::Tokens),
         ("block work", name) if name.starts_with("cross") => {
             ("activations of a block: cross-attention".into(), Spread::Tokens)
         }
@@ -287,13 +288,14 @@ fn time(
             _ => (name, ms(dense, rates.matmul), ms(sparse, rates.matmul)),
         });
     }
-    // Values read and written by norms, rotations, residuals and activations, in widths of the model: forward, and two
-    // and a half times that backward (bias gradients read every gradient once more).
+    // Values read and written beside products and attention, in widths of the model: norms, rotations and residuals 11
+    // forward, 22 backward (bias gradients among them), 10 recomputed; the activation once forward and twice backward
+    // (NOTES.md has the table).
     let (dim, pre, hidden) =
         (shape.dim() as f64, shape.mlp.pre_width(shape.hidden) as f64, shape.hidden as f64);
-    let widths = 17.0 + (pre + hidden) / dim;
-    let passes = if config.train.recompute { 4.5 } else { 3.5 };
-    let pointwise = 2.0 * shape.rows() as f64 * dim * widths * passes * calls;
+    let recomputed = if config.train.recompute { 10.0 } else { 0.0 };
+    let widths = 33.0 + recomputed + 3.0 * (pre + hidden) / dim;
+    let pointwise = 2.0 * shape.rows() as f64 * dim * widths * calls;
     // Master and both moments read and written, the gradient read twice and zeroed, the copy written.
     let each = 38.0 + if config.train.ema_decay > 0.0 { 12.0 } else { 0.0 };
     let ms = |bytes: f64| 1e3 * bytes / rates.memory;
@@ -303,8 +305,8 @@ fn time(
     (out, dense_us.is_some())
 }
 
-/// FLOP (two per multiply-add) of one step: forward 1, backward 2, recompute 1 where on; attention forward 1,
-/// backward 2.5, never recomputed.
+/// FLOP (two per multiply-add) of one step: forward 1, backward 2, recompute 1 where on, but for the MLP's last product;
+/// attention forward 1, backward 2.5, never recomputed.
 fn flop(shape: &ModelShape, config: &Config, keep: f64) -> Vec<(&'static str, f64, f64)> {
     let per_step = (config.train.grad_accumulation * shape.layers) as f64;
     let passes = if config.train.recompute { 4.0 } else { 3.0 };
@@ -315,7 +317,7 @@ fn flop(shape: &ModelShape, config: &Config, keep: f64) -> Vec<(&'static str, f6
     let qkvo = linear(rows, dim, 4.0 * dim);
     let cross = linear(rows, dim, 2.0 * dim) + linear(text_rows, dim, 2.0 * dim);
     let (hidden, pre) = (shape.hidden as f64, shape.mlp.pre_width(shape.hidden) as f64);
-    let mlp = linear(rows, dim, pre) + linear(rows, hidden, dim);
+    let mlp = linear(rows, dim, pre) + linear(rows, hidden, dim) * 3.0 / passes;
     let attention = 4.0 * rows * s * dim * per_step * 3.5;
     // Forward and backward, and the forward once more in the recompute.
     let cross_attention = 4.0 * rows * text * dim * per_step * (passes + 0.5);

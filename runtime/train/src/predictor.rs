@@ -64,6 +64,24 @@ pub struct Predictors {
     dim: usize,
 }
 
+/// Buffers of predictors that the grids of a run share.
+#[derive(Clone, Debug)]
+pub struct Shared {
+    params: ParamSet,
+    weights: Vec<ParamId>,
+    loss: Buf,
+    needed: Buf,
+    covered: Buf,
+}
+
+/// Buffers of predictors that one grid of a run keeps from step to step.
+#[derive(Copy, Clone, Debug)]
+pub struct Kept {
+    samples: Buf,
+    top_k: Buf,
+    rope_tables: Option<(Buf, Buf)>,
+}
+
 impl Predictors {
     /// Parameters of predictors, for counting.
     pub fn params(shape: &PredictorShape, dim: usize) -> (ParamPlan, Vec<ParamId>) {
@@ -83,32 +101,57 @@ impl Predictors {
         probe.total_bytes()
     }
 
-    /// Lays predictors and `slots + 1` list buffers out.
-    pub fn reserve(
-        shape: PredictorShape,
-        attn: AttnShape,
-        dim: usize,
-        slots: usize,
-        inverse: bool,
-        train: bool,
-        plan: &mut ArenaPlan,
-    ) -> Predictors {
-        let (params, weights) = Self::params(&shape, dim);
-        let ListShape { batch, heads, seqlen, .. } = shape.lists;
-        let lowrank = batch * seqlen * 2 * heads * shape.d_lr;
-        let per_head = shape.layers * heads;
-        Predictors {
+    /// Lays out what all grids of a run share: weights, their optimizer and what is measured of every head.
+    pub fn reserve_shared(shape: &PredictorShape, dim: usize, train: bool, plan: &mut ArenaPlan) -> Shared {
+        let (params, weights) = Self::params(shape, dim);
+        let per_head = shape.layers * shape.lists.heads;
+        Shared {
             params: params.reserve(plan, "predictors", train, false),
             weights,
             loss: plan.f32("predictors/loss", per_head),
             needed: plan.f32("predictors/needed", per_head),
             covered: plan.f32("predictors/covered", per_head),
+        }
+    }
+
+    /// Lays out what the predictors of one grid keep from step to step.
+    pub fn reserve_kept(shape: &PredictorShape, plan: &mut ArenaPlan) -> Kept {
+        let ListShape { heads, seqlen, .. } = shape.lists;
+        Kept {
             samples: plan.i32("predictors/samples", shape.samples),
-            top_k: plan.i32("predictors/top_k", per_head),
+            top_k: plan.i32("predictors/top_k", shape.layers * heads),
             rope_tables: shape.rope.then(|| {
                 let len = seqlen * shape.d_lr / 2;
                 (plan.f32("predictors/cos", len), plan.f32("predictors/sin", len))
             }),
+        }
+    }
+
+    /// Lays out what the predictors of one grid use within a step, `slots + 1` list buffers among it.
+    #[allow(clippy::too_many_arguments)]
+    pub fn reserve(
+        shape: PredictorShape,
+        attn: AttnShape,
+        dim: usize,
+        (shared, kept): (Shared, Kept),
+        slots: usize,
+        inverse: bool,
+        train: bool,
+        plan: &mut ArenaPlan,
+    ) -> Predictors {
+        let ListShape { batch, heads, seqlen, .. } = shape.lists;
+        let lowrank = batch * seqlen * 2 * heads * shape.d_lr;
+        let Shared { params, weights, loss, needed, covered } = shared;
+        let Kept { samples, top_k, rope_tables } = kept;
+        Predictors {
+            params,
+            weights,
+            loss,
+            needed,
+            covered,
+            samples,
+            top_k,
+            rope_tables,
             slots: (0..=slots)
                 .map(|i| shape.lists.reserve(plan, &format!("lists/slot {i}"), inverse))
                 .collect(),

@@ -3,6 +3,7 @@
 
 use crate::checkpoint::{self, Checkpoint, CheckpointError};
 use crate::config::{Config, ConfigError};
+use crate::data::ahead::ahead;
 use crate::data::{Clip, DataError, DataPosition, Dataset, Video};
 use crate::durable::{RealDisk, write_file};
 use crate::engine::{Engine, EngineError};
@@ -17,7 +18,6 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
 use std::time::Instant;
 
 /// Why a run, an evaluation or a sample failed.
@@ -265,15 +265,16 @@ impl Session<'_> {
 
     /// Passes events on, with the speed of the steps among them.
     fn tell_all(&mut self, events: &mut Vec<Event>) -> Result<(), RunError> {
-        let steps: Vec<u64> =
-            events.iter().filter_map(|e| if let Event::Step(r) = e { Some(r.step) } else { None }).collect();
-        if let Some(&step) = steps.last() {
+        let steps: Vec<(u64, u64)> = events
+            .iter()
+            .filter_map(|e| if let Event::Step(r) = e { Some((r.step, r.tokens)) } else { None })
+            .collect();
+        if let Some(&(step, _)) = steps.last() {
             let now = Instant::now();
             if let Some(before) = self.read_back.replace(now) {
-                let seconds = (now - before).as_secs_f64() / steps.len() as f64;
-                let train = &self.config.train;
-                let clips = self.config.data.batch_size * train.grad_accumulation;
-                let tokens_per_second = (clips * self.config.tokens()) as f64 / seconds;
+                let all = (now - before).as_secs_f64();
+                let seconds = all / steps.len() as f64;
+                let tokens_per_second = steps.iter().map(|s| s.1).sum::<u64>() as f64 / all;
                 self.tell(Progress::Speed { tokens_per_second, step_ms: 1e3 * seconds, step })?;
             }
         }
@@ -320,23 +321,19 @@ impl Session<'_> {
         let left = steps.saturating_sub(trainer.step_number());
         let data = self.data;
         let mut saved_at = None;
-        std::thread::scope(|scope| -> Result<(), RunError> {
-            // Clips are made one step ahead, on another thread.
-            let (send, receive) = mpsc::sync_channel::<(Result<Vec<Clip>, DataError>, DataPosition)>(1);
-            scope.spawn(move || {
-                for _ in 0..left {
-                    let clips = data.next_batch(&mut position, per_step);
-                    let failed = clips.is_err();
-                    if send.send((clips, position)).is_err() || failed {
-                        return;
-                    }
-                }
-            });
+        let readers = [self.config.data.readers, self.config.data.read_ahead];
+        let begin = position;
+        let read = move |step: u64| {
+            let mut at = begin.after(step * per_step as u64, data.len());
+            (data.next_batch(&mut at, per_step), at)
+        };
+        let failed = |(clips, _): &(Result<Vec<Clip>, DataError>, DataPosition)| clips.is_err();
+        ahead(readers, left, read, failed, |mut batches| -> Result<(), RunError> {
             let mut events = Vec::new();
             let mut due = false;
             self.read_back = Some(Instant::now());
             while trainer.step_number() < steps && !stop.load(Ordering::Relaxed) {
-                let Ok((clips, after)) = receive.recv() else { break };
+                let Some((clips, after)) = batches.next() else { break };
                 let result = trainer.step(&clips?, &mut events);
                 self.tell_all(&mut events)?;
                 result?;

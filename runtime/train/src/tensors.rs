@@ -245,6 +245,15 @@ impl TensorFile {
         })
     }
 
+    /// Asks the system to read bytes `range` of a tensor ahead. A hint: it waits for nothing, and where it is not
+    /// followed the bytes are read when they are used.
+    pub fn will_need(&self, name: &str, range: std::ops::Range<usize>) {
+        if let Some(e) = self.entries.get(name) {
+            let (start, end) = (e.start + range.start, (e.start + range.end).min(e.end));
+            let _ = self.map.advise_range(memmap2::Advice::WillNeed, start, end.saturating_sub(start));
+        }
+    }
+
     /// Every tensor, in alphabetical order.
     pub fn views(&self) -> Vec<TensorView<'_>> {
         self.names().filter_map(|n| self.get(n)).collect()

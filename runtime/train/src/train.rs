@@ -76,6 +76,8 @@ pub enum TrainError {
 pub struct StepRecord {
     /// The step, from 0.
     pub step: u64,
+    /// Video tokens of its clips.
+    pub tokens: u64,
     /// Mean loss.
     pub loss: f64,
     /// L2 norm of the gradient before clipping.
@@ -129,6 +131,7 @@ pub enum Event {
 #[derive(Copy, Clone, Debug)]
 struct Pending {
     step: u64,
+    tokens: u64,
     lr: f64,
     stage: u8,
     sparse_share: f64,
@@ -141,6 +144,9 @@ struct More {
     stages: Stages,
     profile: ProfileState,
     decision: Decision,
+    /// Of the other grids.
+    #[serde(default)]
+    other_decisions: Vec<Decision>,
     predictor_loss: Option<f64>,
     skipped_in_a_row: u32,
     good_steps: u64,
@@ -151,8 +157,10 @@ struct More {
 pub struct Trainer {
     /// The configuration.
     pub config: Config,
-    /// The model.
+    /// The model, laid out for the first grid.
     pub model: Model,
+    /// The same model for the other grids, with how its blocks attend there.
+    others: Vec<(Model, Decision)>,
     engine: Box<dyn Engine>,
     stages: Stages,
     profile: ProfileState,
@@ -164,6 +172,8 @@ pub struct Trainer {
     ring: Buf,
     culprits: Buf,
     pending: Vec<Pending>,
+    /// Which grid the last step had.
+    last_grid: usize,
 }
 
 /// A run laid out, before anything is allocated.
@@ -171,12 +181,16 @@ pub struct Trainer {
 pub struct Layout {
     /// The arena.
     pub arena: ArenaPlan,
-    /// The model's handles.
+    /// The model's handles, for the first grid.
     pub model: Model,
+    /// The same model's handles for the other grids.
+    pub others: Vec<Model>,
     /// List buffers blocks can be given.
     pub list_slots: usize,
     /// Bytes of one list buffer; 0 without predictors.
     pub list_bytes: usize,
+    /// Bytes of the engine's workspace.
+    pub scratch_bytes: usize,
     ring: Buf,
     culprits: Buf,
 }
@@ -184,7 +198,12 @@ pub struct Layout {
 impl Layout {
     /// Lays a training run out for an engine. `list_slots` overrides the number the memory budget gives.
     pub fn new(config: &Config, engine: &dyn DeviceFacts, list_slots: Option<usize>) -> Layout {
-        let shape = ModelShape::from_config(config, config.data.batch_size);
+        let shapes: Vec<ModelShape> = config
+            .grids()
+            .into_iter()
+            .map(|grid| ModelShape::from_config(&config.of_grid(grid), config.data.batch_size))
+            .collect();
+        let first = &shapes[0];
         let lay = |slots: usize| {
             let mut arena = ArenaPlan::new(engine.precision());
             let purposes = Purposes {
@@ -194,38 +213,51 @@ impl Layout {
                 list_slots: slots,
                 inverse_lists: engine.needs_inverse_lists(),
             };
-            let model = Model::reserve(shape.clone(), purposes, &mut arena);
+            let models = Model::reserve_grids(shapes.clone(), purposes, &mut arena);
+            for model in &models {
+                arena.need_scratch(engine.scratch_bytes(&model.shape.dims(model.params.master.len())));
+            }
             let ring = config.train.log_every.min(MAX_RING) as usize;
-            let slot = HEAD + shape.predictor.map_or(0, |p| p.layers * p.lists.heads);
+            let slot = HEAD + first.predictor.map_or(0, |p| p.layers * p.lists.heads);
             let values = arena.f32("metrics/ring", ring * slot);
             let culprits = arena.i32("metrics/culprits", ring * 2);
-            (arena, model, values, culprits)
+            (arena, models, values, culprits)
         };
-        let list_bytes = shape.predictor.map_or(0, |p| {
-            Predictors::slot_bytes(&p, engine.needs_inverse_lists(), &ArenaPlan::new(engine.precision()))
-        });
+        let slot_bytes = |shape: &ModelShape| {
+            shape.predictor.map_or(0, |p| {
+                let arena = ArenaPlan::new(engine.precision());
+                Predictors::slot_bytes(&p, engine.needs_inverse_lists(), &arena)
+            })
+        };
+        let list_bytes = shapes.iter().map(slot_bytes).max().unwrap_or(0);
         let list_slots = list_slots.unwrap_or_else(|| {
             if list_bytes == 0 {
                 return 0;
             }
             if config.dsv.attention == Attention::Fixed {
                 // Every block or none: where they do not fit, the run does not.
-                return shape.layers;
+                return first.layers;
             }
-            let (arena, model, ..) = lay(0);
-            let needed =
-                arena.total_bytes() + engine.scratch_bytes(&model.shape.dims(model.params.master.len()));
+            let (arena, ..) = lay(0);
+            let needed = arena.total_bytes() + arena.scratch_bytes();
             let budget = match config.dsv.memory_budget_gb {
                 gib if gib > 0.0 => Some((gib * (1u64 << 30) as f64) as usize),
                 _ => engine.free_bytes(),
             };
             match budget {
-                Some(bytes) => (bytes.saturating_sub(needed) / list_bytes).min(shape.layers),
-                None => shape.layers,
+                Some(bytes) => (bytes.saturating_sub(needed) / list_bytes).min(first.layers),
+                None => first.layers,
             }
         });
-        let (arena, model, ring, culprits) = lay(list_slots);
-        Layout { arena, model, list_slots, list_bytes, ring, culprits }
+        let (arena, mut models, ring, culprits) = lay(list_slots);
+        let model = models.remove(0);
+        let scratch_bytes = arena.scratch_bytes();
+        Layout { arena, model, others: models, list_slots, list_bytes, scratch_bytes, ring, culprits }
+    }
+
+    /// Bytes of arena and workspace.
+    pub fn total_bytes(&self) -> usize {
+        self.arena.total_bytes() + self.scratch_bytes
     }
 }
 
@@ -252,6 +284,9 @@ impl Trainer {
         trainer.stages = more.stages;
         trainer.profile = more.profile;
         trainer.decision = more.decision;
+        for ((_, decision), kept) in trainer.others.iter_mut().zip(more.other_decisions) {
+            *decision = kept;
+        }
         trainer.predictor_loss = more.predictor_loss;
         trainer.skipped_in_a_row = more.skipped_in_a_row;
         trainer.good_steps = more.good_steps;
@@ -261,22 +296,29 @@ impl Trainer {
 
     fn begin(config: Config, mut engine: Box<dyn Engine>, layout: Layout) -> Result<Trainer, TrainError> {
         plan::check(&config, &layout, &*engine)?;
-        let Layout { arena, model, list_slots, ring, culprits, .. } = layout;
+        let Layout { arena, model, others, list_slots, ring, culprits, .. } = layout;
         engine.reserve(&arena, &model.shape.dims(model.params.master.len()))?;
         model.initialise(&mut *engine, config.train.seed)?;
+        for other in &others {
+            other.write_tables(&mut *engine)?;
+        }
         let stages = Stages::new(&config.dsv);
         let profile = ProfileState::new();
-        let decision = match model.shape.window {
+        let first = |model: &Model| match model.shape.window {
             Some(w) => Decision::windows(config.model.layers, w.kept, config.dsv.attention.label()),
-            None => Decision::dense(&rules(&config, &*engine, &model, list_slots), &profile),
+            None => Decision::dense(&rules(&config, &*engine, model, list_slots), &profile),
         };
+        let decision = first(&model);
+        let others = others.into_iter().map(|other| (first(&other), other)).map(|(d, m)| (m, d)).collect();
         let mut trainer = Trainer {
             config,
             model,
+            others,
             engine,
             stages,
             profile,
             decision,
+            last_grid: 0,
             step: 0,
             predictor_loss: None,
             skipped_in_a_row: 0,
@@ -299,7 +341,7 @@ impl Trainer {
         self.stages.stage()
     }
 
-    /// The dispatcher's last decision.
+    /// The dispatcher's last decision, for the first grid.
     pub fn decision(&self) -> &Decision {
         &self.decision
     }
@@ -325,10 +367,41 @@ impl Trainer {
     }
 
     fn write_top_k(&mut self) -> Result<(), EngineError> {
-        match &self.model.predictors {
-            Some(predictors) => self.engine.write_i32(predictors.top_k, &self.decision.top_k()),
-            None => Ok(()),
+        let others = self.others.iter().map(|(model, decision)| (model, decision));
+        for (model, decision) in std::iter::once((&self.model, &self.decision)).chain(others) {
+            if let Some(predictors) = &model.predictors {
+                self.engine.write_i32(predictors.top_k, &decision.top_k())?;
+            }
         }
+        Ok(())
+    }
+
+    /// Decides anew for every grid.
+    fn decide(&mut self, choose: fn(&Rules, &ProfileState) -> Decision) -> Result<(), EngineError> {
+        let slots = self.slots();
+        let rules = |model: &Model| rules(&self.config, &*self.engine, model, slots);
+        self.decision = choose(&rules(&self.model), &self.profile);
+        for (model, decision) in &mut self.others {
+            *decision = choose(&rules(model), &self.profile);
+        }
+        self.write_top_k()
+    }
+
+    /// The model and its blocks' attention for a grid, by its number.
+    fn of_grid(&self, grid: usize) -> (&Model, &Decision) {
+        match grid.checked_sub(1) {
+            None => (&self.model, &self.decision),
+            Some(other) => (&self.others[other].0, &self.others[other].1),
+        }
+    }
+
+    /// Number of the grid that all these clips have.
+    fn grid_of(&self, clips: &[Clip]) -> usize {
+        let grid = clips[0].grid;
+        assert!(clips.iter().all(|c| c.grid == grid), "the clips of one step have one grid, {grid:?}");
+        let models = std::iter::once(&self.model).chain(self.others.iter().map(|(model, _)| model));
+        let found = models.into_iter().position(|m| m.shape.patch.latent == grid);
+        found.unwrap_or_else(|| panic!("no model was laid out for clips of {grid:?}"))
     }
 
     fn slots(&self) -> usize {
@@ -339,7 +412,7 @@ impl Trainer {
     /// back, are appended to `events`.
     ///
     /// # Panics
-    /// If `clips` has another number of clips, or a clip another shape than the configuration says.
+    /// If `clips` has another number of clips, or they are not all of one of the configuration's grids.
     pub fn step(&mut self, clips: &[Clip], events: &mut Vec<Event>) -> Result<(), TrainError> {
         assert_eq!(clips.len(), self.clips_per_step(), "clips of one step");
         let step = self.step;
@@ -351,22 +424,23 @@ impl Trainer {
             events.push(Event::Decision { step, decision: self.decision.clone() });
         }
         if self.stages.dispatches(&dsv, step) {
-            let rules = rules(&self.config, &*self.engine, &self.model, self.slots());
-            self.decision = Decision::choose(&rules, &self.profile);
-            self.write_top_k()?;
+            self.decide(Decision::choose)?;
             events.push(Event::Decision { step, decision: self.decision.clone() });
         }
         let profiles = self.stages.profiles(&dsv, step);
+        self.last_grid = self.grid_of(clips);
+        let (model, decision) = self.of_grid(self.last_grid);
+        let (model, attention, sparse_share) = (model.clone(), decision.attention(), decision.sparse_share());
         if profiles {
-            self.write_samples(step)?;
+            self.write_samples(step, &model)?;
         }
-        self.compute(clips, profiles)?;
+        self.compute(clips, &model, &attention, profiles)?;
         self.update()?;
-        let sparse_share = self.decision.sparse_share();
+        let tokens = (clips.len() * model.shape.patch.tokens()) as u64;
         let stage = self.stages.stage().number();
         let lr = self.config.lr_at(step);
         let predictors = self.model.predictors.is_some();
-        self.pending.push(Pending { step, lr, stage, sparse_share, predictors });
+        self.pending.push(Pending { step, tokens, lr, stage, sparse_share, predictors });
         self.step += 1;
         let ring = self.culprits.len() as u64 / 2;
         if profiles || self.step.is_multiple_of(ring) {
@@ -383,9 +457,9 @@ impl Trainer {
         Ok(())
     }
 
-    fn write_samples(&mut self, step: u64) -> Result<(), EngineError> {
-        let Some(predictors) = &self.model.predictors else { return Ok(()) };
-        let tokens = self.model.shape.patch.tokens() as f64;
+    fn write_samples(&mut self, step: u64, model: &Model) -> Result<(), EngineError> {
+        let Some(predictors) = &model.predictors else { return Ok(()) };
+        let tokens = model.shape.patch.tokens() as f64;
         // Stratified: one random query from each of `len` equal ranges.
         let len = predictors.samples.len();
         let samples: Vec<i32> = (0..len)
@@ -398,32 +472,39 @@ impl Trainer {
     }
 
     /// Gradients of the step, summed over its micro-batches, and the sum of its losses.
-    fn compute(&mut self, clips: &[Clip], profiles: bool) -> Result<(), EngineError> {
+    fn compute(
+        &mut self,
+        clips: &[Clip],
+        model: &Model,
+        attention: &[BlockAttention],
+        profiles: bool,
+    ) -> Result<(), EngineError> {
         let batch = self.config.data.batch_size;
         let micros = clips.len() / batch;
-        let attention = self.decision.attention();
         let head = self.slot(0, HEAD);
+        let grid = self.last_grid as u32;
         let e = &mut *self.engine;
-        e.fill(self.model.params.state().grad, 0.0);
-        if let Some(predictors) = &self.model.predictors {
+        e.fill(model.params.state().grad, 0.0);
+        if let Some(predictors) = &model.predictors {
             e.fill(predictors.params.state().grad, 0.0);
         }
         e.fill(head, 0.0);
         for (micro, clips) in clips.chunks(batch).enumerate() {
             write_clips(
                 e,
-                &self.model,
+                model,
                 clips,
                 &self.config,
                 self.step * (micros * batch) as u64 + (micro * batch) as u64,
             )?;
-            let task =
-                PredictorTask { train: self.model.predictors.is_some(), profile: profiles && micro == 0 };
-            self.model.prepare(e);
-            self.model.forward(e, &attention, task);
-            self.model.loss(e, Some(1.0 / micros as f32));
-            self.model.backward(e, &attention);
-            e.sum_rows(batch, self.model.io.loss, head.slice(0, 1));
+            let task = PredictorTask { train: model.predictors.is_some(), profile: profiles && micro == 0 };
+            e.repeat(&repeat_key(grid, task, attention), &mut |e| {
+                model.prepare(e);
+                model.forward(e, attention, task);
+                model.loss(e, Some(1.0 / micros as f32));
+                model.backward(e, attention);
+            });
+            e.sum_rows(batch, model.io.loss, head.slice(0, 1));
         }
         Ok(())
     }
@@ -554,6 +635,7 @@ impl Trainer {
             }
             events.push(Event::Step(StepRecord {
                 step: p.step,
+                tokens: p.tokens,
                 loss: f64::from(slot[0]) / per_step,
                 grad_norm: f64::from(slot[1]),
                 lr: p.lr,
@@ -577,7 +659,9 @@ impl Trainer {
             let ring = self.culprits.len() / 2;
             let culprit = self.culprits.slice(step as usize % ring * 2, 1);
             let norm = self.slot_of(step, 1, 2);
-            if let Some(name) = self.model.first_not_finite(&mut *self.engine, norm, culprit)? {
+            if let Some(name) =
+                self.of_grid(self.last_grid).0.clone().first_not_finite(&mut *self.engine, norm, culprit)?
+            {
                 return Ok(name);
             }
         }
@@ -602,9 +686,7 @@ impl Trainer {
             self.profile.observe(self.model.shape.heads, &needed, &covered);
         }
         if self.stages.stage() == Stage::Dense {
-            let rules = rules(&self.config, &*self.engine, &self.model, self.slots());
-            self.decision = Decision::dense(&rules, &self.profile);
-            self.write_top_k()?;
+            self.decide(Decision::dense)?;
         }
         events.push(Event::Profile { step, profile: self.profile.clone() });
         Ok(())
@@ -622,6 +704,7 @@ impl Trainer {
             stages: self.stages,
             profile: self.profile.clone(),
             decision: self.decision.clone(),
+            other_decisions: self.others.iter().map(|(_, decision)| decision.clone()).collect(),
             predictor_loss: self.predictor_loss.filter(|x| x.is_finite()),
             skipped_in_a_row: self.skipped_in_a_row,
             good_steps: self.good_steps,
@@ -771,6 +854,19 @@ pub(crate) fn write_latents_and_text(
     e.write_f32(model.io.text, &clips.iter().flat_map(|c| &c.text).copied().collect::<Vec<_>>())
 }
 
+/// What decides the ops of a forward and backward pass within one run.
+fn repeat_key(grid: u32, task: PredictorTask, attention: &[BlockAttention]) -> Vec<u32> {
+    let mode = |a: &BlockAttention| match *a {
+        BlockAttention::Dense => 0,
+        BlockAttention::Window => 1,
+        BlockAttention::Sparse { slot } => 2 + slot as u32,
+    };
+    [grid, u32::from(task.train), u32::from(task.profile)]
+        .into_iter()
+        .chain(attention.iter().map(mode))
+        .collect()
+}
+
 /// What the dispatcher may rest on.
 pub(crate) fn rules(config: &Config, engine: &dyn DeviceFacts, model: &Model, slots: usize) -> Rules {
     let dsv = &config.dsv;
@@ -782,8 +878,8 @@ pub(crate) fn rules(config: &Config, engine: &dyn DeviceFacts, model: &Model, sl
     Rules {
         layers: config.model.layers,
         heads: config.model.heads,
-        kv_blocks: config.kv_blocks(),
-        max_selected: config.max_selected(),
+        kv_blocks: model.shape.patch.tokens().div_ceil(dsv.kv_block),
+        max_selected: model.shape.predictor.map_or(config.max_selected(), |p| p.lists.max_selected),
         keep: dsv.keep,
         crossover,
         crossover_source,

@@ -19,7 +19,7 @@ static GPU: Mutex<()> = Mutex::new(());
 
 fn open(deterministic: bool) -> CudaEngine {
     let bundle = std::env::var_os("DSV_BUNDLE").map(Into::into);
-    CudaEngine::open(&CudaOptions { index: 0, table: None, bundle, deterministic })
+    CudaEngine::open(&CudaOptions { index: 0, table: None, bundle, deterministic, graphs: false })
         .expect("these tests need a GPU")
 }
 
@@ -47,6 +47,9 @@ const F32: Tolerance = Tolerance { rel: 1e-4, abs: 2e-5, floor: 0.0 };
 /// cublasLt may round the product to bf16 before it adds the old value or the bias, then rounds the sum: half an ulp is
 /// 2^-8 of a value at most, and the product is at most the sum and what was added, which is below 5 here.
 const TWICE_ROUNDED: Tolerance = Tolerance { rel: 2.0 / 256.0, abs: 1e-4, floor: 5.0 / 256.0 };
+/// The same with a bias and a residual: the product and its sum with the bias are each at most the result and what is added
+/// after, below 5 and 9 here, and each may be rounded (half an ulp is 2^-9 of a value).
+const THRICE_ROUNDED: Tolerance = Tolerance { rel: 3.0 / 512.0, abs: 1e-4, floor: 14.0 / 512.0 };
 /// Sums of products whose operands were rounded to bf16 on the way (P and dS of attention, the weighted rows of the
 /// predictor): 2^-9 each, averaging out.
 const VIA_BF16: Tolerance = Tolerance { rel: 1.0 / 128.0, abs: 4e-3, floor: 0.0 };
@@ -233,10 +236,19 @@ fn products() {
             Input::Floats(2, noise(3, n, 1.0)),
             Input::Floats(3, noise(4, m * n, 1.0)),
             Input::Floats(4, noise(5, m * n, 1.0)),
+            Input::Floats(6, noise(6, m * n, 1.0)),
         ];
         let mut pair = Pair::new(&dims(), &inputs, |p| {
             let (a, b, bias) = (p.act("a", m * k), p.act("b", k * n), p.act("bias", n));
-            vec![a, b, bias, p.act("c16", m * n), p.f32("c32", m * n), p.act("pre", m * n)]
+            vec![
+                a,
+                b,
+                bias,
+                p.act("c16", m * n),
+                p.f32("c32", m * n),
+                p.act("pre", m * n),
+                p.act("residual", m * n),
+            ]
         });
         let name = |what: &str| format!("{layout:?} {m}x{n}x{k} {what}");
         // Kernels for rows of 16 bytes add the bias in f32.
@@ -245,6 +257,8 @@ fn products() {
         pair.run(|e, b| e.gemm(&g(b, 3).accumulate())).same(&name("accumulated bf16"), 3, TWICE_ROUNDED);
         pair.run(|e, b| e.gemm(&g(b, 4).accumulate())).same(&name("accumulated f32"), 4, F32);
         pair.run(|e, b| e.gemm(&g(b, 3).bias(b[2]))).same(&name("bias bf16"), 3, with_bias);
+        pair.run(|e, b| e.gemm(&g(b, 3).bias(b[2]).plus(b[6])));
+        pair.same(&name("bias and residual bf16"), 3, THRICE_ROUNDED);
         pair.run(|e, b| e.gemm(&g(b, 4).bias(b[2]))).same(&name("bias f32"), 4, F32);
         pair.run(|e, b| e.gemm(&g(b, 4))).same(&name("f32"), 4, F32);
         if n % 8 == 0 {
@@ -257,7 +271,7 @@ fn products() {
 }
 
 #[test]
-fn norm_mod_and_residual() {
+fn norm_mod() {
     let _gpu = lock();
     let (batch, seqlen, dim, chunks) = (2, 301, 256, 6);
     let rows = batch * seqlen;
@@ -267,7 +281,6 @@ fn norm_mod_and_residual() {
         Input::Floats(5, noise(3, rows * dim, 1.0)),
         Input::Floats(6, noise(4, rows * dim, 1.0)),
         Input::Floats(7, noise(5, batch * chunks * dim, 1.0)),
-        Input::Floats(8, noise(6, rows * dim, 1.0)),
     ];
     let mut pair = Pair::new(&dims(), &inputs, |p| {
         vec![
@@ -279,8 +292,6 @@ fn norm_mod_and_residual() {
             p.act("d_out", rows * dim),
             p.act("d_x", rows * dim),
             p.f32("d_modulation", batch * chunks * dim),
-            p.act("y", rows * dim),
-            p.act("d_y", rows * dim),
         ]
     });
     let norm = move |b: &[Buf]| NormMod {
@@ -300,12 +311,47 @@ fn norm_mod_and_residual() {
     pair.same("mean", 2, F32).same("rstd", 3, F32).same("norm_mod_fwd", 4, ROUNDED);
     pair.run(|e, b| e.norm_mod_bwd(&norm(b), b[5], b[6], b[7]));
     pair.same("norm_mod_bwd d_x", 6, ROUNDED).same("norm_mod_bwd d_modulation", 7, F32);
-    let gated = move |b: &[Buf]| Residual { batch, seqlen, dim, gate: Some((b[1], chunks, 2)) };
-    pair.run(|e, b| e.residual_fwd(&gated(b), b[0], b[8], b[4])).same("residual_fwd", 4, ROUNDED);
-    pair.run(|e, b| e.residual_bwd(&gated(b), b[8], b[5], b[9], b[7]));
-    pair.same("residual_bwd d_y", 9, ROUNDED).same("residual_bwd d_modulation", 7, F32);
-    pair.run(|e, b| e.residual_fwd(&Residual { gate: None, ..gated(b) }, b[0], b[8], b[0]));
-    pair.same("residual in place, no gate", 0, ROUNDED);
+}
+
+#[test]
+fn gated_weights() {
+    let _gpu = lock();
+    // More columns than a CTA has lanes, and fewer.
+    for (rows, columns) in [(136, 4104), (256, 72)] {
+        let all = rows * columns;
+        let inputs = [
+            Input::Floats(0, noise(1, all, 1.0)),
+            Input::Floats(1, noise(2, rows, 1.0)),
+            Input::Floats(2, noise(3, rows, 0.5)),
+            Input::Floats(5, noise(4, all, 1.0)),
+            Input::Floats(6, noise(5, rows, 1.0)),
+            Input::Floats(7, noise(6, all, 1.0)),
+            Input::Floats(8, noise(7, rows, 1.0)),
+            Input::Floats(9, noise(8, rows, 1.0)),
+        ];
+        let mut pair = Pair::new(&dims(), &inputs, |p| {
+            vec![
+                p.act("weight", all),
+                p.act("bias", rows),
+                p.f32("gate", rows),
+                p.act("gated weight", all),
+                p.act("gated bias", rows),
+                p.f32("product", all),
+                p.f32("sum", rows),
+                p.f32("d_weight", all),
+                p.f32("d_bias", rows),
+                p.f32("d_gate", rows),
+            ]
+        });
+        let map = |b: &[Buf]| Gated { weight: b[0], bias: b[1], gate: b[2] };
+        pair.run(|e, b| e.gate_weight(&map(b), b[3], b[4]));
+        pair.same("gated weight", 3, ROUNDED).same("gated bias", 4, ROUNDED);
+        pair.run(|e, b| {
+            let grad = GatedGrad { product: b[5], sum: b[6], d_weight: b[7], d_bias: b[8], d_gate: b[9] };
+            e.gate_grad(&map(b), &grad);
+        });
+        pair.same("d_weight", 7, F32).same("d_bias", 8, F32).same("d_gate", 9, F32);
+    }
 }
 
 #[test]
@@ -374,22 +420,32 @@ fn queries_and_keys() {
 #[test]
 fn activations() {
     let _gpu = lock();
-    let (rows, hidden) = (131, 72);
-    for act in [MlpAct::GeGlu, MlpAct::Gelu] {
+    // Rows and columns that fill neither a chunk nor a CTA, and some of each.
+    for (act, rows, hidden) in [
+        (MlpAct::GeGlu, 131, 72),
+        (MlpAct::Gelu, 131, 72),
+        (MlpAct::GeGlu, 3000, 2056),
+        (MlpAct::Gelu, 7, 4096),
+    ] {
         let width = act.pre_width(hidden);
-        let inputs =
-            [Input::Floats(0, noise(1, rows * width, 3.0)), Input::Floats(1, noise(2, rows * hidden, 1.0))];
-        let mut pair = Pair::new(&dims(), &inputs, |p| {
+        let inputs = [
+            Input::Floats(0, noise(1, rows * width, 3.0)),
+            Input::Floats(1, noise(2, rows * hidden, 1.0)),
+            Input::Floats(3, noise(3, width, 1.0)),
+        ];
+        let dims = Dims { mlp_width: width, seqlen: rows.max(64), ..dims() };
+        let mut pair = Pair::new(&dims, &inputs, |p| {
             vec![
                 p.act("pre", rows * width),
                 p.act("d_out", rows * hidden),
                 p.act("out", rows * hidden),
-                p.act("d_pre", rows * width),
+                p.f32("d_bias", width),
             ]
         });
         pair.run(|e, b| e.mlp_act_fwd(act, rows, hidden, b[0], b[2])).same("mlp_act_fwd", 2, ROUNDED);
-        pair.run(|e, b| e.mlp_act_bwd(act, rows, hidden, b[0], b[1], b[3])).same("mlp_act_bwd", 3, ROUNDED);
-        pair.run(|e, b| e.mlp_act_bwd(act, rows, hidden, b[0], b[1], b[0])).same("in place", 0, ROUNDED);
+        pair.run(|e, b| e.mlp_act_bwd(act, rows, hidden, b[0], b[1], b[3]));
+        pair.same("mlp_act_bwd d_pre", 0, ROUNDED).same("mlp_act_bwd out", 1, ROUNDED);
+        pair.same("mlp_act_bwd d_bias", 3, F32);
     }
     let inputs = [
         Input::Floats(0, noise(3, 1001, 4.0)),
@@ -975,6 +1031,29 @@ fn run_config() -> Config {
     c.device.kind = dsv_train::config::DeviceKind::Cuda;
     c.validate().unwrap();
     c
+}
+
+#[test]
+fn graphs_give_the_same_bits_as_launches() {
+    let _gpu = lock();
+    let run = |graphs: bool| {
+        let mut config = run_config();
+        (config.train.deterministic, config.device.graphs) = (true, graphs);
+        // Profiles, a switch and a decision on the way; two grids.
+        (config.dsv.profile_every, config.dsv.profile_every_stage2, config.dsv.switch) =
+            (3, 4, Switch::Step(8));
+        config.data.buckets = vec![[4, 8, 16]];
+        let data = Dataset::open(&config).unwrap();
+        let engine = dsv_train::engine::open(&config.device, true).unwrap();
+        let mut trainer = Trainer::new(config, engine).unwrap();
+        let records = steps(&mut trainer, &data, &mut DataPosition::default(), 20, |_| ());
+        let master = trainer.model.params.master;
+        let bits: Vec<u32> = trainer.engine().read_f32(master).unwrap().iter().map(|x| x.to_bits()).collect();
+        (records, bits)
+    };
+    let (launched, replayed) = (run(false), run(true));
+    assert_eq!(launched.0, replayed.0);
+    assert!(launched.1 == replayed.1, "weights differ");
 }
 
 /// Steps of a run on the GPU; `poison` may spoil each step's clips.

@@ -185,54 +185,50 @@ pub struct NormModBwd {
     pub rows_per_chunk: i32,
 }
 
-/// Launch parameters of `residual_fwd`: out = x + gate y. Grid: (any, B); threads stride over a sequence.
+/// Launch parameters of `gate_weight`: row r of weight and bias times gate[r]. Grid: (rows).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct ResidualFwd {
-    /// Element [B, S, dim].
-    pub x: u64,
-    /// Element [B, S, dim].
-    pub y: u64,
-    /// Element [B, S, dim] out; may be `x`.
-    pub out: u64,
-    /// f32 [dim] of sequence 0; 0 for none.
+pub struct GateWeight {
+    /// Element [rows, columns].
+    pub weight: u64,
+    /// Element [rows].
+    pub bias: u64,
+    /// f32 [rows].
     pub gate: u64,
-    /// Elements between the gates of two sequences.
-    pub gate_stride: i64,
-    /// Sequences.
-    pub batch: i32,
-    /// Tokens.
-    pub seqlen: i32,
-    /// Width of a token, a multiple of the vector.
-    pub dim: i32,
+    /// Element [rows, columns] out.
+    pub gated_weight: u64,
+    /// Element [rows] out.
+    pub gated_bias: u64,
+    /// Columns, a multiple of the vector.
+    pub columns: i32,
     /// Keeps the struct's size a multiple of 8.
     pub reserved: i32,
 }
 
-/// Launch parameters of `residual_bwd`. Grid: (ceil(seqlen / rows_per_chunk), B); `sum_rows` adds up `partial`.
+/// Launch parameters of `gate_grad`: gradients of y = gate (w a + bias) from P = d_y^T a and s = sum d_y. Grid: (rows).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct ResidualBwd {
-    /// Element [B, S, dim].
-    pub y: u64,
-    /// Element [B, S, dim].
-    pub d_out: u64,
-    /// Element [B, S, dim] out.
-    pub d_y: u64,
-    /// f32 [dim] of sequence 0.
+pub struct GateGrad {
+    /// f32 [rows, columns]: P.
+    pub product: u64,
+    /// f32 [rows]: s.
+    pub sum: u64,
+    /// Element [rows, columns].
+    pub weight: u64,
+    /// Element [rows].
+    pub bias: u64,
+    /// f32 [rows].
     pub gate: u64,
-    /// f32 [B, gridDim.x, dim] out: sums of d_out y.
-    pub partial: u64,
-    /// Elements between the gates of two sequences.
-    pub gate_stride: i64,
-    /// Sequences.
-    pub batch: i32,
-    /// Tokens.
-    pub seqlen: i32,
-    /// Width of a token, a multiple of the vector.
-    pub dim: i32,
-    /// Tokens of a CTA.
-    pub rows_per_chunk: i32,
+    /// f32 [rows, columns], added to.
+    pub d_weight: u64,
+    /// f32 [rows], added to.
+    pub d_bias: u64,
+    /// f32 [rows] out.
+    pub d_gate: u64,
+    /// Columns, a multiple of the vector.
+    pub columns: i32,
+    /// Keeps the struct's size a multiple of 8.
+    pub reserved: i32,
 }
 
 /// Launch parameters of `qk_prep_fwd`. Grid: (batch * seqlen): one CTA a token.
@@ -315,22 +311,27 @@ pub struct MlpActFwd {
     pub is_glu: i32,
 }
 
-/// Launch parameters of `mlp_act_bwd`. Grid: any; threads stride over the elements of `d_out`.
+/// Launch parameters of `mlp_act_bwd`. Grid: (ceil(hidden / (256 vectors)), ceil(rows / rows_per_chunk)); `sum_rows` adds up
+/// `partial`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct MlpActBwd {
-    /// Element [rows, 2 * hidden] (GeGLU) or [rows, hidden] (GELU).
+    /// Element [rows, 2 * hidden] (GeGLU) or [rows, hidden] (GELU); its gradient is written over it.
     pub pre: u64,
-    /// Element [rows, hidden].
-    pub d_out: u64,
-    /// Like `pre`, out; may be `pre`.
-    pub d_pre: u64,
+    /// Element [rows, hidden]: gradient of the activation's output, which is written over it.
+    pub out: u64,
+    /// f32 [gridDim.y, row length of pre] out: column sums of the gradient of pre.
+    pub partial: u64,
     /// Rows.
     pub rows: i64,
-    /// Columns of `d_out`, a multiple of the vector.
+    /// Columns of `out`, a multiple of the vector.
     pub hidden: i32,
     /// Non-zero: GeGLU; zero: GELU.
     pub is_glu: i32,
+    /// Rows of a CTA.
+    pub rows_per_chunk: i32,
+    /// Keeps the struct's size a multiple of 8.
+    pub reserved: i32,
 }
 
 /// Launch parameters of `silu_fwd`. Grid: any; threads stride over the elements.

@@ -13,7 +13,7 @@ mod rope;
 pub use flow::{
     NoiseKey, PatchDims, flow_loss, flow_prepare, normal, patchify, philox, time_embed, unpatchify,
 };
-pub use norm::{ModDims, norm_mod_bwd, norm_mod_fwd, residual_bwd, residual_fwd};
+pub use norm::{GateInputs, ModDims, gate_grad, gate_weight, norm_mod_bwd, norm_mod_fwd};
 pub use optimizer::{AdamWStep, GradNormResult, adamw, ema, grad_norm};
 pub use pointwise::{
     MlpForm, gelu, gelu_derivative, mlp_act_bwd, mlp_act_fwd, silu_bwd, silu_fwd, sum_rows, text_select_bwd,

@@ -1,4 +1,4 @@
-//! LayerNorm with adaptive modulation, and the gated residual.
+//! LayerNorm with adaptive modulation, and linear maps with a gate.
 
 use super::{Math, reduce_rows};
 use rayon::prelude::*;
@@ -110,55 +110,61 @@ pub fn norm_mod_bwd<T: Math>(
     }
 }
 
-/// `out = x + gate * y` with chunk `gate` of the modulation, or `x + y` without one.
-pub fn residual_fwd<T: Math>(dims: ModDims, gate: Option<(&[T], usize)>, x: &[T], y: &[T], out: &mut [T]) {
-    if let Some((modulation, chunk)) = gate {
-        dims.check(x, modulation, chunk);
-    }
-    assert!(x.len() == y.len() && x.len() == out.len(), "residual of {dims:?}");
-    out.par_chunks_mut(dims.dim).enumerate().for_each(|(row, out)| {
-        let (x, y) = (&x[row * dims.dim..][..dims.dim], &y[row * dims.dim..][..dims.dim]);
-        match gate {
-            Some((modulation, chunk)) => {
-                let gate = dims.vector(modulation, row / dims.seqlen, chunk);
-                for i in 0..x.len() {
-                    out[i] = x[i] + gate[i] * y[i];
-                }
-            }
-            None => {
-                for i in 0..x.len() {
-                    out[i] = x[i] + y[i];
-                }
-            }
+/// Row `r` of `weight [gate.len(), columns]` and of `bias` times `gate[r]`: the weights of `gate * (w a + bias)`.
+pub fn gate_weight<T: Math>(
+    gate: &[T],
+    weight: &[T],
+    bias: &[T],
+    gated_weight: &mut [T],
+    gated_bias: &mut [T],
+) {
+    let columns = weight.len() / gate.len();
+    assert!(weight.len() == gated_weight.len() && gate.len() == bias.len(), "gate_weight of other sizes");
+    gated_weight.par_chunks_mut(columns).enumerate().for_each(|(row, out)| {
+        for (out, &w) in out.iter_mut().zip(&weight[row * columns..]) {
+            *out = gate[row] * w;
         }
     });
+    for (row, out) in gated_bias.iter_mut().enumerate() {
+        *out = gate[row] * bias[row];
+    }
 }
 
-/// `d_y = gate * d_out`, and overwrites chunk `gate` of `d_modulation` with `sum over tokens of d_out * y`.
-pub fn residual_bwd<T: Math>(
-    dims: ModDims,
-    (modulation, gate): (&[T], usize),
-    y: &[T],
-    d_out: &[T],
-    d_y: &mut [T],
-    d_modulation: &mut [T],
+/// What `gate_grad` reads of a gated linear map `y = gate * (w a + bias)`.
+pub struct GateInputs<'a, T> {
+    /// `[rows]`
+    pub gate: &'a [T],
+    /// `[rows, columns]`
+    pub weight: &'a [T],
+    /// `[rows]`
+    pub bias: &'a [T],
+    /// `[rows, columns]`: `sum over tokens of d_y a^T`.
+    pub product: &'a [T],
+    /// `[rows]`: `sum over tokens of d_y`.
+    pub sum: &'a [T],
+}
+
+/// Adds to `d_weight` and `d_bias`, overwrites `d_gate`. The output `y` itself is not needed:
+/// `sum_t d_y_t (w a_t) = <w, product>` row by row.
+pub fn gate_grad<T: Math>(
+    inputs: &GateInputs<'_, T>,
+    d_weight: &mut [T],
+    d_bias: &mut [T],
+    d_gate: &mut [T],
 ) {
-    dims.check(y, modulation, gate);
-    dims.check(d_out, d_modulation, gate);
-    let dim = dims.dim;
-    d_y.par_chunks_mut(dim).enumerate().for_each(|(row, d_y)| {
-        let gate = dims.vector(modulation, row / dims.seqlen, gate);
-        for (i, d_y) in d_y.iter_mut().enumerate() {
-            *d_y = gate[i] * d_out[row * dim + i];
+    let GateInputs { gate, weight, bias, product, sum } = *inputs;
+    let columns = weight.len() / gate.len();
+    assert!(product.len() == weight.len() && d_weight.len() == weight.len(), "gate_grad of other sizes");
+    d_weight.par_chunks_mut(columns).zip(d_gate.par_iter_mut()).enumerate().for_each(|(row, (d, d_gate))| {
+        let (w, p) = (&weight[row * columns..][..columns], &product[row * columns..][..columns]);
+        let mut dot = bias[row] * sum[row];
+        for i in 0..columns {
+            d[i] += gate[row] * p[i];
+            dot += w[i] * p[i];
         }
+        *d_gate = dot;
     });
-    for b in 0..dims.batch {
-        let sums = reduce_rows(dims.seqlen, dim, |s, sums: &mut [T]| {
-            let row = b * dims.seqlen + s;
-            for (i, sum) in sums.iter_mut().enumerate() {
-                *sum += d_out[row * dim + i] * y[row * dim + i];
-            }
-        });
-        d_modulation[(b * dims.chunks + gate) * dim..][..dim].copy_from_slice(&sums);
+    for (row, d) in d_bias.iter_mut().enumerate() {
+        *d += gate[row] * sum[row];
     }
 }

@@ -51,25 +51,30 @@ pub fn mlp_act_fwd<T: Math>(form: MlpForm, hidden: usize, pre: &[T], out: &mut [
     }
 }
 
-/// Gradient of `pre`, written over it: `pre_to_d_pre` holds `pre` on entry.
-pub fn mlp_act_bwd<T: Math>(form: MlpForm, hidden: usize, d_out: &[T], pre_to_d_pre: &mut [T]) {
+/// Gradient of `pre`, written over it: `pre_to_d_pre` holds `pre` on entry; and the activation's output, written over its
+/// gradient.
+pub fn mlp_act_bwd<T: Math>(form: MlpForm, hidden: usize, d_out_to_out: &mut [T], pre_to_d_pre: &mut [T]) {
+    let rows = d_out_to_out.par_chunks_mut(hidden);
     match form {
         MlpForm::Gelu => {
-            assert_eq!(pre_to_d_pre.len(), d_out.len());
-            pre_to_d_pre.par_chunks_mut(hidden).zip(d_out.par_chunks(hidden)).for_each(|(pre, d_out)| {
-                for (pre, &d) in pre.iter_mut().zip(d_out) {
-                    *pre = d * gelu_derivative(*pre);
+            assert_eq!(pre_to_d_pre.len(), rows.len() * hidden);
+            pre_to_d_pre.par_chunks_mut(hidden).zip(rows).for_each(|(pre, d_out)| {
+                for (pre, d) in pre.iter_mut().zip(d_out) {
+                    let x = *pre;
+                    *pre = *d * gelu_derivative(x);
+                    *d = gelu(x);
                 }
             });
         }
         MlpForm::GeGlu => {
-            assert_eq!(pre_to_d_pre.len(), 2 * d_out.len());
-            pre_to_d_pre.par_chunks_mut(2 * hidden).zip(d_out.par_chunks(hidden)).for_each(|(pre, d_out)| {
+            assert_eq!(pre_to_d_pre.len(), rows.len() * 2 * hidden);
+            pre_to_d_pre.par_chunks_mut(2 * hidden).zip(rows).for_each(|(pre, d_out)| {
                 let (value, gate) = pre.split_at_mut(hidden);
                 for j in 0..hidden {
-                    let (v, g) = (value[j], gate[j]);
-                    value[j] = d_out[j] * gelu(g);
-                    gate[j] = d_out[j] * v * gelu_derivative(g);
+                    let (v, g, d) = (value[j], gate[j], d_out[j]);
+                    value[j] = d * gelu(g);
+                    gate[j] = d * v * gelu_derivative(g);
+                    d_out[j] = v * gelu(g);
                 }
             });
         }

@@ -49,20 +49,33 @@ fn norm_mod_gradients() {
 }
 
 #[test]
-fn residual_gradients() {
-    let (x, y, modulation, weight) = (random(1, 60), random(2, 60), random(3, 36), random(4, 60));
-    let run = |y: &[f64], m: &[f64]| {
-        let mut out = vec![0.0; 60];
-        residual_fwd(DIMS, Some((m, 1)), &x, y, &mut out);
-        dot(&out, &weight)
+fn gated_linear_gradients() {
+    let (rows, columns, tokens) = (3, 4, 5);
+    let (gate, weight, bias) = (random(1, rows), random(2, rows * columns), random(3, rows));
+    let (a, d_y) = (random(4, tokens * columns), random(5, tokens * rows));
+    let run = |gate: &[f64], weight: &[f64], bias: &[f64]| {
+        let (mut gw, mut gb) = (vec![0.0; rows * columns], vec![0.0; rows]);
+        gate_weight(gate, weight, bias, &mut gw, &mut gb);
+        (0..tokens * rows)
+            .map(|i| {
+                let (t, r) = (i / rows, i % rows);
+                d_y[i] * (dot(&gw[r * columns..][..columns], &a[t * columns..][..columns]) + gb[r])
+            })
+            .sum::<f64>()
     };
-    let (mut d_y, mut d_mod) = (vec![0.0; 60], vec![0.0; 36]);
-    residual_bwd(DIMS, (&modulation, 1), &y, &weight, &mut d_y, &mut d_mod);
-    check_gradient("y", &y, &d_y, |y| run(y, &modulation));
-    check_gradient("modulation", &modulation, &d_mod, |m| run(&y, m));
-    let mut plain = vec![0.0; 60];
-    residual_fwd(DIMS, None, &x, &y, &mut plain);
-    assert!((0..60).all(|i| plain[i] == x[i] + y[i]));
+    let token_sum = |f: &dyn Fn(usize) -> f64| (0..tokens).map(f).sum::<f64>();
+    let product: Vec<f64> = (0..rows * columns)
+        .map(|i| token_sum(&|t| d_y[t * rows + i / columns] * a[t * columns + i % columns]))
+        .collect();
+    let sum: Vec<f64> = (0..rows).map(|r| token_sum(&|t| d_y[t * rows + r])).collect();
+    let (mut d_weight, mut d_bias, mut d_gate) =
+        (vec![0.5; rows * columns], vec![0.5; rows], vec![9.0; rows]);
+    let inputs = GateInputs { gate: &gate, weight: &weight, bias: &bias, product: &product, sum: &sum };
+    gate_grad(&inputs, &mut d_weight, &mut d_bias, &mut d_gate);
+    d_weight.iter_mut().chain(&mut d_bias).for_each(|d| *d -= 0.5);
+    check_gradient("gate", &gate, &d_gate, |gate| run(gate, &weight, &bias));
+    check_gradient("weight", &weight, &d_weight, |weight| run(&gate, weight, &bias));
+    check_gradient("bias", &bias, &d_bias, |bias| run(&gate, &weight, bias));
 }
 
 #[test]
@@ -75,9 +88,11 @@ fn activation_gradients() {
             mlp_act_fwd(form, 4, pre, &mut out);
             dot(&out, &weight)
         };
-        let mut d = pre.clone();
-        mlp_act_bwd(form, 4, &weight, &mut d);
+        let (mut d, mut d_out, mut out) = (pre.clone(), weight.clone(), vec![0.0; 12]);
+        mlp_act_bwd(form, 4, &mut d_out, &mut d);
         check_gradient("pre", &pre, &d, run);
+        mlp_act_fwd(form, 4, &pre, &mut out);
+        assert_eq!(d_out, out, "the activation takes its gradient's place");
     }
     let (x, mut d) = (random(5, 9), random(6, 9));
     let weight = d.clone();

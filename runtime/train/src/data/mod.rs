@@ -1,9 +1,14 @@
 //! Clips for training: latents and text by index, in an order that depends on (seed, epoch) alone.
 //!
 //! [`Dataset::open`] serves procedural scenes ([`procedural`]) or shards of latents ([`shards`]); [`prepare`]
-//! makes shards from videos, pictures and arrays. A [`DataPosition`] is all a resumed run needs to go on with the
-//! very next clip.
+//! makes shards from videos, pictures and arrays; [`ahead`] reads them on threads of their own. A [`DataPosition`] is
+//! all a resumed run needs to go on with the very next clip.
+//!
+//! With clips of several grids (`data.buckets`) the clips of one step all have the same. An epoch then is a shuffled
+//! list of whole steps, each of the next clips of its grid's own shuffle; what does not fill a step is left out, other
+//! clips in every epoch.
 
+pub mod ahead;
 pub mod haar;
 pub mod npy;
 pub mod prepare;
@@ -37,6 +42,8 @@ pub struct Clip {
     pub id: String,
     /// What is to be seen, where known.
     pub caption: String,
+    /// Latent frames, rows and columns.
+    pub grid: [usize; 3],
     /// f32 `[channels, frames, height, width]`.
     pub latents: Vec<f32>,
     /// f32 `[text_tokens, text_dim]`; zeros where there is no text.
@@ -58,14 +65,10 @@ impl DataPosition {
         self.epoch * len as u64 + self.index
     }
 
-    /// The position after this one.
-    pub fn next(self, len: usize) -> DataPosition {
-        let index = self.index + 1;
-        if index >= len as u64 {
-            DataPosition { epoch: self.epoch + 1, index: 0 }
-        } else {
-            DataPosition { index, ..self }
-        }
+    /// The position `clips` clips further on.
+    pub fn after(self, clips: u64, len: usize) -> DataPosition {
+        let seen = self.clips_seen(len) + clips;
+        DataPosition { epoch: seen / len as u64, index: seen % len as u64 }
     }
 }
 
@@ -130,6 +133,18 @@ pub enum DataError {
         /// What to do.
         next: String,
     },
+    /// Fewer clips of a grid than one step takes.
+    #[error(
+        "{clips} clips of {grid:?} latents to train on, and a step takes {per_step} of one grid\n  next: lower data.batch_size or train.grad_accumulation, prepare more such clips, or take that grid out of data.buckets"
+    )]
+    NoStep {
+        /// `[frames, height, width]`.
+        grid: [usize; 3],
+        /// Its training clips.
+        clips: usize,
+        /// Clips of a step.
+        per_step: usize,
+    },
     /// Fewer clips than are to be held out.
     #[error("{total} clips, of which data.validation = {validation} are held out; nothing is left to train on\n  allowed: data.validation up to {}\n  next: dsv-train run --set data.validation={} , or prepare more clips", .total.saturating_sub(1), .total.saturating_sub(1).min(1))]
     TooFew {
@@ -141,8 +156,23 @@ pub enum DataError {
 }
 
 enum Source {
-    Procedural { seed: u64, clips: usize, frames: usize, height: usize, width: usize, levels: u32 },
+    Procedural { seed: u64, clips: usize, levels: u32 },
     Shards(Shards),
+}
+
+/// The clips of one grid.
+struct Bucket {
+    /// Latent frames, rows and columns.
+    grid: [usize; 3],
+    /// Its clips, by the same permutation in every run of a seed; the first `held` are held out.
+    split: Permutation,
+    held: usize,
+}
+
+impl Bucket {
+    fn len(&self) -> usize {
+        self.split.len - self.held
+    }
 }
 
 /// A data set: training and validation clips by index.
@@ -150,45 +180,60 @@ pub struct Dataset {
     source: Source,
     seed: u64,
     text: [usize; 2],
-    /// Clips of `source`, by the same permutation in every run of this seed; the first `validation` are held out.
-    split: Permutation,
-    validation: usize,
+    /// Clips that a step takes.
+    per_step: usize,
+    /// By grid, in the configuration's order; the first has the held-out clips.
+    buckets: Vec<Bucket>,
 }
 
 impl Dataset {
     /// Opens what `[data]` names. Every shard's header is checked here; clips are read when asked for.
     pub fn open(config: &Config) -> Result<Dataset, DataError> {
-        let [channels, frames, height, width] = config.latent_shape();
+        let grids = config.grids();
+        let channels = config.model.latent_channels;
         let text = [config.model.text_tokens, config.model.text_dim];
         let source = match config.data.kind {
             DataKind::Procedural => Source::Procedural {
                 seed: config.data.seed,
                 clips: config.data.clips,
-                frames,
-                height,
-                width,
                 levels: config.haar_levels().ok_or_else(|| DataError::Shard {
                     reason: format!("model.latent_channels is {channels}; procedural clips have 24 or 192"),
                     next: "dsv-train run --set model.latent_channels=24".into(),
                 })?,
             },
-            DataKind::Shards => Source::Shards(Shards::open(&config.data.path, config.latent_shape(), text)?),
+            DataKind::Shards => {
+                let latents: Vec<[usize; 4]> = grids.iter().map(|&[t, h, w]| [channels, t, h, w]).collect();
+                Source::Shards(Shards::open(&config.data.path, &latents, text)?)
+            }
         };
-        let total = match &source {
-            Source::Procedural { clips, .. } => *clips,
-            Source::Shards(s) => s.len(),
-        };
-        let validation = config.data.validation;
-        if total <= validation {
-            return Err(DataError::TooFew { total, validation });
-        }
-        let split = Permutation::new(total, config.data.seed ^ 0x5eed_0fe7_a1da_7e00, 0);
-        Ok(Dataset { source, seed: config.data.seed, text, split, validation })
+        let per_step = config.data.batch_size * config.train.grad_accumulation;
+        let several = grids.len() > 1;
+        let buckets = grids.iter().enumerate().map(|(bucket, &grid)| {
+            let total = match &source {
+                // Scenes go round the grids.
+                Source::Procedural { clips, .. } => (clips + grids.len() - 1 - bucket) / grids.len(),
+                Source::Shards(s) => s.len(bucket),
+            };
+            let held = if bucket == 0 { config.data.validation } else { 0 };
+            if bucket == 0 && total <= held {
+                return Err(DataError::TooFew { total, validation: held });
+            }
+            if several && total - held < per_step {
+                return Err(DataError::NoStep { grid, clips: total - held, per_step });
+            }
+            let split = Permutation::new(total, config.data.seed ^ 0x5eed_0fe7_a1da_7e00, bucket as u64);
+            Ok(Bucket { grid, split, held })
+        });
+        let buckets = buckets.collect::<Result<_, _>>()?;
+        Ok(Dataset { source, seed: config.data.seed, text, per_step, buckets })
     }
 
     /// Training clips of an epoch.
     pub fn len(&self) -> usize {
-        self.split.len - self.validation
+        match self.buckets.as_slice() {
+            [one] => one.len(),
+            several => several.iter().map(|b| b.len() / self.per_step * self.per_step).sum(),
+        }
     }
 
     /// Whether there is nothing to train on (never, once opened).
@@ -196,9 +241,9 @@ impl Dataset {
         self.len() == 0
     }
 
-    /// Held-out clips.
+    /// Held-out clips, all of the first grid.
     pub fn validation_len(&self) -> usize {
-        self.validation
+        self.buckets[0].held
     }
 
     /// How the latents become pictures.
@@ -209,13 +254,40 @@ impl Dataset {
         }
     }
 
+    /// Grid and number (in the source) of the training clip at a position.
+    fn locate(&self, position: DataPosition) -> (usize, usize) {
+        let index = position.index as usize;
+        assert!(index < self.len(), "clip {index} of an epoch of {}", self.len());
+        let (bucket, at) = match self.buckets.as_slice() {
+            [_] => (0, index),
+            several => {
+                let steps = |b: &Bucket| b.len() / self.per_step;
+                let total = several.iter().map(steps).sum();
+                let order = Permutation::new(total, self.seed ^ 0x57e9_5000_0b0c_4e75, position.epoch + 1);
+                let mut step = order.at(index / self.per_step);
+                let bucket = several.iter().position(|b| {
+                    let inside = step < steps(b);
+                    step -= if inside { 0 } else { steps(b) };
+                    inside
+                });
+                let bucket = bucket.expect("a permutation of all steps");
+                (bucket, step * self.per_step + index % self.per_step)
+            }
+        };
+        let Bucket { split, held, .. } = &self.buckets[bucket];
+        // The first grid's order is that of a data set which has no other.
+        let seed = self.seed.wrapping_add((bucket as u64) << 32);
+        let order = Permutation::new(self.buckets[bucket].len(), seed, position.epoch + 1);
+        (bucket, split.at(held + order.at(at)))
+    }
+
     /// The training clip at a position.
     ///
     /// # Panics
     /// If `position.index` is not below [`Dataset::len`].
     pub fn train_clip(&self, position: DataPosition) -> Result<Clip, DataError> {
-        let order = Permutation::new(self.len(), self.seed, position.epoch + 1);
-        self.clip(self.split.at(self.validation + order.at(position.index as usize)))
+        let (bucket, index) = self.locate(position);
+        self.clip(bucket, index)
     }
 
     /// The held-out clip `index`, the same in every run of this seed.
@@ -223,22 +295,23 @@ impl Dataset {
     /// # Panics
     /// If `index` is not below [`Dataset::validation_len`].
     pub fn validation_clip(&self, index: usize) -> Result<Clip, DataError> {
-        assert!(index < self.validation, "validation clip {index} of {}", self.validation);
-        self.clip(self.split.at(index))
+        let Bucket { split, held, .. } = &self.buckets[0];
+        assert!(index < *held, "validation clip {index} of {held}");
+        self.clip(0, split.at(index))
     }
 
-    /// The next `count` training clips; `position` moves past them.
+    /// The next `count` training clips; `position` moves past them. With several grids, `count` is the clips of a
+    /// step, and `position` one that a step begins with.
     pub fn next_batch(&self, position: &mut DataPosition, count: usize) -> Result<Vec<Clip>, DataError> {
-        let mut at = *position;
-        if at.index >= self.len() as u64 {
-            at = DataPosition { epoch: at.epoch + 1, index: 0 };
+        let at = |i: usize| self.locate(position.after(i as u64, self.len()));
+        let places: Vec<(usize, usize)> = (0..count).map(at).collect();
+        if let Source::Shards(s) = &self.source {
+            // All pages are asked for before the first is waited for.
+            places.iter().for_each(|&(bucket, index)| s.will_need(bucket, index));
         }
-        let mut clips = Vec::with_capacity(count);
-        for _ in 0..count {
-            clips.push(self.train_clip(at)?);
-            at = at.next(self.len());
-        }
-        *position = at;
+        let clips =
+            places.iter().map(|&(bucket, index)| self.clip(bucket, index)).collect::<Result<_, _>>()?;
+        *position = position.after(count as u64, self.len());
         Ok(clips)
     }
 
@@ -252,15 +325,18 @@ impl Dataset {
         hashed.then(|| text::embed(caption, self.text[0], self.text[1]))
     }
 
-    fn clip(&self, index: usize) -> Result<Clip, DataError> {
+    fn clip(&self, bucket: usize, index: usize) -> Result<Clip, DataError> {
         match &self.source {
-            Source::Shards(s) => s.clip(index),
-            Source::Procedural { seed, frames, height, width, levels, .. } => {
+            Source::Shards(s) => s.clip(bucket, index),
+            Source::Procedural { seed, levels, .. } => {
+                let index = index * self.buckets.len() + bucket;
+                let grid @ [frames, height, width] = self.buckets[bucket].grid;
                 let scene = Scene::new(*seed, index as u64);
                 let video = scene.render(frames << levels, height << levels, width << levels);
                 let caption = scene.caption();
                 Ok(Clip {
                     id: format!("scene-{seed}-{index:06}"),
+                    grid,
                     latents: haar::encode(&video, *levels),
                     text: text::embed(&caption, self.text[0], self.text[1]),
                     caption,
@@ -365,6 +441,59 @@ mod tests {
         }
         assert_eq!((seen, position), (all, one));
         assert_eq!(one.clips_seen(d.len()), 20);
+    }
+
+    fn buckets(clips: usize, per_step: usize) -> Config {
+        let mut c = tiny(clips, 3);
+        c.data.buckets = vec![[2, 2, 8], [1, 4, 4]];
+        (c.data.batch_size, c.train.grad_accumulation) = (per_step, 1);
+        c.validate().unwrap();
+        c
+    }
+
+    #[test]
+    fn a_step_has_clips_of_one_grid_and_an_epoch_every_whole_step_once() {
+        // 14, 13 and 13 scenes; 11, 13 and 13 to train on: 2, 3 and 3 steps of four.
+        let c = buckets(40, 4);
+        let d = Dataset::open(&c).unwrap();
+        assert_eq!((d.len(), d.validation_len()), (32, 3));
+        let held: BTreeSet<String> = (0..3).map(|i| d.validation_clip(i).unwrap().id).collect();
+        let mut position = DataPosition::default();
+        let mut orders = Vec::new();
+        for _ in 0..2 {
+            let (mut grids, mut ids) = (Vec::new(), BTreeSet::new());
+            for _ in 0..8 {
+                let clips = d.next_batch(&mut position, 4).unwrap();
+                assert!(clips.iter().all(|c| c.grid == clips[0].grid), "one step, one grid");
+                assert!(clips.iter().all(|c| c.latents.len() == 24 * c.grid.iter().product::<usize>()));
+                grids.push(clips[0].grid);
+                ids.extend(clips.into_iter().map(|c| c.id));
+            }
+            assert_eq!(ids.len(), 32);
+            assert!(ids.is_disjoint(&held));
+            for (grid, steps) in [([2, 4, 4], 2), ([2, 2, 8], 3), ([1, 4, 4], 3)] {
+                assert_eq!(grids.iter().filter(|g| **g == grid).count(), steps, "{grids:?}");
+            }
+            orders.push((grids, ids));
+        }
+        assert_eq!(position, DataPosition { epoch: 2, index: 0 });
+        assert!(orders[0].0 != orders[1].0 && orders[0].1 != orders[1].1, "{orders:?}");
+        // Any step can be read from its position alone.
+        let mut one = DataPosition::default();
+        let all: Vec<Vec<Clip>> = (0..16).map(|_| d.next_batch(&mut one, 4).unwrap()).collect();
+        for (i, expected) in all.iter().enumerate().rev() {
+            let mut at = DataPosition::default().after(4 * i as u64, d.len());
+            assert_eq!(&Dataset::open(&c).unwrap().next_batch(&mut at, 4).unwrap(), expected);
+        }
+    }
+
+    #[test]
+    fn a_grid_without_a_whole_step_is_an_error() {
+        let error = Dataset::open(&buckets(17, 6)).err().unwrap().to_string();
+        assert!(
+            error.starts_with("3 clips of [2, 4, 4] latents") && error.contains("data.batch_size"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -718,16 +718,16 @@ mod tests {
         assert_eq!((report.clips, report.sources, report.shards.len()), (5, 2, 3));
         assert_eq!((report.hashed_captions, report.embedded_captions), (3, 0));
         assert!(report.to_string().contains("3 clips by hashed words (no text encoder)"));
-        let s = Shards::open(&out, args.latent_shape(), [8, 64]).unwrap();
+        let s = Shards::open(&out, &[args.latent_shape()], [8, 64]).unwrap();
         let frame = 8 * 8 * 3;
         for (i, from) in [(0, 0), (1, 3), (2, 6)] {
-            let clip = s.clip(i).unwrap();
+            let clip = s.clip(0, i).unwrap();
             assert_eq!((clip.id, clip.caption), (format!("a.npy@{from}"), "a red ball".to_string()));
             assert_eq!(clip.text, text::embed("a red ball", 8, 64));
             let shown = s.codec().decode(&clip.latents, args.latent_shape()).unwrap();
             assert_eq!(shown.rgb, video.rgb[from * frame..(from + 4) * frame]);
         }
-        assert_eq!(s.clip(4).unwrap().id, "b.npy@4");
+        assert_eq!(s.clip(0, 4).unwrap().id, "b.npy@4");
         let again = prepare(&args, |_, _| {}).unwrap_err().to_string();
         assert!(again.contains("already holds 3 shards") && again.contains("--overwrite"), "{again}");
         (args.overwrite, args.max_clips, args.stride) = (true, Some(1), Some(6));
@@ -747,9 +747,9 @@ mod tests {
         (args.stride, args.text_tokens, args.text_dim) = (Some(6), 2, 2);
         let report = prepare(&args, |_, _| {}).unwrap();
         assert_eq!((report.clips, report.embedded_captions), (2, 2));
-        let s = Shards::open(&args.out, args.latent_shape(), [2, 2]).unwrap();
+        let s = Shards::open(&args.out, &[args.latent_shape()], [2, 2]).unwrap();
         assert!(!s.hashed_text());
-        let clip = s.clip(1).unwrap();
+        let clip = s.clip(0, 1).unwrap();
         assert_eq!((clip.id.as_str(), clip.text), ("a.npy@6", vec![1.5, 2.5, 0.0, 0.0]));
         let shown = s.codec().decode(&clip.latents, args.latent_shape()).unwrap();
         assert_eq!(shown.rgb, video.rgb[6 * 192..]);
@@ -798,8 +798,8 @@ mod tests {
         let mut args = small(vec![video.clone()], dir.path().join("out"));
         args.ffmpeg = program.clone();
         assert_eq!(prepare(&args, |_, _| {}).unwrap().clips, 2);
-        let s = Shards::open(&args.out, args.latent_shape(), [8, 64]).unwrap();
-        let shown = s.codec().decode(&s.clip(1).unwrap().latents, args.latent_shape()).unwrap();
+        let s = Shards::open(&args.out, &[args.latent_shape()], [8, 64]).unwrap();
+        let shown = s.codec().decode(&s.clip(0, 1).unwrap().latents, args.latent_shape()).unwrap();
         assert_eq!(shown.rgb, frames.rgb[4 * 192..8 * 192]);
         args.overwrite = true;
         script(&program, &format!("cat '{}'; echo 'then it broke' >&2; exit 1", video.display()));
@@ -817,8 +817,8 @@ mod tests {
         let pictures = PrepareArgs { inputs: vec![folder], ..args.clone() };
         let report = prepare(&pictures, |_, _| {}).unwrap();
         assert_eq!((report.clips, report.hashed_captions), (2, 2));
-        let s = Shards::open(&args.out, args.latent_shape(), [8, 64]).unwrap();
-        let clip = s.clip(1).unwrap();
+        let s = Shards::open(&args.out, &[args.latent_shape()], [8, 64]).unwrap();
+        let clip = s.clip(0, 1).unwrap();
         let shown = s.codec().decode(&clip.latents, args.latent_shape()).unwrap();
         assert_eq!(
             (shown.rgb.as_slice(), clip.caption.as_str()),

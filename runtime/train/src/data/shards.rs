@@ -17,18 +17,19 @@ pub const HASHED: &str = "hashed-words";
 
 struct Shard {
     file: TensorFile,
+    grid: usize,
     clips: usize,
     text_tokens: usize,
     ids: Vec<String>,
     captions: Vec<String>,
 }
 
-/// A folder of shards, opened and checked; clips are read from the maps.
+/// A folder of shards, opened and checked; clips are read from the maps. The clips of each grid are counted apart.
 pub struct Shards {
     shards: Vec<Shard>,
-    /// First clip of each shard, and the total at the end.
-    starts: Vec<usize>,
-    latent: [usize; 4],
+    /// For each grid: its shards, and the first clip of each, with the total at the end.
+    grids: Vec<(Vec<usize>, Vec<usize>)>,
+    latent: Vec<[usize; 4]>,
     text: [usize; 2],
     codec: Codec,
     hashed: bool,
@@ -49,11 +50,11 @@ pub fn list(folder: &Path) -> Result<Vec<PathBuf>, DataError> {
 }
 
 impl Shards {
-    /// Opens every shard of a folder for clips of `[channels, frames, height, width]` and texts of
+    /// Opens every shard of a folder for clips of one of these `[channels, frames, height, width]` and texts of
     /// `[tokens, dim]`, checking headers, lengths, types and shapes.
-    pub fn open(folder: &Path, latent: [usize; 4], text: [usize; 2]) -> Result<Shards, DataError> {
+    pub fn open(folder: &Path, latent: &[[usize; 4]], text: [usize; 2]) -> Result<Shards, DataError> {
         let mut shards = Vec::new();
-        let mut starts = vec![0];
+        let mut grids = vec![(Vec::new(), vec![0]); latent.len()];
         let mut kind: Option<(Codec, bool)> = None;
         for path in list(folder)? {
             let file = TensorFile::open(&path).map_err(|e| DataError::Shard {
@@ -83,21 +84,24 @@ impl Shards {
                 });
             }
             kind = Some(this);
+            let (of_grid, starts) = &mut grids[shard.grid];
             starts.push(starts[starts.len() - 1] + shard.clips);
+            of_grid.push(shards.len());
             shards.push(shard);
         }
         let (codec, hashed) = kind.expect("list() gives one file or more");
-        Ok(Shards { shards, starts, latent, text, codec, hashed })
+        Ok(Shards { shards, grids, latent: latent.to_vec(), text, codec, hashed })
     }
 
-    /// Clips in all shards.
-    pub fn len(&self) -> usize {
-        self.starts[self.starts.len() - 1]
+    /// Clips of a grid in all shards.
+    pub fn len(&self, grid: usize) -> usize {
+        let (_, starts) = &self.grids[grid];
+        starts[starts.len() - 1]
     }
 
     /// Whether all shards are empty.
     pub fn is_empty(&self) -> bool {
-        self.len() == 0
+        (0..self.grids.len()).all(|grid| self.len(grid) == 0)
     }
 
     /// How the latents become pictures.
@@ -110,14 +114,33 @@ impl Shards {
         self.hashed
     }
 
-    /// Reads clip `index`.
+    /// The shard of clip `index` of a grid, and its place there.
+    fn locate(&self, grid: usize, index: usize) -> (&Shard, usize) {
+        assert!(index < self.len(grid), "clip {index} of {}", self.len(grid));
+        let (shards, starts) = &self.grids[grid];
+        let s = starts.partition_point(|&start| start <= index) - 1;
+        (&self.shards[shards[s]], index - starts[s])
+    }
+
+    /// Asks the system to read clip `index` of a grid ahead.
     ///
     /// # Panics
     /// If `index` is not below [`Shards::len`].
-    pub fn clip(&self, index: usize) -> Result<Clip, DataError> {
-        assert!(index < self.len(), "clip {index} of {}", self.len());
-        let s = self.starts.partition_point(|&start| start <= index) - 1;
-        let (shard, i) = (&self.shards[s], index - self.starts[s]);
+    pub fn will_need(&self, grid: usize, index: usize) {
+        let (shard, i) = self.locate(grid, index);
+        let (latents, text) = (self.latent[grid].iter().product::<usize>(), shard.text_tokens * self.text[1]);
+        for (name, values) in [("latents", latents), ("text", text)] {
+            let bytes = values * shard.file.get(name).expect("checked on opening").dtype.bitsize() / 8;
+            shard.file.will_need(name, i * bytes..(i + 1) * bytes);
+        }
+    }
+
+    /// Reads clip `index` of a grid.
+    ///
+    /// # Panics
+    /// If `index` is not below [`Shards::len`].
+    pub fn clip(&self, grid: usize, index: usize) -> Result<Clip, DataError> {
+        let (shard, i) = self.locate(grid, index);
         let read = |name: &str, values: usize| -> Result<Vec<f32>, DataError> {
             let tensor = shard.file.get(name).expect("checked on opening");
             let bytes = values * tensor.dtype.bitsize() / 8;
@@ -135,20 +158,22 @@ impl Shards {
                 }),
             }
         };
-        let latents = read("latents", self.latent.iter().product())?;
+        let [_, frames, height, width] = self.latent[grid];
+        let latents = read("latents", self.latent[grid].iter().product())?;
         let mut text = read("text", shard.text_tokens * self.text[1])?;
         text.resize(self.text[0] * self.text[1], 0.0);
         let stem = || shard.file.path().file_stem().unwrap_or_default().to_string_lossy().into_owned();
         Ok(Clip {
             id: shard.ids.get(i).cloned().unwrap_or_else(|| format!("{}#{i}", stem())),
             caption: shard.captions.get(i).cloned().unwrap_or_default(),
+            grid: [frames, height, width],
             latents,
             text,
         })
     }
 }
 
-fn check(file: TensorFile, latent: [usize; 4], text: [usize; 2]) -> Result<Shard, DataError> {
+fn check(file: TensorFile, latent: &[[usize; 4]], text: [usize; 2]) -> Result<Shard, DataError> {
     let path = file.path().display().to_string();
     let shard = |reason: String, next: &str| DataError::Shard { reason, next: next.to_string() };
     if let Some(schema) = file.metadata("schema").filter(|s| *s != SCHEMA) {
@@ -174,23 +199,30 @@ fn check(file: TensorFile, latent: [usize; 4], text: [usize; 2]) -> Result<Shard
     };
     let z = tensor("latents", "[N, C, T, H, W]")?;
     let y = tensor("text", "[N, L, text_dim]")?;
-    if z.shape.len() != 5 || z.shape[1..] != latent {
-        let set = if z.shape.len() == 5 {
+    let grid = latent.iter().position(|latent| z.shape.len() == 5 && z.shape[1..] == *latent);
+    let Some(grid) = grid else {
+        let [channels, ..] = latent[0];
+        let set = if z.shape.len() != 5 {
+            "make latents of five dimensions: dsv-train prepare --help".into()
+        } else if latent.len() > 1 {
+            format!(
+                "add {:?} to data.buckets (clips of {} channels), or keep that shard in another folder",
+                &z.shape[2..],
+                z.shape[1]
+            )
+        } else {
             format!(
                 "dsv-train run --set model.latent_channels={} --set data.frames={} --set data.height={} --set data.width={}",
                 z.shape[1], z.shape[2], z.shape[3], z.shape[4]
             )
-        } else {
-            "make latents of five dimensions: dsv-train prepare --help".into()
         };
+        let wanted: Vec<String> =
+            latent.iter().map(|l| format!("[N, {channels}, {}, {}, {}]", l[1], l[2], l[3])).collect();
         return Err(shard(
-            format!(
-                "{path}: latents have shape {:?}, the run wants [N, {}, {}, {}, {}]",
-                z.shape, latent[0], latent[1], latent[2], latent[3]
-            ),
+            format!("{path}: latents have shape {:?}, the run wants {}", z.shape, wanted.join(" or ")),
             &set,
         ));
-    }
+    };
     let clips = z.shape[0];
     if y.shape.len() != 3 || y.shape[0] != clips || y.shape[1] > text[0] || y.shape[2] != text[1] {
         let set = if y.shape.len() == 3 && y.shape[0] == clips {
@@ -220,7 +252,7 @@ fn check(file: TensorFile, latent: [usize; 4], text: [usize; 2]) -> Result<Shard
         })
     };
     let (ids, captions) = (strings("ids")?, strings("captions")?);
-    Ok(Shard { clips, text_tokens, ids, captions, file })
+    Ok(Shard { grid, clips, text_tokens, ids, captions, file })
 }
 
 #[cfg(test)]
@@ -248,7 +280,7 @@ mod tests {
     const LATENT: [usize; 4] = [2, 1, 2, 2];
 
     fn error(dir: &Path, latent: [usize; 4], text: [usize; 2]) -> String {
-        Shards::open(dir, latent, text).err().unwrap().to_string()
+        Shards::open(dir, &[latent], text).err().unwrap().to_string()
     }
 
     #[test]
@@ -257,14 +289,38 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             put(&dir.path().join("a.safetensors"), dtype, 2, LATENT, [1, 3], "some-vae");
             put(&dir.path().join("b.safetensors"), dtype, 3, LATENT, [2, 3], "some-vae");
-            let s = Shards::open(dir.path(), LATENT, [2, 3]).unwrap();
-            assert_eq!((s.len(), s.codec()), (5, &Codec::External("some-vae".into())));
-            let clip = s.clip(1).unwrap();
+            let s = Shards::open(dir.path(), &[LATENT], [2, 3]).unwrap();
+            assert_eq!((s.len(0), s.codec()), (5, &Codec::External("some-vae".into())));
+            let clip = s.clip(0, 1).unwrap();
             assert_eq!(clip.latents, (8..16).map(|i| i as f32 * 0.25).collect::<Vec<_>>());
             assert_eq!((clip.text, clip.id), (vec![-3.0, -4.0, -5.0, 0.0, 0.0, 0.0], "a#1".to_string()));
-            assert_eq!(s.clip(2).unwrap().text, [0.0, -1.0, -2.0, -3.0, -4.0, -5.0]);
-            assert_eq!(s.clip(4).unwrap().id, "b#2");
+            assert_eq!(s.clip(0, 2).unwrap().text, [0.0, -1.0, -2.0, -3.0, -4.0, -5.0]);
+            assert_eq!(s.clip(0, 4).unwrap().id, "b#2");
         }
+    }
+
+    #[test]
+    fn clips_of_several_grids_are_counted_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let wide = [2, 1, 1, 4];
+        put(&dir.path().join("a.safetensors"), Dtype::F32, 2, LATENT, [2, 3], "v");
+        put(&dir.path().join("b.safetensors"), Dtype::BF16, 3, wide, [2, 3], "v");
+        put(&dir.path().join("c.safetensors"), Dtype::F32, 1, LATENT, [2, 3], "v");
+        let s = Shards::open(dir.path(), &[wide, LATENT], [2, 3]).unwrap();
+        assert_eq!((s.len(0), s.len(1)), (3, 3));
+        let ids: Vec<_> = (0..3).flat_map(|i| [s.clip(0, i).unwrap(), s.clip(1, i).unwrap()]).collect();
+        let ids: Vec<_> = ids.into_iter().map(|c| (c.id, c.grid)).collect();
+        let expected = ["b#0", "a#0", "b#1", "a#1", "b#2", "c#0"];
+        for (i, ((id, grid), expected)) in ids.iter().zip(expected).enumerate() {
+            assert_eq!((id.as_str(), *grid), (expected, if i % 2 == 0 { [1, 1, 4] } else { [1, 2, 2] }));
+        }
+        s.will_need(0, 2);
+        let text = Shards::open(dir.path(), &[wide, [2, 4, 1, 1]], [2, 3]).err().unwrap().to_string();
+        assert!(
+            text.contains("the run wants [N, 2, 1, 1, 4] or [N, 2, 4, 1, 1]")
+                && text.contains("add [1, 2, 2] to data.buckets"),
+            "{text}"
+        );
     }
 
     #[test]
@@ -318,8 +374,8 @@ mod tests {
             TensorView::f32("text", &[2, 1, 1], &[0.0, 0.0]),
         ];
         write_file(&RealDisk, &path, |w| write(w, &tensors, &BTreeMap::new())).unwrap();
-        let s = Shards::open(dir.path(), [2, 1, 1, 1], [1, 1]).unwrap();
-        assert!(s.clip(0).is_ok());
-        assert!(s.clip(1).unwrap_err().to_string().contains("latents of clip 1 holds NaN at value 0"));
+        let s = Shards::open(dir.path(), &[[2, 1, 1, 1]], [1, 1]).unwrap();
+        assert!(s.clip(0, 0).is_ok());
+        assert!(s.clip(0, 1).unwrap_err().to_string().contains("latents of clip 1 holds NaN at value 0"));
     }
 }

@@ -104,12 +104,40 @@ pub struct ArenaPlan {
     precision: Precision,
     end: usize,
     allocations: Vec<Allocation>,
+    scratch_bytes: usize,
 }
 
 impl ArenaPlan {
     /// An empty plan for an engine of this precision.
     pub fn new(precision: Precision) -> Self {
-        ArenaPlan { precision, end: 0, allocations: Vec::new() }
+        ArenaPlan { precision, end: 0, allocations: Vec::new(), scratch_bytes: 0 }
+    }
+    /// Lays several alternatives over each other, from the same byte on: only one of them is in use at a time. The plan
+    /// goes on after, and reports, the largest.
+    pub fn alternatives<S, T>(
+        &mut self,
+        of: impl IntoIterator<Item = S>,
+        mut lay: impl FnMut(&mut ArenaPlan, S) -> T,
+    ) -> Vec<T> {
+        let start = self.clone();
+        let lay = |s| {
+            let mut plan = start.clone();
+            let laid = lay(&mut plan, s);
+            if plan.end > self.end {
+                *self = plan;
+            }
+            laid
+        };
+        of.into_iter().map(lay).collect()
+    }
+    /// An engine that is reserved with this plan takes at least so many bytes of scratch: for runs whose largest problem
+    /// is not the one that needs most.
+    pub fn need_scratch(&mut self, bytes: usize) {
+        self.scratch_bytes = self.scratch_bytes.max(bytes);
+    }
+    /// Bytes of scratch asked for with [`ArenaPlan::need_scratch`].
+    pub fn scratch_bytes(&self) -> usize {
+        self.scratch_bytes
     }
     /// The precision the plan was made for.
     pub fn precision(&self) -> Precision {
@@ -182,6 +210,18 @@ mod tests {
         assert!(!a.overlaps(&b) && !b.overlaps(&c) && b.overlaps(&b.slice(64, 1)));
         assert_eq!(plan.by_component(), vec![("x".into(), 768), ("y".into(), 256)]);
         assert_eq!(plan.total_bytes(), 1024);
+    }
+
+    #[test]
+    fn alternatives_share_their_bytes_and_the_largest_counts() {
+        let mut plan = ArenaPlan::new(Precision::F32);
+        let shared = plan.f32("x/shared", 64);
+        let laid = plan.alternatives([64, 640, 128], |plan, len| (plan.f32("y/a", len), plan.f32("y/b", 1)));
+        let after = plan.f32("z", 1);
+        assert!(laid.iter().all(|(a, b)| a.offset_bytes() == 256 && !a.overlaps(b) && !a.overlaps(&shared)));
+        assert_eq!(after.offset_bytes(), 256 + 4 * 640 + 256);
+        assert_eq!(plan.allocations().iter().map(|a| a.bytes).sum::<usize>(), plan.total_bytes());
+        assert_eq!(plan.by_component()[1], ("y".into(), 4 * 640 + 256));
     }
 
     #[test]

@@ -3,7 +3,9 @@
 
 use super::*;
 use dsv_reference::attention::{self, AttnGrads, AttnInputs, AttnOutput, KvLists, Layout};
-use dsv_reference::layers::{self, Math, MlpForm, ModDims, PatchDims, QkDims, QkInputs, Transpose};
+use dsv_reference::layers::{
+    self, GateInputs, Math, MlpForm, ModDims, PatchDims, QkDims, QkInputs, Transpose,
+};
 use dsv_reference::lists::{KvListsBuf, ListDims};
 use dsv_reference::predictor::{PredictorInputs, gram};
 use dsv_reference::profile::{profile_rows, summarise};
@@ -344,6 +346,10 @@ impl<T: CpuReal> Engine for CpuEngine<T> {
         Ok(())
     }
 
+    fn repeat(&mut self, _key: &[u32], work: &mut dyn FnMut(&mut dyn Engine)) {
+        work(self);
+    }
+
     fn sync(&mut self) -> Result<(), EngineError> {
         self.error.take().map_or(Ok(()), Err)
     }
@@ -421,10 +427,14 @@ impl<T: CpuReal> Engine for CpuEngine<T> {
             Epilogue::Gelu { pre } => pre,
         };
         assert!(!g.accumulate || g.epilogue == Epilogue::None, "an epilogue cannot accumulate");
+        assert!(g.add.is_none() || g.epilogue == Epilogue::None && !g.accumulate, "one sum a product: {g:?}");
         let ([a, b], [c]) = self.memory.split::<T, 2, 1>([g.a, g.b], [product]);
         layers::matmul(transpose, [g.m, g.n, g.k], a, b, c, g.accumulate);
         if let Some(bias) = g.bias {
             self.add_rows(g.m, product, bias, product);
+        }
+        if let Some(residual) = g.add {
+            self.axpy(1.0, residual, product);
         }
         if let Epilogue::Gelu { pre } = g.epilogue {
             let ([pre], [out]) = self.memory.split::<T, 1, 1>([pre], [g.c]);
@@ -449,25 +459,18 @@ impl<T: CpuReal> Engine for CpuEngine<T> {
         layers::norm_mod_bwd(dims, chunks, x, modulation, (mean, rstd), d_out, d_x, d_mod);
     }
 
-    fn residual_fwd(&mut self, args: &Residual, x: Buf, y: Buf, out: Buf) {
-        let (modulation, chunks, gate) = args.gate.unwrap_or((x.slice(0, 0), 1, 0));
-        let dims = mod_dims(args.batch, args.seqlen, args.dim, chunks);
-        if x == out {
-            let x = self.values(x).to_vec();
-            let ([y, modulation], [out]) = self.memory.split::<T, 2, 1>([y, modulation], [out]);
-            layers::residual_fwd(dims, args.gate.map(|_| (modulation, gate)), &x, y, out);
-        } else {
-            let ([x, y, modulation], [out]) = self.memory.split::<T, 3, 1>([x, y, modulation], [out]);
-            layers::residual_fwd(dims, args.gate.map(|_| (modulation, gate)), x, y, out);
-        }
+    fn gate_weight(&mut self, args: &Gated, gated_weight: Buf, gated_bias: Buf) {
+        let ([weight, bias, gate], [out, out_bias]) =
+            self.memory.split::<T, 3, 2>([args.weight, args.bias, args.gate], [gated_weight, gated_bias]);
+        layers::gate_weight(gate, weight, bias, out, out_bias);
     }
 
-    fn residual_bwd(&mut self, args: &Residual, y: Buf, d_out: Buf, d_y: Buf, d_modulation: Buf) {
-        let (modulation, chunks, gate) = args.gate.expect("residual_bwd needs a gate");
-        let dims = mod_dims(args.batch, args.seqlen, args.dim, chunks);
-        let ([y, d_out, modulation], [d_y, d_mod]) =
-            self.memory.split::<T, 3, 2>([y, d_out, modulation], [d_y, d_modulation]);
-        layers::residual_bwd(dims, (modulation, gate), y, d_out, d_y, d_mod);
+    fn gate_grad(&mut self, args: &Gated, grad: &GatedGrad) {
+        let reads = [args.gate, args.weight, args.bias, grad.product, grad.sum];
+        let ([gate, weight, bias, product, sum], [d_weight, d_bias, d_gate]) =
+            self.memory.split::<T, 5, 3>(reads, [grad.d_weight, grad.d_bias, grad.d_gate]);
+        let inputs = GateInputs { gate, weight, bias, product, sum };
+        layers::gate_grad(&inputs, d_weight, d_bias, d_gate);
     }
 
     fn qk_prep_fwd(&mut self, args: &QkPrep, q: Buf, k: Buf) {
@@ -535,13 +538,11 @@ impl<T: CpuReal> Engine for CpuEngine<T> {
         layers::mlp_act_fwd(form(act), hidden, pre, out);
     }
 
-    fn mlp_act_bwd(&mut self, act: MlpAct, rows: usize, hidden: usize, pre: Buf, d_out: Buf, d_pre: Buf) {
-        if pre != d_pre {
-            self.copy(pre, d_pre);
-        }
-        let ([d_out], [d_pre]) = self.memory.split::<T, 1, 1>([d_out], [d_pre]);
+    fn mlp_act_bwd(&mut self, act: MlpAct, rows: usize, hidden: usize, pre: Buf, out: Buf, d_bias: Buf) {
+        let ([], [d_out, d_pre]) = self.memory.split::<T, 0, 2>([], [out, pre]);
         assert_eq!(d_out.len(), rows * hidden, "mlp_act_bwd of {rows} rows");
         layers::mlp_act_bwd(form(act), hidden, d_out, d_pre);
+        self.sum_rows(rows, pre, d_bias);
     }
 
     fn silu_fwd(&mut self, x: Buf, out: Buf) {

@@ -11,7 +11,7 @@ mod scratch;
 mod staging;
 
 use super::*;
-use dsv_runtime::device::Plain;
+use dsv_runtime::device::{Graph, Plain};
 use dsv_runtime::{
     AttnLayouts, AttnPlan, BwdArgs, Device, DeviceBuffer, Dispatch, FwdArgs, Kernel, KeyLists, Layout,
     ListPlan, MemoryNeeded, Options, QueryLists, Runtime, SelectArgs, SelectPlan, SelectProblem, Stream,
@@ -38,7 +38,20 @@ pub struct CudaOptions {
     pub bundle: Option<PathBuf>,
     /// Take the attention backward whose sums have a fixed order.
     pub deterministic: bool,
+    /// Record repeated work as CUDA graphs ([`Engine::repeat`]).
+    pub graphs: bool,
 }
+
+/// What is known of repeated work.
+enum Repeated {
+    /// It ran once, so that its kernels are loaded and its plans made.
+    Seen,
+    /// Recorded.
+    Graph(Graph),
+}
+
+/// Graphs kept; the longest unused goes first. A run has one for each way its blocks attend, with and without profile.
+const MAX_GRAPHS: usize = 16;
 
 /// Memory of a run: the arena of the plan, the engine's scratch, and where inputs wait for the GPU.
 struct Memory {
@@ -58,6 +71,8 @@ pub struct CudaEngine {
     attention: Vec<((Problem, AttnLayouts, u32), AttnPlan)>,
     selections: Vec<((SelectProblem, Layout, Layout), SelectPlan)>,
     lists: Vec<ListPlan>,
+    /// Repeated work, the last used at the end; `None` where graphs are off.
+    repeated: Option<Vec<(Vec<u32>, Repeated)>>,
     stream: Stream,
     runtime: Runtime,
     deterministic: Deterministic,
@@ -102,6 +117,7 @@ impl CudaEngine {
             attention: Vec::new(),
             selections: Vec::new(),
             lists: Vec::new(),
+            repeated: options.graphs.then(Vec::new),
             stream,
             runtime,
             deterministic: if options.deterministic { Deterministic::Yes } else { Deterministic::No },
@@ -633,6 +649,15 @@ fn plain(layout: GemmLayout, m: usize, n: usize, k: usize, c: Buf) -> Product {
     }
 }
 
+/// Rows and columns of a gated map's weight.
+fn shape_of(args: &Gated) -> (usize, usize) {
+    let rows = args.gate.len();
+    let columns = args.weight.len() / rows;
+    assert_eq!((args.weight.len(), args.bias.len()), (rows * columns, rows), "{args:?}");
+    assert!(columns.is_multiple_of(8), "{columns} columns; the kernels serve multiples of 8");
+    (rows, columns)
+}
+
 /// `c[m,n] = sum over tokens of a[s, m] b[s, n]` for every head of one sequence; a and b strided, c packed f32.
 fn token_sum(seqlen: usize, heads: usize, a: (&View, usize), b: (&View, usize)) -> Product {
     let ((a, m), (b, n)) = (a, b);
@@ -714,8 +739,10 @@ impl Engine for CudaEngine {
         self.load_kernels(dims)?;
         // What an earlier reserve took is free for this one.
         self.stream.synchronize().map_err(device_error)?;
+        self.repeated.iter_mut().for_each(Vec::clear);
         self.memory = None;
-        let layout = self.scratch_layout(dims);
+        let mut layout = self.scratch_layout(dims);
+        layout.bytes = layout.bytes.max(plan.scratch_bytes());
         let needed_bytes = plan.total_bytes() + layout.bytes;
         let reserve = |bytes: usize| {
             self.device()
@@ -728,6 +755,51 @@ impl Engine for CudaEngine {
         let staging = Staging::new(self.device()).map_err(device_error)?;
         self.memory = Some(Memory { arena, scratch, staging, layout });
         self.sync()
+    }
+
+    fn repeat(&mut self, key: &[u32], work: &mut dyn FnMut(&mut dyn Engine)) {
+        let Some(known) = &mut self.repeated else { return work(self) };
+        let found = known.iter().position(|(k, _)| k == key).map(|at| known.remove(at).1);
+        let graph = match found {
+            None => {
+                work(self);
+                None
+            }
+            Some(Repeated::Graph(graph)) => Some(graph),
+            Some(Repeated::Seen) => {
+                let stream = self.stream.clone();
+                let before = self.error.take();
+                let captured = stream.capture(|| {
+                    work(self);
+                    Ok(())
+                });
+                let failed = match (captured, self.error.take()) {
+                    (Ok(graph), None) => Ok(graph),
+                    (Err(e), _) => Err(e.to_string()),
+                    (_, Some(e)) => Err(e.to_string()),
+                };
+                self.error = before;
+                match failed {
+                    Ok(graph) => Some(graph),
+                    Err(reason) => {
+                        eprintln!("device.graphs: recording failed, every op is launched instead; {reason}");
+                        self.repeated = None;
+                        return work(self);
+                    }
+                }
+            }
+        };
+        if let Some(graph) = &graph {
+            let launched = graph.launch(&self.stream).map_err(device_error);
+            self.check(launched);
+        }
+        if let Some(known) = &mut self.repeated {
+            if known.len() == MAX_GRAPHS {
+                // Destroying a graph that still runs is allowed: the driver keeps it until it has.
+                known.remove(0);
+            }
+            known.push((key.to_vec(), graph.map_or(Repeated::Seen, Repeated::Graph)));
+        }
     }
 
     fn sync(&mut self) -> Result<(), EngineError> {
@@ -858,14 +930,20 @@ impl Engine for CudaEngine {
             Epilogue::Gelu { pre } => pre,
         };
         assert!(!g.accumulate || g.epilogue == Epilogue::None, "an epilogue cannot accumulate");
+        assert!(g.add.is_none() || g.epilogue == Epilogue::None && !g.accumulate, "one sum a product: {g:?}");
+        assert!(
+            g.add.is_none_or(|add| (add.len(), add.dtype()) == (g.m * g.n, out.dtype())),
+            "residual of {g:?}"
+        );
         assert_eq!((g.a.len(), g.b.len(), out.len()), (g.m * g.k, g.k * g.n, g.m * g.n), "operands of {g:?}");
         let mut product = plain(g.layout, g.m, g.n, g.k, out);
-        product.accumulate = g.accumulate;
+        product.accumulate = g.accumulate || g.add.is_some();
         product.bias = g.bias.is_some() && !product.c_is_f32;
         let operands = Operands {
             a: self.act(g.a),
             b: self.act(g.b),
             c: self.address(out),
+            add: g.add.map(|add| self.address(add)),
             bias: g.bias.filter(|_| product.bias).map(|bias| self.act(bias)),
         };
         self.multiply(&product, &operands);
@@ -932,51 +1010,39 @@ impl Engine for CudaEngine {
         }
     }
 
-    fn residual_fwd(&mut self, args: &Residual, x: Buf, y: Buf, out: Buf) {
-        let count = args.seqlen * args.dim;
-        assert_eq!((x.len(), y.len(), out.len()), (args.batch * count, x.len(), x.len()), "{args:?}");
-        let (gate, gate_stride) = match args.gate {
-            Some((modulation, chunks, gate)) => {
-                (self.f32(modulation) + (4 * gate * args.dim) as u64, chunks * args.dim)
-            }
-            None => (0, 0),
-        };
-        let params = params::ResidualFwd {
-            x: self.act(x),
-            y: self.act(y),
-            out: self.act(out),
-            gate,
-            gate_stride: gate_stride as i64,
-            batch: args.batch as i32,
-            seqlen: args.seqlen as i32,
-            dim: args.dim as i32,
+    fn gate_weight(&mut self, args: &Gated, gated_weight: Buf, gated_bias: Buf) {
+        let (rows, columns) = shape_of(args);
+        assert_eq!((gated_weight.len(), gated_bias.len()), (args.weight.len(), rows), "{args:?}");
+        let params = params::GateWeight {
+            weight: self.act(args.weight),
+            bias: self.act(args.bias),
+            gate: self.f32(args.gate),
+            gated_weight: self.act(gated_weight),
+            gated_bias: self.act(gated_bias),
+            columns: columns as i32,
             reserved: 0,
         };
-        self.launch_per(PointwiseOp::ResidualFwd, count, args.batch, &params);
+        self.launch_with(PointwiseOp::GateWeight, [rows, 1, 1], &params);
     }
 
-    fn residual_bwd(&mut self, args: &Residual, y: Buf, d_out: Buf, d_y: Buf, d_modulation: Buf) {
-        let (modulation, chunks, gate) = args.gate.expect("residual_bwd needs a gate");
-        let Residual { batch, seqlen, dim, .. } = *args;
-        let ctas = self.ctas().div_ceil(batch);
-        let (rows_per_chunk, parts) = scratch::chunks(seqlen, ctas);
-        let Some([partial]) = self.take("residual_bwd", [4 * batch * parts * dim]) else { return };
-        let offset = (4 * gate * dim) as u64;
-        let params = params::ResidualBwd {
-            y: self.act(y),
-            d_out: self.act(d_out),
-            d_y: self.act(d_y),
-            gate: self.f32(modulation) + offset,
-            partial,
-            gate_stride: (chunks * dim) as i64,
-            batch: batch as i32,
-            seqlen: seqlen as i32,
-            dim: dim as i32,
-            rows_per_chunk: rows_per_chunk as i32,
+    fn gate_grad(&mut self, args: &Gated, grad: &GatedGrad) {
+        let (rows, columns) = shape_of(args);
+        let lens =
+            [grad.product.len(), grad.d_weight.len(), grad.sum.len(), grad.d_bias.len(), grad.d_gate.len()];
+        assert_eq!(lens, [rows * columns, rows * columns, rows, rows, rows], "{grad:?} of {args:?}");
+        let params = params::GateGrad {
+            product: self.f32(grad.product),
+            sum: self.f32(grad.sum),
+            weight: self.act(args.weight),
+            bias: self.act(args.bias),
+            gate: self.f32(args.gate),
+            d_weight: self.f32(grad.d_weight),
+            d_bias: self.f32(grad.d_bias),
+            d_gate: self.f32(grad.d_gate),
+            columns: columns as i32,
+            reserved: 0,
         };
-        self.launch_with(PointwiseOp::ResidualBwd, [parts, batch, 1], &params);
-        let dst = self.f32(d_modulation) + offset;
-        self.reduce_partials(partial, [batch, parts, dim, dim], dst, chunks * dim, false, 1.0);
+        self.launch_with(PointwiseOp::GateGrad, [rows, 1, 1], &params);
     }
 
     fn qk_prep_fwd(&mut self, args: &QkPrep, q: Buf, k: Buf) {
@@ -1056,19 +1122,26 @@ impl Engine for CudaEngine {
         self.launch(PointwiseOp::MlpActFwd, rows * hidden, &params);
     }
 
-    fn mlp_act_bwd(&mut self, act: MlpAct, rows: usize, hidden: usize, pre: Buf, d_out: Buf, d_pre: Buf) {
+    fn mlp_act_bwd(&mut self, act: MlpAct, rows: usize, hidden: usize, pre: Buf, out: Buf, d_bias: Buf) {
         let width = act.pre_width(hidden);
-        assert_eq!((pre.len(), d_pre.len(), d_out.len()), (rows * width, rows * width, rows * hidden));
+        assert_eq!((pre.len(), d_bias.len(), out.len()), (rows * width, width, rows * hidden), "mlp_act_bwd");
         assert!(hidden.is_multiple_of(8), "{hidden} columns; the kernel serves multiples of 8");
+        let (rows_per_chunk, parts) = scratch::mlp_chunks(rows, hidden, self.ctas());
+        let Some([partial]) = self.take("mlp_act_bwd", [4 * parts * width]) else { return };
         let params = params::MlpActBwd {
             pre: self.act(pre),
-            d_out: self.act(d_out),
-            d_pre: self.act(d_pre),
+            out: self.act(out),
+            partial,
             rows: rows as i64,
             hidden: hidden as i32,
             is_glu: i32::from(act == MlpAct::GeGlu),
+            rows_per_chunk: rows_per_chunk as i32,
+            reserved: 0,
         };
-        self.launch(PointwiseOp::MlpActBwd, rows * hidden, &params);
+        let tiles = hidden.div_ceil(scratch::MLP_COLUMNS);
+        self.launch_with(PointwiseOp::MlpActBwd, [tiles, parts, 1], &params);
+        let dst = self.f32(d_bias);
+        self.reduce_partials(partial, [1, parts, width, width], dst, 0, true, 1.0);
     }
 
     fn silu_fwd(&mut self, x: Buf, out: Buf) {
@@ -1275,7 +1348,7 @@ impl Engine for CudaEngine {
             ];
             for (a_view, m, a, b_view, n, b, c) in sums {
                 let product = token_sum(seqlen, heads, (a_view, m), (b_view, n));
-                self.multiply(&product, &Operands { a, b, c, bias: None });
+                self.multiply(&product, &Operands { a, b, c, add: None, bias: None });
             }
         }
         let packed = |address: u64| params::TensorView {
@@ -1314,7 +1387,7 @@ impl Engine for CudaEngine {
             ];
             for (a, b_view, n, b, c) in sums {
                 let product = token_sum(seqlen, heads, (&rows, RANK), (b_view, n));
-                self.multiply(&product, &Operands { a, b, c, bias: None });
+                self.multiply(&product, &Operands { a, b, c, add: None, bias: None });
             }
         }
         let key = params::GramKey {
@@ -1485,6 +1558,7 @@ mod tests {
             index: 4711,
             table: None,
             bundle: None,
+            graphs: false,
         };
         let engine = open(&device, false).unwrap();
         assert!(engine.name().contains("CPU"), "{}", engine.name());

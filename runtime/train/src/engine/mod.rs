@@ -43,6 +43,7 @@ pub fn open(device: &crate::config::Device, deterministic: bool) -> Result<Box<d
         table: device.table.clone(),
         bundle: device.bundle.clone(),
         deterministic,
+        graphs: device.graphs,
     };
     match device.kind {
         DeviceKind::Cpu => Ok(cpu()),
@@ -139,6 +140,8 @@ pub struct Gemm {
     pub bias: Option<Buf>,
     /// `c += product` rather than `c = product` (the sum is formed in f32, then rounded once).
     pub accumulate: bool,
+    /// `[m, n]` of `c`'s dtype, added to the product: a residual. Neither together with `accumulate` nor an epilogue.
+    pub add: Option<Buf>,
     /// Applied last; not together with `accumulate`.
     pub epilogue: Epilogue,
 }
@@ -146,7 +149,7 @@ pub struct Gemm {
 impl Gemm {
     /// A product that overwrites `c`, without bias or epilogue.
     pub fn new(layout: GemmLayout, m: usize, n: usize, k: usize, a: Buf, b: Buf, c: Buf) -> Self {
-        Gemm { layout, m, n, k, a, b, c, bias: None, accumulate: false, epilogue: Epilogue::None }
+        Gemm { layout, m, n, k, a, b, c, bias: None, accumulate: false, add: None, epilogue: Epilogue::None }
     }
     /// Adds `bias [n]` to every row.
     pub fn bias(mut self, bias: Buf) -> Self {
@@ -156,6 +159,11 @@ impl Gemm {
     /// Adds to `c` rather than overwriting it.
     pub fn accumulate(mut self) -> Self {
         self.accumulate = true;
+        self
+    }
+    /// Adds another matrix to the product.
+    pub fn plus(mut self, residual: Buf) -> Self {
+        self.add = Some(residual);
         self
     }
     /// Applies GELU, keeping the pre-activation in `pre`.
@@ -295,17 +303,31 @@ pub struct NormMod {
     pub rstd: Buf,
 }
 
-/// Gated residual: `out = x + gate_b * y`, or `x + y` without a gate.
+/// A linear map with a gate, `y = gate (w a + bias)`, for one element of the batch. The gate is folded into the weight, so
+/// that the product can add the residual, and no pass over the tokens is there for the gate in either direction.
 #[derive(Copy, Clone, Debug)]
-pub struct Residual {
-    /// Batch.
-    pub batch: usize,
-    /// Tokens per batch element.
-    pub seqlen: usize,
-    /// Width of a token.
-    pub dim: usize,
-    /// Modulation `[B, chunks, dim]` `F32`, its chunks per element, and which chunk is the gate.
-    pub gate: Option<(Buf, usize, usize)>,
+pub struct Gated {
+    /// `[rows, columns]`, `Act`.
+    pub weight: Buf,
+    /// `[rows]`, `Act`.
+    pub bias: Buf,
+    /// `[rows]`, `F32`.
+    pub gate: Buf,
+}
+
+/// Gradients of a [`Gated`] map.
+#[derive(Copy, Clone, Debug)]
+pub struct GatedGrad {
+    /// `[rows, columns]`, `F32`: sum over tokens of `d_y a^T`.
+    pub product: Buf,
+    /// `[rows]`, `F32`: sum over tokens of `d_y`.
+    pub sum: Buf,
+    /// `[rows, columns]`, `F32`, added to.
+    pub d_weight: Buf,
+    /// `[rows]`, `F32`, added to.
+    pub d_bias: Buf,
+    /// `[rows]`, `F32`, overwritten.
+    pub d_gate: Buf,
 }
 
 /// Splitting packed QKV, RMS normalisation of Q and K with a learned weight, 3D RoPE.
@@ -688,10 +710,14 @@ pub trait DeviceFacts {
 
 /// A device that runs the trainer's ops. See the module's text for the rules.
 pub trait Engine: DeviceFacts {
-    /// Allocates the arena (zeroed) and the scratch; validates that every kernel the run needs
-    /// exists. Called once, before any op.
+    /// Allocates the arena (zeroed) and the scratch, as much as `dims` and the plan ask for; validates that every kernel
+    /// the run needs exists. Called once, before any op.
     fn reserve(&mut self, plan: &ArenaPlan, dims: &Dims) -> Result<(), EngineError>;
 
+    /// Runs `work`, which queues ops and neither reads nor writes host values. An engine may record it at a later call with
+    /// the same `key` and replay the record from then on: the key names everything that decides which ops are queued, on
+    /// which buffers, with which numbers.
+    fn repeat(&mut self, key: &[u32], work: &mut dyn FnMut(&mut dyn Engine));
     /// Waits for all ops and reports the device error flag.
     fn sync(&mut self) -> Result<(), EngineError>;
     /// Copies host values into `buf` (`Act` or `F32`, rounded to it). `data.len() == buf.len()`.
@@ -724,11 +750,11 @@ pub trait Engine: DeviceFacts {
     /// Adds the gradient of `x` to `d_x` `Act` (rounded once after the sum) and overwrites the
     /// shift and scale chunks of `d_modulation` (shape of `modulation`, `F32`).
     fn norm_mod_bwd(&mut self, args: &NormMod, d_out: Buf, d_x: Buf, d_modulation: Buf);
-    /// `out = x + gate y`; all `[B,S,dim]` `Act`. `out` may be `x` (in place).
-    fn residual_fwd(&mut self, args: &Residual, x: Buf, y: Buf, out: Buf);
-    /// `d_y = gate d_out` and overwrites the gate chunk of `d_modulation` with
-    /// `sum_s d_out y`. The gradient of `x` is `d_out` itself. Only called with a gate.
-    fn residual_bwd(&mut self, args: &Residual, y: Buf, d_out: Buf, d_y: Buf, d_modulation: Buf);
+    /// `gated_weight = gate weight` and `gated_bias = gate bias`, row by row; shapes of `weight` and `bias`, `Act`.
+    fn gate_weight(&mut self, args: &Gated, gated_weight: Buf, gated_bias: Buf);
+    /// Gradients of weight, bias and gate. The map's output is not needed: row by row,
+    /// `d_gate = <weight, product> + bias sum`.
+    fn gate_grad(&mut self, args: &Gated, grad: &GatedGrad);
 
     /// Writes rotated `q` and `k`, `[B,S,H,D]` `Act`, and the `rstd`s.
     fn qk_prep_fwd(&mut self, args: &QkPrep, q: Buf, k: Buf);
@@ -751,8 +777,10 @@ pub trait Engine: DeviceFacts {
 
     /// `pre [rows, pre_width] -> out [rows, hidden]`, both `Act`.
     fn mlp_act_fwd(&mut self, act: MlpAct, rows: usize, hidden: usize, pre: Buf, out: Buf);
-    /// Gradient of `pre`; `d_pre` may be `pre` (in place).
-    fn mlp_act_bwd(&mut self, act: MlpAct, rows: usize, hidden: usize, pre: Buf, d_out: Buf, d_pre: Buf);
+    /// In place: `pre [rows, pre_width]` becomes its gradient; `out [rows, hidden]` holds the gradient of the activation's
+    /// output on entry, and that output on return (so that it need not be kept); both `Act`. `d_bias [pre_width]` `F32`
+    /// gets the gradient's column sums added.
+    fn mlp_act_bwd(&mut self, act: MlpAct, rows: usize, hidden: usize, pre: Buf, out: Buf, d_bias: Buf);
     /// `out = x * sigmoid(x)`; `x` and `out` each `Act` or `F32`.
     fn silu_fwd(&mut self, x: Buf, out: Buf);
     /// `d_x = d_out * silu'(x)` (overwrites); each `Act` or `F32`; `d_x` may be `d_out`.

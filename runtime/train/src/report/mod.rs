@@ -5,7 +5,7 @@ mod plot;
 
 use crate::durable::{RealDisk, write_file};
 use crate::metrics::{self, EvalTriple, MetricsError, Record, StepMetrics};
-use crate::observe::BlockObservation;
+use crate::observe::{BlockObservation, CUBES, EDGES, Ladder, SHARES};
 use crate::stage::LOSS_CRITERION;
 use plot::{Chart, Line};
 use std::collections::BTreeMap;
@@ -363,18 +363,62 @@ fn observed(body: &mut String, run: &RunData, of: &str) {
     if run.observed.is_empty() {
         return;
     }
+    let percent = |x: f64| format!("{:.1} %", 100.0 * x);
+    // One row a block; a block without a value has an empty cell.
+    let table = |body: &mut String, columns: &[String], row: &dyn Fn(&BlockObservation) -> Vec<String>| {
+        *body += "<div class=\"wide\"><table><tr><th class=\"n\">block</th>";
+        columns.iter().for_each(|c| {
+            let _ = write!(body, "<th class=\"n\">{c}</th>");
+        });
+        *body += "</tr>";
+        for (block, o) in run.observed.iter().enumerate() {
+            let _ = write!(body, "<tr><td class=\"n\">{block}</td>");
+            let cells = row(o);
+            (0..columns.len()).for_each(|i| {
+                let _ = write!(body, "<td class=\"n\">{}</td>", cells.get(i).map_or("", String::as_str));
+            });
+            *body += "</tr>";
+        }
+        *body += "</table></div>";
+    };
     let _ = write!(
         body,
-        "<h2>What the attention looks like{of}</h2><p>At the end, on one held-out clip; mean over heads and 32 queries. Critical keys are the fewest that hold theta of a query's mass; distances are on the token grid.</p><div class=\"wide\"><table><tr><th class=\"n\">block</th><th class=\"n\">not critical</th><th class=\"n\">queries served by a tenth of the keys</th><th class=\"n\">critical keys within 5 tokens</th><th class=\"n\">beyond 10 tokens</th><th class=\"n\">shared in a 2x2x2 cube</th></tr>"
+        "<h2>What the attention looks like{of}</h2><p>At the end, on one held-out clip; mean over heads and 32 queries. Critical keys are the fewest that hold theta of a query's mass; distances are on the token grid.</p>"
     );
-    for (block, o) in run.observed.iter().enumerate() {
-        let _ = write!(body, "<tr><td class=\"n\">{block}</td>");
-        for share in [o.sparsity, o.power_law, o.near, o.far, o.agreement] {
-            let _ = write!(body, "<td class=\"n\">{:.1} %</td>", 100.0 * share);
-        }
-        *body += "</tr>";
+    let columns = [
+        "not critical",
+        "queries served by a tenth of the keys",
+        "critical keys within 5 tokens",
+        "beyond 10 tokens",
+        "shared in a 2x2x2 cube",
+    ];
+    table(body, &columns.map(String::from), &|o| {
+        [o.sparsity, o.power_law, o.near, o.far, o.agreement].map(percent).to_vec()
+    });
+    if run.observed.iter().any(|o| !o.mass.is_empty()) {
+        let _ = write!(body, "<h3>Mass that the best keys of a query hold{of}</h3>");
+        let shares: Vec<String> = SHARES.iter().map(|s| format!("{:.0} % of the keys", 100.0 * s)).collect();
+        table(body, &shares, &|o| o.mass.iter().copied().map(percent).collect());
+        let _ = write!(body, "<h3>Critical keys by distance{of}</h3>");
+        let mut bins: Vec<String> = EDGES.iter().map(|e| format!("up to {e}")).collect();
+        bins.push("beyond".into());
+        table(body, &bins, &|o| o.distances.iter().copied().map(percent).collect());
+        let _ = write!(body, "<h3>Critical keys shared by the queries of a cube{of}</h3>");
+        let cubes: Vec<String> = CUBES.iter().map(|c| format!("{c} tokens")).collect();
+        table(body, &cubes, &|o| o.cubes.iter().copied().map(percent).collect());
     }
-    *body += "</table></div>";
+    if run.observed.iter().any(|o| o.ladder.is_some()) {
+        let _ = write!(
+            body,
+            "<h3>Where uncovered mass is lost{of}</h3><p>Mass held by as many keys as the lists have, chosen in ever coarser ways: single keys for each query, whole KV blocks for each query, whole blocks for a group of queries from their own mass, and as the predictor chose. Each step down is what one simplification costs; recall is the share of the group's best blocks among the listed.</p>"
+        );
+        let columns =
+            ["kept", "keys, by query", "blocks, by query", "blocks, by group", "the lists", "recall"];
+        table(body, &columns.map(String::from), &|o| {
+            let values = |l: Ladder| [l.kept, l.keys, l.blocks, l.group, l.lists, l.recall];
+            o.ladder.map_or(Vec::new(), |l| values(l).map(percent).to_vec())
+        });
+    }
 }
 
 fn heat_maps(body: &mut String, run: &RunData, several: bool) {
@@ -606,6 +650,27 @@ mod tests {
             assert!(!page.contains(never), "{never}");
         }
         assert_eq!(page.matches("<svg").count(), page.matches("</svg>").count());
+    }
+
+    #[test]
+    fn observations_are_tables_and_older_records_have_fewer() {
+        let old = r#"{"sparsity":0.5,"power_law":0.25,"near":0.2,"far":0.4,"agreement":0.8}"#;
+        let old: BlockObservation = serde_json::from_str(old).unwrap();
+        let ladder = Ladder { kept: 0.2, keys: 0.75, blocks: 0.6, group: 0.5, lists: 0.45, recall: 0.875 };
+        let new = BlockObservation { ladder: Some(ladder), mass: vec![0.125; 7], ..old.clone() };
+        let show = |observed: Vec<BlockObservation>| {
+            page(&[RunData { title: "t".into(), observed, ..RunData::default() }])
+        };
+        let before = show(vec![old.clone()]);
+        assert!(
+            before.contains("80.0 %") && !before.contains("Where uncovered") && !before.contains("Mass that")
+        );
+        let both = show(vec![old, new]);
+        for wanted in
+            ["Where uncovered mass is lost", "87.5 %", "12.5 %", "2 % of the keys", "512 tokens", "up to 20"]
+        {
+            assert!(both.contains(wanted), "{wanted}");
+        }
     }
 
     #[test]

@@ -22,7 +22,7 @@ pub(super) struct Product {
     pub(super) batch_strides: [usize; 3],
     /// `c` is f32 rather than bf16.
     pub(super) c_is_f32: bool,
-    /// Add to `c`.
+    /// Add to `c`, or to [`Operands::add`] instead.
     pub(super) accumulate: bool,
     /// A bf16 bias `[n]` is added to every row; only where `c` is bf16.
     pub(super) bias: bool,
@@ -34,6 +34,8 @@ pub(super) struct Operands {
     pub(super) a: u64,
     pub(super) b: u64,
     pub(super) c: u64,
+    /// What the product is added to, laid out as `c`; `None` = `c` itself. Only where the product accumulates.
+    pub(super) add: Option<u64>,
     pub(super) bias: Option<u64>,
 }
 
@@ -42,7 +44,7 @@ impl Operands {
     fn alignments(&self, product: &Product) -> [u32; 3] {
         let [a, b, c] = product.batch_strides.map(|stride| if product.batch > 1 { stride as u64 } else { 0 });
         let c_bytes = if product.c_is_f32 { 4 } else { 2 };
-        [self.a | (2 * a), self.b | (2 * b), self.c | (c_bytes * c)]
+        [self.a | (2 * a), self.b | (2 * b), self.c | self.add.unwrap_or(0) | (c_bytes * c)]
             .map(|bits| 1 << bits.trailing_zeros().min(8))
     }
 }
@@ -105,6 +107,7 @@ impl Matmul {
         stream: *mut c_void,
     ) -> Result<(), EngineError> {
         assert_eq!(product.bias, operands.bias.is_some(), "a bias exactly where the product has one");
+        assert!(product.accumulate || operands.add.is_none(), "what is added to needs a product that adds");
         let key = (*product, operands.alignments(product));
         if !self.plans.contains_key(&key) {
             let plan = self.plan(product, key.1)?;
@@ -133,7 +136,7 @@ impl Matmul {
                 first,
                 operands.a as *const c_void,
                 second,
-                operands.c as *const c_void,
+                operands.add.unwrap_or(operands.c) as *const c_void,
                 out,
                 operands.c as *mut c_void,
                 out,
@@ -286,8 +289,10 @@ mod tests {
             accumulate: false,
             bias: false,
         };
-        let operands = Operands { a: 0x1000, b: 0x1010, c: 0x2000, bias: None };
+        let operands = Operands { a: 0x1000, b: 0x1010, c: 0x2000, add: None, bias: None };
         assert_eq!(operands.alignments(&product), [32, 16, 256]);
         assert_eq!(operands.alignments(&Product { batch: 1, ..product }), [256, 16, 256]);
+        let added = Operands { add: Some(0x3020), ..operands };
+        assert_eq!(added.alignments(&Product { batch: 1, ..product }), [256, 16, 32]);
     }
 }

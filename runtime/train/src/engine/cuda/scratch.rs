@@ -65,6 +65,20 @@ pub(super) fn modulation_bytes(batch: usize, seqlen: usize, dim: usize, ctas: us
     floats(&[batch * chunks(seqlen, ctas.div_ceil(batch)).1 * 2 * dim])
 }
 
+/// Columns of the activation's output that one CTA of its backward walks: 256 threads of 8.
+pub(super) const MLP_COLUMNS: usize = 2048;
+
+/// Rows of one chunk and number of chunks in the MLP activation's backward: several CTAs for each that finds room, so that
+/// the last ones leave little idle.
+pub(super) fn mlp_chunks(rows: usize, hidden: usize, ctas: usize) -> (usize, usize) {
+    chunks(rows, (3 * ctas).div_ceil(hidden.div_ceil(MLP_COLUMNS)))
+}
+
+/// Its partial sums of the bias gradient.
+fn mlp_bytes(rows: usize, hidden: usize, width: usize, ctas: usize) -> usize {
+    floats(&[mlp_chunks(rows, hidden, ctas).1 * width])
+}
+
 /// The predictor's Gram matrices, column sums, weighted rows and losses.
 pub(super) fn gram_bytes(batch: usize, heads: usize, seqlen: usize, head_dim: usize) -> usize {
     let slabs = batch * heads;
@@ -95,12 +109,22 @@ pub(super) fn op_bytes(dims: &Dims, ctas: usize) -> usize {
     let shape = AttnShape { batch, heads, seqlen_q: seqlen, seqlen_kv: seqlen, head_dim, scale: 1.0 };
     // Smaller batches make longer chunks, never more of them in all.
     let modulation = (1..=batch).map(|b| modulation_bytes(b, seqlen, dim, ctas)).max().unwrap_or(0);
+    // The MLP with either activation, and the text's; fewer rows never make more chunks than there may be.
+    let width = dims.mlp_width;
+    let mlp = (1..=batch)
+        .flat_map(|b| {
+            let (rows, text) = (b * seqlen, b * dims.text_tokens);
+            [(rows, width / 2, width), (rows, width, width), (text, dim, dim)]
+        })
+        .map(|(rows, hidden, width)| mlp_bytes(rows, hidden.max(1), width, ctas))
+        .max()
+        .unwrap_or(0);
     let weights = floats(&[chunks(batch * seqlen, ctas).1 * 2 * head_dim]);
     // One f32 (loss) or f64 and i32 (norm) a CTA.
     let scalars = floats(&[batch * 8 * ctas, 2 * 8 * ctas, 8 * ctas]);
     let predictor = if dims.d_lr > 0 { gram_bytes(batch, heads, seqlen, head_dim) } else { 0 };
     let profile = if samples > 0 { profile_bytes(&shape, samples) } else { 0 };
-    [modulation, weights, scalars, predictor, profile].into_iter().max().unwrap_or(0)
+    [modulation, mlp, weights, scalars, predictor, profile].into_iter().max().unwrap_or(0)
 }
 
 /// Hands out the op's range of the scratch from its start.
