@@ -136,7 +136,7 @@ pub(crate) struct Cta {
     /// By thread: groups of bulk copies and of cp.async committed so far.
     pub(crate) bulk_group: Vec<u64>,
     pub(crate) copy_group: Vec<u64>,
-    /// Arrivals at the cluster's barrier.
+    /// Its place in the grid.
     index: [u32; 3],
 }
 
@@ -149,6 +149,7 @@ pub(crate) struct Block<'a> {
     pub(crate) asyncs: Vec<Async>,
     pub(crate) random: Random,
     pub(crate) columns: Columns,
+    /// Warps that have arrived at the cluster's barrier, and how often it has completed.
     pub(crate) cluster_arrived: u32,
     pub(crate) cluster_round: u64,
     steps: u64,

@@ -95,7 +95,6 @@ impl Block<'_> {
         let issuer = (w, Some(lane), self.here.2);
         let cta = self.cta_of(w);
         self.asyncs.push(Async { cta, issuer, work });
-        // A queue that grows for ever would hide that nothing is ever done early.
     }
 
     fn word_of(&self, w: usize, word: u32, lane: u32) -> u32 {

@@ -63,7 +63,7 @@ pub(crate) fn exp2(x: f32) -> f32 {
     if x.is_nan() { f32::from_bits(0x7FFF_FFFF) } else { y }
 }
 
-/// A quotient as `div.rn` and `div.approx` give it.
+/// The larger; NaN where one is NaN.
 #[inline(always)]
 pub(crate) fn max_nan(a: f32, b: f32) -> f32 {
     if a.is_nan() || b.is_nan() { f32::from_bits(0x7FFF_FFFF) } else { max(a, b) }

@@ -403,7 +403,7 @@ fn products_of_a_warp_and_matrices_moved() {
     }
 }
 
-/// A warpgroup writes A and B by ordinary stores, and multiplies; `%r30` is one of the accumulators' users.
+/// A warpgroup writes A and B by ordinary stores, and multiplies; what stands around the product is the test's.
 fn stores_then_product(fence: &str, wait: &str, after: &str) -> String {
     let d: Vec<String> = (0..4).map(|i| format!("%f{i}")).collect();
     format!(
