@@ -58,7 +58,7 @@ pub(super) fn tests() -> Vec<GpuTest> {
         || ARCHES.into_iter().flat_map(|arch| [Deterministic::No, Deterministic::Yes].map(|d| (arch, d)));
     for lists in space::shipped_lists().chain(space::shipped_gather()).filter(|lists| !lists.is_dense()) {
         // Gather kernels read no inverse.
-        for fault in Fault::ALL.into_iter().filter(|fault| !(fault.is_in_inverse() && lists.is_gather())) {
+        for fault in Fault::ALL.into_iter().filter(|fault| !(fault.in_inverse() && lists.is_gather())) {
             let (query_group, kv_block) = lists.block_size();
             let head_dim = if lists.is_gather() { space::SHIPPED_GATHER_HEAD_DIMS[0] } else { 64 };
             for (arch, deterministic) in forms() {
@@ -75,13 +75,13 @@ pub(super) fn tests() -> Vec<GpuTest> {
     let lists = Lists::Blocks { query_group: 64, kv_block: 64 };
     let merged = space::candidates(AttnOp::Fwd, Dtype::Bf16, 64, lists, ARCH);
     for spec in merged.into_iter().filter(|spec| spec.tile().groups > 1) {
-        for fault in Fault::ALL.into_iter().filter(|fault| !fault.is_in_inverse()) {
+        for fault in Fault::ALL.into_iter().filter(|fault| !fault.in_inverse()) {
             let Some(mut kernels) = shipped(64, lists, Deterministic::No, ARCH) else { continue };
             kernels[0] = KernelSpec::Attn(spec);
             tests.push(GpuTest::new(
                 format!("faults/{fault:?}-{}", kernels[0]),
                 kernels.clone(),
-                move |gpu| faulty_lists(gpu, lists, fault, &kernels, Deterministic::No),
+                move |gpu| faulty_lists(gpu, 64, lists, fault, &kernels, Deterministic::No),
             ));
         }
     }
@@ -478,13 +478,10 @@ impl Fault {
     ];
 
     /// Whether only the backward's lists are spoiled.
-    fn is_in_inverse(self) -> bool {
-        matches!(
+    fn in_inverse(self) -> bool {
+        !matches!(
             self,
-            Fault::InverseGroupTooLarge
-                | Fault::InverseGroupNegative
-                | Fault::InverseOffsetTooLarge
-                | Fault::InverseOffsetDescending
+            Fault::IndexTooLarge | Fault::IndexNegative | Fault::CountTooLarge | Fault::CountNegative
         )
     }
 
@@ -540,7 +537,7 @@ fn faulty_lists(
     }
     call.query_lists = Some(query_lists(gpu, &bad)?);
     let mut inverse = good.invert()?;
-    let in_inverse = fault.is_in_inverse();
+    let in_inverse = fault.in_inverse();
     match fault {
         Fault::InverseGroupTooLarge => inverse.index[0] = dims.groups() as i32,
         Fault::InverseGroupNegative => inverse.index[0] = -7,
