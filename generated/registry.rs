@@ -547,56 +547,70 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "621354d22119c31461de785098262f80e556067f83319fb309709ec9c934c41d",
+        source_hash: "acb6a3c8ebba924e82bfb90783b8ce1587209e3f064ba5b20d866c0b7239d553",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "a303665d98d49e19da9b7caa894644871afdb9d49566b65a57d28853c881a40a",
+        source_hash: "2186132605e5df812b4ebb940b32cd895a98e8c60ed6297ccf76d131e47587a0",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "74322c7a0615a1da515e866d8a814c4d01b0fd43f41cb8d4adadeb414ad440d5",
+        source_hash: "870eaf4e301e87d20b8b34c023669cf98f9e0e462f8b1815dfb3d4542ef64cbe",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
+        ),
+        source_hash: "c450e77f8da50c8bbe88a2d793731eab3d982402cba6a17f95fd3ee2f7b5c394",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "ad2e98e349f0d79103254905e9818ca443f8c5978865ee496c2cce51cd8e6310",
+        source_hash: "4cbd57ccd666547f97562541db8b9dbd97520214287e9be479fc51f89dc09afb",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "53e075ab4b799ed06d9454ee2f08f7115f5729b9987c1e4d2e416a4eabb9c763",
+        source_hash: "caf58d5b5e54ad9501431a2e59cf3e1d7bcf1b872857e94f6d437d5e5b9e728e",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "abbdaccbe926b48cacbaf854781d53156c97a37b932acca9eb08c10d2d75e28d",
+        source_hash: "1f03a9460a72161da4290f18b20e4d046a8b533deb0a6dc020d63c41b0bf15a9",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "b73009db773a3ace1cae7c098121de7d0d6fd9085752d8a59c22acf1aab56869",
+        source_hash: "e0ede803637e6770bcd3838dae4cc6d098653e5a9742fe4ead08ef2514c2dbb2",
+    },
+    Kernel {
+        name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
+        source: include_str!(
+            "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
+        ),
+        source_hash: "f8a6b03aced86c77d1f32bc80735c77969b6eb79a70b55d97b873cc81db559df",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "c07b0704e1d60df4b303dac703395c66fd5bc23edf22c889556cc47cb79e895c",
+        source_hash: "7e84107417b7b4f75bc3a031a11ee8a38731985d50cd90deee35f5407a5fa32a",
     },
     Kernel {
         name: "kv_validate_sm80",
@@ -636,7 +650,7 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "profile_f32_d0_v1_sm90a",
         source: include_str!("kernels/profile/profile_f32_d0_v1_sm90a.cu"),
-        source_hash: "504d371faa044e27d8fad37c5d137e09d240df81c42846613fad6a4a6c304cb1",
+        source_hash: "8dd7e2cf70416bc542f489fc70beb5f6d0a34f4875cb633b531cc38a8a29e421",
     },
     Kernel {
         name: "profile_logits_bf16_d128_v1_sm90a",
