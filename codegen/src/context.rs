@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use dsv_spec::{AttnTile, Deterministic, Dtype, Facts, GroupRule, KernelSpec, Schedule, SelectOp, Sparsity};
+use dsv_spec::{
+    AttnTile, BlockScore, Budget, Deterministic, Dtype, Facts, GroupRule, KernelSpec, Schedule, SelectOp,
+    Sparsity,
+};
 
 /// Variables of a template by name.
 pub(crate) type Variables = BTreeMap<&'static str, String>;
@@ -62,7 +65,10 @@ pub(crate) fn variables(spec: &KernelSpec) -> Variables {
                 }
                 SelectOp::Fine => {
                     v.insert("group_rule_mean", (s.group_rule() == GroupRule::Mean).to_string());
+                    v.insert("group_rule_mass", (s.group_rule() == GroupRule::Mass4).to_string());
+                    v.insert("block_score_mass", (s.block_score() == BlockScore::Mass).to_string());
                     v.insert("queries", s.group_rule().queries().to_string());
+                    v.insert("budget_top_p", (s.budget() == Budget::TopP).to_string());
                 }
             }
         }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use dsv_runtime::{FineArgs, FineProblem, Keep, Layout, Options, Runtime, decode_error_flag};
-use dsv_spec::{GroupRule, space};
+use dsv_spec::{BlockScore, Budget, GroupRule, space};
 use half::bf16;
 
 const RUNS: u32 = 20;
@@ -52,6 +52,9 @@ fn run() -> Result<(), Box<dyn Error>> {
                 query_group,
                 kv_block,
                 group_rule,
+                block_score: BlockScore::Max,
+                budget: Budget::TopK,
+                scale: 1.0,
                 keep: Keep::default(),
                 batch: 1,
                 num_heads: heads,
@@ -67,11 +70,12 @@ fn run() -> Result<(), Box<dyn Error>> {
             let args = FineArgs {
                 q_lr: q_lr.address(),
                 k_lr: k_lr.address(),
-                top_k: top_k.address(),
+                budget: top_k.address(),
                 q2k_index: Some(index.address()),
                 q2k_count: count.address(),
                 bitmap: None,
                 scores: None,
+                capped: None,
                 error_flag: flag.address(),
             };
             let (start, end) = (device.new_event()?, device.new_event()?);

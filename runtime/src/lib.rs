@@ -181,9 +181,9 @@ impl Runtime {
         q_lr: Layout,
         k_lr: Layout,
     ) -> Result<FinePlan, Error> {
-        let FineProblem { query_group, kv_block, group_rule, .. } = *problem;
-        let spec = space::default_select_fine(query_group, kv_block, group_rule, self.arch)
-            .ok_or_else(|| no_fine_selection(query_group, kv_block, group_rule, self.arch))?;
+        let FineProblem { query_group, kv_block, group_rule, block_score, budget, .. } = *problem;
+        let spec = space::select_fine(query_group, kv_block, group_rule, block_score, budget, self.arch)
+            .ok_or_else(|| no_fine_selection(problem, self.arch))?;
         FinePlan::new(problem, q_lr, k_lr, self.kernels.load(&KernelSpec::Select(spec))?)
     }
 
@@ -223,9 +223,11 @@ impl Runtime {
     }
 }
 
-fn no_fine_selection(query_group: u16, kv_block: u16, rule: GroupRule, arch: Arch) -> Error {
+fn no_fine_selection(problem: &FineProblem, arch: Arch) -> Error {
+    let FineProblem { query_group, kv_block, group_rule, block_score, budget, .. } = *problem;
     Error::NoKernel(format!(
-        "no kernel for kv_select_fine, query_group {query_group}, kv_block {kv_block}, {rule} on {arch}\n  (query_group, \
+        "no kernel for kv_select_fine, query_group {query_group}, kv_block {kv_block}, {group_rule}, {block_score}, {budget} on \
+         {arch}\n  (query_group, \
          kv_block) available: {:?}\n  to add it: put ({query_group}, {kv_block}) in SHIPPED_GRANULARITIES \
          (codegen/spec/src/space.rs), then dsv-codegen --arch {arch}",
         space::SHIPPED_GRANULARITIES

@@ -7,7 +7,7 @@ use crate::kernels::Kernel;
 use crate::layout::{ALIGN_BYTES, Extent, Layout};
 use crate::lists::{ListShape, SelectProblem};
 use dsv_spec::params::KvSelectFine;
-use dsv_spec::{GroupRule, KernelSpec, SelectOp};
+use dsv_spec::{BlockScore, Budget, GroupRule, KernelSpec, SelectOp};
 use std::sync::Arc;
 
 /// KV units that are listed before all others, whatever their score: it counts as +inf.
@@ -20,7 +20,7 @@ pub struct Keep {
 }
 
 /// What a fine selection is asked for. A KV unit is `kv_block` consecutive tokens; 1 is the token itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct FineProblem {
     /// Tokens sharing one list.
     pub query_group: u16,
@@ -28,6 +28,13 @@ pub struct FineProblem {
     pub kv_block: u16,
     /// Which of a group's low-rank queries are scored.
     pub group_rule: GroupRule,
+    /// What a unit's score is made of.
+    pub block_score: BlockScore,
+    /// What says how many units a group keeps.
+    pub budget: Budget,
+    /// Predicted attention logits are this times the low-rank products: 1 for the predictor's own loss. Read only where
+    /// softmax masses are taken: by [`BlockScore::Mass`] and [`Budget::TopP`]. Finite and above 0.
+    pub scale: f32,
     /// Units listed whatever their score.
     pub keep: Keep,
     /// Sequences.
@@ -88,6 +95,10 @@ impl FineProblem {
                 problems.push(format!("{name} {tokens}; allowed: 1 to {}", Self::MAX_TOKENS));
             }
         }
+        if !(self.scale.is_finite() && self.scale > 0.0) {
+            problems
+                .push(format!("scale {}; allowed: finite and above 0 (1: products are logits)", self.scale));
+        }
         if self.keep.first > self.seqlen_kv {
             problems.push(format!(
                 "keep.first {}; allowed: 0 to {} (seqlen_kv)",
@@ -111,8 +122,10 @@ pub struct FineArgs {
     pub q_lr: u64,
     /// bf16 [batch, seqlen_kv, num_heads, 16], aligned to 16 bytes.
     pub k_lr: u64,
-    /// i32, one a head: KV units to keep, 0 to min(N, max_selected); others are clamped and raise the error flag.
-    pub top_k: u64,
+    /// One number a head; what is out of range is clamped and raises the error flag. [`Budget::TopK`]: i32, KV units to
+    /// keep, 0 to min(N, max_selected). [`Budget::TopP`]: f32, share of the predicted softmax mass over all units that the
+    /// fewest units are to hold, 0 (none) to 1 (all units). Units kept by [`Keep`] come on top and do not count as mass.
+    pub budget: u64,
     /// i32 [B, H, G, max_selected], written up to the count, where ids are wanted.
     pub q2k_index: Option<u64>,
     /// i32 [B, H, G], written.
@@ -121,6 +134,9 @@ pub struct FineArgs {
     pub bitmap: Option<u64>,
     /// f32 [B, H, G, N], written, where wanted; NaN as -inf, kept units as +inf.
     pub scores: Option<u64>,
+    /// i32, one element, where wanted: increased by the number of lists that max_selected cut below their share. Such a
+    /// list holds the max_selected largest scores; only [`Budget::TopP`] cuts.
+    pub capped: Option<u64>,
     /// i32, one element: the device error flag.
     pub error_flag: u64,
 }
@@ -143,10 +159,13 @@ impl FinePlan {
         kernel: Arc<Kernel>,
     ) -> Result<FinePlan, Error> {
         let (q_lr, k_lr) = problem.check(q_lr, k_lr)?;
-        let asked = (problem.query_group, problem.kv_block, problem.group_rule);
+        let FineProblem { query_group, kv_block, group_rule, block_score, budget, .. } = *problem;
+        let asked = (query_group, kv_block, group_rule, block_score, budget);
         match kernel.spec() {
             KernelSpec::Select(s)
-                if s.op() == SelectOp::Fine && (s.query_group(), s.kv_block(), s.group_rule()) == asked =>
+                if s.op() == SelectOp::Fine
+                    && (s.query_group(), s.kv_block(), s.group_rule(), s.block_score(), s.budget())
+                        == asked =>
             {
                 let groups_per_cta = s.tile().groups as u32;
                 Ok(FinePlan { problem: *problem, q_lr, k_lr, groups_per_cta, kernel })
@@ -154,11 +173,9 @@ impl FinePlan {
             _ => Err(Error::Plan {
                 what: "kv_select_fine".to_string(),
                 problems: vec![format!(
-                    "kernel {}; allowed: a kv_select_fine of query_group {}, kv_block {}, {}",
+                    "kernel {}; allowed: a kv_select_fine of query_group {query_group}, kv_block {kv_block}, \
+                     {group_rule}, {block_score}, {budget}",
                     kernel.name(),
-                    asked.0,
-                    asked.1,
-                    asked.2
                 )],
             }),
         }
@@ -174,7 +191,7 @@ impl FinePlan {
         &self.kernel
     }
 
-    /// Queues scores and exact top-k of every group; ids ascending, ties to the smaller id, the same bits every time.
+    /// Queues scores and the exact choice of every group; ids ascending, ties to the smaller id, the same bits every time.
     /// Allocates nothing, needs no workspace, waits for nothing, may be captured.
     ///
     /// # Safety
@@ -184,11 +201,14 @@ impl FinePlan {
     /// A null or misaligned address, or what the driver answers.
     pub unsafe fn select(&self, stream: &Stream, args: &FineArgs) -> Result<(), Error> {
         aligned(&self.kernel, &[("q_lr", args.q_lr), ("k_lr", args.k_lr)], ALIGN_BYTES)?;
-        let words = [("top_k", args.top_k), ("q2k_count", args.q2k_count), ("error_flag", args.error_flag)];
+        let words = [("budget", args.budget), ("q2k_count", args.q2k_count), ("error_flag", args.error_flag)];
         aligned(&self.kernel, &words, 4)?;
-        for (name, address) in
-            [("q2k_index", args.q2k_index), ("bitmap", args.bitmap), ("scores", args.scores)]
-        {
+        for (name, address) in [
+            ("q2k_index", args.q2k_index),
+            ("bitmap", args.bitmap),
+            ("scores", args.scores),
+            ("capped", args.capped),
+        ] {
             if let Some(address) = address {
                 aligned(&self.kernel, &[(name, address)], 4)?;
             }
@@ -198,12 +218,14 @@ impl FinePlan {
         let params = KvSelectFine {
             q_lr: self.q_lr.view(args.q_lr),
             k_lr: self.k_lr.view(args.k_lr),
-            top_k: args.top_k,
+            top_k: if p.budget == Budget::TopK { args.budget } else { 0 },
+            top_p: if p.budget == Budget::TopP { args.budget } else { 0 },
             q2k_index: args.q2k_index.unwrap_or(0),
             q2k_count: args.q2k_count,
             bitmap: args.bitmap.unwrap_or(0),
             scores: args.scores.unwrap_or(0),
             error_flag: args.error_flag,
+            capped: args.capped.unwrap_or(0),
             batch: p.batch as i32,
             num_heads: p.num_heads as i32,
             seqlen_q: p.seqlen_q as i32,
@@ -213,7 +235,7 @@ impl FinePlan {
             max_selected: p.max_selected as i32,
             keep_first: p.keep.first as i32,
             keep_own: p.keep.own as i32,
-            reserved: 0,
+            scale_log2: p.scale * std::f32::consts::LOG2_E,
         };
         let grid = [shape.num_groups.div_ceil(self.groups_per_cta), p.num_heads, p.batch];
         // SAFETY: the caller's promise; the parameters are those of kv_select_fine.

@@ -1,6 +1,6 @@
 use crate::attn::{AttnOp, AttnSpec, AttnTile, Lists};
 use crate::params;
-use crate::select::{SelectOp, SelectSpec};
+use crate::select::{Budget, GroupRule, SelectOp, SelectSpec};
 use crate::types::{Arch, Deterministic};
 use crate::{KernelSpec, ListOp};
 
@@ -173,12 +173,19 @@ impl Facts {
 }
 
 /// Shared memory of a `kv_select_fine` CTA: for each group 512 bins, whose room later serves two bits for each of two
-/// tiles of 1024 units, and 1024 ids a warp; the groups' searches and counts; 64 queries.
+/// tiles of 1024 units, and 1024 ids a warp; the groups' searches, counts and brackets; for tokens, 32 scores a thread that
+/// wait to be counted (one warp's, unused, where nothing is sampled); the groups' masses (one, unused, without top-p); the queries' LSE (one, unused, but for mass4); 64
+/// queries.
 fn select_fine_smem_bytes(spec: &SelectSpec) -> u32 {
     let (groups, warps) = (spec.tile().groups as u32, spec.tile().warps as u32);
     let bins = groups * (512 + 4) * 4;
     let bits = 2 * 2 * groups * (32 + 1) * 4 + warps * 1024 * 2;
-    bins.max(bits) + groups * (32 + 4) + 64 * spec.rank() as u32 * spec.dtype().bytes()
+    let samples = spec.kv_block() == 1 && spec.budget() == Budget::TopK;
+    let waiting = if samples { warps } else { 1 } * 32 * 32 * 4;
+    let masses = if spec.budget() == Budget::TopP { groups } else { 1 } * 32;
+    let lse: u32 = if spec.group_rule() == GroupRule::Mass4 { 64 } else { 1 } * 4;
+    let searches = groups * (32 + 4 + 16) + masses + waiting + lse.next_multiple_of(16);
+    bins.max(bits) + searches + 64 * spec.rank() as u32 * spec.dtype().bytes()
 }
 
 /// Dynamic shared memory of an attention CTA: the tiles; on sm90a also 1 KB for barriers and row statistics' alignment,

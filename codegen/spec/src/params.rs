@@ -375,8 +375,10 @@ pub struct KvSelectFine {
     pub q_lr: TensorView,
     /// Low-rank keys [B, seqlen_kv, H, rank].
     pub k_lr: TensorView,
-    /// i32 [H]: KV units to keep per head, 0 to min(N, max_selected).
+    /// Budget `top_k`: i32 [H], KV units to keep per head, 0 to min(N, max_selected).
     pub top_k: u64,
+    /// Budget `top_p`: f32 [H], share of the predicted mass to keep per head, 0 to 1.
+    pub top_p: u64,
     /// i32 [B, H, G, max_selected] out; 0 when not wanted.
     pub q2k_index: u64,
     /// i32 [B, H, G] out.
@@ -387,6 +389,8 @@ pub struct KvSelectFine {
     pub scores: u64,
     /// i32 [1].
     pub error_flag: u64,
+    /// i32 [1], increased by the lists `max_selected` cut below `top_p`; 0 when not wanted.
+    pub capped: u64,
     /// Sequences.
     pub batch: i32,
     /// Heads.
@@ -405,8 +409,8 @@ pub struct KvSelectFine {
     pub keep_first: i32,
     /// Not 0: KV units with a token of the group's own score +inf.
     pub keep_own: i32,
-    /// Keeps the struct's size a multiple of 8.
-    pub reserved: i32,
+    /// Where masses are taken: predicted logits in base 2 are this times the low-rank products.
+    pub scale_log2: f32,
 }
 
 /// Launch parameters of `kv_invert`. Grid: (ceil(N / 64), H, B); dynamic shared memory

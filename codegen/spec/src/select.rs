@@ -21,6 +21,9 @@ tokens! {
         /// The largest of four queries' scores: those at indices floor(len (2 i + 1) / 8), i = 0 to 3. Only in
         /// [`SelectOp::Fine`].
         Max4 = "max4",
+        /// The softmax mass over the same four queries: the sum of what each of them gives the keys of the unit. Only in
+        /// [`SelectOp::Fine`], with [`BlockScore::Mass`].
+        Mass4 = "mass4",
     }
 }
 
@@ -32,7 +35,7 @@ impl GroupRule {
     pub const fn queries(self) -> u8 {
         match self {
             GroupRule::Centre | GroupRule::Mean => 1,
-            GroupRule::Max4 => 4,
+            GroupRule::Max4 | GroupRule::Mass4 => 4,
         }
     }
 }
@@ -42,6 +45,9 @@ tokens! {
     BlockScore {
         /// The largest.
         Max = "max",
+        /// ln(sum of exp(scale score)) / scale: the scaled score is the logarithm of the block's softmax mass. Only in
+        /// [`SelectOp::Fine`].
+        Mass = "mass",
     }
 }
 
@@ -50,6 +56,9 @@ tokens! {
     Budget {
         /// A number for each head.
         TopK = "topk",
+        /// A share of the predicted softmax mass for each head: each group keeps the fewest units that hold it, so groups
+        /// differ. Only in [`SelectOp::Fine`].
+        TopP = "topp",
     }
 }
 
@@ -114,6 +123,14 @@ impl SelectSpec {
                         "centre or mean in kv_select; rules of several queries are kv_select_fine's";
                     return Err(SpecError::new("group_rule", group_rule, allowed));
                 }
+                if budget != Budget::TopK {
+                    let allowed = "topk in kv_select; topp is kv_select_fine's";
+                    return Err(SpecError::new("budget", budget, allowed));
+                }
+                if block_score != BlockScore::Max {
+                    let allowed = "max in kv_select; mass is kv_select_fine's";
+                    return Err(SpecError::new("block_score", block_score, allowed));
+                }
                 if tile.groups != 16 {
                     return Err(SpecError::new("groups", tile.groups, "16: rows of one mma.sync product"));
                 }
@@ -125,8 +142,23 @@ impl SelectSpec {
                 if ![1, 8, 16, 64, 128].contains(&kv_block) {
                     return Err(SpecError::new("kv_block", kv_block, "1, 8, 16, 64 or 128"));
                 }
+                match (block_score, group_rule) {
+                    (BlockScore::Max, GroupRule::Mass4) => {
+                        return Err(SpecError::new(
+                            "block_score",
+                            block_score,
+                            "mass where the rule is mass4",
+                        ));
+                    }
+                    (BlockScore::Mass, rule) if kv_block == 1 && rule != GroupRule::Mass4 => {
+                        let allowed =
+                            "max where kv_block is 1 and the rule is not mass4: a token's score is its own";
+                        return Err(SpecError::new("block_score", block_score, allowed));
+                    }
+                    _ => {}
+                }
                 if tile.groups * group_rule.queries() != 64 {
-                    let allowed = "64 over the rule's queries: centre and mean 64, max4 16";
+                    let allowed = "64 over the rule's queries: centre and mean 64, max4 and mass4 16";
                     return Err(SpecError::new("groups", tile.groups, allowed));
                 }
                 if tile.warps != 16 {

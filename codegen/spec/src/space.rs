@@ -18,6 +18,8 @@ pub const SHIPPED_GATHER_HEAD_DIMS: [u16; 1] = [128];
 /// Granularities (query_group, kv_block) of the shipped `kv_select_fine` kernels, with the rules of one query; kv_block 1
 /// is the token. Others are rendered on demand.
 pub const SHIPPED_GRANULARITIES: [(u16, u16); 4] = [(64, 1), (64, 8), (128, 1), (128, 8)];
+/// Those of them that are shipped with the budget `top_p`, too, by the centre query.
+pub const SHIPPED_TOP_P: [(u16, u16); 2] = [(64, 8), (128, 8)];
 /// Dtypes the shipped attention kernels serve.
 pub const SHIPPED_DTYPES: [Dtype; 1] = [Dtype::Bf16];
 
@@ -207,11 +209,23 @@ pub fn default_select(
     .ok()
 }
 
-/// The shipped selection kernel of a granularity that recomputes its scores.
+/// The selection kernel of a granularity that recomputes its scores, with the largest score of a block and a number a head.
 pub fn default_select_fine(
     query_group: u16,
     kv_block: u16,
     group_rule: GroupRule,
+    arch: Arch,
+) -> Option<SelectSpec> {
+    select_fine(query_group, kv_block, group_rule, BlockScore::Max, Budget::TopK, arch)
+}
+
+/// The selection kernel of a granularity, block score and budget that recomputes its scores; None where no such spec exists.
+pub fn select_fine(
+    query_group: u16,
+    kv_block: u16,
+    group_rule: GroupRule,
+    block_score: BlockScore,
+    budget: Budget,
     arch: Arch,
 ) -> Option<SelectSpec> {
     let tile = SelectTile { groups: 64 / group_rule.queries(), warps: 16 };
@@ -222,8 +236,8 @@ pub fn default_select_fine(
         query_group,
         kv_block,
         group_rule,
-        BlockScore::Max,
-        Budget::TopK,
+        block_score,
+        budget,
         tile,
         arch,
     )
@@ -271,6 +285,11 @@ pub fn shipped(arch: Arch) -> Vec<KernelSpec> {
         for rule in GroupRule::PROXIES {
             specs.extend(default_select_fine(query_group, kv_block, rule, arch).map(KernelSpec::Select));
         }
+    }
+    for (query_group, kv_block) in SHIPPED_TOP_P.into_iter().filter(|_| arch != Arch::Sm80) {
+        let (rule, score) = (GroupRule::Centre, BlockScore::Max);
+        let spec = select_fine(query_group, kv_block, rule, score, Budget::TopP, arch);
+        specs.extend(spec.map(KernelSpec::Select));
     }
     specs.extend(ListOp::ALL.iter().map(|&op| KernelSpec::List(ListSpec { op, arch })));
     specs.sort_by_key(|s| s.to_string());

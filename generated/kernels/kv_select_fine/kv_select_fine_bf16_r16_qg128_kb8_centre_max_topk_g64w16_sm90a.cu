@@ -4,15 +4,21 @@
 // groups per CTA 64, warps 16
 
 // Critical-KV selection at any granularity: one list of KV units (tokens or blocks of 8 to 128) a query group.
-//   score(g, n) = max over queries i of the rule, keys j of unit n of <proxy_i(g), k_lr(j)>   (f32, d_lr = 16)
+//   s_i(j)      = <proxy_i(g), k_lr(j)> for the queries i of the rule and the keys j of unit n   (f32, d_lr = 16)
+//   score(g, n) = max over i and j of s_i(j)
+//   or, block score mass    = ln(sum over j of exp(scale max over i of s_i(j))) / scale
+//   or, rule mass4          = ln(sum over i and j of exp(scale s_i(j)) / sum over all keys j' of exp(scale s_i(j'))) / scale
 //   list(g)     = ids of the top_k[h] largest scores, ties to the smaller id, ascending; NaN ranks last
+//   or, by top_p = ids of the fewest largest whose masses w(n) = 2^31 exp(scale (score(n) - largest)), rounded to integers,
+//                 hold the share top_p[h] of all units' mass; at most max_selected
 // Scores are never stored: a pass over the keys recomputes them, the same bits every time. Passes narrow a range of
 // ordered integers around each group's k-th score by a histogram of 512 bins (9 bits a pass); the last one sets a bit a
-// unit and turns the bits into ids. Tokens: two passes over every 16th key first, so that only the neighbourhood of
-// the k-th score meets the atomics.
+// unit and turns the bits into ids. Tokens: two passes over every 16th key guess a bracket, one pass counts its scores in
+// 512 even bins, one collects the scores of the bin that holds the k-th; a wrong guess goes back to the narrowing.
 // Floors for 268M scores (H=16, S=32,768, groups of 64) on 132 SMs at 1.7 GHz: a pass 15 us of mma.sync, 18 us of max
 // where units are blocks, 20 us of k_lr through L2; tokens' ids 36 us of stores. Estimates in kv.md.
 // Budget: 512 threads, one CTA an SM, under 128 registers; 133 KB of shared memory, most of it bins.
+#include "dsv/math.cuh"
 #include "dsv/mma.cuh"
 #include "dsv/types.cuh"
 #include "dsv/warp.cuh"
@@ -28,10 +34,13 @@ constexpr int kGroups = 64;
 constexpr int kQueries = 1;
 constexpr int kWarps = 16;
 constexpr bool kProxyIsMean = false;
+constexpr bool kTopP = false;
+constexpr bool kBlockMass = false;
+constexpr bool kQueryMass = false;
 constexpr int kThreads = 512;
 constexpr int kCtasPerSm = 1;
-constexpr int kSmemBytes = 136448;
-constexpr int kParamsBytes = 152;
+constexpr int kSmemBytes = 141616;
+constexpr int kParamsBytes = 168;
 // END CONFIG
 
 // A CTA's score rows are four m16 tiles: one query of 64 groups, or four queries of 16.
@@ -40,8 +49,11 @@ constexpr int kGroupTiles = kTiles / kQueries;
 // A step is what a warp scores at once: a lane owns kLaneKeys consecutive keys, the four lanes of a quad are neighbours.
 constexpr int kLaneKeys = kKvBlock < 8 ? 8 : kKvBlock;
 constexpr int kChunks = kLaneKeys / 8;
-constexpr int kChunkUnroll = kChunks == 2 ? 2 : 1;  // rolled, two chunks spill
 constexpr int kLaneUnits = kLaneKeys / kKvBlock;
+// Where much arithmetic makes one score, a row's bounds are loaded for it: registers are dearer.
+constexpr bool kBoundsInShared = kLaneUnits == 1 && (kChunks > 1 || kBlockMass || kTopP);
+// Where exponentials take the time and the registers, other warps hide a load.
+constexpr bool kPrefetches = !kBlockMass;
 constexpr int kStepKeys = 4 * kLaneKeys;
 constexpr int kStepUnits = 4 * kLaneUnits;
 // Steps that fill a word of 32 units; a tile of the last pass is two words a warp.
@@ -52,9 +64,19 @@ constexpr int kBinBits = 9;
 constexpr int kBinStride = kBins + 4;  // rows 4 banks apart: the eight rows of a warp's score registers do not collide
 constexpr int kRowsPerWarp = kGroups / kWarps;
 // A sample pays where every key is a unit, and enough of them.
-constexpr bool kMaySample = kKvBlock == 1;
+constexpr bool kMaySample = kKvBlock == 1 && !kTopP;
 constexpr int kSampleStride = 16;
 constexpr int kSampleFrom = 8192;
+// A bracketed row's score as a float whose integer part is a place among its lane's bins: see Line.
+constexpr float kFirstPlace = 8388608.0f;  // 2^23: from here on floats are integers
+constexpr int kLanePlaces = 8 * kBinStride;  // from one row of a lane to the next
+constexpr int kWaiting = 32;                 // places a lane keeps before it counts them
+constexpr int kWaitingWarps = kMaySample ? kWarps : 1;
+// Top-p: how far a score lies below the largest, its depth, in 2^-27 of a halving of mass; deeper ones have no mass.
+constexpr float kDepthsPerHalving = 134217728.0f;
+constexpr uint32 kDepths = 31u << 27;
+constexpr int kMassBins = kBins / 2;  // a bin is two words
+constexpr int kMassBinBits = 8;
 constexpr int32 kAllTies = 0x7fffffff;
 constexpr int32 kDone = -1;
 constexpr uint32 kLowest = 0x007fffffu;  // ordered(-inf)
@@ -63,17 +85,20 @@ static_assert(kRank == 16, "one k16 step holds the whole low-rank product");
 static_assert(kGroups == 16 * kGroupTiles, "every score row belongs to a group");
 static_assert(kKvBlock == 1 || kKvBlock % 8 == 0, "a lane owns whole units");
 static_assert(kTileWords == 2 * kWarps && kThreads == 32 * kWarps, "two words a warp fill a tile");
+static_assert(!kQueryMass || kBlockMass, "masses of queries are summed over keys too");
 static_assert(kGroups % kWarps == 0, "a row of bins belongs to one warp");
 
 struct Params {
     TensorView q_lr;     // [B, seqlen_q, H, 16]; pointer and strides multiples of 8 elements
     TensorView k_lr;     // [B, seqlen_kv, H, 16]; the same
-    const int32* top_k;  // [H]
+    const int32* top_k;  // [H]; of the budget top_k
+    const float* top_p;  // [H]; of the budget top_p
     int32* q2k_index;    // [B, H, G, max_selected], written up to the count, unless null
     int32* q2k_count;    // [B, H, G], written
     uint32* bitmap;      // [B, H, G, ceil(N / 32)], bit n % 32 of word n / 32: whether unit n is listed; unless null
     float* scores;       // [B, H, G, N], written unless null
     int32* error_flag;   // [1]
+    int32* capped;       // [1], increased by the lists that max_selected cut below top_p, unless null
     int32 batch;
     int32 num_heads;
     int32 seqlen_q;
@@ -83,7 +108,7 @@ struct Params {
     int32 max_selected;
     int32 keep_first;  // units with one of the first keep_first tokens score +inf
     int32 keep_own;    // not 0: units with a token of the group's own score +inf
-    int32 reserved;
+    float scale_log2;  // where masses are taken: logits in base 2 are scale_log2 times the scores
 };
 static_assert(sizeof(Params) == kParamsBytes, "Params differs from dsv_spec::params::KvSelectFine");
 
@@ -99,9 +124,32 @@ struct Row {
     int32 reserved;
 };
 
+// A score's place, which never falls as the score rises: fma(score, slope, offset). The bins of row i hold the places
+// kFirstPlace + i / 8 * kLanePlaces + 0 .. 511; `bin` is the place of the bin that holds the row's k-th score.
+struct Line {
+    float slope;  // 0: the row has no bracket
+    float offset;
+    float bin;     // NaN, which is no place, unless the row waits for its bin to be collected
+    int32 needed;  // how many of the bin's scores are listed; 0 with no bin
+};
+
+// The search for the smallest set of scores that holds a group's target: its last member lies in the depths first ..
+// first + 2^shift - 1 once `ready`, else in the 256 times as many from first on.
+struct Mass {
+    uint32 largest_bits;  // ordered integer of the largest finite score; 0 with none
+    float largest;        // the score itself; 0 with none
+    uint32 first;
+    int32 shift;
+    int32 ready;
+    int32 above;    // scores above the range, infinite ones included
+    uint64 target;  // the mass the range must bring; 0: the group has none at all
+};
+
 struct SharedStorage {
     union {
         uint32 bins[kGroups][kBinStride];
+        // (largest, sum of 2^(logit - largest)) of each warp's keys, of each query.
+        float partial[2][kQueryMass ? kWarps : 1][16 * kTiles];
         struct {
             uint32 reach[2][kGroups][kTileWords + 1];   // bit: the score is at least the row's low
             uint32 exceed[2][kGroups][kTileWords + 1];  // bit: it is larger
@@ -110,6 +158,10 @@ struct SharedStorage {
     };
     Row rows[kGroups];
     int32 above[kGroups];
+    Line lines[kGroups];
+    Mass masses[kTopP ? kGroups : 1];
+    float waiting[kWaitingWarps][kWaiting][32];
+    float lse_log2[kQueryMass ? 16 * kTiles : 1];  // of each query over all keys, in base 2
     // Columns permuted like the keys: see load_keys.
     alignas(16) Element proxy[16 * kTiles][kRank];
 };
@@ -220,17 +272,55 @@ __device__ __forceinline__ float judged(const Params& p, float score, int key, i
     return key < p.keep_first || is_own ? kInf : score;
 }
 
+// The sums below are written rounding by rounding: every pass must find the same bits.
+
+// Adds the masses of eight scores, and keeps them relative to the largest score so far; or adds eight masses.
+__device__ __forceinline__ void add_mass(const Params& p, float& largest, float& sum, const float (&scores)[8]) {
+    float terms[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) terms[i] = scores[i];
+    if constexpr (!kQueryMass) {
+        float most = scores[0];
+#pragma unroll
+        for (int i = 1; i < 8; ++i) most = max_or_nan(most, scores[i]);
+        most = max_or_nan(most, largest);
+        // An infinite or NaN maximum is the score whatever the sum: see score_of_mass.
+        sum = __fmul_rn(sum, exp2_approx(__fmul_rn(__fadd_rn(largest, -most), p.scale_log2)));
+        if (largest == -kInf) sum = 0.0f;
+        largest = most;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            terms[i] = exp2_approx(__fmul_rn(__fadd_rn(scores[i], -most), p.scale_log2));
+        }
+    }
+#pragma unroll
+    for (int apart = 4; apart > 0; apart /= 2) {
+#pragma unroll
+        for (int i = 0; i < apart; ++i) terms[i] = __fadd_rn(terms[i], terms[i + apart]);
+    }
+    sum = __fadd_rn(sum, terms[0]);
+}
+
+// The score whose mass is 2^(scale_log2 largest) sum.
+__device__ __forceinline__ float score_of_mass(const Params& p, float largest, float sum) {
+    if (!(largest > -kInf && largest < kInf)) return largest;
+    float log;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log) : "f"(sum));
+    return __fadd_rn(largest, __fdiv_rn(log, p.scale_log2));
+}
+
 // Scores every stride-th key. Warp w takes runs w, w + kWarps, ... of kRun steps. visit(tile, half, scores, unit) gets the
 // scores of kLaneUnits consecutive units for group 16 tile + 8 half + lane / 4 of the CTA; after(turn) follows each of the
 // `turns` steps of a warp, those past the end included.
 template <int kRun, class Visit, class After>
 __device__ __forceinline__ void walk(
-    const Params& p, const uint32 (&proxies)[kTiles][4], int group0, int stride, int turns, Visit visit, After after) {
+    const Params& p, const SharedStorage& shared, const uint32 (&proxies)[kTiles][4], int group0, int stride, int turns,
+    Visit visit, After after) {
     const int lane = lane_index();
     const int warp = warp_index();
     const auto step_of = [&](int turn) { return (turn / kRun * kWarps + warp) * kRun + turn % kRun; };
     uint2 keys[4];
-    load_keys(p, step_of(0), 0, stride, keys);
+    if constexpr (kPrefetches) load_keys(p, step_of(0), 0, stride, keys);
 #pragma unroll 1
     for (int turn = 0; turn < turns; ++turn) {
         const int step = step_of(turn);
@@ -244,13 +334,18 @@ __device__ __forceinline__ void walk(
                 (p.keep_own != 0 && first < own_first + kGroups * kQueryGroup && end > own_first);
             const int unit = step * kStepUnits + lane % 4 * kLaneUnits;
             float best[kGroupTiles][2];
+            float sum[kGroupTiles][2] = {};  // of masses
 #pragma unroll
             for (int tile = 0; tile < kGroupTiles; ++tile) best[tile][0] = best[tile][1] = -kInf;
-#pragma unroll kChunkUnroll
+#pragma unroll 1
             for (int chunk = 0; chunk < kChunks; ++chunk) {
                 uint2 next[4];
                 const bool more = chunk + 1 < kChunks;
-                load_keys(p, more ? step : next_step, more ? chunk + 1 : 0, stride, next);
+                if constexpr (kPrefetches) {
+                    load_keys(p, more ? step : next_step, more ? chunk + 1 : 0, stride, next);
+                } else {
+                    load_keys(p, step, chunk, stride, keys);
+                }
 #pragma unroll
                 for (int tile = 0; tile < kGroupTiles; ++tile) {
                     float scores[2][8];
@@ -263,13 +358,35 @@ __device__ __forceinline__ void walk(
 #pragma unroll
                             for (int i = 0; i < 4; ++i) {
                                 float& score = scores[i / 2][2 * j + i % 2];
-                                score = query == 0 ? d[i] : max_or_nan(score, d[i]);
+                                if constexpr (kQueryMass) {
+                                    const float lse = shared.lse_log2[16 * query + lane / 4 + i / 2 * 8];
+                                    const float mass = exp2_approx(__fmaf_rn(d[i], p.scale_log2, -lse));
+                                    score = query == 0 ? mass : __fadd_rn(score, mass);
+                                } else {
+                                    score = query == 0 ? d[i] : max_or_nan(score, d[i]);
+                                }
                             }
                         }
                     }
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         const int group = group0 + 16 * tile + 8 * half + lane / 4;
+                        if constexpr (kBlockMass && kLaneUnits == 1) {
+                            const int key = unit * kKvBlock + 8 * chunk;
+                            if (end > p.seqlen_kv) {
+#pragma unroll
+                                for (int i = 0; i < 8; ++i) {
+                                    // The last key once more: no mass.
+                                    if (key + i >= p.seqlen_kv) scores[half][i] = kQueryMass ? 0.0f : -kInf;
+                                }
+                            }
+                            add_mass(p, best[tile][half], sum[tile][half], scores[half]);
+                            continue;
+                        }
+                        if constexpr (kQueryMass) {
+#pragma unroll
+                            for (int i = 0; i < 8; ++i) scores[half][i] = score_of_mass(p, 0.0f, scores[half][i]);
+                        }
                         if constexpr (kLaneUnits > 1) {
                             if (is_judged) {
 #pragma unroll
@@ -291,8 +408,10 @@ __device__ __forceinline__ void walk(
                         }
                     }
                 }
+                if constexpr (kPrefetches) {
 #pragma unroll
-                for (int j = 0; j < 4; ++j) keys[j] = next[j];
+                    for (int j = 0; j < 4; ++j) keys[j] = next[j];
+                }
             }
             if constexpr (kLaneUnits == 1) {
 #pragma unroll
@@ -300,6 +419,9 @@ __device__ __forceinline__ void walk(
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         float score[1] = {best[tile][half]};
+                        if constexpr (kBlockMass) {
+                            score[0] = score_of_mass(p, kQueryMass ? 0.0f : score[0], sum[tile][half]);
+                        }
                         const int group = group0 + 16 * tile + 8 * half + lane / 4;
                         if (is_judged) score[0] = judged(p, score[0], unit * kKvBlock, group);
                         visit(tile, half, score, unit);
@@ -311,15 +433,99 @@ __device__ __forceinline__ void walk(
     }
 }
 
-// Adds the scores inside each row's range to its bins; counts those above it into shared.above where asked.
+// LSE of every query over all finite logits, in base 2.
+__device__ __forceinline__ void find_lse(
+    const Params& p, SharedStorage& shared, const uint32 (&proxies)[kTiles][4]) {
+    const int lane = lane_index();
+    const int warp = warp_index();
+    float largest[kTiles][2];
+    float sum[kTiles][2] = {};
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) largest[tile][0] = largest[tile][1] = -kInf;
+    const int steps = (p.seqlen_kv + kStepKeys - 1) / kStepKeys;
+#pragma unroll 1
+    for (int i = warp * kChunks; i < steps * kChunks; i += kChunks * kWarps) {
+#pragma unroll 1
+        for (int chunk = 0; chunk < kChunks; ++chunk) {
+            const int step = i / kChunks;
+            uint2 keys[4];
+            load_keys(p, step, chunk, 1, keys);
+            const int key = step * kStepKeys + lane % 4 * kLaneKeys + 8 * chunk;
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
+                float logits[2][8];
+                float most[2] = {largest[tile][0], largest[tile][1]};
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    float d[4] = {};
+                    mma_16x8x16<Element>(d, proxies[tile], keys[j].x, keys[j].y);
+#pragma unroll
+                    for (int n = 0; n < 4; ++n) {
+                        const bool counts = d[n] < kInf && key + 2 * j + n % 2 < p.seqlen_kv;
+                        const float logit = counts ? d[n] * p.scale_log2 : -kInf;
+                        logits[n / 2][2 * j + n % 2] = logit;
+                        most[n / 2] = fmaxf(most[n / 2], logit);
+                    }
+                }
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    if (most[half] == -kInf) continue;
+                    sum[tile][half] *= exp2_approx(largest[tile][half] - most[half]);
+                    largest[tile][half] = most[half];
+#pragma unroll
+                    for (int n = 0; n < 8; ++n) sum[tile][half] += exp2_approx(logits[half][n] - most[half]);
+                }
+            }
+        }
+    }
+    // The lanes of a quad, then the warps, in order.
+    const auto join = [](float& a, float& b, float c, float d) {
+        const float most = fmaxf(a, c);
+        if (most == -kInf) return;
+        b = b * exp2_approx(a - most) + d * exp2_approx(c - most);
+        a = most;
+    };
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float a = largest[tile][half];
+            float b = sum[tile][half];
+#pragma unroll
+            for (int apart = 1; apart < 4; apart *= 2) {
+                const float c = __shfl_xor_sync(kFullWarp, a, apart);
+                const float d = __shfl_xor_sync(kFullWarp, b, apart);
+                join(a, b, c, d);
+            }
+            if (lane % 4 == 0) {
+                shared.partial[0][warp % (kQueryMass ? kWarps : 1)][16 * tile + 8 * half + lane / 4] = a;
+                shared.partial[1][warp % (kQueryMass ? kWarps : 1)][16 * tile + 8 * half + lane / 4] = b;
+            }
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < 16 * kTiles) {
+        float a = -kInf;
+        float b = 0.0f;
+        for (int i = 0; i < (kQueryMass ? kWarps : 1); ++i) {
+            join(a, b, shared.partial[0][i][threadIdx.x], shared.partial[1][i][threadIdx.x]);
+        }
+        float log;
+        asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log) : "f"(b));
+        // A query without a finite logit gives every key the same.
+        shared.lse_log2[threadIdx.x % (kQueryMass ? 16 * kTiles : 1)] = a == -kInf ? 0.0f : a + log;
+    }
+    __syncthreads();
+}
+
+// Adds the scores inside each row's range to its bins.
 __device__ __forceinline__ void fill_bins(
-    const Params& p, SharedStorage& shared, const uint32 (&proxies)[kTiles][4], int group0, int stride, bool counts) {
+    const Params& p, SharedStorage& shared, const uint32 (&proxies)[kTiles][4], int group0, int stride) {
     const int lane = lane_index();
     float low[kGroupTiles][2];
     float last[kGroupTiles][2];
     uint32 origin[kGroupTiles][2];
     int shift[kGroupTiles][2];
-    int above[kGroupTiles][2] = {};
 #pragma unroll
     for (int tile = 0; tile < kGroupTiles; ++tile) {
 #pragma unroll
@@ -337,39 +543,163 @@ __device__ __forceinline__ void fill_bins(
     uint32* lane_bins = shared.bins[lane / 4];
     const int steps = ((p.seqlen_kv + stride - 1) / stride + kStepKeys - 1) / kStepKeys;
     walk<1>(
-        p, proxies, group0, stride, (steps + kWarps - 1) / kWarps,
+        p, shared, proxies, group0, stride, (steps + kWarps - 1) / kWarps,
         [&](int tile, int half, const float(&scores)[kLaneUnits], int) {
+            uint32* row_bins = lane_bins + (16 * tile + 8 * half) * kBinStride;
+            if constexpr (kBoundsInShared) {
+                const Row& row = shared.rows[16 * tile + 8 * half + lane / 4];
+                const uint32 score = ordered(scores[0]);
+                if (row.shift != kDone && score >= row.low && score <= min(row.last, ~kLowest)) {
+                    atomicAdd(row_bins + ((score - row.low) >> row.shift), 1u);
+                }
+                return;
+            }
+            // One score a chunk: the same.
             const int row = 16 * tile + 8 * half + lane / 4;
-            // One score a step: registers are dearer than a load.
             const uint32 from = kLaneUnits > 1 ? origin[tile][half] : shared.rows[row].low;
             const int bits = kLaneUnits > 1 ? shift[tile][half] : shared.rows[row].shift;
 #pragma unroll
             for (int i = 0; i < kLaneUnits; ++i) {
                 if (scores[i] >= low[tile][half] && scores[i] <= last[tile][half]) {
-                    const uint32 bin = (ordered(scores[i]) - from) >> bits;
-                    atomicAdd(lane_bins + bin + (16 * tile + 8 * half) * kBinStride, 1u);
+                    atomicAdd(row_bins + ((ordered(scores[i]) - from) >> bits), 1u);
                 }
-            }
-            if (kMaySample && counts) {
-                uint32 larger = 0;
-#pragma unroll
-                for (int i = 0; i < kLaneUnits; ++i) larger = push_larger(larger, scores[i], last[tile][half]);
-                above[tile][half] += __popc(larger);
             }
         },
         [](int) {});
-    if (kMaySample && counts) {
-#pragma unroll
-        for (int tile = 0; tile < kGroupTiles; ++tile) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                int sum = above[tile][half];
-                sum += __shfl_xor_sync(kFullWarp, sum, 1);
-                sum += __shfl_xor_sync(kFullWarp, sum, 2);
-                if (lane % 4 == 0) atomicAdd(&shared.above[16 * tile + 8 * half + lane / 4], sum);
-            }
+}
+
+// No bracket.
+__device__ __forceinline__ Line no_line() { return {0.0f, 0.0f, __uint_as_float(0x7fffffffu), 0}; }
+
+// The bracket as bins of even width; none where it has no finite ends, or no width to speak of.
+__device__ __forceinline__ Line line_of(const Row& row, int i) {
+    const float low = unordered(max(row.low, kLowest));
+    const float last = unordered(min(row.last, ~kLowest));
+    const float largest = fmaxf(fabsf(low), fabsf(last));
+    // One bin is left free at each end for what rounding moves. Bins need not be finer than the numbers themselves.
+    const float slope = fminf(static_cast<float>(kBins - 3) / (last - low), 4194304.0f / largest);
+    Line line = no_line();
+    if (largest < 1e30f && slope > 0.0f && slope < 1e30f) {
+        line.slope = slope;
+        line.offset = kFirstPlace + static_cast<float>(i / 8 * kLanePlaces + 1) - low * slope;
+    }
+    return line;
+}
+
+// Counts what the lanes of a warp have waiting.
+__device__ __forceinline__ void count_waiting(const float (&waiting)[kWaiting][32], uint32* lane_bins, int count) {
+    const int lane = lane_index();
+    const int most = static_cast<int>(__reduce_max_sync(kFullWarp, static_cast<uint32>(count)));
+#pragma unroll 2
+    for (int n = 0; n < most; ++n) {
+        if (n < count) {
+            const uint32 place = __float_as_uint(waiting[n][lane]) - __float_as_uint(kFirstPlace);
+            atomicAdd(lane_bins + place, 1u);
         }
     }
+}
+
+// Counts the scores of every row's bracket in its bins, and those at or above its first bin in shared.above. A score costs
+// the same wherever it lies: what falls into the bracket waits in shared memory until a lane has no room.
+__device__ __forceinline__ void fill_bracket(
+    const Params& p, SharedStorage& shared, const uint32 (&proxies)[kTiles][4], int group0) {
+    const int lane = lane_index();
+    float slope[kGroupTiles][2];
+    float offset[kGroupTiles][2];
+    int reached[kGroupTiles][2] = {};
+#pragma unroll
+    for (int tile = 0; tile < kGroupTiles; ++tile) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const Line& line = shared.lines[16 * tile + 8 * half + lane / 4];
+            slope[tile][half] = line.slope;
+            offset[tile][half] = line.offset;
+        }
+    }
+    uint32* lane_bins = shared.bins[lane / 4];
+    const auto& waiting = shared.waiting[warp_index() % kWaitingWarps];
+    const uint32 floor = static_cast<uint32>(__cvta_generic_to_shared(&waiting[0][lane]));
+    uint32 top = floor;
+    const int steps = (p.seqlen_kv + kStepKeys - 1) / kStepKeys;
+    walk<1>(
+        p, shared, proxies, group0, 1, (steps + kWarps - 1) / kWarps,
+        [&](int tile, int half, const float(&scores)[kLaneUnits], int) {
+            const float first = kFirstPlace + static_cast<float>((2 * tile + half) * kLanePlaces);
+            const float last = first + static_cast<float>(kBins - 1);
+#pragma unroll
+            for (int i = 0; i < kLaneUnits; ++i) {
+                const float place = fmaf(scores[i], slope[tile][half], offset[tile][half]);
+                // Branches would be taken for most scores by some lane of the warp.
+                asm volatile(
+                    "{\n"
+                    ".reg .pred reaches, inside;\n"
+                    "setp.ge.f32 reaches, %2, %3;\n"
+                    "setp.le.and.f32 inside, %2, %4, reaches;\n"
+                    "@reaches add.s32 %0, %0, 1;\n"
+                    "@inside st.shared.f32 [%1], %2;\n"
+                    "@inside add.u32 %1, %1, 128;\n"
+                    "}\n"
+                    : "+r"(reached[tile][half]), "+r"(top)
+                    : "f"(place), "f"(first), "f"(last)
+                    : "memory");
+            }
+            // Always room for what a tile brings.
+            if (half == 1 && __any_sync(kFullWarp, top - floor > (kWaiting - 2 * kLaneUnits) * 128)) {
+                count_waiting(waiting, lane_bins, static_cast<int>(top - floor) / 128);
+                top = floor;
+            }
+        },
+        [](int) {});
+    count_waiting(waiting, lane_bins, static_cast<int>(top - floor) / 128);
+#pragma unroll
+    for (int tile = 0; tile < kGroupTiles; ++tile) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            int sum = reached[tile][half];
+            sum += __shfl_xor_sync(kFullWarp, sum, 1);
+            sum += __shfl_xor_sync(kFullWarp, sum, 2);
+            if (lane % 4 == 0) atomicAdd(&shared.above[16 * tile + 8 * half + lane / 4], sum);
+        }
+    }
+}
+
+// Collects, as ordered integers in the bins' room, the scores of each row's bin; shared.above counts them.
+__device__ __forceinline__ void collect(
+    const Params& p, SharedStorage& shared, const uint32 (&proxies)[kTiles][4], int group0) {
+    const int lane = lane_index();
+    float slope[kGroupTiles][2];
+    float offset[kGroupTiles][2];
+    float bin[kGroupTiles][2];
+#pragma unroll
+    for (int tile = 0; tile < kGroupTiles; ++tile) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const Line& line = shared.lines[16 * tile + 8 * half + lane / 4];
+            slope[tile][half] = line.slope;
+            offset[tile][half] = line.offset;
+            bin[tile][half] = line.bin;
+        }
+    }
+    const int steps = (p.seqlen_kv + kStepKeys - 1) / kStepKeys;
+    walk<1>(
+        p, shared, proxies, group0, 1, (steps + kWarps - 1) / kWarps,
+        [&](int tile, int half, const float(&scores)[kLaneUnits], int) {
+            bool any = false;
+#pragma unroll
+            for (int i = 0; i < kLaneUnits; ++i) {
+                any |= fmaf(scores[i], slope[tile][half], offset[tile][half]) == bin[tile][half];
+            }
+            if (any) {
+                const int row = 16 * tile + 8 * half + lane / 4;
+#pragma unroll
+                for (int i = 0; i < kLaneUnits; ++i) {
+                    if (fmaf(scores[i], slope[tile][half], offset[tile][half]) == bin[tile][half]) {
+                        shared.bins[row][atomicAdd(&shared.above[row], 1) % kBins] = ordered(scores[i]);
+                    }
+                }
+            }
+        },
+        [](int) {});
 }
 
 struct Bin {
@@ -426,6 +756,15 @@ __device__ __forceinline__ Row bracketed(Row row, const uint32* bins, int sample
     return row;
 }
 
+// A row that starts again from everything: the sample misled.
+__device__ __forceinline__ Row restarted(Row row) {
+    row.low = 0;
+    row.last = 0xffffffffu;
+    row.shift = 32 - kBinBits;
+    row.above = 0;
+    return row;
+}
+
 // Narrows a row's range to the bin of its k-th largest score, by bins that hold every score of the range. One warp.
 __device__ __forceinline__ Row narrowed(Row row, uint32* bins, int units) {
     int inside = count_bins(bins);
@@ -439,12 +778,7 @@ __device__ __forceinline__ Row narrowed(Row row, uint32* bins, int units) {
     }
     const int rank = row.k - row.above;
     if (rank < 1 || rank > inside) {
-        // The sample misled: start again from everything.
-        row.low = 0;
-        row.last = 0xffffffffu;
-        row.shift = 32 - kBinBits;
-        row.above = 0;
-        return row;
+        return restarted(row);
     }
     const Bin bin = find_bin(bins, rank);
     row.above += bin.above;
@@ -460,8 +794,282 @@ __device__ __forceinline__ Row narrowed(Row row, uint32* bins, int units) {
     return row;
 }
 
+// The bin of row i's k-th score; none where the bracket missed it, or the bin is too full to be collected.
+__device__ __forceinline__ Line located(Line line, const uint32* bins, int reached, int k, int i) {
+    const int inside = count_bins(bins);
+    const int rank = k - (reached - inside);
+    if (rank < 1 || rank > inside) return line;
+    const Bin bin = find_bin(bins, rank);
+    if (bin.inside <= kBins) {
+        line.bin = kFirstPlace + static_cast<float>(i / 8 * kLanePlaces + bin.index);
+        line.needed = rank - bin.above;
+    }
+    return line;
+}
+
+// Done: the `needed`-th largest of `count` collected scores, found bit by bit. One warp.
+__device__ __forceinline__ Row resolved(Row row, const uint32* collected, int count, int needed) {
+    const int lane = lane_index();
+    const auto at_least = [&](uint32 bound) {
+        int sum = 0;
+        for (int n = lane; n < count; n += 32) sum += collected[n] >= bound ? 1 : 0;
+        return warp_sum(sum);
+    };
+    uint32 value = 0;
+#pragma unroll 1
+    for (uint32 bit = 0x80000000u; bit != 0; bit >>= 1) {
+        if (at_least(value | bit) >= needed) value |= bit;
+    }
+    // No score has the largest integer: that is a NaN's.
+    const int larger = at_least(value + 1);
+    const int reaching = at_least(value);
+    row.low = value;
+    row.ties = reaching == needed ? kAllTies : needed - larger;
+    row.shift = kDone;
+    return row;
+}
+
+// row = f(row, i) for each unfinished row; afterwards its bins are empty. Gives whether the CTA still has one.
+template <class Function>
+__device__ __forceinline__ bool each_open_row(SharedStorage& shared, Function f) {
+    const int lane = lane_index();
+    bool is_open = false;
+#pragma unroll 1
+    for (int r = 0; r < kRowsPerWarp; ++r) {
+        const int i = warp_index() * kRowsPerWarp + r;
+        Row row = shared.rows[i];
+        if (row.shift == kDone) continue;
+        row = f(row, i);
+        is_open |= row.shift != kDone;
+        __syncwarp();
+        if (lane == 0) shared.rows[i] = row;
+        for (int bin = lane; bin < kBins; bin += 32) shared.bins[i][bin] = 0;
+    }
+    return __syncthreads_or(is_open) != 0;
+}
+
+// Halvings of mass between the largest score and this one; one rounding after the other, so that every use agrees.
+__device__ __forceinline__ float halvings(const Params& p, float largest, float score) {
+    return __fmul_rn(largest - score, p.scale_log2);
+}
+
+// The same as an integer.
+__device__ __forceinline__ uint32 depth_of(float d) { return __float2uint_rn(d * kDepthsPerHalving); }
+
+// The mass of a score d halvings below the largest.
+__device__ __forceinline__ uint32 mass_of(float d) { return __float2uint_rn(exp2_approx(31.0f - d)); }
+
+// The largest finite score of every group.
+__device__ __forceinline__ void find_largest(
+    const Params& p, SharedStorage& shared, const uint32 (&proxies)[kTiles][4], int group0) {
+    const int lane = lane_index();
+    float largest[kGroupTiles][2];
+#pragma unroll
+    for (int tile = 0; tile < kGroupTiles; ++tile) largest[tile][0] = largest[tile][1] = -kInf;
+    const int steps = (p.seqlen_kv + kStepKeys - 1) / kStepKeys;
+    walk<1>(
+        p, shared, proxies, group0, 1, (steps + kWarps - 1) / kWarps,
+        [&](int tile, int half, const float(&scores)[kLaneUnits], int) {
+#pragma unroll
+            for (int i = 0; i < kLaneUnits; ++i) {
+                // fmaxf passes NaN over.
+                largest[tile][half] = fmaxf(largest[tile][half], scores[i] < kInf ? scores[i] : -kInf);
+            }
+        },
+        [](int) {});
+#pragma unroll
+    for (int tile = 0; tile < kGroupTiles; ++tile) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float most = largest[tile][half];
+            most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 1));
+            most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 2));
+            if (lane % 4 == 0 && most > -kInf) {
+                atomicMax(&shared.masses[(16 * tile + 8 * half + lane / 4) % (kTopP ? kGroups : 1)].largest_bits, ordered(most));
+            }
+        }
+    }
+}
+
+// Adds the masses of the scores inside each row's range to its bins: the low words, then the high ones.
+__device__ __forceinline__ void fill_masses(
+    const Params& p, SharedStorage& shared, const uint32 (&proxies)[kTiles][4], int group0) {
+    const int steps = (p.seqlen_kv + kStepKeys - 1) / kStepKeys;
+    walk<1>(
+        p, shared, proxies, group0, 1, (steps + kWarps - 1) / kWarps,
+        [&](int tile, int half, const float(&scores)[kLaneUnits], int) {
+            const int row = 16 * tile + 8 * half + lane_index() / 4;
+            const Mass& mass = shared.masses[row % (kTopP ? kGroups : 1)];
+            const uint32 first = mass.first;
+            const int shift = mass.shift;
+            const float largest = mass.largest;
+            if (mass.ready != 0) return;
+#pragma unroll
+            for (int i = 0; i < kLaneUnits; ++i) {
+                const float d = halvings(p, largest, scores[i]);
+                const uint32 depth = depth_of(d);
+                const uint32 bin = (depth - first) >> shift;
+                if (scores[i] < kInf && depth < kDepths && bin < kMassBins) {
+                    const uint32 weight = mass_of(d);
+                    const uint32 before = atomicAdd(&shared.bins[row][bin], weight);
+                    if (before + weight < before) atomicAdd(&shared.bins[row][kMassBins + bin], 1u);
+                }
+            }
+        },
+        [](int) {});
+}
+
+__device__ __forceinline__ uint64 warp_sum_64(uint64 x) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullWarp, x, offset);
+    return x;
+}
+
+// Narrows a row's range to the bin with which the target is reached. The first time, the range is everything and the target
+// the share `share` of it. One warp.
+__device__ __forceinline__ Mass mass_narrowed(const Params& p, Mass mass, const uint32* bins, float share, bool is_first) {
+    constexpr int kBinsPerLane = kMassBins / 32;
+    const int lane = lane_index();
+    const auto inside = [&](int bin) { return static_cast<uint64>(bins[kMassBins + bin]) << 32 | bins[bin]; };
+    int index = kBinsPerLane * lane;
+    uint64 sum = 0;
+#pragma unroll
+    for (int i = 0; i < kBinsPerLane; ++i) sum += inside(index + i);
+    uint64 through = sum;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+        const uint64 below = __shfl_up_sync(kFullWarp, through, offset);
+        if (lane >= offset) through += below;
+    }
+    if (is_first) {
+        const uint64 total = __shfl_sync(kFullWarp, through, 31);
+        // The share as an integer of 2^-32; the product rounded up.
+        const uint64 part = max(__float2uint_rz(share * 4294967296.0f), 1u);
+        const uint64 low = (total & 0xffffffffu) * part;
+        mass.target = (total >> 32) * part + (low >> 32) + ((low & 0xffffffffu) != 0 ? 1 : 0);
+        if (mass.target == 0) {
+            // No mass anywhere: an empty range.
+            mass.shift = 0;
+            mass.ready = 1;
+            return mass;
+        }
+    }
+    const uint32 reached = __ballot_sync(kFullWarp, through >= mass.target);
+    const int source = reached == 0 ? 31 : __ffs(static_cast<int>(reached)) - 1;
+    uint64 above = through - sum;
+    for (int i = 1; i < kBinsPerLane && above + inside(index) < mass.target; ++i) above += inside(index++);
+    index = __shfl_sync(kFullWarp, index, source);
+    mass.target -= __shfl_sync(kFullWarp, above, source);
+    mass.first += static_cast<uint32>(index) << mass.shift;
+    // The bin's lightest score bounds how many there are; where it is so light that rounding counts, they go on.
+    const float deepest = static_cast<float>(mass.first + (1u << mass.shift)) / kDepthsPerHalving;
+    const float lightest = exp2_approx(31.0f - deepest);
+    const bool few = lightest > 256.0f && static_cast<float>(inside(index)) < 0.95f * static_cast<float>(kBins) * lightest;
+    mass.ready = few || mass.shift == 0;
+    if (mass.ready == 0) mass.shift -= kMassBinBits;
+    return mass;
+}
+
+// Collects, as ordered integers in the bins' room, the scores of each row's range, and counts those above it. shared.above
+// says how many were in the range, if there was room or not.
+__device__ __forceinline__ void collect_range(
+    const Params& p, SharedStorage& shared, const uint32 (&proxies)[kTiles][4], int group0) {
+    const int lane = lane_index();
+    int above[kGroupTiles][2] = {};
+    const int steps = (p.seqlen_kv + kStepKeys - 1) / kStepKeys;
+    walk<1>(
+        p, shared, proxies, group0, 1, (steps + kWarps - 1) / kWarps,
+        [&](int tile, int half, const float(&scores)[kLaneUnits], int) {
+            const int row = 16 * tile + 8 * half + lane / 4;
+            const Mass& mass = shared.masses[row % (kTopP ? kGroups : 1)];
+            const uint32 first = mass.first;
+            const int shift = mass.shift;
+            const float largest = mass.largest;
+#pragma unroll
+            for (int i = 0; i < kLaneUnits; ++i) {
+                const uint32 depth = depth_of(halvings(p, largest, scores[i]));
+                if (scores[i] == kInf || (scores[i] < kInf && depth < first)) ++above[tile][half];
+                if (scores[i] < kInf && depth < kDepths && depth >= first && (depth - first) >> shift == 0) {
+                    const int slot = atomicAdd(&shared.above[row], 1);
+                    if (slot < kBins) shared.bins[row][slot] = ordered(scores[i]);
+                }
+            }
+        },
+        [](int) {});
+#pragma unroll
+    for (int tile = 0; tile < kGroupTiles; ++tile) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            int sum = above[tile][half];
+            sum += __shfl_xor_sync(kFullWarp, sum, 1);
+            sum += __shfl_xor_sync(kFullWarp, sum, 2);
+            if (lane % 4 == 0) atomicAdd(&shared.masses[(16 * tile + 8 * half + lane / 4) % (kTopP ? kGroups : 1)].above, sum);
+        }
+    }
+}
+
+// Done: the last of the collected scores that the target needs, found bit by bit. Not done, but of a known number k: where
+// there were too many to collect (they weigh the same), and where max_selected is less than the target needs. One warp.
+__device__ __forceinline__ Row mass_resolved(const Params& p, Row row, const uint32* collected, int count, const Mass& mass) {
+    const int lane = lane_index();
+    const auto weight = [&](uint32 value) { return mass_of(halvings(p, mass.largest, unordered(value))); };
+    uint64 wanted = 0;  // so many are listed
+    if (mass.target == 0) {
+        row.low = ~kLowest;  // +inf alone
+        row.ties = kAllTies;
+        row.shift = kDone;
+        wanted = static_cast<uint64>(mass.above);
+    } else if (count > kBins) {
+        const float d = static_cast<float>(mass.first) / kDepthsPerHalving;
+        const uint64 each = max(mass_of(d), 1u);
+        const uint64 needed = min((mass.target + each - 1) / each, static_cast<uint64>(count));
+        wanted = static_cast<uint64>(mass.above) + needed;
+        row = restarted(row);
+    } else {
+        const auto mass_from = [&](uint32 bound) {
+            uint64 sum = 0;
+            for (int n = lane; n < count; n += 32) sum += collected[n] >= bound ? weight(collected[n]) : 0;
+            return warp_sum_64(sum);
+        };
+        const auto count_from = [&](uint32 bound) {
+            int sum = 0;
+            for (int n = lane; n < count; n += 32) sum += collected[n] >= bound ? 1 : 0;
+            return warp_sum(sum);
+        };
+        uint32 value = 0;
+#pragma unroll 1
+        for (uint32 bit = 0x80000000u; bit != 0; bit >>= 1) {
+            if (mass_from(value | bit) >= mass.target) value |= bit;
+        }
+        const int larger = count_from(value + 1);
+        const int equal = count_from(value) - larger;
+        const uint64 each = weight(value);
+        const int needed = static_cast<int>((mass.target - mass_from(value + 1) + each - 1) / each);
+        row.low = value;
+        row.ties = needed >= equal ? kAllTies : needed;
+        row.shift = kDone;
+        wanted = static_cast<uint64>(mass.above + larger + min(needed, equal));
+    }
+    row.k = static_cast<int32>(wanted);
+    if (wanted > static_cast<uint64>(p.max_selected)) {
+        row = restarted(row);
+        row.k = p.max_selected;
+        if (lane == 0 && p.capped != nullptr) atomicAdd(p.capped, 1);
+    }
+    return row;
+}
+
+// The list of the CTA's first group. Computed where it is needed, which is seldom, and not kept in registers.
+__device__ __forceinline__ int64 first_list(const Params& p) {
+    int head = blockIdx.y;
+    asm volatile("" : "+r"(head));
+    return (static_cast<int64>(blockIdx.z) * p.num_heads + head) * p.num_groups + blockIdx.x * kGroups;
+}
+
 // Turns a tile of 1024 units' bits into ids, for the rows of this warp.
-__device__ __forceinline__ void emit_tile(const Params& p, SharedStorage& shared, int group0, int64 list0, int tile) {
+__device__ __forceinline__ void emit_tile(const Params& p, SharedStorage& shared, int tile) {
+    const int64 list0 = first_list(p);
+    const int groups = p.num_groups - static_cast<int>(blockIdx.x) * kGroups;
     const int lane = lane_index();
     const int warp = warp_index();
     const int words = (p.num_kv_blocks + 31) / 32;
@@ -471,7 +1079,7 @@ __device__ __forceinline__ void emit_tile(const Params& p, SharedStorage& shared
 #pragma unroll 1
     for (int r = 0; r < kRowsPerWarp; ++r) {
         const int i = warp * kRowsPerWarp + r;
-        if (group0 + i >= p.num_groups) break;
+        if (i >= groups) break;
         Row& row = shared.rows[i];
         const int emitted = row.emitted;
         const int ties = row.ties;
@@ -515,7 +1123,7 @@ __device__ __forceinline__ void emit_tile(const Params& p, SharedStorage& shared
 
 // The last pass: two bits a unit, turned into ids tile by tile. Gives error bits.
 __device__ __forceinline__ int32 emit(
-    const Params& p, SharedStorage& shared, const uint32 (&proxies)[kTiles][4], int group0, int64 list0) {
+    const Params& p, SharedStorage& shared, const uint32 (&proxies)[kTiles][4], int group0) {
     const int lane = lane_index();
     const int warp = warp_index();
     float reach_bound[kGroupTiles][2];
@@ -535,23 +1143,24 @@ __device__ __forceinline__ int32 emit(
     const int words = (p.num_kv_blocks + 31) / 32;
     const int tiles = (words + kTileWords - 1) / kTileWords;
     walk<kWordSteps>(
-        p, proxies, group0, 1, tiles * 2 * kWordSteps,
+        p, shared, proxies, group0, 1, tiles * 2 * kWordSteps,
         [&](int tile, int half, const float(&scores)[kLaneUnits], int unit) {
+            const float bound = kBoundsInShared ? below(shared.rows[16 * tile + 8 * half + lane / 4].low) : reach_bound[tile][half];
             float probe = 0.0f;
             uint32 reaches = 0;
 #pragma unroll
             for (int i = kLaneUnits - 1; i >= 0; --i) {
-                reaches = push_larger(reaches, scores[i], reach_bound[tile][half]);
+                reaches = push_larger(reaches, scores[i], bound);
                 probe = fmaf(scores[i], 0.0f, probe);  // NaN where a score is NaN, or infinite
             }
             const int at = kLaneUnits > 1 ? 0 : unit / kStepUnits % kWordSteps;
             bits[tile][half] |= reaches << at;
             if (any_ties) {
-                const float bound = unordered(shared.rows[16 * tile + 8 * half + lane / 4].low);
+                const float low = unordered(shared.rows[16 * tile + 8 * half + lane / 4].low);
                 uint32 exceeds = 0;
 #pragma unroll
                 for (int i = kLaneUnits - 1; i >= 0; --i) {
-                    exceeds = push_larger(exceeds, scores[i], bound);
+                    exceeds = push_larger(exceeds, scores[i], low);
                 }
                 bits[tile][half] |= exceeds << (at + 8);
             }
@@ -564,7 +1173,7 @@ __device__ __forceinline__ int32 emit(
                         const bool is_nan = scores[i] != scores[i];
                         if (is_nan) errors |= kScoreIsNan;
                         if (p.scores != nullptr) {
-                            const int64 list = list0 + group - group0;
+                            const int64 list = first_list(p) + group - group0;
                             p.scores[list * p.num_kv_blocks + unit + i] = is_nan ? -kInf : scores[i];
                         }
                     }
@@ -597,7 +1206,7 @@ __device__ __forceinline__ int32 emit(
             if (run % 2 == 0) return;
             // One barrier a tile: the buffer written next was read before the barrier before this one.
             __syncthreads();
-            emit_tile(p, shared, group0, list0, run / 2);
+            emit_tile(p, shared, run / 2);
         });
     return errors;
 }
@@ -608,35 +1217,54 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_fin
     const int lane = lane_index();
     const int warp = warp_index();
     const int group0 = blockIdx.x * kGroups;
-    const int64 list0 = (static_cast<int64>(blockIdx.z) * p.num_heads + blockIdx.y) * p.num_groups + group0;
     const int units = p.num_kv_blocks;
     int32 errors = 0;
 
-    int k = p.top_k[blockIdx.y];
-    if (k < 0 || k > units) {
-        errors |= kTopKOutOfRange;
-        k = k < 0 ? 0 : units;
+    // Of the budget top_p: all, none, or to be found for each group.
+    float share = 0.0f;
+    int k = 0;
+    if constexpr (kTopP) {
+        share = p.top_p[blockIdx.y];
+        if (!(share >= 0.0f && share <= 1.0f)) errors |= kTopKOutOfRange;
+        k = share >= 1.0f ? min(units, p.max_selected) : 0;
+        if (k < units && share >= 1.0f && threadIdx.x == 0 && p.capped != nullptr) {
+            atomicAdd(p.capped, min(kGroups, p.num_groups - group0));
+        }
+    } else {
+        k = p.top_k[blockIdx.y];
+        if (k < 0 || k > units) {
+            errors |= kTopKOutOfRange;
+            k = k < 0 ? 0 : units;
+        }
+        if (k > p.max_selected) {
+            errors |= kTopKOutOfRange;
+            k = p.max_selected;
+        }
     }
-    if (k > p.max_selected) {
-        errors |= kTopKOutOfRange;
-        k = p.max_selected;
-    }
+    const bool by_mass = kTopP && share > 0.0f && share < 1.0f;
+    if (warp == 0) raise_error(p.error_flag, errors);
     for (int i = threadIdx.x; i < kGroups; i += kThreads) {
         Row row = {};
         row.last = 0xffffffffu;
         row.shift = 32 - kBinBits;
-        row.k = group0 + i < p.num_groups ? k : 0;
+        const bool exists = group0 + i < p.num_groups;
+        row.k = exists ? k : 0;
         row.ties = kAllTies;
-        if (row.k == 0 || row.k == units) {
+        if constexpr (kTopP) {
+            Mass mass = {};
+            mass.shift = 32 - kMassBinBits;
+            mass.ready = !exists;
+            shared.masses[i] = mass;
+        }
+        if (!(by_mass && exists) && (row.k == 0 || row.k == units)) {
             row.low = row.k == 0 ? 0xffffffffu : 0;  // nobody, or everybody
             row.shift = kDone;
         }
         shared.rows[i] = row;
         shared.above[i] = 0;
+        shared.lines[i] = no_line();
     }
     for (int i = warp; i < 16 * kTiles; i += kWarps) write_proxy(p, shared.proxy[i], group0, i);
-    uint32* all_bins = &shared.bins[0][0];
-    for (int i = threadIdx.x; i < kGroups * kBinStride; i += kThreads) all_bins[i] = 0;
     __syncthreads();
 
     uint32 proxies[kTiles][4];
@@ -650,41 +1278,89 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_fin
         proxies[tile][3] = high.y;
     }
 
-    // Rounds 0 and 1 look at a sample, round 2 at what its bracket holds, the others at what the one before left open.
-    // Where nothing is searched, no round is needed.
-    const bool samples = kMaySample && units >= kSampleFrom;
+    if constexpr (kQueryMass) find_lse(p, shared, proxies);
+    uint32* all_bins = &shared.bins[0][0];
+    for (int i = threadIdx.x; i < kGroups * kBinStride; i += kThreads) all_bins[i] = 0;
+    __syncthreads();
+
     bool searches = k > 0 && k < units;
-#pragma unroll 1
-    for (int round = samples ? 0 : 3; searches; ++round) {
-        const int stride = round < 2 ? kSampleStride : 1;
-        fill_bins(p, shared, proxies, group0, stride, round == 2);
+    if constexpr (kTopP) if (by_mass) {
+        find_largest(p, shared, proxies, group0);
         __syncthreads();
-        bool is_open = false;
-#pragma unroll 1
-        for (int r = 0; r < kRowsPerWarp; ++r) {
-            const int i = warp * kRowsPerWarp + r;
-            Row row = shared.rows[i];
-            uint32* bins = shared.bins[i];
-            if (row.shift != kDone) {
-                if (round < 2) {
-                    row = bracketed(row, bins, (units + kSampleStride - 1) / kSampleStride, units);
-                } else {
-                    if (round == 2) row.above = shared.above[i];
-                    row = narrowed(row, bins, units);
-                }
-                is_open |= row.shift != kDone;
-                __syncwarp();
-                if (lane == 0) shared.rows[i] = row;
-                for (int bin = lane; bin < kBins; bin += 32) bins[bin] = 0;
-            }
+        for (int i = threadIdx.x; i < kGroups; i += kThreads) {
+            Mass& mass = shared.masses[i];
+            mass.largest = mass.largest_bits == 0 ? 0.0f : unordered(mass.largest_bits);
         }
-        searches = __syncthreads_or(is_open) != 0;
+        __syncthreads();
+        bool is_first = true;
+        bool is_open = true;
+#pragma unroll 1
+        while (is_open) {
+            fill_masses(p, shared, proxies, group0);
+            __syncthreads();
+            is_open = false;
+            each_open_row(shared, [&](Row row, int i) {
+                Mass mass = shared.masses[i];
+                if (mass.ready == 0) {
+                    mass = mass_narrowed(p, mass, shared.bins[i], p.top_p[blockIdx.y], is_first);
+                    is_open |= mass.ready == 0;
+                    __syncwarp();
+                    if (lane == 0) shared.masses[i] = mass;
+                }
+                return row;
+            });
+            is_open = __syncthreads_or(is_open) != 0;
+            is_first = false;
+        }
+        collect_range(p, shared, proxies, group0);
+        __syncthreads();
+        searches = each_open_row(shared, [&](Row row, int i) {
+            return mass_resolved(p, row, shared.bins[i], shared.above[i], shared.masses[i]);
+        });
+    }
+    if constexpr (kMaySample) if (searches && units >= kSampleFrom) {
+        const int samples = (units + kSampleStride - 1) / kSampleStride;
+#pragma unroll 1
+        for (int round = 0; round < 2; ++round) {
+            fill_bins(p, shared, proxies, group0, kSampleStride);
+            __syncthreads();
+            each_open_row(shared, [&](Row row, int i) { return bracketed(row, shared.bins[i], samples, units); });
+        }
+        each_open_row(shared, [&](Row row, int i) {
+            const Line line = line_of(row, i);
+            if (lane == 0) shared.lines[i] = line;
+            return row;
+        });
+        fill_bracket(p, shared, proxies, group0);
+        __syncthreads();
+        each_open_row(shared, [&](Row row, int i) {
+            const Line line = located(shared.lines[i], shared.bins[i], shared.above[i], row.k, i);
+            __syncwarp();
+            if (lane == 0) {
+                shared.lines[i] = line;
+                shared.above[i] = 0;
+            }
+            return row;
+        });
+        collect(p, shared, proxies, group0);
+        __syncthreads();
+        searches = each_open_row(shared, [&](Row row, int i) {
+            const Line line = shared.lines[i];
+            if (line.needed == 0) return restarted(row);
+            return resolved(row, shared.bins[i], min(shared.above[i], kBins), line.needed);
+        });
+    }
+    // What is still open. Where nothing is searched, no round is needed.
+    while (searches) {
+        fill_bins(p, shared, proxies, group0, 1);
+        __syncthreads();
+        searches = each_open_row(shared, [&](Row row, int i) { return narrowed(row, shared.bins[i], units); });
     }
 
-    errors |= emit(p, shared, proxies, group0, list0);
+    errors = emit(p, shared, proxies, group0);
     __syncthreads();
     for (int i = threadIdx.x; i < kGroups && group0 + i < p.num_groups; i += kThreads) {
-        p.q2k_count[list0 + i] = min(shared.rows[i].emitted, p.max_selected);
+        p.q2k_count[first_list(p) + i] = min(shared.rows[i].emitted, p.max_selected);
     }
     raise_error(p.error_flag, errors);
 }

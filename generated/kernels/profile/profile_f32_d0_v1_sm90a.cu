@@ -2,9 +2,10 @@
 // Generated from templates/kernels/profile.cu.tera by dsv-codegen: do not edit, change the template or the spec.
 // profile, f32, vector 1, sm90a
 
-// Profiler, second step, one CTA a sampled query: how few keys hold the share theta of its softmax mass, and how much
-// of the mass its list holds (paper: critical KV, profiler).
+// Profiler, second step, one CTA a sampled query: how few keys hold the share theta of its softmax mass, how much of the
+// mass its list holds, and how many of those few are listed (paper: critical KV, profiler).
 //   needed  = min n such that the n largest p_j sum to theta sum p_j, over S;   covered = sum over listed j of p_j / sum p_j
+//   recall  = listed among the n largest (ties: the smaller id is larger), over n
 // The n-th largest logit is found bit by bit: mass at or above a threshold is a sum in fixed order, so nothing is
 // sorted and the result is the same every time; keys that tie with it count as far as they are needed.
 // Floor: the row read about 24 times through L2; it runs every few hundred steps.
@@ -17,7 +18,7 @@ using namespace dsv;
 // BEGIN CONFIG
 constexpr int kThreads = 256;
 constexpr int kCtasPerSm = 1;
-constexpr int kParamsBytes = 96;
+constexpr int kParamsBytes = 104;
 // END CONFIG
 
 constexpr int kWarps = kThreads / 32;
@@ -29,6 +30,7 @@ struct Params {
     const int32* q2k_count;  // [B, H, G], or null
     float* needed;           // [B, samples, H], written: share of the keys
     float* covered;          // [B, samples, H], written unless there are no lists
+    float* recall;           // [B, samples, H], written unless there are no lists, or null
     int32* error_flag;       // [1]
     int32 batch_index;       // the sequence of this launch
     int32 head0;             // the head of blockIdx.y = 0
@@ -113,16 +115,34 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) profile_f32_d
         errors |= kCountOutOfRange;
         count = min(max(count, 0), p.max_selected);
     }
+    // Of the keys that tie at the threshold, those up to last_tie are needed: found by index, where not all are.
+    int last_tie = p.seqlen_kv;
+    if (p.recall != nullptr && taken < ties) {
+        int none = -1;  // fewer than `taken` of them up to here
+        while (last_tie - none > 1) {
+            const int middle = none + (last_tie - none) / 2;
+            int count_to = 0;
+            for (int i = threadIdx.x; i <= middle; i += kThreads) count_to += ordered(row[i]) == threshold ? 1 : 0;
+            (cta_sum(count_to, sInt) >= taken ? last_tie : none) = middle;
+        }
+    }
     float covered = 0.0f;
+    int recalled = 0;
     for (int i = threadIdx.x; i < count * p.kv_block; i += kThreads) {
         const int64 key = static_cast<int64>(p.q2k_index[list * p.max_selected + i / p.kv_block]) * p.kv_block + i % p.kv_block;
         if (key < 0 || key / p.kv_block * p.kv_block >= p.seqlen_kv) {
             errors |= kIndexOutOfRange;
         } else if (key < p.seqlen_kv) {
             covered += exp2_approx(row[key] - largest);
+            const uint32 logit = ordered(row[key]);
+            recalled += logit > threshold || (logit == threshold && key <= last_tie) ? 1 : 0;
         }
     }
     covered = cta_sum(covered, sFloat);
-    if (threadIdx.x == 0) p.covered[at] = covered / total;
+    recalled = cta_sum(recalled, sInt);
+    if (threadIdx.x == 0) {
+        p.covered[at] = covered / total;
+        if (p.recall != nullptr) p.recall[at] = static_cast<float>(recalled) / static_cast<float>(above.count + taken);
+    }
     raise_error(p.error_flag, errors);
 }

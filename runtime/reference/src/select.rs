@@ -1,15 +1,24 @@
 //! Selection of KV blocks, or tokens where `kv_block` is 1, from low-rank scores: one proxy query or a few queries a
-//! group, the maximum over them and over a block's keys, the top-k blocks of each group.
+//! group, the maximum or the softmax mass over them and over a block's keys, the best blocks of each group.
 //!
-//! `score[b, h, g, n] = max over queries i of the rule, keys j of block n of <proxy_i(g), k_lr(j)>`, with `q_lr`,
-//! `k_lr [B, S, H, rank]` per query head (no grouped heads). Blocks are ranked by score, ties by the smaller id, and
-//! listed ascending. [`keep`] gives blocks that are to be listed whatever their score the score +inf.
+//! With `s_i(j) = <proxy_i(g), k_lr(j)>` for the queries i of the rule and the keys j of block n, and `q_lr`, `k_lr
+//! [B, S, H, rank]` per query head (no grouped heads), `score[b, h, g, n]` is
+//!
+//! ```text
+//! max over i, j of s_i(j)                                                   block score max
+//! ln(sum over j of exp(scale max over i of s_i(j))) / scale                 block score mass
+//! ln(sum over i, j of exp(scale s_i(j)) / sum over all j' of exp(scale s_i(j'))) / scale     rule mass4
+//! ```
+//!
+//! Blocks are ranked by score, ties by the smaller id, and listed ascending: a number of them ([`top_k`]), or the fewest that
+//! hold a share of the mass exp(scale score) ([`top_p`]). [`keep`] gives blocks that are to be listed whatever their score the
+//! score +inf.
 
 use crate::attention::{AttnError, View};
 use crate::element::{Element, Rounding};
 use crate::lists::{KvListsBuf, ListDims};
 use crate::matrix::{Mat, MatMut, multiply};
-use dsv_spec::{Dtype, GroupRule};
+use dsv_spec::{BlockScore, Dtype, GroupRule};
 use rayon::prelude::*;
 
 /// Why a selection is refused.
@@ -54,6 +63,16 @@ pub enum SelectError {
         top_k: i32,
         /// KV blocks of a sequence.
         blocks: usize,
+    },
+    /// A share of the mass makes no sense.
+    #[error(
+        "top_p of head {head} is {share}\n  allowed: 0 (nothing) to 1 (every block)\n  next: pass a share, not a percentage"
+    )]
+    Share {
+        /// Query head.
+        head: usize,
+        /// The number found.
+        share: f32,
     },
     /// A score is not a number.
     #[error(
@@ -102,14 +121,29 @@ fn check<T>(dims: &ListDims, rank: usize, q_lr: &View<'_, T>, k_lr: &View<'_, T>
     Ok(())
 }
 
-/// The definition, in f64: scores [B, H, G, N]. With `rounding`, inputs and the mean proxy are rounded to that
-/// dtype first, as a kernel that reads and multiplies in it does.
+/// The definition, in f64: scores [B, H, G, N], of a block the largest ([`BlockScore::Max`]; [`GroupRule::Mass4`]: its mass,
+/// at scale 1). With `rounding`, inputs and the mean proxy are rounded to that dtype first, as a kernel that reads and
+/// multiplies in it does.
 pub fn scores_f64<T: Element>(
     dims: &ListDims,
     rank: usize,
     q_lr: &View<'_, T>,
     k_lr: &View<'_, T>,
     rule: GroupRule,
+    rounding: Option<Dtype>,
+) -> Result<Vec<f64>, SelectError> {
+    block_scores_f64(dims, rank, q_lr, k_lr, rule, BlockScore::Max, 1.0, rounding)
+}
+
+/// [`scores_f64`] with any block score. Logits are `scale` times the products; it must be above 0.
+pub fn block_scores_f64<T: Element>(
+    dims: &ListDims,
+    rank: usize,
+    q_lr: &View<'_, T>,
+    k_lr: &View<'_, T>,
+    rule: GroupRule,
+    block_score: BlockScore,
+    scale: f64,
     rounding: Option<Dtype>,
 ) -> Result<Vec<f64>, SelectError> {
     check(dims, rank, q_lr, k_lr)?;
@@ -134,17 +168,44 @@ pub fn scores_f64<T: Element>(
                     }
                     vec![mean.iter().map(|sum| round(sum / rows.len() as f64)).collect()]
                 }
-                GroupRule::Max4 => {
+                GroupRule::Max4 | GroupRule::Mass4 => {
                     four_rows(dims, group).into_iter().map(|token| row(q_lr, b, token, h)).collect()
                 }
             };
+            let product = |query: &[f64], key: usize| -> f64 {
+                query.iter().zip(row(k_lr, b, key, h)).map(|(q, k)| q * k).sum()
+            };
+            // One row of scores by key: the largest of the queries', or the logarithm of their masses' sum.
+            let of_keys: Vec<f64> = if rule == GroupRule::Mass4 {
+                let rows: Vec<Vec<f64>> = queries
+                    .iter()
+                    .map(|query| (0..dims.seqlen_kv).map(|key| scale * product(query, key)).collect())
+                    .collect();
+                // Logits that are no number, or infinite, take no part in what the others are divided by.
+                let lse: Vec<f64> = rows
+                    .iter()
+                    .map(|row| log_sum_exp(row.iter().copied().filter(|x| x.is_finite())))
+                    .map(|lse| if lse.is_finite() { lse } else { 0.0 })
+                    .collect();
+                (0..dims.seqlen_kv)
+                    .map(|key| log_sum_exp(rows.iter().zip(&lse).map(|(row, lse)| row[key] - lse)) / scale)
+                    .collect()
+            } else {
+                (0..dims.seqlen_kv)
+                    .map(|key| {
+                        let mut best = f64::NEG_INFINITY;
+                        queries.iter().for_each(|query| keep_larger(&mut best, product(query, key)));
+                        best
+                    })
+                    .collect()
+            };
             for block in 0..blocks {
-                for key in dims.block_keys(block) {
-                    let key = row(k_lr, b, key, h);
-                    for query in &queries {
-                        let score: f64 = query.iter().zip(&key).map(|(q, k)| q * k).sum();
-                        keep_larger(&mut scores[group * blocks + block], score);
-                    }
+                let keys = &of_keys[dims.block_keys(block)];
+                let score = &mut scores[group * blocks + block];
+                if block_score == BlockScore::Mass || rule == GroupRule::Mass4 {
+                    *score = log_sum_exp(keys.iter().map(|key| scale * key)) / scale;
+                } else {
+                    keys.iter().for_each(|&key| keep_larger(score, key));
                 }
             }
         }
@@ -152,7 +213,17 @@ pub fn scores_f64<T: Element>(
     Ok(scores)
 }
 
-/// The same in f32 with `gemm`, for the trainer: scores [B, H, G, N].
+/// ln(sum of exp(x)): NaN with a NaN, +inf with one, -inf of nothing.
+fn log_sum_exp(values: impl Iterator<Item = f64> + Clone) -> f64 {
+    let mut largest = f64::NEG_INFINITY;
+    values.clone().for_each(|x| keep_larger(&mut largest, x));
+    if !largest.is_finite() {
+        return largest;
+    }
+    largest + values.map(|x| (x - largest).exp()).sum::<f64>().ln()
+}
+
+/// [`scores_f64`] in f32 with `gemm`, for the trainer: scores [B, H, G, N].
 pub fn scores_f32(
     dims: &ListDims,
     rank: usize,
@@ -160,6 +231,11 @@ pub fn scores_f32(
     k_lr: &View<'_, f32>,
     rule: GroupRule,
 ) -> Result<Vec<f32>, SelectError> {
+    if rule == GroupRule::Mass4 {
+        // Normalised over all keys: two passes, for which no trainer on a CPU has asked yet.
+        let exact = scores_f64(dims, rank, q_lr, k_lr, rule, None)?;
+        return Ok(exact.into_iter().map(|score| score as f32).collect());
+    }
     check(dims, rank, q_lr, k_lr)?;
     // Keys scored at once: whole blocks, about a thousand keys.
     let tile_keys = 1024usize.div_ceil(dims.kv_block) * dims.kv_block;
@@ -181,7 +257,7 @@ pub fn scores_f32(
                     }
                     query.iter_mut().for_each(|x| *x /= len);
                 }
-                GroupRule::Max4 => {
+                GroupRule::Max4 | GroupRule::Mass4 => {
                     for (query, token) in query.chunks_exact_mut(rank).zip(four_rows(dims, group)) {
                         query.copy_from_slice(q_lr.row(b, token, h, rank));
                     }
@@ -212,7 +288,7 @@ pub fn scores_f32(
     Ok(scores)
 }
 
-/// The queries of [`GroupRule::Max4`]: at indices floor(len (2 i + 1) / 8) of the group's valid queries.
+/// The queries of [`GroupRule::Max4`] and [`GroupRule::Mass4`]: at indices floor(len (2 i + 1) / 8) of the group's valid queries.
 fn four_rows(dims: &ListDims, group: usize) -> [usize; 4] {
     let rows = dims.group_rows(group);
     std::array::from_fn(|i| rows.start + rows.len() * (2 * i + 1) / 8)
@@ -268,6 +344,71 @@ pub fn top_k_strict<T: PartialOrd + Copy + Sync>(
     top_k(dims, scores, budgets)
 }
 
+/// Lists of a budget `top_p`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TopP {
+    /// The lists.
+    pub lists: KvListsBuf,
+    /// How many of them `max_selected` cut.
+    pub capped: usize,
+}
+
+/// Lists, for each group, the fewest blocks that hold `shares[h]` of the group's mass, from scores [B, H, G, N]. A block's
+/// mass is exp(scale score); blocks of score +inf are listed first and are no mass. A share of 0 lists nothing, 1 every block.
+/// Where that is more than `dims.max_selected`, the list keeps its `max_selected` best blocks.
+///
+/// # Errors
+/// [`SelectError::Share`], [`SelectError::TopKLength`] for a wrong number of shares, and as [`top_k`].
+pub fn top_p<T: Element + PartialOrd>(
+    dims: &ListDims,
+    scores: &[T],
+    shares: &[f32],
+    scale: f64,
+) -> Result<TopP, SelectError> {
+    let (groups, blocks) = (dims.groups(), dims.blocks());
+    if shares.len() != dims.num_heads {
+        return Err(SelectError::TopKLength { found: shares.len(), num_heads: dims.num_heads });
+    }
+    if let Some(head) = shares.iter().position(|share| !(0.0..=1.0).contains(share)) {
+        return Err(SelectError::Share { head, share: shares[head] });
+    }
+    let expected = dims.lists() * blocks;
+    if scores.len() != expected {
+        return Err(SelectError::ScoresLength { found: scores.len(), expected });
+    }
+    let counts: Vec<usize> = (0..dims.lists())
+        .into_par_iter()
+        .map(|list| {
+            let share = f64::from(shares[list / groups % dims.num_heads]);
+            let scores: Vec<f64> = scores[list * blocks..][..blocks].iter().map(|s| s.to_f64()).collect();
+            needed_for(&scores, share, scale)
+        })
+        .collect();
+    let capped = counts.iter().filter(|&&count| count > dims.max_selected).count();
+    let counts: Vec<i32> = counts.iter().map(|&count| count.min(dims.max_selected) as i32).collect();
+    Ok(TopP { lists: top_of_each(dims, scores, &counts)?, capped })
+}
+
+/// The fewest blocks, best first, that hold `share` of the mass; see [`top_p`].
+pub fn needed_for(scores: &[f64], share: f64, scale: f64) -> usize {
+    if share <= 0.0 || share >= 1.0 {
+        return if share >= 1.0 { scores.len() } else { 0 };
+    }
+    let infinite = scores.iter().filter(|&&s| s == f64::INFINITY).count();
+    let mut finite: Vec<f64> = scores.iter().copied().filter(|s| s.is_finite()).collect();
+    finite.sort_unstable_by(|a, b| b.total_cmp(a));
+    let largest = finite.first().copied().unwrap_or(0.0);
+    let masses: Vec<f64> = finite.iter().map(|s| (scale * (s - largest)).exp()).collect();
+    let target = share * masses.iter().sum::<f64>();
+    let mut held = 0.0;
+    let needed = masses.iter().take_while(|&&mass| {
+        let more = held < target;
+        held += mass;
+        more
+    });
+    infinite + needed.count()
+}
+
 /// The lists as bits [B, H, G, ceil(N / 32)]: bit n % 32 of word n / 32 says whether block n is listed.
 pub fn bitmap(lists: &KvListsBuf) -> Vec<u32> {
     let words = lists.dims.blocks().div_ceil(32);
@@ -307,6 +448,20 @@ pub fn top_k<T: PartialOrd + Copy + Sync>(
             return Err(SelectError::TopK { head, top_k, max_selected: dims.max_selected });
         }
     }
+    let counts: Vec<i32> = (0..dims.lists()).map(|list| top_k[list / groups % dims.num_heads]).collect();
+    top_of_each(dims, scores, &counts)
+}
+
+/// Lists the `counts[list]` best blocks (at most all) of each group from scores [B, H, G, N]; counts in 0..=max_selected.
+///
+/// # Errors
+/// [`SelectError::Nan`].
+pub fn top_of_each<T: PartialOrd + Copy + Sync>(
+    dims: &ListDims,
+    scores: &[T],
+    counts: &[i32],
+) -> Result<KvListsBuf, SelectError> {
+    let (groups, blocks) = (dims.groups(), dims.blocks());
     if let Some(at) = scores.iter().position(|s| s.partial_cmp(s).is_none()) {
         let list = at / blocks;
         return Err(SelectError::Nan {
@@ -320,7 +475,7 @@ pub fn top_k<T: PartialOrd + Copy + Sync>(
         .into_par_iter()
         .map(|list| {
             let scores = &scores[list * blocks..][..blocks];
-            let kept = (top_k[list / groups % dims.num_heads] as usize).min(blocks);
+            let kept = (counts[list] as usize).min(blocks);
             let mut ids: Vec<i32> = (0..blocks as i32).collect();
             if kept < blocks && kept > 0 {
                 ids.select_nth_unstable_by(kept - 1, |&a, &b| {
@@ -376,8 +531,24 @@ mod tests {
                 GroupRule::Mean => {
                     vec![(0..16).map(|c| rows.clone().map(|i| token(i)[c]).sum::<f64>() / 13.0).collect()]
                 }
-                GroupRule::Max4 => [64 + 1, 64 + 4, 64 + 8, 64 + 11].map(token).to_vec(),
+                GroupRule::Max4 | GroupRule::Mass4 => [64 + 1, 64 + 4, 64 + 8, 64 + 11].map(token).to_vec(),
             };
+            if rule == GroupRule::Mass4 {
+                // Four queries' softmax masses of the four keys.
+                let by_hand: f64 = queries
+                    .iter()
+                    .map(|query| {
+                        let mass = |j: usize| -> f64 {
+                            let key = k.row(1, j, 2, 16);
+                            query.iter().zip(key).map(|(a, &b)| a * f64::from(b)).sum::<f64>().exp()
+                        };
+                        (1096..1100).map(mass).sum::<f64>() / (0..1100).map(mass).sum::<f64>()
+                    })
+                    .sum();
+                let at = ((3 + 2) * 5 + 4) * 138 + 137;
+                assert!((exact[at].exp() / by_hand - 1.0).abs() < 1e-12);
+                continue;
+            }
             let by_hand = (1096..1100)
                 .flat_map(|j| {
                     queries
@@ -500,6 +671,77 @@ mod tests {
         keep(&d, Keep::default(), &mut none).unwrap();
         assert_eq!(none, scores);
         assert!(matches!(keep(&d, Keep::default(), &mut none[1..]), Err(SelectError::ScoresLength { .. })));
+    }
+
+    #[test]
+    fn a_blocks_mass_is_the_sum_of_its_tokens() {
+        let d = dims();
+        let tokens = ListDims { kv_block: 1, max_selected: 1100, ..d };
+        let mut rng = SplitMix64::new(7);
+        let q = rng.normals(2 * 77 * 3 * 16, 1.0);
+        let k = rng.normals(2 * 1100 * 3 * 16, 1.0);
+        let (q, k) =
+            (View::new(&q[..], Layout::bshd(77, 3, 16)), View::new(&k[..], Layout::bhsd(1100, 3, 16)));
+        for rule in [GroupRule::Centre, GroupRule::Max4, GroupRule::Mass4] {
+            let of =
+                |d: &ListDims| block_scores_f64(d, 16, &q, &k, rule, BlockScore::Mass, 0.5, None).unwrap();
+            for (fine, coarse) in of(&tokens).chunks(1100).zip(of(&d).chunks(138)) {
+                for (fine, coarse) in fine.chunks(8).zip(coarse) {
+                    let mass: f64 = fine.iter().map(|s| (0.5 * s).exp()).sum();
+                    assert!((mass / (0.5 * coarse).exp() - 1.0).abs() < 1e-12);
+                }
+                if rule == GroupRule::Mass4 {
+                    let total: f64 = fine.iter().map(|s| (0.5 * s).exp()).sum();
+                    assert!((total - 4.0).abs() < 1e-12, "four queries give one each: {total}");
+                }
+            }
+        }
+        // At a large scale the mass is the largest's.
+        let mass = block_scores_f64(&d, 16, &q, &k, GroupRule::Mean, BlockScore::Mass, 1e4, None).unwrap();
+        let max = scores_f64(&d, 16, &q, &k, GroupRule::Mean, None).unwrap();
+        let worst = mass.iter().zip(&max).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(worst <= 8f64.ln() / 1e4, "{worst}");
+    }
+
+    #[test]
+    fn top_p_keeps_the_fewest_that_hold_the_share() {
+        let d = ListDims {
+            batch: 1,
+            num_heads: 2,
+            seqlen_q: 128,
+            seqlen_kv: 320,
+            query_group: 64,
+            kv_block: 64,
+            max_selected: 3,
+        };
+        // Masses 1/2, 1/4, 1/8, 1/16, 1/16 in some order; then all equal; the other head wants less.
+        let ln = |x: f64| x.ln();
+        let halves = [ln(0.0625), ln(0.5), ln(0.0625), ln(0.25), ln(0.125)];
+        let mut scores: Vec<f64> = [halves, [3.0; 5], halves, [3.0; 5]].concat();
+        let select = |scores: &[f64], shares: [f32; 2]| top_p(&d, scores, &shares, 1.0).unwrap();
+        let found = select(&scores, [0.8, 0.5]);
+        assert_eq!((found.lists.count.as_slice(), found.capped), (&[3, 3, 1, 3][..], 1));
+        assert_eq!(found.lists.view().blocks_of(0), [1, 3, 4]);
+        assert_eq!(found.lists.view().blocks_of(1), [0, 1, 2], "four were needed");
+        assert_eq!(found.lists.view().blocks_of(2), [1], "a half is half of it");
+        let found = select(&scores, [0.0, 1.0]);
+        assert_eq!((found.lists.count.as_slice(), found.capped), (&[0, 0, 3, 3][..], 2));
+        // Twice the scale: masses 1/4, 1/16, ...: the largest alone holds 0.73.
+        assert_eq!(top_p(&d, &scores, &[0.7, 0.7], 2.0).unwrap().lists.count[0], 1);
+        // Kept blocks come on top; a block without mass is never needed.
+        scores[0] = f64::INFINITY;
+        scores[1] = f64::NEG_INFINITY;
+        assert_eq!(select(&scores, [0.5, 0.5]).lists.view().blocks_of(0), [0, 3]);
+        scores[..5].fill(f64::NEG_INFINITY);
+        assert!(select(&scores, [0.5, 0.5]).lists.view().blocks_of(0).is_empty());
+        for share in [-0.1, 1.1, f32::NAN] {
+            assert!(matches!(
+                top_p(&d, &scores, &[0.5, share], 1.0),
+                Err(SelectError::Share { head: 1, .. })
+            ));
+        }
+        assert!(matches!(top_p(&d, &scores, &[0.5], 1.0), Err(SelectError::TopKLength { found: 1, .. })));
+        assert!(matches!(top_p(&d, &scores[1..], &[0.5; 2], 1.0), Err(SelectError::ScoresLength { .. })));
     }
 
     #[test]

@@ -5,8 +5,8 @@ use dsv_spec::params::{
     AttnFwdGather, AttnFwdViews, KvInvert, KvSelect, KvSelectFine, KvValidate,
 };
 use dsv_spec::{
-    Arch, AttnOp, Deterministic, GroupRule, KernelSpec, ListOp, Lists, PointwiseOp, Problem, SelectOp,
-    limits, space,
+    Arch, AttnOp, BlockScore, Budget, Deterministic, GroupRule, KernelSpec, ListOp, Lists, PointwiseOp,
+    Problem, SelectOp, limits, space,
 };
 
 fn problems(error: Error) -> Vec<String> {
@@ -204,6 +204,9 @@ fn fine_selection_sizes_and_limits() {
         query_group: 64,
         kv_block: 8,
         group_rule: GroupRule::Centre,
+        block_score: BlockScore::Max,
+        budget: Budget::TopP,
+        scale: 1.0,
         keep: Keep::default(),
         batch: 1,
         num_heads: 16,
@@ -222,12 +225,14 @@ fn fine_selection_sizes_and_limits() {
     assert_eq!(tokens.lists().index_bytes(), 16 * 2048 * 13_108 * 4);
     assert_eq!(FineProblem { seqlen_kv: 257, ..p }.bitmap_bytes(), 16 * 2048 * 2 * 4);
 
-    let bad = FineProblem { seqlen_kv: 80, max_selected: 11, keep: Keep { first: 81, own: true }, ..p };
+    let bad =
+        FineProblem { seqlen_kv: 80, max_selected: 11, scale: 0.0, keep: Keep { first: 81, own: true }, ..p };
     let found = problems(check(&bad).unwrap_err());
     assert_eq!(
         found,
         [
             "max_selected 11; allowed: 1 to 10 KV units of 8 tokens",
+            "scale 0; allowed: finite and above 0 (1: products are logits)",
             "keep.first 81; allowed: 0 to 80 (seqlen_kv)"
         ]
     );

@@ -4,6 +4,7 @@ mod attention;
 mod harness;
 mod lists;
 mod optimizer;
+mod profile;
 mod select;
 mod select_fine;
 mod tensor;
@@ -51,8 +52,14 @@ impl GpuTest {
 
 /// Every test. Needs no GPU.
 fn tests() -> Vec<GpuTest> {
-    let families =
-        [attention::tests(), lists::tests(), select::tests(), select_fine::tests(), optimizer::tests()];
+    let families = [
+        attention::tests(),
+        lists::tests(),
+        select::tests(),
+        select_fine::tests(),
+        profile::tests(),
+        optimizer::tests(),
+    ];
     families.into_iter().flatten().collect()
 }
 

@@ -7,10 +7,10 @@ use crate::inputs::Placement;
 use dsv_reference::attention::{Layout, View};
 use dsv_reference::lists::ListDims;
 use dsv_reference::rng::SplitMix64;
-use dsv_reference::select::{Keep, bitmap, keep, scores_f64, top_k_strict};
+use dsv_reference::select::{Keep, bitmap, block_scores_f64, keep, needed_for, top_of_each};
 use dsv_runtime::{FineArgs, FineProblem, SelectProblem};
 use dsv_spec::params::error_bits;
-use dsv_spec::{Dtype, GroupRule, KernelSpec, space};
+use dsv_spec::{BlockScore, Budget, Dtype, GroupRule, KernelSpec, space};
 use half::bf16;
 use serde::Deserialize;
 
@@ -75,22 +75,44 @@ fn bshd() -> LayoutKind {
 
 const RANK: usize = SelectProblem::RANK as usize;
 
-/// Every kernel body: tokens, one block a lane, several chunks a block; each rule.
-const GRANULARITIES: [(u16, u16, GroupRule); 13] = [
-    (64, 1, GroupRule::Centre),
-    (64, 1, GroupRule::Mean),
-    (64, 1, GroupRule::Max4),
-    (64, 8, GroupRule::Centre),
-    (64, 8, GroupRule::Mean),
-    (64, 8, GroupRule::Max4),
-    (64, 16, GroupRule::Centre),
-    (64, 16, GroupRule::Max4),
-    (64, 64, GroupRule::Mean),
-    (128, 1, GroupRule::Mean),
-    (128, 8, GroupRule::Centre),
-    (128, 128, GroupRule::Centre),
-    (128, 128, GroupRule::Max4),
-];
+/// Every kernel body: tokens, one block a lane, several chunks a block; each rule, block score and budget.
+const GRANULARITIES: [Granularity; 24] = {
+    use BlockScore::{Mass, Max};
+    use Budget::{TopK, TopP};
+    use GroupRule::{Centre, Mass4, Max4, Mean};
+    [
+        (64, 1, Centre, Max, TopK),
+        (64, 1, Mean, Max, TopK),
+        (64, 1, Max4, Max, TopK),
+        (64, 1, Mass4, Mass, TopK),
+        (64, 8, Centre, Max, TopK),
+        (64, 8, Mean, Max, TopK),
+        (64, 8, Max4, Max, TopK),
+        (64, 8, Centre, Mass, TopK),
+        (64, 8, Max4, Mass, TopK),
+        (64, 8, Mass4, Mass, TopK),
+        (64, 16, Centre, Max, TopK),
+        (64, 16, Max4, Max, TopK),
+        (64, 64, Mean, Max, TopK),
+        (64, 64, Centre, Mass, TopK),
+        (128, 1, Mean, Max, TopK),
+        (128, 8, Centre, Max, TopK),
+        (128, 128, Centre, Max, TopK),
+        (128, 128, Max4, Max, TopK),
+        (64, 1, Centre, Max, TopP),
+        (64, 1, Mass4, Mass, TopP),
+        (64, 8, Mean, Max, TopP),
+        (64, 8, Centre, Mass, TopP),
+        (64, 64, Centre, Max, TopP),
+        (128, 16, Mass4, Mass, TopP),
+    ]
+};
+
+/// query_group, kv_block, and how a unit is scored and chosen.
+type Granularity = (u16, u16, GroupRule, BlockScore, Budget);
+
+/// Predicted logits over low-rank products: a few units must not hold everything, nor all of them weigh the same.
+const SCALE: f32 = 0.75;
 
 fn cases() -> Vec<Case> {
     #[derive(Deserialize)]
@@ -107,14 +129,15 @@ fn cases() -> Vec<Case> {
 pub(super) fn tests() -> Vec<GpuTest> {
     let mut tests = Vec::new();
     for case in cases() {
-        for (query_group, kv_block, rule) in GRANULARITIES {
-            let spec = space::default_select_fine(query_group, kv_block, rule, ARCH)
-                .unwrap_or_else(|| panic!("no kv_select_fine of {query_group}, {kv_block}, {rule}"));
+        for granularity in GRANULARITIES {
+            let (query_group, kv_block, rule, block_score, budget) = granularity;
+            let spec = space::select_fine(query_group, kv_block, rule, block_score, budget, ARCH)
+                .unwrap_or_else(|| panic!("no kv_select_fine of {granularity:?}"));
             let (case, spec) = (case.clone(), KernelSpec::Select(spec));
             tests.push(GpuTest::new(
                 format!("kv_select_fine/{}/{spec}", case.name),
                 vec![spec],
-                move |gpu| run(gpu, &case, spec, query_group, kv_block, rule),
+                move |gpu| run(gpu, &case, spec, granularity),
             ));
         }
     }
@@ -125,9 +148,7 @@ fn run(
     gpu: &mut Gpu,
     case: &Case,
     spec: KernelSpec,
-    query_group: u16,
-    kv_block: u16,
-    rule: GroupRule,
+    (query_group, kv_block, rule, block_score, budget): Granularity,
 ) -> Outcome {
     let kernel = gpu.kernel(&spec)?;
     let gpu = &*gpu;
@@ -143,10 +164,15 @@ fn run(
         max_selected: (case.width * units as f64).ceil() as usize,
     };
     let budgets: Vec<i32> = case.shares.iter().map(|share| (share * units as f64).ceil() as i32).collect();
+    // A share of the units to keep is as good a share of the mass.
+    let shares: Vec<f32> = case.shares.iter().map(|&share| share as f32).collect();
     let problem = FineProblem {
         query_group,
         kv_block,
         group_rule: rule,
+        block_score,
+        budget,
+        scale: SCALE,
         keep: dsv_runtime::Keep { first: case.keep_first as u32, own: case.keep_own },
         batch: case.batch as u32,
         num_heads: heads as u32,
@@ -161,7 +187,10 @@ fn run(
     let (q_place, k_place) = (place(0, q_rows), place(1, k_rows));
     let q_lr = Tensor::with_rows(gpu, "q_lr", Dtype::Bf16, q_place, q_rows, &q)?;
     let k_lr = Tensor::with_rows(gpu, "k_lr", Dtype::Bf16, k_place, k_rows, &k)?;
-    let top_k = Flat::of(gpu, "top_k", &budgets)?;
+    let numbers = match budget {
+        Budget::TopK => Flat::of(gpu, "top_k", &budgets)?,
+        Budget::TopP => Flat::of(gpu, "top_p", &shares)?,
+    };
     let plan = gpu.runtime.fine_selection_with(
         &problem,
         Tensor::layout(&q_place),
@@ -171,7 +200,7 @@ fn run(
 
     // Everything that can be asked for, then ids alone, then bits alone.
     let words = dims.blocks().div_ceil(32);
-    let mut runs = Vec::new();
+    let (mut runs, mut capped_lists) = (Vec::new(), Vec::new());
     for (ids, bits, dump) in [(true, true, true), (true, false, false), (false, true, false)] {
         // 0xFF: -1 in every list entry, as the reference leaves them.
         let index = Flat::poisoned(gpu, "q2k_index", 4 * dims.lists() * dims.max_selected, 0xFF)?;
@@ -179,21 +208,26 @@ fn run(
         let bitmap = Flat::poisoned(gpu, "bitmap", 4 * dims.lists() * words, 0xFF)?;
         let scores = Flat::poisoned(gpu, "scores", 4 * dims.lists() * dims.blocks(), 0xFF)?;
         let flag = Flat::of(gpu, "error_flag", &[0i32])?;
+        let capped = Flat::of(gpu, "capped", &[0i32])?;
         let args = FineArgs {
             q_lr: q_lr.address(),
             k_lr: k_lr.address(),
-            top_k: top_k.address(),
+            budget: numbers.address(),
             q2k_index: ids.then_some(index.address()),
             q2k_count: count.address(),
             bitmap: bits.then_some(bitmap.address()),
             scores: dump.then_some(scores.address()),
+            capped: dump.then_some(capped.address()),
             error_flag: flag.address(),
         };
         // SAFETY: every buffer was made for this plan's sizes and layouts, and lives past the wait.
         unsafe { plan.select(&gpu.stream, &args)? };
         gpu.wait()?;
+        // Shares of the mass are cut by the width and no fault.
+        let sound = budget == Budget::TopP && shares.iter().all(|share| (0.0..=1.0).contains(share));
         let raised = match case.raises {
             Raises::None => 0,
+            Raises::TopK if sound => 0,
             Raises::TopK => error_bits::TOP_K_OUT_OF_RANGE,
             Raises::Nan => error_bits::SCORE_IS_NAN,
         };
@@ -204,31 +238,48 @@ fn run(
             bitmap.read::<u32>(gpu)?,
             scores.read::<f32>(gpu)?,
         ));
+        capped_lists.push(capped.read::<i32>(gpu)?[0]);
     }
     let (index, count, bits, scores) = &runs[0];
 
     // Scores: products of bf16 are exact in f32, sixteen of them are summed. The mean proxy is rounded to bf16 once,
     // and its f32 sum may fall on the other side of a rounding boundary.
     let view = |data, seqlen| View::new(data, Layout::bshd(seqlen, heads, RANK));
-    let of = |q, k, rounding| {
-        scores_f64(&dims, RANK, &view(q, case.seqlen_q), &view(k, case.seqlen_kv), rule, rounding)
+    let of = |q, k, rule, block_score, rounding| {
+        let (q, k) = (view(q, case.seqlen_q), view(k, case.seqlen_kv));
+        block_scores_f64(&dims, RANK, &q, &k, rule, block_score, f64::from(SCALE), rounding)
     };
-    let mut exact = of(&q[..], &k[..], Some(Dtype::Bf16))?;
+    let mut exact = of(&q[..], &k[..], rule, block_score, Some(Dtype::Bf16))?;
     keep(&dims, Keep { first: case.keep_first, own: case.keep_own }, &mut exact)?;
     let absolute = |values: &[f32]| values.iter().map(|x| x.abs()).collect::<Vec<f32>>();
-    let magnitude = of(&absolute(&q)[..], &absolute(&k)[..], None)?;
+    // The largest product, rather than a mass, bounds what rounding moves.
+    let largest = if rule == GroupRule::Mass4 { GroupRule::Max4 } else { rule };
+    let magnitude = of(&absolute(&q)[..], &absolute(&k)[..], largest, BlockScore::Max, None)?;
     let share = if rule == GroupRule::Mean { 2f64.powi(-7) } else { 2f64.powi(-19) };
+    // A mass is a sum of exponentials of approximate base-2 powers, 2^-22 each, in arguments that f32 holds to 2^-24 of the
+    // largest of all logits where they are normalised; its logarithm is approximate to 2^-22 of itself.
+    let all_heads: Vec<f64> =
+        magnitude.chunks(dims.blocks()).map(|m| m.iter().copied().fold(0.0, f64::max)).collect();
     let mut worst = 0.0f64;
     for (i, &score) in scores.iter().enumerate() {
         // A NaN ranks last.
         let wanted = if exact[i].is_nan() { f64::NEG_INFINITY } else { exact[i] };
-        let near = (f64::from(score) - wanted).abs() <= share * magnitude[i];
+        let mut bound = share * magnitude[i];
+        if block_score == BlockScore::Mass {
+            bound += 2f64.powi(-17) / f64::from(SCALE) + 2f64.powi(-20) * wanted.abs().min(1e30);
+        }
+        // Masses below 2^-126 are none.
+        let mut is_none = false;
+        if rule == GroupRule::Mass4 {
+            bound += 2f64.powi(-19) * all_heads[i / dims.blocks()];
+            is_none = score == f32::NEG_INFINITY && wanted * f64::from(SCALE) < -86.0;
+        }
+        let near = is_none || (f64::from(score) - wanted).abs() <= bound;
         if !(near || f64::from(score) == wanted) {
             return Err(format!(
-                "score {i} ([B, H, G, N] with G {}, N {}) is {score}, wanted {wanted} within {:e}",
+                "score {i} ([B, H, G, N] with G {}, N {}) is {score}, wanted {wanted} within {bound:e}",
                 dims.groups(),
                 dims.blocks(),
-                share * magnitude[i]
             )
             .into());
         }
@@ -239,8 +290,51 @@ fn run(
 
     // Lists: exactly the top-k of the scores the kernel has, ties to the smaller id, ascending; nothing else written.
     let most = dims.blocks().min(dims.max_selected) as i32;
-    let kept: Vec<i32> = budgets.iter().map(|&k| k.clamp(0, most)).collect();
-    let wanted = top_k_strict(&dims, scores, &kept)?;
+    let head_of = |list: usize| list / dims.groups() % heads;
+    let kept: Vec<i32> = match budget {
+        Budget::TopK => (0..dims.lists()).map(|list| budgets[head_of(list)].clamp(0, most)).collect(),
+        Budget::TopP => {
+            // The fewest, by masses that are integers of 2^-31 of the largest and approximate to 2^-22.
+            let slack = 1e-6 + dims.blocks() as f64 * 2f64.powi(-31);
+            let mut wide = 0;
+            for list in 0..dims.lists() {
+                let scores: Vec<f64> =
+                    scores[list * dims.blocks()..][..dims.blocks()].iter().map(|&s| s.into()).collect();
+                let share = f64::from(shares[head_of(list)]).clamp(0.0, 1.0);
+                let of = |share: f64| needed_for(&scores, share, f64::from(SCALE));
+                let inside = share > 0.0 && share < 1.0;
+                let (least, greatest) = if inside {
+                    (of((share - slack).max(f64::MIN_POSITIVE)), of((share + slack).min(1.0 - f64::EPSILON)))
+                } else {
+                    (of(share), of(share))
+                };
+                let width = dims.max_selected;
+                let found = count[list] as usize;
+                if found < least.min(width) || found > greatest.min(width) {
+                    return Err(format!(
+                        "list {list} ([B, H, G] with G {}) has {found} units of {} for a share of {share}, wanted {least} to \
+                         {greatest}, at most {width}",
+                        dims.groups(),
+                        dims.blocks()
+                    )
+                    .into());
+                }
+                // Where the two disagree on whether it was cut, neither is wrong.
+                wide += i32::from(least > width);
+                if greatest > width && least <= width {
+                    wide = i32::MIN / 2;
+                }
+            }
+            if wide >= 0 {
+                same("capped", &[capped_lists[0]], &[wide])?;
+            }
+            count.clone()
+        }
+    };
+    if budget == Budget::TopK && capped_lists[0] != 0 {
+        return Err(format!("{} lists were capped by a top-k", capped_lists[0]).into());
+    }
+    let wanted = top_of_each(&dims, scores, &kept)?;
     same("q2k_count", count, &wanted.count)?;
     same("q2k_index", index, &wanted.index)?;
     let wanted_bits = bitmap(&wanted);

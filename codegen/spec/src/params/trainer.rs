@@ -654,6 +654,8 @@ pub struct Profile {
     pub needed: u64,
     /// f32 [B, samples, H] out: mass of the listed keys; 0 for no lists.
     pub covered: u64,
+    /// f32 [B, samples, H] out: share of the needed keys that are listed; 0 where not wanted.
+    pub recall: u64,
     /// i32 [1]: OR of [`super::error_bits`].
     pub error_flag: u64,
     /// The sequence.

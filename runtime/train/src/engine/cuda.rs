@@ -1449,6 +1449,7 @@ impl Engine for CudaEngine {
                     q2k_count: count,
                     needed,
                     covered: if lists.is_some() { covered } else { 0 },
+                    recall: 0,
                     error_flag: self.flag(),
                     batch_index: b as i32,
                     head0: head0 as i32,

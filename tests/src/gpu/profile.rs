@@ -1,0 +1,216 @@
+//! `profile_logits` and `profile` against the sorted f64 rows: share of needed keys, covered mass, recall.
+
+use super::tensor::{Flat, Tensor, flag_is};
+use super::{ARCH, Gpu, GpuTest, Outcome};
+use crate::corpus::LayoutKind;
+use crate::inputs::Placement;
+use dsv_reference::attention::{AttnShape, View};
+use dsv_reference::lists::{KvListsBuf, ListDims};
+use dsv_reference::profile::profile_rows;
+use dsv_reference::rng::SplitMix64;
+use dsv_runtime::Layout;
+use dsv_spec::params::{Profile, ProfileLogits, TensorView};
+use dsv_spec::{Dtype, KernelSpec, PointwiseOp, PointwiseSpec};
+use half::bf16;
+
+#[derive(Clone, Copy, Debug)]
+enum Values {
+    /// Ordinary attention.
+    Normal,
+    /// Every key the same: all tie, and which of them are critical is a matter of their index.
+    Equal,
+    /// One key holds nearly everything.
+    Giant,
+    /// Three different keys, each many times.
+    Few,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    name: &'static str,
+    head_dim: usize,
+    seqlen: usize,
+    kv_block: usize,
+    theta: f32,
+    values: Values,
+}
+
+fn cases() -> [Case; 8] {
+    use Values::{Equal, Few, Giant, Normal};
+    let case = |name, head_dim, seqlen, kv_block, theta, values| Case {
+        name,
+        head_dim,
+        seqlen,
+        kv_block,
+        theta,
+        values,
+    };
+    [
+        case("typical", 128, 3000, 64, 0.9, Normal),
+        case("tokens", 64, 2049, 1, 0.9, Normal),
+        case("short", 128, 5, 1, 0.9, Normal),
+        case("half", 64, 1000, 8, 0.5, Normal),
+        case("equal", 128, 1500, 8, 0.9, Equal),
+        case("giant", 64, 4000, 8, 0.9, Giant),
+        case("few", 64, 1111, 1, 0.6, Few),
+        case("everything", 64, 777, 8, 1.0, Equal),
+    ]
+}
+
+pub(super) fn tests() -> Vec<GpuTest> {
+    cases()
+        .into_iter()
+        .map(|case| {
+            let spec = |op| {
+                let spec = PointwiseSpec::shipped(op, Dtype::Bf16, case.head_dim as u16, ARCH);
+                KernelSpec::Pointwise(spec.unwrap_or_else(|e| panic!("no {op} of {}: {e}", case.head_dim)))
+            };
+            let specs = [PointwiseOp::ProfileLogits, PointwiseOp::Profile].map(spec);
+            GpuTest::new(format!("profile/{}", case.name), specs.to_vec(), move |gpu| run(gpu, case, specs))
+        })
+        .collect()
+}
+
+fn run(gpu: &mut Gpu, case: Case, specs: [KernelSpec; 2]) -> Outcome {
+    let (logits_kernel, profile_kernel) = (gpu.kernel(&specs[0])?, gpu.kernel(&specs[1])?);
+    let gpu = &*gpu;
+    let Case { head_dim, seqlen, kv_block, theta, .. } = case;
+    let (batch, heads, query_group) = (2, 3, 64);
+    let shape = AttnShape::new(batch, seqlen, heads, head_dim);
+    let (q, k) = numbers(case, batch * heads);
+    let place = Placement::of(LayoutKind::Bshd, 0, batch, seqlen, heads, head_dim);
+    let rows = [batch, seqlen, heads, head_dim];
+    let q_rows = Tensor::with_rows(gpu, "q", place, rows, &q)?;
+    let k_rows = Tensor::with_rows(gpu, "k", place, rows, &k)?;
+    let dims = ListDims {
+        batch,
+        num_heads: heads,
+        seqlen_q: seqlen,
+        seqlen_kv: seqlen,
+        query_group,
+        kv_block,
+        max_selected: seqlen.div_ceil(kv_block).div_ceil(2),
+    };
+    let lists = KvListsBuf::random_counts(dims, 0..=dims.max_selected, &mut SplitMix64::new(3));
+    // Not a multiple of the 16 a CTA takes; the first and the last query among them.
+    let samples: Vec<usize> = (0..19).map(|i| i * (seqlen - 1) / 18).collect();
+
+    let ids: Vec<i32> = samples.iter().map(|&i| i as i32).collect();
+    let ids = Flat::of(gpu, "samples", &ids)?;
+    let index = Flat::of(gpu, "q2k_index", &lists.index)?;
+    let count = Flat::of(gpu, "q2k_count", &lists.count)?;
+    let logits = Flat::poisoned(gpu, "logits", 4 * heads * samples.len() * seqlen, 0xFF)?;
+    let found = batch * samples.len() * heads;
+    let [needed, covered, recall] =
+        ["needed", "covered", "recall"].map(|name| Flat::poisoned(gpu, name, 4 * found, 0xFF));
+    let (needed, covered, recall) = (needed?, covered?, recall?);
+    let flag = Flat::of(gpu, "error_flag", &[0i32])?;
+    let view = |tensor: &Tensor| {
+        let Layout { batch, seq, head } = Tensor::layout(&place);
+        TensorView { ptr: tensor.address(), stride_batch: batch, stride_seq: seq, stride_head: head }
+    };
+    for b in 0..batch {
+        let params = ProfileLogits {
+            q: view(&q_rows),
+            k: view(&k_rows),
+            samples: ids.address(),
+            logits: logits.address(),
+            batch_index: b as i32,
+            head0: 0,
+            num_samples: samples.len() as i32,
+            seqlen_q: seqlen as i32,
+            seqlen_kv: seqlen as i32,
+            scale_log2: (shape.scale * std::f64::consts::LOG2_E) as f32,
+        };
+        let grid = [samples.len().div_ceil(16) as u32, seqlen.div_ceil(1024) as u32, heads as u32];
+        // SAFETY: the parameters are the kernel's; every buffer has the size they say and lives past the wait.
+        unsafe { logits_kernel.launch(&gpu.stream, grid, 0, &params)? };
+        let params = Profile {
+            logits: logits.address(),
+            samples: ids.address(),
+            q2k_index: index.address(),
+            q2k_count: count.address(),
+            needed: needed.address(),
+            covered: covered.address(),
+            recall: recall.address(),
+            error_flag: flag.address(),
+            batch_index: b as i32,
+            head0: 0,
+            num_samples: samples.len() as i32,
+            num_heads: heads as i32,
+            seqlen_kv: seqlen as i32,
+            num_groups: dims.groups() as i32,
+            query_group: query_group as i32,
+            kv_block: kv_block as i32,
+            max_selected: dims.max_selected as i32,
+            theta,
+        };
+        // SAFETY: as above.
+        unsafe { profile_kernel.launch(&gpu.stream, [samples.len() as u32, heads as u32, 1], 0, &params)? };
+    }
+    gpu.wait()?;
+    flag_is(flag.read::<i32>(gpu)?[0], 0)?;
+    let (needed, covered, recall) =
+        (needed.read::<f32>(gpu)?, covered.read::<f32>(gpu)?, recall.read::<f32>(gpu)?);
+
+    let (q, k) = (View::new(&q[..], shape.q_layout()), View::new(&k[..], shape.kv_layout()));
+    let exact = profile_rows(&shape, &q, &k, &samples, f64::from(theta), Some(&lists.view()))?;
+    let mut worst = [0.0f64; 3];
+    for (i, row) in exact.iter().enumerate() {
+        let at = (row.batch * samples.len() + i % samples.len()) * heads + row.head;
+        // What is asked of the kernel is 1/512 of the keys; of short rows a key more or less.
+        let key = 1.0 / seqlen as f64;
+        let critical = row.critical_share / key;
+        for (which, (name, found, wanted, bound)) in [
+            ("needed", needed[at], row.critical_share, (1.0 / 512.0f64).max(key)),
+            ("covered", covered[at], row.covered_mass.ok_or("lists were given")?, 2f64.powi(-12)),
+            (
+                "recall",
+                recall[at],
+                row.recall.ok_or("lists were given")?,
+                (1.0 / 512.0f64).max(2.0 / critical),
+            ),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let off = (f64::from(found) - wanted).abs();
+            if !(off <= bound) {
+                return Err(format!(
+                    "{name} of batch {}, head {}, query {} is {found}, wanted {wanted} within {bound:.1e}",
+                    row.batch, row.head, row.row
+                )
+                .into());
+            }
+            worst[which] = worst[which].max(off);
+        }
+    }
+    Ok(format!("  needed within {:.1e}, covered {:.1e}, recall {:.1e}", worst[0], worst[1], worst[2]))
+}
+
+/// q and k, [B, S, H, D] packed, of bf16 values.
+fn numbers(case: Case, slabs: usize) -> (Vec<f32>, Vec<f32>) {
+    let mut rng = SplitMix64::new(17);
+    let len = slabs * case.seqlen * case.head_dim;
+    let mut q = rng.normals(len, 1.5);
+    let mut k = rng.normals(len, 1.0);
+    let heads_dim = case.head_dim * 3;
+    match case.values {
+        Values::Normal => {}
+        Values::Equal => k.fill(0.5),
+        Values::Giant => {
+            q.iter_mut().for_each(|x| *x = x.abs());
+            for row in k.chunks_exact_mut(heads_dim).skip(case.seqlen / 3).step_by(case.seqlen) {
+                row.fill(4.0);
+            }
+        }
+        Values::Few => {
+            let kinds: Vec<f32> = k[..5 * heads_dim].to_vec();
+            for (i, row) in k.chunks_exact_mut(heads_dim).enumerate() {
+                row.copy_from_slice(&kinds[i * i % 5 * heads_dim..][..heads_dim]);
+            }
+        }
+    }
+    let round = |values: Vec<f32>| values.into_iter().map(|x| bf16::from_f32(x).to_f32()).collect();
+    (round(q), round(k))
+}
