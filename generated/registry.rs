@@ -17,718 +17,788 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
-        source_hash: "8c95e86603842dddfef9946d2ba400b888304e17db07004e5364163a80dabc39",
+        source_hash: "dc4e1fec9f5b467bd274904b8634984f677ef362f4c871c1b278172000290699",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "2db0e4423e53cb6d4da27e6c79ac52258b0e01e8273743afc1c05b80c5670245",
+        source_hash: "0bc37df1581a9340304ad37198fb4cbadd997ee1839244a7e4b7ef24843ee1a4",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "297021be2a5144beafcfefd091c1d8d1b96e2efd92173082b2809153db4108a6",
+        source_hash: "3cfee82c6bd790bd76b944821be06b24ca70f67530ae48c9fc007ed0cb28f0a5",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e86bb26092d0050f50e3e9fb66138b092c339a2b48de124f044bd3919dbd1a73",
+        source_hash: "c6ff8721061a188565552de2d5a7cde41977aa9698ce2b0896266b361d3f48bc",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "369691b5e59bece8a7328ec2f00ffb4a9a4239b53248db85376cc7c6f8659969",
+        source_hash: "33e77220bd31de74f5b6d0c6c0678b44bdf4f25b369d0cd96562b5b7e8137603",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "f55686a4d36dc1f74cf25fbb970882f24064e694823826e3481be4bb7c5ecbb8",
+        source_hash: "18245f3c32c0325a1798442d8d20f40f431fd4b52b25a3c25cda1ed793031ccb",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0503589fdac4592469596322618b360728a0e1bc0cc0e8229cf887a76d98aca3",
+        source_hash: "32930c54e0bd227df4d612e21b644daa9e637d7353db2cef7a140a4823276bd0",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e950694dd8033474869e25ec178e92dd5292ece166fc937f23984fe060c4510d",
+        source_hash: "a7b2cc4957c8f321d648eedbc5f7be73f613036cdc2e4191d6e537432a838434",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "c8cbb1ef742d2ee5ab83d55646c1e0aac71bded13cefc9190bbbc723b80bdc00",
+        source_hash: "960f33a4613a07a3fcb454a21d4b26ba0373ebdbeac1dfe2ed6d1da6e300bc59",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "086dfd82fc950c68a8c99f598fef6177ed72c897b88d9b8505aa7ab343c507f0",
+        source_hash: "56fd4f8d2cd66eaba679519a9edf945e1e240efe3643b8716dcd2dc28d5f2469",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "e69485d7108f2ec9ab81ca610699912bf5422b31ef773870a319881799889ab7",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "95dc434b43f13c09201577fcae7f73cde0f01efeb489f76ad895a3e78c2af469",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "7d576c57b908481f76e1dff2691108cefcd5910a16c2adffba2a718d5d0385ad",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "22f12daecfb949c7c98192d476fef69f6368e4df5653fb5115e0f355a0503858",
+        source_hash: "23439596c5d968494082820297f39f8f3d450d368888c2761fe64e835b403979",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ef636a8c9dfb050b25024fdda92d919d94babb9e07fa4d76ffc06d422d8e2e01",
+        source_hash: "27f274c6345f07c4900c40fddc34ab9383c4471ca17ad68b9e9aba224bf51e64",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "6322f4d0b1ece32e98caf97b3f30814dce9570cf267b074c5fa6f3fd469cf3d7",
+        source_hash: "d02be6983b52f0e3a1e5cfb71071b4b47794c9f8017c26d31e6968c1810c59e1",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "6111358501f90636100d105b089aec0fbb056e9a4107848969a6fa38d4a8ffb6",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "16d787d2792880fc324592e9c7c256ed634cb98e87688455c57b04ee08fa55ae",
+        source_hash: "080dc387ffb6a0f95831652debb963789a53ed7be13f8037e8c8a5bad4958e96",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "3177e1d6a4eb3fa4c1c772dee7177fd38eadadd480cc55cd3a5a59f3109c44aa",
+        source_hash: "d4550042db8d3cf95a9962537ed056caf6e6e5eb104e4c816cef8868583afe29",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "2ff3ca4b43c641ef443be5a19b259a6eb8934e4441121a3ff9e4a9211d6ff9c9",
+        source_hash: "636d2820b4ccebe32a0d8e27e230a38645aacefe607f0e6e69becdf2eda7bd5c",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "350437305ac5762867974922ca6510d189abe006f6edca5a82a6f46516b7868f",
+        source_hash: "5681c2db54f66011a1ec6a979344957aa1482d52a29b3ca0253057dd05a834f7",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "770b0c95e738238181086e7c2582bcde35f634cc9cae2b30ec0521828f1f85b4",
+        source_hash: "0a1c76f555dd95d64cd4e4dcfae11ef5c09cf84588d0b0574e60c6ed3c0f45ff",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "007fb3e931b8f5d9ca4af15bd4875f7a0d08a0d960ee41344dd58e914d912b04",
+        source_hash: "15416c396f0d28b10049603ffa942ee2c939e30e7a46c58d01585138013212ed",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "82d2c75ab70f1e8337b45dfbef9116f70ff36c66403f75a9e4155a5176a67a20",
+        source_hash: "7cd721a6565fd5f8093b9cd738a1c62d9a982e4b116a6ad0c22131acf537daf7",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "87984e131f742b26e261154b581ff27841d2d31e827573ebad084f4f2523974d",
+        source_hash: "c113f866f2c8932ec5947338bbe313f873cfc70c5db8550982cc2c58b1d36739",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "278cc274b99b9b54a7295012b8b07bd1787d13845381eb3b9182496a015b8b2d",
+        source_hash: "e3ef74e8b642be581870156bc7d4ad26c64c88f753500b159d6df9e2900a2a12",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "391b482a9aa9eb1c7902be4f58fe23bc8890dbf901f6889d34c9f7134d79cb82",
+        source_hash: "d140028eda0ba948907ade6835d7252c1d3db5187d5ab2f06c4745ce06c31250",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "7386c13b501949c64b817bf4bf7a658eea44697679d047f84c1e23f22af51a0d",
+        source_hash: "dc59285d0076a0580a0ffc647698fd9ee7cdd78e659220a11a920731b4bdbaac",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "5d65616a9fdd971efd5c77ea39ddf20c285ed12f012238462eadc5291f057834",
+        source_hash: "47a5bc9ca6895fc501f6c797012f2e1243c36381da7d451433e84a5143eba8fe",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6a4cb2aa4d612081ee20f7f474205e0045b7114b300d5503290257a294e042b1",
+        source_hash: "985da5fb1211453ac6e1532b0675b72847bd0d74e8dd40c36e3b25a489053d4a",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "bd114496bf888d46633f1eb61e790d17867c7dddcc69c00950dd75b5a927ec85",
+        source_hash: "d4acbb6e4f60e094022c5a5e696d9699d2adf174e14be0ae22aa560506314f95",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "cbd9f0cc4b1b535a798772734a5c26f8c0e27082a9d7d9d805940720b3c7c154",
+        source_hash: "1d4593d8ba4945a41953da1348913871e43b64aad4a72f2d217f5d86ee940bd0",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3bd3d2082772a96717c671752507f7dcc035e017e0b1bba457baab1c6b6974e7",
+        source_hash: "588d0cb2f0b98fb52a1b4eac71f3c7e1ada6197694270fc6f8156498331b8d1b",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0d10991a12e55ee62e55e4651c6333915b1ca1a8d05b5efe9d1fce4bc88ba889",
+        source_hash: "d1516fa3643372aa3bbaf14116697aeac5049c422a5321900b7352cf9bb94d38",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "89472f270a4a92622dcde49b972da2810cbf4aa9c086f6ac53a825ec15e0195b",
+        source_hash: "dad3cc21067982176e200f056839d93a87ab670600f81596dd44b6ca27f11d1f",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "577b47634f028c85cdbf7b6a9e36df80eed9da86c12f20bff652457557ac42c5",
+        source_hash: "ca41976ee41679bded27bfd528efb8316db5f5052c747436be42323ac7d9111c",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6ddc532512497e2b10e2ebf1dbc5de2958bda07f9e601eeaca58cb143309cc63",
+        source_hash: "c3ba753dbe9b1463df1d39872872ea54968e1ff6a85c9c866379f3641c5fddd4",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "48acab4a5c7339a21283cb544648fbcaf84a632e8fdbc3d6faed55e8c54dbabc",
+        source_hash: "606ea3e3a8af03313db497ae9183af0cc0bda25d8164037374b5be88a512dd80",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "041550d9ec96b988207baf03a2bd49d85be39266b4c51023df3518abce3b483b",
+        source_hash: "2ead9c0f6a8f01b05cc05a5214f89fe5975d860faf5374f81437c87b4ada7bea",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "27e4d485a856fad6ebf376732590edc0dd42bee6e31139d25633894543da708b",
+        source_hash: "9bb1b0663b368fad3a4d610a568ffe7e172d784ca45ad31a5d29b4ec56cd1adf",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "cc2e61930340353f295799be6679640648ee1583bc3dca2691df5b985be6d9c0",
+        source_hash: "4d2612490bd93cb5d1af965d65b76754b3c1666b91666f2af938758091b69257",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "9266e34bc736cccd9f290af4866190c544387dfc0df323c3d55069a6265dc676",
+        source_hash: "d9e5720510d9a275ad6732a5028203aef61a753ab27ddf300d25533218978219",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "45df74c1eb35229bc4e78f245c8914ac5b35cab3b847a253e8c69c28dc766c46",
+        source_hash: "c18b3105c094f55315ef64d8292fb9b8ef6d1767c97c98b9c49cbe97342e2589",
+    },
+    Kernel {
+        name: "attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "21d67aacc49fe8ba32becdc4dacff195370ee804e3c0c8bfa2773938a9acaed6",
+    },
+    Kernel {
+        name: "attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "8ba972ae2a1cf8f087cc745a3e1f7d58204c2d89fc33aa290ca10a73867bcfd9",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "3fb346466c68024708ad8967fdc15a4cff12722b739bbdfdbb1200aa4e75b07b",
+        source_hash: "4394759ae7801505280b2cfe330603f0c27c73ceb4f4aebc8f9cff90dc3fece2",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "519415142dad49aadf23f54850695b7a6a588b3ed7c5756e7f5619ed18a8f462",
+        source_hash: "d325c1de9fad87ad1a0095f3444c207ce502998d9210c95e3596bec6b41f60db",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "2810169c9275ccaf028d996130252744c1dc0b4509f8881e573a0353464881cf",
+        source_hash: "306478a01d762a48ea7fba7da5a3ac21b5a097dec554c69a2a05a5ce2aab34a7",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "39eca09002f45521745ea66ee96859bf8e3641d8c6c3d9e645e2a502f115e1cb",
+        source_hash: "0240dee0f5a1e6601524386f2875cc486cb2ada2f40fb422e4b53248f60cf584",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5b50578f382a8a8cd8c0e1cecd038fd2a8e95a37b3467a7cce7193883bce9a48",
+        source_hash: "a810fa1a69f914294b05c4c309a37b449a3781fb1dc1d67926c2fd867c58e480",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "626adefa0e60fe7c9a2925e606a27e96a8be54c387ecae255bd9bec64aa6997b",
+        source_hash: "9d0df77ff82b3901191b92682039a2e5f641e750f6523a8129bf7dafafacbc6e",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "d22906bca5115d77d81c5452d476cef6261789390deb5374f0c732794995ee11",
+        source_hash: "6978f4894bd94c0bd06f55d2bf9693f1421d9aa1ae8ab4e0b34f94ac5eb89ada",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6fb743463a860a380e0a232c7f9417d6d1dd260542f28792578d1354f6ff95f5",
+        source_hash: "b814da66f68b0cc3e824f84bb07624c01c78cf69473a723013075416b417a65b",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "949fa7434dd56b368f45bdc68743cd5a938fb290e4f1cbc4fee06ceb936bc036",
+        source_hash: "5361da3838f7f40832d68a4c7c2f0568d0c2a3b6a17265e80f80ebb7fb3cc2ac",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "675efca617c9c2d6dee725bea513606a3f8bb4d997cd17371f17674a1c0c8db8",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "976ed890d7420b6eec27cc327eb95f260332ab10d40d6b2efa2bdd096abb7877",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "2d8786b329eaa1895d7226f60f14cb74e7e8b1fe8c819eafc8ab5cfa352f5f6c",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "fbeacb9c1e649b28c1961d3973e9ee85d96011e5358f044fb8e9e59da49dcc5a",
+        source_hash: "0c3da5d2f3ed9d46e40a46bfb60ef198cf3d8174c608a6053547ef48c8b0f520",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5f16575477ad3dbf5d1f6c10a267f9ce0fc8ff7abfc6b00ebaa284f92c979d4c",
+        source_hash: "14ed38344c14f5058b76f77332f97326f57cf3b7034afe0f9e497766f802b934",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "242bfb809a3ececbd68b2518c8841ef11e51e51267b95377f63cf90a9a42d4fe",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "4218b8f20ded01ce544f2b4cdae8828c182a3129f5f3db61b2599588532a26b2",
+        source_hash: "6daa6023c02312f0a7042aca1ede2011f767226d6d55a7e218f6ae650c19d4fc",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "365574313b27a5210dd02a0c91a01216edfb5e777fa096d70225800850bc653f",
+        source_hash: "837510b326ba562083f393f64c2351f39a2fefb1a5dbe50319baaeb0881e0ff8",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "84ae982bab6852fbc28e79a36b1bc47428737c93eb6c4838d1fb361470f1785c",
+        source_hash: "f61ccd40c628a016743c4faf604844141e0b898dd21755b4f4278bf1d6ba01f5",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "88941d689e474fad29d14acc1ad4ecff19a652deca68653d96673145d8a5def7",
+        source_hash: "ff4c573dfb7098cd53f722d98cd67cb5a82c8334653a46175311b569f535dd98",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f1f598ec42e2f629e85172222fb7d53e061a7d5b9e2cd1391af8fb477b9be5a4",
+        source_hash: "ca8300b9fb6a38ac0ad478ca60fa5624386f8eec159dfab480f703a85f5ab496",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "674f8583c2018946391bf66605733b2dbb809dd45b89e851ee348219b47aa48e",
+        source_hash: "e956b80723cc6044dbe8400e1e97643a42b30fcfa2924df30f9c575dd9955f98",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "a31080d541b95c2a55d201e56678122acce428ea314ef1dce683bcaeaff09666",
+        source_hash: "fa74e51537a3ad6974e01b86ccd6769121438f2da460ecdd99a0cd08e0c5966b",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "08ad1b644ee9bc7f688030b3a4e88def47c2fb5967cc475b7254e508e454f634",
+        source_hash: "d9480720da189441d0eb6e11a80e7ff60e3bd344c27fe05976f0cce50fb743e1",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8ea1ccb73a56683135bdd4a292e2dc13f4a978767aca5a7c99f174311681b648",
+        source_hash: "fedd803bbb73919fc41fff494ee25f77aff78ead3bf1e275dd1c8fd021b2b656",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "5210f7f3fa33490ece506e76e4f37a612ef50174ebb56f904c5d77e0da029788",
+        source_hash: "468530f98f10ad1870d318b1abd5e738941299970768f39b66f0331396491d7a",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "f9f5dda134b2d4e7df284d9e2843466d58b71ffa46ec2d6528e4cb3569a2f5d8",
+        source_hash: "fdbaed8c56649887ab4efd36e4e7d805ab4943f5b9fc5b6101940dd9b1295ff2",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "b5f2dcaacc986f4996e9b55190ca658fb18ea3f836ff01a81afd6a32ec059aff",
+        source_hash: "e5a40e4ed3da1141d1bbcc729a5aa66ba1887c87f08ba625fec67539b920b711",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "0c819d7f41d6a24fbb8cec0b85650c3a7f2fe2c4d0473c21a4c3b2a6ba97339d",
+        source_hash: "a32dcde0e7328d19f4bdf5758c477812b4f03cbc916c4ea5c39ab034a2040e2d",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "290c28c21fb396b264c2e9a968f31d5af4b17f227ff2f7da603f62889df9c89b",
+        source_hash: "d311b1e31b17c7259b35aaa052847e749a02423a86a5bd792b8c2bb732ef10ca",
+    },
+    Kernel {
+        name: "gate_grad_bf16_d0_v8_sm90a",
+        source: include_str!("kernels/gate_grad/gate_grad_bf16_d0_v8_sm90a.cu"),
+        source_hash: "b36b43d1481904812f842c020775f434aa42cfa894c227fad0fe076721325c18",
+    },
+    Kernel {
+        name: "gate_weight_bf16_d0_v8_sm90a",
+        source: include_str!("kernels/gate_weight/gate_weight_bf16_d0_v8_sm90a.cu"),
+        source_hash: "2143fc3003e93a79adb43649ebe71657e71fc40bdd7087dcea09983c7c72149a",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "9bf80afd5de59092cc780e495b20589cc9502c80b02a6f0a3db7a7922c508f0d",
+        source_hash: "f0c161f4c9f7549b2720de6f4263aa89386255e77478c6ba441d240a11689724",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "8beccd6c6e156eb48fe2c2a3d5b802f9c9cec741779785a33dd181f89b338587",
+        source_hash: "48a4175071d51eb4bf9d24b02d0f6ad14dcd7d3250619a6c7eb3d24c23c9d3df",
     },
     Kernel {
         name: "gram_key_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_v1_sm90a.cu"),
-        source_hash: "a3d0c95af27cd9ebbce8b54550789db3cfcd1b9512c1c98cec8032401da7618a",
+        source_hash: "ed2921d6856db89ddb2546f5d4f9fc1e071b08dadbe9c84a3fdf40f467cb37e9",
     },
     Kernel {
         name: "gram_key_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_v1_sm90a.cu"),
-        source_hash: "32476ebe98b6e7005e889b4581197d2edea6f3db07b7aff0551b482b4afb02e2",
+        source_hash: "882c7fe88c8ae0535637e0a28af43508f5169d5736fa4da15c663f8eb7942709",
     },
     Kernel {
         name: "gram_query_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_v1_sm90a.cu"),
-        source_hash: "3b1c2f09bafb23ffbeaf081c00f63ca5c76bcdd8fe298414bcdc92091bb87f60",
+        source_hash: "51ece8c165bd736bdd157d81cf62de08a1a2071c3124605c3a5939af3aefbbb9",
     },
     Kernel {
         name: "gram_query_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_v1_sm90a.cu"),
-        source_hash: "d29edf0ede887de7c7986b3ad66b9de02a0bd3c658ec587b17d4003498d8aaa0",
+        source_hash: "c7e6688b7c8c6e0fac6cc485d7b1e4e9a6e22422b9b6f24c41ba9aec2befb68d",
     },
     Kernel {
         name: "kv_invert_sm80",
         source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
-        source_hash: "72b132b714d2171d41a84ec0de1a2f3dbaa310e2bb6046c2b56d291d4d56a60f",
+        source_hash: "c5ff426427e45473a9909ccbe4970a45d9bd01607a7459ab6fbc9cfff58fe189",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "be33cf0e987991b5664f92e9882a51d9560e88eb7a1862b7a67cd692af1174c3",
+        source_hash: "d46d39d9b7d5f3243a6452cbe4010ee4e64cbf7988597987a8cecbc30ad1f845",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "4a51c9a534bff094c46a1891e7c53b9aba378e647c174fc0c2c16093e33f2e92",
+        source_hash: "1b5bc7c70ecf5fdcbba9d79ccdc49a233f54781ddf3e6db6172158a93b62c7d3",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "8bb6c9fabd6ced7b7c3adf878ef7a003bc33fce8a246e417e29ee7e5c940cdbb",
+        source_hash: "094b89f56fe6d77f931c1147f6f3d15887a19341f49e5be98df35aa7572dc3b2",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "b3ce66885338873dcddb6cd6095a4ba28b8edfcfb0fe9f1169ee7c58053fc98f",
+        source_hash: "61ed3f527a8df8590b9ed780779adc4066b33a70367cb8a47f7287fa4bf973b4",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "5ab54a735a60a1f8c8db452ce19259452f472d4a8ce2211549b557698f543ee2",
+        source_hash: "69f7d96b72ca3c1fad9eff1176b04b0afd20de0df2f9ab5f88665345a1acd942",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "95d50b5380541f3975eac60850dbb8328d3f1e12d10a13f0eaf7aed41cfdd159",
+        source_hash: "ce7471b25a3be1587e11e9e69af4111d0f5c6092972226fabeb875aaf2197f54",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "19b36f9a73563f112a98e45f183f9260913754aa6acd08ff1479e8d556095f33",
+        source_hash: "b4734ff26e789da8db34e11f4f73480887ae01a8b6be822ff99dad8a5279319a",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "60402449ac41423e99ece60be1bebb5e131c2be81723599b79e79f37e36e8d95",
+        source_hash: "21f1be0dcf9ec76d8ab6b2c78e12867d42fb9a17709847ae55785de01d9fbdcd",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "0d2a9eee19e9a2f1479ff512d13577dfbd6242c74bc4b34075ecec9c0b8b4e3e",
+        source_hash: "318195cc53a205ad57ad2c4c6cfde81c9773e90adae4066c5d06a111970b9cd8",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "acb6a3c8ebba924e82bfb90783b8ce1587209e3f064ba5b20d866c0b7239d553",
+        source_hash: "ba47ef6daadba0fb475c74ae1db1799a9b6e998f7322b003cfb555b199563411",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "2186132605e5df812b4ebb940b32cd895a98e8c60ed6297ccf76d131e47587a0",
+        source_hash: "938b1c82f1665577cbaf2c16d6dfdbde505d8c13e891d8df118b7075242a49d5",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "870eaf4e301e87d20b8b34c023669cf98f9e0e462f8b1815dfb3d4542ef64cbe",
+        source_hash: "f0d3d203fb216f066b8479e7e8bc82eca27a39c8f20757f442deaecaa8fc101b",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "c450e77f8da50c8bbe88a2d793731eab3d982402cba6a17f95fd3ee2f7b5c394",
+        source_hash: "a14f634edec3c8ba015fdb3edc54dfbfecbe955655b946900374e20732751864",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "4cbd57ccd666547f97562541db8b9dbd97520214287e9be479fc51f89dc09afb",
+        source_hash: "a0307ae51bc713eb6a0b61456a8ec5a963cabb4e8f6c3650b9b8cc289cc325bb",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "caf58d5b5e54ad9501431a2e59cf3e1d7bcf1b872857e94f6d437d5e5b9e728e",
+        source_hash: "fde49c5b4e1363ca28d42b8d666acb6230c0b966a086c38e2e70f96a58c89bd3",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "1f03a9460a72161da4290f18b20e4d046a8b533deb0a6dc020d63c41b0bf15a9",
+        source_hash: "bc846b89ce19c837dd0f4d51cecb6b3a674c05078a410c3163107950dc35b9f0",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "e0ede803637e6770bcd3838dae4cc6d098653e5a9742fe4ead08ef2514c2dbb2",
+        source_hash: "e2c4659b0c574d20013dbcf1ccfd8fae4e15dc3fc6adceb0291655edf3f940a9",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "f8a6b03aced86c77d1f32bc80735c77969b6eb79a70b55d97b873cc81db559df",
+        source_hash: "d4494da1a59c5b0705cdb88b68671273ea72c1c283330b71de032e46b18436bd",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "7e84107417b7b4f75bc3a031a11ee8a38731985d50cd90deee35f5407a5fa32a",
+        source_hash: "2fc4f6e83a01119f3deb6a6f447ccb613a1001410aa4107e7a456d84e2b16638",
     },
     Kernel {
         name: "kv_validate_sm80",
         source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
-        source_hash: "cb76cc90f8d1d712c6034d5de9291bf3164b4bf22e64f895330820dae928893b",
+        source_hash: "c8a12b76e188473b4170af4510a8e0926159186fac752bac15e2226b8ca0f651",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "c67f2cd009ff3ab6712fd41586a58a7ea80c0a2b0cff9743e310e329bbff53d2",
+        source_hash: "0ff1a75a0bc51d7aab118bb76be6b3ba8602e22acac468c73debf07fa9f41399",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "fc2703b6bc5c27853c45d5bc9b420bf336fae7581af9f5fbb4fa9f2e6bbce92b",
+        source_hash: "27572ea4d79f1176177d03f3fc9743925b07256436d7a6f27e33dd6d211e42f4",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "df1b3cb42326f30ace078c08b62bb504d33d798e74ca02a72f0544f79307b809",
+        source_hash: "2e44c6af293b2d5b597c6e56bce0b2c561fb3d4821a4fac53fd6ec6a6cc4d8d2",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "e4066e79bc6a6d8957e45f4d93a498425f042b84a5d3b5d68afd4da1c007923e",
+        source_hash: "9bfd6c2923de624b018a6c5344660601799fb70438c4e55e6ee1d7a6a620803b",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "f502ac5b6bad2fe07fe4b57d9bf46d3a78505265d4c409e6e8f57bc16169678a",
+        source_hash: "4fa4d33a226dffce69f7e7291fe6450b5709bca77f04285921f313eff33a97fd",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "082accbbabdcd0e55bc0b4e1fb34e44090426686640bdba8bc45f523804f3bdf",
+        source_hash: "c457d3d9c4bea86f13fe5a22be51f2693aaa8dbb03977558cb45cfd446d9f03c",
     },
     Kernel {
         name: "profile_f32_d0_v1_sm90a",
         source: include_str!("kernels/profile/profile_f32_d0_v1_sm90a.cu"),
-        source_hash: "8dd7e2cf70416bc542f489fc70beb5f6d0a34f4875cb633b531cc38a8a29e421",
+        source_hash: "ef5b51fd2f057ca3e74cbdea575a3c96e5d7e34dd7ace5e5b911e46ecd29a727",
     },
     Kernel {
         name: "profile_logits_bf16_d128_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d128_v1_sm90a.cu"
         ),
-        source_hash: "80a3df7e5cde77f5137c7c21753b28532020afdd15d059ae61231804533fdf9d",
+        source_hash: "b7687f166c18ab4c0bba07dd951dc10d3ed7fe021223432dfb99d1a75ec34cbb",
     },
     Kernel {
         name: "profile_logits_bf16_d64_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d64_v1_sm90a.cu"
         ),
-        source_hash: "ed2965f465f3aedd42c13fc7ab2c057370a39e040e086947961a3d5a2bb9d3f2",
+        source_hash: "60162b0b008a25625df8a0794d55cefe3c690de6c920c0d37d0178676d5077f2",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "3f21ab56943417542d7d2c4eb38305cca0a74094130acfc16b471b3beddeb7e0",
+        source_hash: "e253dbac404794ed852794656dddd8cf73f44c13b93d7349feae70dbd857be0c",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "9d914ab48aa023d900eb9b1d1ed8e02ef8797f8839d3eb92f93810716d6a100b",
-    },
-    Kernel {
-        name: "residual_bwd_bf16_d0_v8_sm90a",
-        source: include_str!("kernels/residual_bwd/residual_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "fb0dc2cdffec6ce6ab8babef01ec5d0a3d79f17758f78c2dca8f3616f997819c",
-    },
-    Kernel {
-        name: "residual_fwd_bf16_d0_v8_sm90a",
-        source: include_str!("kernels/residual_fwd/residual_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "7da6742059e7daf32073dac8f190dbe2eec03573cd24018267611819dc86cc17",
+        source_hash: "3f7e28fed899b62cfbe4dedb8c87fa94cefe9d315f26a055a1dbc535a378d20a",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "50f8c89f6e926dad5b1078dd093b279a7f75ff01ccabbd30b58dac6033a6d96a",
+        source_hash: "93ece3936aeae1bb6ac34393f2fa8811851046cca3a8d96b165163e98e48ea00",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "1400518a84419f434ce36e70fbfcb44d8c9b2f373942b5bd59ee641d3ad4397a",
+        source_hash: "6abc59891b8d392cf494d2c377632c422a4270ceb4346fe1e7126dc8aa203a54",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "586d7631e1e7ae670822ea95625525310454dbae92f0820f486304ca5de68392",
+        source_hash: "bfe93f8dbe6c0ead712d9d5e77cc020a335467909e6d709e4fdac2ce669db1ae",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "b92c7d049f82c87afcddf9b225d214fb694c7eaade0c78b29a39ea8602d70d52",
+        source_hash: "a7e3b02232ae3610311bb92f28cc93cba0ac1c3afce8b5ab9119ad6f18de1789",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "2335e49486cdb7087af5f1cd894f2b40ed78af75ea6178d31cba7f49acc2b290",
+        source_hash: "a9298bc028cc730ffa73bfba80f8c936b11d63f0b0b344acaafb6c1550af42e5",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "308bbc7f0211522783e57449aa425c7024270ab51ef3aa9b4b622a491f3b6f53",
+        source_hash: "e2fec41b151de8d3e86bb3d8321009ad1eeccb6c0e2a78cea85e275ecd8a7433",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "7b2e8f7c87fc02451c32ca554382bc07a56daa2b6cfef4f8ec9526fc19f521fa",
+        source_hash: "9e1ba7bf9ddc16c9167a0ac78ab5aa21f9895f41d289bd3339a333b259d58f2f",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "aa7b06da3594093afb4d4cb4257bb9724f0c832677c4995f639803a5c3cffa8b",
+        source_hash: "64e38f8baf07380d9bea56d56a06c018d6bfd92e63a2acf6e38b3ffd3eb7fbb4",
     },
 ];
 
@@ -736,6 +806,13 @@ pub static KERNELS: &[Kernel] = &[
 pub static HEADERS: &[(&str, &str)] = &[
     ("dsv/attention.cuh", include_str!("../templates/include/dsv/attention.cuh")),
     ("dsv/fragment.cuh", include_str!("../templates/include/dsv/fragment.cuh")),
+    (
+        "dsv/gather/accumulator.cuh",
+        include_str!("../templates/include/dsv/gather/accumulator.cuh"),
+    ),
+    ("dsv/gather/load.cuh", include_str!("../templates/include/dsv/gather/load.cuh")),
+    ("dsv/gather/tile.cuh", include_str!("../templates/include/dsv/gather/tile.cuh")),
+    ("dsv/gather/walk.cuh", include_str!("../templates/include/dsv/gather/walk.cuh")),
     ("dsv/kv_walk.cuh", include_str!("../templates/include/dsv/kv_walk.cuh")),
     ("dsv/math.cuh", include_str!("../templates/include/dsv/math.cuh")),
     ("dsv/mbarrier.cuh", include_str!("../templates/include/dsv/mbarrier.cuh")),
@@ -751,6 +828,8 @@ pub static HEADERS: &[(&str, &str)] = &[
         "dsv/sm80/products.cuh",
         include_str!("../templates/include/dsv/sm80/products.cuh"),
     ),
+    ("dsv/softmax.cuh", include_str!("../templates/include/dsv/softmax.cuh")),
+    ("dsv/tile.cuh", include_str!("../templates/include/dsv/tile.cuh")),
     ("dsv/tma.cuh", include_str!("../templates/include/dsv/tma.cuh")),
     ("dsv/types.cuh", include_str!("../templates/include/dsv/types.cuh")),
     ("dsv/vector.cuh", include_str!("../templates/include/dsv/vector.cuh")),
