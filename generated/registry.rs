@@ -627,70 +627,70 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "ba47ef6daadba0fb475c74ae1db1799a9b6e998f7322b003cfb555b199563411",
+        source_hash: "8c3565db283ac4306a773b51e7448aa2260f5904ac6137d98a052b61ae374ef7",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "938b1c82f1665577cbaf2c16d6dfdbde505d8c13e891d8df118b7075242a49d5",
+        source_hash: "e10809b11a5c76009573f4a61eb6fcc76961f1d9f6609a2ba6a6dd400b6d3864",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "f0d3d203fb216f066b8479e7e8bc82eca27a39c8f20757f442deaecaa8fc101b",
+        source_hash: "0384d4b8389b0cd0b122618585d480265ff3faf1312deb18b3ea5e3b049d9166",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "a14f634edec3c8ba015fdb3edc54dfbfecbe955655b946900374e20732751864",
+        source_hash: "e13164075bd76d12e1dd45f81007dd6ffc545b38389a3be1e6baa13f25bf51af",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "a0307ae51bc713eb6a0b61456a8ec5a963cabb4e8f6c3650b9b8cc289cc325bb",
+        source_hash: "e80f4d5d91aee900963594e0f963e41b68bdf5d45318fcdb353b746ea2f175e8",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "fde49c5b4e1363ca28d42b8d666acb6230c0b966a086c38e2e70f96a58c89bd3",
+        source_hash: "1f8e0cf033e1ec68ec4773634b83433d37bef79e51ec12043369ad476fba06a3",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "bc846b89ce19c837dd0f4d51cecb6b3a674c05078a410c3163107950dc35b9f0",
+        source_hash: "69249f108f50839e72aeaaa4595e26df4b0ed17e2aa9a4dc0dcfca70f3c58466",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "e2c4659b0c574d20013dbcf1ccfd8fae4e15dc3fc6adceb0291655edf3f940a9",
+        source_hash: "99fe10fb97115e123b771510bfccffad43abd396e9b80bb908de02347ccf8c0d",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "d4494da1a59c5b0705cdb88b68671273ea72c1c283330b71de032e46b18436bd",
+        source_hash: "d08e9ee2c7005731455beecfcfb19070a4965b45a1990347678c9f8086fe0e0b",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "2fc4f6e83a01119f3deb6a6f447ccb613a1001410aa4107e7a456d84e2b16638",
+        source_hash: "8e339a2be2eaf8f3602e1e9a802f244e24c64a410740a98ea479c7f9f9500525",
     },
     Kernel {
         name: "kv_validate_sm80",

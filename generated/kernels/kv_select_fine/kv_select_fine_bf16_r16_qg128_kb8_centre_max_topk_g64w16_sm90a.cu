@@ -11,10 +11,6 @@
 //   list(g)     = ids of the top_k[h] largest scores, ties to the smaller id, ascending; NaN ranks last
 //   or, by top_p = ids of the fewest largest whose masses w(n) = 2^31 exp(scale (score(n) - largest)), rounded to integers,
 //                 hold the share top_p[h] of all units' mass; at most max_selected
-// Scores are never stored: a pass over the keys recomputes them, the same bits every time. Passes narrow a range of
-// ordered integers around each group's k-th score by a histogram of 512 bins (9 bits a pass); the last one sets a bit a
-// unit and turns the bits into ids. Tokens: two passes over every 16th key guess a bracket, one pass counts its scores in
-// 512 even bins, one collects the scores of the bin that holds the k-th; a wrong guess goes back to the narrowing.
 // Floors for 268M scores (H=16, S=32,768, groups of 64) on 132 SMs at 1.7 GHz: a pass 15 us of mma.sync, 18 us of max
 // where units are blocks, 20 us of k_lr through L2; tokens' ids 36 us of stores. Estimates in kv.md.
 // Budget: 512 threads, one CTA an SM, under 128 registers; 133 KB of shared memory, most of it bins.
@@ -42,6 +38,11 @@ constexpr int kCtasPerSm = 1;
 constexpr int kSmemBytes = 141616;
 constexpr int kParamsBytes = 168;
 // END CONFIG
+
+// Scores are never stored: a pass over the keys recomputes them, the same bits every time. Passes narrow a range of
+// ordered integers around each group's k-th score by a histogram of 512 bins (9 bits a pass); the last one sets a bit a
+// unit and turns the bits into ids. Tokens: two passes over every 16th key guess a bracket, one pass counts its scores in
+// 512 even bins, one collects the scores of the bin that holds the k-th; a wrong guess goes back to the narrowing.
 
 // A CTA's score rows are four m16 tiles: one query of 64 groups, or four queries of 16.
 constexpr int kTiles = 4;

@@ -542,8 +542,8 @@ impl<'a> Block<'a> {
                         warp.setp(*ty, *compare, (*d, *q), (*a, *b), *logic, (*c, *c_not), active);
                         Next::Step
                     }
-                    Op::Cvt { d, a, to, from, round, saturate } => {
-                        warp.cvt(*d, *a, *to, *from, *round, *saturate, active);
+                    Op::Cvt { d, a, wide, to, from, round, saturate } => {
+                        warp.cvt(*d, (*a, *wide), *to, *from, *round, *saturate, active);
                         Next::Step
                     }
                     Op::Bra => Next::Jump,

@@ -74,7 +74,7 @@ pub(crate) enum Arith {
     MovW, NotW, NegW, AbsW, Popc, Clz, Brev, BfindU, BfindS, BfindShiftU, FNeg, FAbs, Ex2, Lg2, Rcp, Sqrt, Rsqrt, Sin, Cos, Tanh,
     AddW, SubW, MulW, MulHiU, MulHiS, AndW, OrW, XorW, ShlW, ShrU, ShrS, MinU, MaxU, MinS, MaxS,
     DivU, DivS, RemU, RemS, FAdd, FSub, FMul, FMin, FMax, FMinNan, FMaxNan, FDiv, FCopysign,
-    MadW, FFma, Sad, ShfLWrap, ShfRWrap, ShfLClamp, ShfRClamp, Prmt, BfeU, BfeS, Bfi, Lop3,
+    MadW, FFma, Sad, ShfLWrap, ShfRWrap, ShfLClamp, ShfRClamp, Prmt, BfeU, BfeS, Bfi, BfiD, Lop3,
     PackBf16, PackF16, PackBf16Relu, Cnot,
     // 16 bits.
     AddH, SubH, MulH, AndH, OrH, XorH, NotH, ShlH, ShrHu, ShrHs, MinHs, MaxHs, MinHu, MaxHu, NegH,
@@ -206,9 +206,11 @@ pub(crate) enum Op {
         c: u32,
         c_not: bool,
     },
+    /// `wide`: a narrow source in a register of 64 bits, as PTX allows.
     Cvt {
         d: u32,
         a: u32,
+        wide: bool,
         to: Ty,
         from: Ty,
         round: Round,
@@ -860,6 +862,7 @@ impl<'a> Decoder<'a> {
             ("bfe", "u32") => Arith::BfeU,
             ("bfe", "s32") => Arith::BfeS,
             ("bfi", "b32") => Arith::Bfi,
+            ("bfi", "b64") => Arith::BfiD,
             ("prmt", "b32") => Arith::Prmt,
             ("lop3", "b32") => Arith::Lop3,
             ("cnot", "b32") => Arith::Cnot,
@@ -1091,6 +1094,7 @@ impl<'a> Decoder<'a> {
             | Arith::NegH
             | Arith::Cnot => (&[W], W),
             Arith::Bfi | Arith::Lop3 => (&[W, W, W, W], W),
+            Arith::BfiD => (&[D, D, W, W], D),
             Arith::FFma
             | Arith::MadW
             | Arith::ShfLWrap
@@ -1143,9 +1147,11 @@ impl<'a> Decoder<'a> {
         if has(s, "relu") {
             return Err("cvt.relu of one value is not emulated".into());
         }
+        let class = widened(&s.operands[1], from);
         Ok(Op::Cvt {
             d: self.written(&s.operands[0], to.class())?,
-            a: self.read(&s.operands[1], from.class())?,
+            a: self.read(&s.operands[1], class)?,
+            wide: class == Class::Double,
             to,
             from,
             round,

@@ -125,13 +125,22 @@ fn shuffles_votes_and_sums() {
 #[test]
 fn bits_and_conversions() {
     let f = |x: f32| x.to_bits();
-    let checks: [(&str, u32); 17] = [
+    let checks: [(&str, u32); 19] = [
         // The NaN of arithmetic has no sign: kernels shift its top bit.
         ("mov.f32 %f1, 0f7F800000;\nsub.f32 %f2, %f1, %f1;\nmov.b32 %r40, %f2;", 0x7FFF_FFFF),
         ("mov.u32 %r1, 305419896;\nprmt.b32 %r40, %r1, 0, 291;", 0x7856_3412),
         ("mov.u32 %r1, 240;\nbfe.u32 %r40, %r1, 4, 4;", 15),
         ("mov.u32 %r1, 240;\nbfe.s32 %r40, %r1, 4, 4;", u32::MAX),
         ("mov.u32 %r1, 5;\nmov.u32 %r2, -1;\nbfi.b32 %r40, %r1, %r2, 4, 4;", 0xFFFF_FF5F),
+        (
+            "mov.b64 %rd20, 5;\nmov.b64 %rd21, -1;\nbfi.b64 %rd22, %rd20, %rd21, 36, 4;\nshr.u64 %rd22, %rd22, 32;\ncvt.u32.u64 %r40, %rd22;",
+            0xFFFF_FF5F,
+        ),
+        // The narrow source of a conversion may lie in a wide register, whose upper half does not count.
+        (
+            "mov.b64 %rd20, 8589934585;\ncvt.s64.s32 %rd21, %rd20;\nshr.u64 %rd21, %rd21, 32;\ncvt.u32.u64 %r40, %rd21;",
+            u32::MAX,
+        ),
         ("mov.u32 %r1, 1;\nshf.l.wrap.b32 %r40, 0, %r1, 33;", 2),
         ("mov.u32 %r1, 12;\nmov.u32 %r2, 10;\nlop3.b32 %r40, %r1, %r2, 0, 192;", 8),
         ("mov.u32 %r1, 40;\nmov.u32 %r2, 3;\nshl.b32 %r40, %r2, %r1;", 0),

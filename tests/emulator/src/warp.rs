@@ -333,6 +333,18 @@ impl Warp {
                 });
                 self.set_word(d, &out, mask);
             }
+            Arith::BfiD => {
+                let (x, y, z, n) = (*self.double(a), *self.double(b), *self.word(c), *self.word(extra));
+                let out = std::array::from_fn(|l| {
+                    let (at, len) = (z[l] & 0xFF, n[l] & 0xFF);
+                    if at > 63 || len == 0 {
+                        return y[l];
+                    }
+                    let ones = if len > 63 { u64::MAX } else { (1 << len) - 1 };
+                    y[l] & !(ones << at) | (x[l] & ones) << at
+                });
+                self.set_double(d, &out, mask);
+            }
             Arith::Lop3 => {
                 let (x, y, z) = (*self.word(a), *self.word(b), *self.word(c));
                 let table = self.word(extra)[0];
@@ -630,12 +642,18 @@ impl Warp {
     }
 
     #[inline(always)]
-    pub(crate) fn cvt(&mut self, d: u32, a: u32, to: Ty, from: Ty, round: Round, saturate: bool, mask: u32) {
-        let wide: [u64; LANES] = match from.bytes() {
-            8 => *self.double(a),
-            _ => self.word(a).map(|x| x as u64),
-        };
-        let out = wide.map(|x| convert(x, to, from, round, saturate));
+    pub(crate) fn cvt(
+        &mut self,
+        d: u32,
+        (a, wide): (u32, bool),
+        to: Ty,
+        from: Ty,
+        round: Round,
+        saturate: bool,
+        mask: u32,
+    ) {
+        let bits: [u64; LANES] = if wide { *self.double(a) } else { self.word(a).map(|x| x as u64) };
+        let out = bits.map(|x| convert(x, to, from, round, saturate));
         match to.bytes() {
             8 => self.set_double(d, &out, mask),
             _ => self.set_word(d, &out.map(|x| x as u32), mask),

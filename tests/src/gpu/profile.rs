@@ -80,8 +80,8 @@ fn run(gpu: &mut Gpu, case: Case, specs: [KernelSpec; 2]) -> Outcome {
     let (q, k) = numbers(case, batch * heads);
     let place = Placement::of(LayoutKind::Bshd, 0, batch, seqlen, heads, head_dim);
     let rows = [batch, seqlen, heads, head_dim];
-    let q_rows = Tensor::with_rows(gpu, "q", place, rows, &q)?;
-    let k_rows = Tensor::with_rows(gpu, "k", place, rows, &k)?;
+    let q_rows = Tensor::with_rows(gpu, "q", Dtype::Bf16, place, rows, &q)?;
+    let k_rows = Tensor::with_rows(gpu, "k", Dtype::Bf16, place, rows, &k)?;
     let dims = ListDims {
         batch,
         num_heads: heads,
