@@ -175,7 +175,7 @@ fn run(gpu: &mut Gpu, case: Case, specs: [KernelSpec; 2]) -> Outcome {
         .enumerate()
         {
             let off = (f64::from(found) - wanted).abs();
-            if !(off <= bound) {
+            if off.is_nan() || off > bound {
                 return Err(format!(
                     "{name} of batch {}, head {}, query {} is {found}, wanted {wanted} within {bound:.1e}",
                     row.batch, row.head, row.row
