@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # The GPU tests, made here and run on a GPU machine.
 #   tests/gpu.sh pack DIR    here: builds the test programs and tools, and puts them, stripped, with this script into DIR
-#   DIR/gpu.sh run           there: every test, then compute-sanitizer over a part of them; logs under DIR/log
+#   DIR/gpu.sh run           there: every test of the shipped kernels and the trainer
+#   DIR/gpu.sh sanitize      there: compute-sanitizer over a part of them
+#   DIR/gpu.sh candidates    there: the same cases for kernels that are not shipped: the tuner's candidates, other shapes
+# Each is made to end within ten minutes; logs under DIR/log.
 # Ends with one line a step; the exit status is the number of steps that failed.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -23,6 +26,12 @@ pack() {
     cp "$target/dist/dsv-train" "$target/dist/dsv-autotune" "$here/gpu.sh" "$to" || exit 1
     cp runtime/train/configs/*.toml "$to" || exit 1
     strip "$to/gpu-kernels" "$to/gpu-trainer"
+    # Attention tests end in the kernel's name; a kernel that is shipped and a candidate is listed twice.
+    find generated/kernels -name '*.cu' -printf '%f\n' | sed 's/\.cu$//' >"$to/shipped"
+    "$to/gpu-kernels" --list 2>/dev/null | sed -n 's/: test$//p' | awk '!seen[$0]++' |
+        awk -F/ -v to="$to" 'NR == FNR { shipped[$0]; next }
+            { print >(to "/" (!/^attn_/ || $NF in shipped ? "run" : "candidates") ".list") }' "$to/shipped" - || exit 1
+    grep -E '/(fine_)?no_multiple-|^(faults|kv_lists|kv_select|profile)' "$to/run.list" >"$to/sanitize.list" || exit 1
     echo "packed into $to; on the GPU machine: $to/gpu.sh run"
 }
 
@@ -40,24 +49,36 @@ step() {
         "$(grep -E '^test result|ERROR SUMMARY|RACECHECK SUMMARY' "log/$name" | tail -2 | tr '\n' ' ')")")
 }
 
-run() {
-    cd "$here" || exit 1
-    mkdir -p log
-    step kernels 480 ./gpu-kernels
-    step trainer 120 ./gpu-trainer --test-threads 1
-    export DSV_GPU_TEST_IN_PROCESS=1 DSV_GPU_TEST_LIMIT=120
-    step memcheck 200 compute-sanitizer --tool memcheck --error-exitcode 9 ./gpu-kernels no_multiple
-    step memcheck-faults 60 compute-sanitizer --tool memcheck --error-exitcode 9 ./gpu-kernels faults
-    step memcheck-lists 60 compute-sanitizer --tool memcheck --error-exitcode 9 ./gpu-kernels kv_
-    step racecheck 200 compute-sanitizer --tool racecheck --error-exitcode 9 ./gpu-kernels no_multiple
-    step racecheck-lists 60 compute-sanitizer --tool racecheck --error-exitcode 9 ./gpu-kernels kv_
-    for name in kernels trainer; do grep -E 'FAILED|panicked|times the tolerance|outside tolerance' "log/$name" | head -20; done
+# Prints what failed in the named logs, then the summary.
+finish() {
+    for name in "$@"; do grep -E 'FAILED|panicked|times the tolerance|outside tolerance' "log/$name" | head -20; done
     printf '%s\n' "${summary[@]}"
     exit $failed
 }
 
+run() {
+    DSV_GPU_TEST_ONLY=run.list step kernels 420 ./gpu-kernels
+    step trainer 120 ./gpu-trainer --test-threads 1
+    finish kernels trainer
+}
+
+sanitize() {
+    export DSV_GPU_TEST_IN_PROCESS=1 DSV_GPU_TEST_LIMIT=120 DSV_GPU_TEST_ONLY=sanitize.list
+    step memcheck 270 compute-sanitizer --tool memcheck --error-exitcode 9 ./gpu-kernels
+    step racecheck 270 compute-sanitizer --tool racecheck --error-exitcode 9 ./gpu-kernels --skip faults
+    finish memcheck racecheck
+}
+
+candidates() {
+    DSV_GPU_TEST_ONLY=candidates.list step candidates 570 ./gpu-kernels
+    finish candidates
+}
+
 case "${1:-}" in
     pack) [[ $# -eq 2 ]] || { echo "usage: tests/gpu.sh pack DIR" >&2; exit 2; }; pack "$2" ;;
-    run) run ;;
-    *) echo "usage: tests/gpu.sh pack DIR | DIR/gpu.sh run" >&2; exit 2 ;;
+    run | sanitize | candidates)
+        cd "$here" && mkdir -p log || exit 1
+        "$1"
+        ;;
+    *) echo "usage: tests/gpu.sh pack DIR | DIR/gpu.sh run | sanitize | candidates" >&2; exit 2 ;;
 esac
