@@ -173,9 +173,9 @@ impl Facts {
 }
 
 /// Shared memory of a `kv_select_fine` CTA: for each group 512 bins, whose room later serves two bits for each of two
-/// tiles of 1024 units, and 1024 ids a warp; the groups' searches, counts and brackets; for tokens, 32 scores a thread that
-/// wait to be counted (one warp's, unused, where nothing is sampled); the groups' masses (one, unused, without top-p); the queries' LSE (one, unused, but for mass4); 64
-/// queries.
+/// tiles of 1024 units, and 1024 ids a warp; the groups' searches, counts and brackets; scores that wait to be counted, 32 a
+/// thread; the groups' masses; the queries' LSE; 64 queries. What a kernel does not use keeps one element (of the waiting
+/// scores one warp's): those wait for tokens by top-k alone, masses are top-p's, LSE is mass4's.
 fn select_fine_smem_bytes(spec: &SelectSpec) -> u32 {
     let (groups, warps) = (spec.tile().groups as u32, spec.tile().warps as u32);
     let bins = groups * (512 + 4) * 4;
