@@ -116,31 +116,15 @@ impl Warp {
 
     #[inline(always)]
     pub(crate) fn set_word(&mut self, index: u32, values: &[u32; LANES], mask: u32) {
-        if index == NONE {
-            return;
-        }
-        let to = &mut self.words[index as usize];
-        if mask == FULL {
-            *to = *values;
-        } else {
-            for lane in 0..LANES {
-                to[lane] = if mask >> lane & 1 != 0 { values[lane] } else { to[lane] };
-            }
+        if index != NONE {
+            write_lanes(&mut self.words[index as usize], values, mask);
         }
     }
 
     #[inline(always)]
     pub(crate) fn set_double(&mut self, index: u32, values: &[u64; LANES], mask: u32) {
-        if index == NONE {
-            return;
-        }
-        let to = &mut self.doubles[index as usize];
-        if mask == FULL {
-            *to = *values;
-        } else {
-            for lane in 0..LANES {
-                to[lane] = if mask >> lane & 1 != 0 { values[lane] } else { to[lane] };
-            }
+        if index != NONE {
+            write_lanes(&mut self.doubles[index as usize], values, mask);
         }
     }
 
@@ -657,6 +641,18 @@ impl Warp {
         match to.bytes() {
             8 => self.set_double(d, &out, mask),
             _ => self.set_word(d, &out.map(|x| x as u32), mask),
+        }
+    }
+}
+
+/// Of the lanes in `mask` alone.
+#[inline(always)]
+fn write_lanes<T: Copy>(to: &mut [T; LANES], values: &[T; LANES], mask: u32) {
+    if mask == FULL {
+        *to = *values;
+    } else {
+        for lane in 0..LANES {
+            to[lane] = if mask >> lane & 1 != 0 { values[lane] } else { to[lane] };
         }
     }
 }
