@@ -34,14 +34,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c6ff8721061a188565552de2d5a7cde41977aa9698ce2b0896266b361d3f48bc",
+        source_hash: "9df0ec6b319e91fbac83a66aac5e32ca15974c237d4924775a904ff070cd78e4",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "33e77220bd31de74f5b6d0c6c0678b44bdf4f25b369d0cd96562b5b7e8137603",
+        source_hash: "e626c2a7db01113e77176819992f9c2625f96dda0f70e7b359c53dbb518ff31b",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
@@ -55,21 +55,21 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "32930c54e0bd227df4d612e21b644daa9e637d7353db2cef7a140a4823276bd0",
+        source_hash: "830f1222876f75b548e862c5dde2d1e69eb04d240d55351deb0e4eb185e8e38b",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a7b2cc4957c8f321d648eedbc5f7be73f613036cdc2e4191d6e537432a838434",
+        source_hash: "630d0c6fc8cd39d266bca2a8457f593a6b32dd4cf897c291fdc65ca9a7855e82",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "960f33a4613a07a3fcb454a21d4b26ba0373ebdbeac1dfe2ed6d1da6e300bc59",
+        source_hash: "ff92b6f1d482d6a2f07c17162200b04edaf1e2cce173bcda5ac47550923260a6",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
@@ -111,14 +111,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "27f274c6345f07c4900c40fddc34ab9383c4471ca17ad68b9e9aba224bf51e64",
+        source_hash: "456fdd1d00167945f4c6a0a6e7ced85703cbf7f605262517caa1af26168f2379",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "d02be6983b52f0e3a1e5cfb71071b4b47794c9f8017c26d31e6968c1810c59e1",
+        source_hash: "973004aa12f4ef8b58b998e2a1465e0936f48d784dc671b00621b6cf00813513",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
@@ -132,35 +132,35 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "080dc387ffb6a0f95831652debb963789a53ed7be13f8037e8c8a5bad4958e96",
+        source_hash: "b9af03f0874c52fb7f47d6ca3d5f942adb0a075aa1a335c850b4fad1aa006ce2",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "d4550042db8d3cf95a9962537ed056caf6e6e5eb104e4c816cef8868583afe29",
+        source_hash: "94db1ab2772924e51fba9239fe4d255c52d638ac0d6cee68393a82d2ecd46e8c",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "636d2820b4ccebe32a0d8e27e230a38645aacefe607f0e6e69becdf2eda7bd5c",
+        source_hash: "031c504f6c914f471ce7ca08970ced8b13ce21414459855523384d7670b26d0a",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "5681c2db54f66011a1ec6a979344957aa1482d52a29b3ca0253057dd05a834f7",
+        source_hash: "9a316bb3f62d8023ae3d14487ddb68b06ef29a86687f988054fd205bd337c9bb",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0a1c76f555dd95d64cd4e4dcfae11ef5c09cf84588d0b0574e60c6ed3c0f45ff",
+        source_hash: "485ce02f0e967b0466e9675755c669e3b1107a9a0f8d14851510588c8aea20f6",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -174,35 +174,35 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "7cd721a6565fd5f8093b9cd738a1c62d9a982e4b116a6ad0c22131acf537daf7",
+        source_hash: "da71f04be81654fa74e7e5cc8485e821d9ae5db5ac0efae117f6c67306f699b7",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c113f866f2c8932ec5947338bbe313f873cfc70c5db8550982cc2c58b1d36739",
+        source_hash: "a00ef017b85774df9f6025427c12a14681ac598a1328ac71e6dba1ff575edcdf",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "e3ef74e8b642be581870156bc7d4ad26c64c88f753500b159d6df9e2900a2a12",
+        source_hash: "f2edfd108c3ecc816c2d2f3fd95450102400760c89a190e185490e322dc68209",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d140028eda0ba948907ade6835d7252c1d3db5187d5ab2f06c4745ce06c31250",
+        source_hash: "42305d6abc047998233f8d5e27199b1d88f807402305558b1519231e1021ed5d",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "dc59285d0076a0580a0ffc647698fd9ee7cdd78e659220a11a920731b4bdbaac",
+        source_hash: "ce2fa1607638adf652b795113204b489ec05509a04f232b8847ce168a287418d",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -216,7 +216,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "985da5fb1211453ac6e1532b0675b72847bd0d74e8dd40c36e3b25a489053d4a",
+        source_hash: "9f1b082a6afea276902b95d25362dc05230111a56ca89a9d9e4c9c17f3d34bd0",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -230,14 +230,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "1d4593d8ba4945a41953da1348913871e43b64aad4a72f2d217f5d86ee940bd0",
+        source_hash: "7dbb685fa5127d051afe5407e4f9deab63c55d6a5a60a045f5b89dc3925ff246",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "588d0cb2f0b98fb52a1b4eac71f3c7e1ada6197694270fc6f8156498331b8d1b",
+        source_hash: "aa5eff8f43468978700f9c0faabca706a4ddc7c0e1a3901dff828f6913f69f09",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",

@@ -127,7 +127,7 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
             vec![(128, 128, 2, 2), (64, 64, 1, 2), (64, 128, 2, 2), (64, 64, 1, 3)]
         }
         AttnOp::Bwd if head_dim > 128 => vec![(64, 64, 2, 2)],
-        AttnOp::Bwd => vec![(64, 128, 2, 2), (64, 64, 1, 2), (64, 128, 2, 3), (64, 64, 1, 3)],
+        AttnOp::Bwd => vec![(64, 128, 2, 2), (64, 64, 1, 2), (64, 64, 1, 3)],
         AttnOp::BwdDq if head_dim > 128 => {
             vec![(128, 32, 2, 3), (64, 32, 1, 4), (128, 32, 2, 2), (64, 32, 1, 2)]
         }

@@ -79,6 +79,13 @@ constexpr bool kDkAcross = kStages > 1 && !kDqLater && !kEarlyS && (kDeterminist
 // dV beside dP keeps every accumulator and both operands alive at once: 226 registers at head_dim 128.
 constexpr bool kEarlyDv = kHalves == 1 && (kHeadDim < 128 || kConsumers > 1);
 
+// LSE and delta are read ahead of S and dP, which else wait for a shared memory that is busy with products. With 128 queries
+// there are no registers for them beside dQ.
+constexpr bool kStatisticsEarly = kHalves == 1 || kDeterministic;
+// dQ staged under S is sent when P is made: until then the copy engine may not read it, and no one waits for that. At
+// head_dim 96 what it needs is short of registers there (C7512).
+constexpr bool kSendAfterP = kHeadDim != 96;
+
 static_assert(kHalves == 1 || (kHalves == kConsumers && kHeadDim == 64), "64 queries, or 128 as one 64-column slab");
 static_assert(kBlockN == kRows * kConsumers || (kByColumns && kConsumers == 2 && kHeadDim % 128 == 0 && kStages > 1),
               "one wgmma M of 64 rows a consumer, or one for two that take half the columns each");
@@ -235,15 +242,19 @@ __device__ __forceinline__ void reduce_dq(float* tile, int column, const float (
     }
 }
 
-// The same by way of shared memory, in the same order; `staged` is read until a bulk_wait_read of the consumer's thread 0.
+// The same by way of shared memory, in the same order: written first,
 template <int count>
-__device__ __forceinline__ void reduce_dq_staged(float* tile, int column, float* staged, int barrier,
-                                                 const float (&dq)[count]) {
+__device__ __forceinline__ void stage_dq(float* staged, const float (&dq)[count]) {
     float4* target = reinterpret_cast<float4*>(staged) + threadIdx.x % 128;
 #pragma unroll
     for (int j = 0; j < count / 4; ++j) {
         target[j * 128] = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
     }
+}
+// and some time later, when no one waits for the writes, sent; `staged` is read until a bulk_wait_read of the consumer's
+// thread 0.
+template <int count>
+__device__ __forceinline__ void send_dq(float* tile, int column, float* staged, int barrier) {
     dsv::fence_async_proxy();
     dsv::named_sync(barrier, 128);
     if (threadIdx.x % 128 == 0) {
@@ -284,6 +295,11 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
 
     using Scores = float[kBlockM / 2];                 // S and P, or dP and dS, transposed
     using Operand = dsv::uint32[kBlockM / 16][4];      // P or dS
+    using Statistic = float2[kBlockM / 8];             // LSE or delta of the thread's queries
+    const auto read = [&](Statistic& of, const float* row) {
+#pragma unroll
+        for (int j = 0; j < kBlockM / 8; ++j) of[j] = *reinterpret_cast<const float2*>(row + 8 * j + 2 * (lane % 4));
+    };
     const auto issue_s = [&](Scores& s, int stage) {
         dsv::wgmma_fence();
         dsv::gemm_ss_kk<Element, kBlockM, kHeadDim, kBlockN, kBlockM>(s, smem.k + kv_row * dsv::kRowBytes, smem.q[stage]);
@@ -314,15 +330,12 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
         dsv::wgmma_commit();
     };
     // S becomes P.
-    const auto make_p = [&](Scores& s, int stage) {
+    const auto make_p = [&](Scores& s, Statistic& lse, int stage) {
         dsv::pin(s);
+        if constexpr (!kStatisticsEarly) read(lse, smem.lse_log2[stage]);
 #pragma unroll
-        for (int j = 0; j < kBlockM / 8; ++j) {
-            const float2 lse = *reinterpret_cast<const float2*>(&smem.lse_log2[stage][8 * j + 2 * (lane % 4)]);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                s[4 * j + i] = dsv::exp2_fast(s[4 * j + i] * scale_log2 - (i % 2 == 0 ? lse.x : lse.y));
-            }
+        for (int i = 0; i < kBlockM / 2; ++i) {
+            s[i] = dsv::exp2_fast(s[i] * scale_log2 - (i % 2 == 0 ? lse[i / 4].x : lse[i / 4].y));
         }
         if (cut) {
 #pragma unroll
@@ -332,19 +345,14 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
         }
     };
     // dP becomes dS, as operand.
-    const auto make_ds = [&](Operand& ds_operand, Scores& dp, const Scores& s, int stage) {
+    const auto make_ds = [&](Operand& ds_operand, Scores& dp, const Scores& s, Statistic& delta, int stage) {
         dsv::pin(dp);
+        if constexpr (!kStatisticsEarly) read(delta, smem.delta[stage]);
 #pragma unroll
-        for (int j = 0; j < kBlockM / 8; ++j) {
-            const float2 delta = *reinterpret_cast<const float2*>(&smem.delta[stage][8 * j + 2 * (lane % 4)]);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                dp[4 * j + i] = s[4 * j + i] * (dp[4 * j + i] - (i % 2 == 0 ? delta.x : delta.y));
-            }
-        }
+        for (int i = 0; i < kBlockM / 2; ++i) dp[i] = s[i] * (dp[i] - (i % 2 == 0 ? delta[i / 4].x : delta[i / 4].y));
         dsv::to_operand<Element, kBlockM>(ds_operand, dp);
     };
-    // dS in shared memory, for dQ.
+    // dS into shared memory, for dQ; a fence_async_proxy comes before the tensor cores read it.
     const auto share_ds = [&](const Operand& ds_operand, int buffer, dsv::uint32 phase) {
         if constexpr (kDqLater) dsv::mbarrier_wait(&smem.empty_ds[buffer], phase ^ 1);
         if constexpr (!kDeterministic) {
@@ -352,8 +360,6 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
             if constexpr (kDsBuffers == 1) dsv::named_sync(kDsBarrier, kConsumerThreads);
             dsv::store_fragment<kBlockM, kBlockN>(smem.ds[buffer], kv_row, ds_operand);
         }
-        // dS before the tensor cores read it, and this stage's LSE and delta before the copy engine overwrites them.
-        dsv::fence_async_proxy();
     };
 
     // Until the room that dQ is staged in next has been read.
@@ -383,7 +389,8 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
                     wait_for_staged();
                     dsv::named_sync(kDqBarrier + consumer, 128);
                 }
-                reduce_dq_staged(dq_tile, column, dq_room(turn), kDqBarrier + consumer, dq);
+                stage_dq(dq_room(turn), dq);
+                if constexpr (!kDqLater) send_dq<kChunk / 2>(dq_tile, column, dq_room(turn), kDqBarrier + consumer);
             } else {
                 reduce_dq(dq_tile, column, dq);
             }
@@ -403,28 +410,30 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
     if constexpr (kEarlyS) {
         // The loop begins where dV and dK alone are under way: of what crosses its end nothing may be read but by
         // products (C7514).
-        const auto begin_dp = [&](Scores& dp) {
-            dsv::mbarrier_wait(&smem.full_do[ring.index], ring.phase);
-            issue_dp(dp, ring.index);
-        };
-        const auto until_dk = [&](Scores& s, Scores& dp, int buffer) {
+        const auto until_dk = [&](Scores& s, Scores& dp, Statistic& lse, int buffer, auto&& beside_dv) {
             const int stage = ring.index;
             Operand p_operand, ds_operand;
+            Statistic delta;
             dsv::wgmma_wait<1>();
-            make_p(s, stage);
+            make_p(s, lse, stage);
             dsv::to_operand<Element, kBlockM>(p_operand, s);
             issue_dv(p_operand, stage);
+            if constexpr (kStatisticsEarly) read(delta, smem.delta[stage]);
+            beside_dv();
             dsv::wgmma_wait<1>();
-            make_ds(ds_operand, dp, s, stage);
-            issue_dk(ds_operand, stage);
+            make_ds(ds_operand, dp, s, delta, stage);
             share_ds(ds_operand, buffer, 0);
+            issue_dk(ds_operand, stage);
         };
         int tile = await_tile();
         if (tile >= 0) {
             Scores s, dp;
+            Statistic lse;
             issue_s(s, ring.index);
-            begin_dp(dp);
-            until_dk(s, dp, 0);
+            if constexpr (kStatisticsEarly) read(lse, smem.lse_log2[ring.index]);
+            dsv::mbarrier_wait(&smem.full_do[ring.index], ring.phase);
+            issue_dp(dp, ring.index);
+            until_dk(s, dp, lse, 0, [] {});
             // Once: what is under way where paths meet is taken for read.
             dsv::wgmma_wait<0>();
             dsv::pin(dv);
@@ -434,16 +443,21 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
             const int stage = ring.index;
             ring.advance();
             const int next = await_tile();
+            // dS before the tensor cores read it, and this stage's LSE and delta before the copy engine overwrites them.
+            dsv::fence_async_proxy();
             wait_for_staged();
             dsv::named_sync(kDsBarrier, kConsumerThreads);
             float dq[kChunk / 2];
-            const auto stage_dq = [&] {
+            const auto put_dq = [&] {
                 dsv::pin(dq);
                 if constexpr (kStagedDq) {
-                    reduce_dq_staged(dq_of(tile), dq_column, dq_room(step), kDqBarrier + consumer, dq);
+                    stage_dq(dq_room(step), dq);
                 } else {
                     reduce_dq(dq_of(tile), dq_column, dq);
                 }
+            };
+            const auto finish_dq = [&] {
+                if constexpr (kStagedDq) send_dq<kChunk / 2>(dq_of(tile), dq_column, dq_room(step), kDqBarrier + consumer);
             };
             // Issued on two paths: where one leaves the loop, none whose registers are read may be under way (C7514).
             if (next < 0) {
@@ -451,7 +465,8 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
                 dsv::wgmma_wait<0>();
                 dsv::pin(dv);
                 dsv::pin(dk);
-                stage_dq();
+                put_dq();
+                finish_dq();
                 break;
             }
             issue_dq(dq, step % kDsBuffers, dq_column);
@@ -462,18 +477,30 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
             release(&smem.empty_q[stage]);
             Scores s, dp;
             issue_s(s, ring.index);
-            if constexpr (kDpBesideDq) begin_dp(dp);
+            // LSE ahead of dP, which would keep shared memory from answering just when all wait for P.
+            Statistic lse;
+            if constexpr (kStatisticsEarly) read(lse, smem.lse_log2[ring.index]);
+            dsv::mbarrier_wait(&smem.full_do[ring.index], ring.phase);
+            if constexpr (kDpBesideDq) issue_dp(dp, ring.index);
             dsv::wgmma_wait<kDpBesideDq ? 2 : 1>();
-            stage_dq();
-            if constexpr (!kDpBesideDq) begin_dp(dp);
-            until_dk(s, dp, (step + 1) % kDsBuffers);
+            put_dq();
+            if constexpr (!kSendAfterP) finish_dq();
+            if constexpr (!kDpBesideDq) issue_dp(dp, ring.index);
+            until_dk(s, dp, lse, (step + 1) % kDsBuffers, [&] {
+                if constexpr (kSendAfterP) finish_dq();
+            });
             tile = next;
         }
     } else {
         dsv::RingState<2> ds_ring, dq_ring;  // of dS written, and of dS read, when kDqLater
         int pending = -1;                    // tile whose dQ is still to be made, when kDqLater
         int previous = -1;                   // stage of the tile before, if its dK still runs
+        int unsent = -1;                     // tile whose dQ is staged, when kDqLater
         int step = 0;
+        const auto send_staged = [&] {
+            if (unsent >= 0) send_dq<kChunk / 2>(dq_of(unsent), dq_column, dq_room(step - 1), kDqBarrier + consumer);
+            unsent = -1;
+        };
         for (;; ++step) {
             const int tile = await_tile();
             if (tile < 0) break;
@@ -481,7 +508,9 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
             // Of this tile alone: what a name outlives takes registers from dQ.
             Scores s, dp;
             Operand p_operand, ds_operand;
+            Statistic lse, delta;
             issue_s(s, stage);
+            if constexpr (kStatisticsEarly) read(lse, smem.lse_log2[stage]);
             dsv::mbarrier_wait(&smem.full_do[stage], ring.phase);
             if constexpr (kDkAcross) {
                 dsv::wgmma_wait<1>();  // dK of the tile before, whose operand lies where dP goes
@@ -489,13 +518,17 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
                 if (previous >= 0) release(&smem.empty_q[previous]);
             }
             issue_dp(dp, stage);
+            if constexpr (kDqLater) send_staged();
             dsv::wgmma_wait<1>();
-            make_p(s, stage);
+            make_p(s, lse, stage);
             dsv::to_operand<Element, kBlockM>(p_operand, s);
             if constexpr (kEarlyDv) issue_dv(p_operand, stage);
+            if constexpr (kStatisticsEarly) read(delta, smem.delta[stage]);
             dsv::wgmma_wait<kEarlyDv ? 1 : 0>();  // dP; an early dV runs while dS is made
-            make_ds(ds_operand, dp, s, stage);
+            make_ds(ds_operand, dp, s, delta, stage);
             share_ds(ds_operand, kDqLater ? ds_ring.index : step % kDsBuffers, ds_ring.phase);
+            // dS before the tensor cores read it, and this stage's LSE and delta before the copy engine overwrites them.
+            dsv::fence_async_proxy();
             if constexpr (!kEarlyDv) issue_dv(p_operand, stage);
             // dK runs while dQ is reduced.
             const auto issue_dk_and_free_do = [&] {
@@ -523,6 +556,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
                         release(&smem.empty_ds[dq_ring.index]);
                     });
                     dq_ring.advance();
+                    unsent = pending;
                 } else {
                     dsv::wgmma_wait<0>();
                     free_stage();
@@ -546,9 +580,15 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
         }
         dsv::wgmma_wait<0>();
         dsv::pin(dk);
-        if (pending >= 0) {
-            dsv::mbarrier_wait(&smem.full_ds[dq_ring.index], dq_ring.phase);
-            add_dq(pending, step, dq_ring.index, [] { dsv::wgmma_wait<0>(); });
+        if constexpr (kDqLater) {
+            send_staged();
+            if (pending >= 0) {
+                dsv::mbarrier_wait(&smem.full_ds[dq_ring.index], dq_ring.phase);
+                add_dq(pending, step, dq_ring.index, [] { dsv::wgmma_wait<0>(); });
+                unsent = pending;
+                ++step;
+                send_staged();
+            }
         }
     }
 
