@@ -17,788 +17,795 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
-        source_hash: "dc4e1fec9f5b467bd274904b8634984f677ef362f4c871c1b278172000290699",
+        source_hash: "0630c9ca48375f0c45b18d20ced9eb5fdada11d3a2e80286380bd227efaa1f60",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "0bc37df1581a9340304ad37198fb4cbadd997ee1839244a7e4b7ef24843ee1a4",
+        source_hash: "efe1d8d07cec7a3903312784c5dbcaf52aae1c71f3abd07adbaa09238b379e14",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "3cfee82c6bd790bd76b944821be06b24ca70f67530ae48c9fc007ed0cb28f0a5",
+        source_hash: "c3c8a2ebfb20d5962c70a1cb53a447841c6d681c825309a364c6caa48a4f03d6",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9df0ec6b319e91fbac83a66aac5e32ca15974c237d4924775a904ff070cd78e4",
+        source_hash: "902f25c54f9e8e9304354540542ee635f309329f7d9d8c6c67bd2a20c3a7c4a6",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "e626c2a7db01113e77176819992f9c2625f96dda0f70e7b359c53dbb518ff31b",
+        source_hash: "42679a586dcc3b146ce469e50f8a12fd6150c65ebeb1bee9513b0455043599eb",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "18245f3c32c0325a1798442d8d20f40f431fd4b52b25a3c25cda1ed793031ccb",
+        source_hash: "1cc5c5267e985c12e37cf066e48fc5e51fba1640b7f1932ffde09a6043413977",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "830f1222876f75b548e862c5dde2d1e69eb04d240d55351deb0e4eb185e8e38b",
+        source_hash: "26e48bcd59c91aa1d4b5ab5c8de22160fcb43b1810d0599bda4a4187acf5667b",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "630d0c6fc8cd39d266bca2a8457f593a6b32dd4cf897c291fdc65ca9a7855e82",
+        source_hash: "07a8d10c43067f52c24f79d9d0c88778864fe758b7e556c04a3400b804678e0b",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ff92b6f1d482d6a2f07c17162200b04edaf1e2cce173bcda5ac47550923260a6",
+        source_hash: "544835d83d44a00a2ddb777411ea36b6d956f6d339cbfd7eb104525f2dc00a4e",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "56fd4f8d2cd66eaba679519a9edf945e1e240efe3643b8716dcd2dc28d5f2469",
+        source_hash: "17805c30b29e3ad056b4774fd947b363b33b3cece148b7b94c908a54f23b49ed",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "e69485d7108f2ec9ab81ca610699912bf5422b31ef773870a319881799889ab7",
+        source_hash: "2fae95b3b9c841bb44b60d79ccfa146035ed6f6ac8c0c6cbf5604403ffc05f0a",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "95dc434b43f13c09201577fcae7f73cde0f01efeb489f76ad895a3e78c2af469",
+        source_hash: "545ad5cdffe8f0434cb6007f58e3c1796b7257548fa3d156fe5ac4521cb64631",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "7d576c57b908481f76e1dff2691108cefcd5910a16c2adffba2a718d5d0385ad",
+        source_hash: "f64daed2a60c61e74dc5332af4a0bffb3684e3f52a6fd401a33508bf306f5f8a",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "23439596c5d968494082820297f39f8f3d450d368888c2761fe64e835b403979",
+        source_hash: "e268eaf1de2be2e10b6076869d0cff3360cabda65c2f1210f3a678aca0209add",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "456fdd1d00167945f4c6a0a6e7ced85703cbf7f605262517caa1af26168f2379",
+        source_hash: "3911d72da249fb608580dccd61d70c45d2eff54ed690dbcefe5c03d8c0b2f990",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "973004aa12f4ef8b58b998e2a1465e0936f48d784dc671b00621b6cf00813513",
+        source_hash: "b844d84c1f8ba0e8300abb6e9c9b734bd43bd2a56162f4fe4c198a6313ac9253",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "6111358501f90636100d105b089aec0fbb056e9a4107848969a6fa38d4a8ffb6",
+        source_hash: "fa289ace0e26dd1a5eef4ab2f9ce2ab36eb96b2ec4cc6208005ec2306187cd91",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b9af03f0874c52fb7f47d6ca3d5f942adb0a075aa1a335c850b4fad1aa006ce2",
+        source_hash: "1cc0d3a613c1d6851dc8c094adba97cf0fea981429741a074812effd55ffe318",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "94db1ab2772924e51fba9239fe4d255c52d638ac0d6cee68393a82d2ecd46e8c",
+        source_hash: "9e8f08ef6fc2e4ff95bfa80c87e9e8ea63a6ca3f8cea03bbb85bcce5361008dd",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "031c504f6c914f471ce7ca08970ced8b13ce21414459855523384d7670b26d0a",
+        source_hash: "096f0ca959600bf46af7c8d20d862a5178b53460fda64b4e4d5c19d060369aa6",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "9a316bb3f62d8023ae3d14487ddb68b06ef29a86687f988054fd205bd337c9bb",
+        source_hash: "b4a4c32fa53915dce2285233bd98142815bbac00018c11fda9b50be320998417",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "485ce02f0e967b0466e9675755c669e3b1107a9a0f8d14851510588c8aea20f6",
+        source_hash: "24a92da49f522c7e7b32704edac7e83754f1874adc60f489ad5cd2c17b0fadb4",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "15416c396f0d28b10049603ffa942ee2c939e30e7a46c58d01585138013212ed",
+        source_hash: "5a2dcb2dc39e998052ba268d130dfc6499d46d687be1e7cb91cc02535ce2b0cd",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "da71f04be81654fa74e7e5cc8485e821d9ae5db5ac0efae117f6c67306f699b7",
+        source_hash: "c5f00a159d907f15b8975e498f08c6b502e2bb402c745b86fec36d0f33a2a3e0",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a00ef017b85774df9f6025427c12a14681ac598a1328ac71e6dba1ff575edcdf",
+        source_hash: "9e91401fe9727143c92713fc945a45b9e93c7d9e521804a0c79cf4b5225ee921",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "f2edfd108c3ecc816c2d2f3fd95450102400760c89a190e185490e322dc68209",
+        source_hash: "ecb483fff2e971b5ce71cdb97f43b53faf5623aa41048a9f80db3c7b8ee02ff6",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "42305d6abc047998233f8d5e27199b1d88f807402305558b1519231e1021ed5d",
+        source_hash: "970ea04e07b7cb372eab04871639cc796c6d025d9fdd8c32638e4dccddd00e8d",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ce2fa1607638adf652b795113204b489ec05509a04f232b8847ce168a287418d",
+        source_hash: "727cc8fc49b42b7b87031ad2bee3d79ff5c7af5348c5900396bd1d2e4051abad",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "47a5bc9ca6895fc501f6c797012f2e1243c36381da7d451433e84a5143eba8fe",
+        source_hash: "dd0a3cad27bfb53dbc6735b06455947d8c481602e604f492c617f95ff0153359",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9f1b082a6afea276902b95d25362dc05230111a56ca89a9d9e4c9c17f3d34bd0",
+        source_hash: "9c5b913aa914d2bdafe934b1e2aae270e2ec81aea849fc5c34b163872fe129c7",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "d4acbb6e4f60e094022c5a5e696d9699d2adf174e14be0ae22aa560506314f95",
+        source_hash: "1cba8e30882fcb3ee603d873e22a579a977f3f06aac4bd696777ba4fb1f3f37f",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "7dbb685fa5127d051afe5407e4f9deab63c55d6a5a60a045f5b89dc3925ff246",
+        source_hash: "29c8696f80e033e9fbddea2c714a516d738dfb6d6fef331515b532317d5bd48f",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "aa5eff8f43468978700f9c0faabca706a4ddc7c0e1a3901dff828f6913f69f09",
+        source_hash: "001515e6c0e104ab1bcc61c1e5cb1f16293d9bc88a053c5d74f53b961cce0648",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d1516fa3643372aa3bbaf14116697aeac5049c422a5321900b7352cf9bb94d38",
+        source_hash: "e37d2715bc80579ba610348775ad34c255df4ee3b4da7eaa3f06c10de0187e80",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "dad3cc21067982176e200f056839d93a87ab670600f81596dd44b6ca27f11d1f",
+        source_hash: "65f33238649ab817f4374deac65a5565a95779a3ad2b2c6e45e1a7436b0356ca",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ca41976ee41679bded27bfd528efb8316db5f5052c747436be42323ac7d9111c",
+        source_hash: "0a51ab14e19f905d0993428204904764157aef53697f6101160700f56e2d1636",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c3ba753dbe9b1463df1d39872872ea54968e1ff6a85c9c866379f3641c5fddd4",
+        source_hash: "3f72f48432b59134a6ae951f6c7ffae810da4d6d1f6166a033d5823f61e8c6e8",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "606ea3e3a8af03313db497ae9183af0cc0bda25d8164037374b5be88a512dd80",
+        source_hash: "3adad5ef89a07155bee2d60dc8a1f4e26600dc23588e4d3109d54ab5577765f1",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2ead9c0f6a8f01b05cc05a5214f89fe5975d860faf5374f81437c87b4ada7bea",
+        source_hash: "12913ca10e033e07e46bda909095e4cd7d244d450d25c03bdb9014c17f8ab24f",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "9bb1b0663b368fad3a4d610a568ffe7e172d784ca45ad31a5d29b4ec56cd1adf",
+        source_hash: "d8f64b87e38f0d227035d761e3c68a07e181e95d55e9bb9af8aebad709aa21dc",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4d2612490bd93cb5d1af965d65b76754b3c1666b91666f2af938758091b69257",
+        source_hash: "9d34677b5e8ad322762a4900f0d1d7282d8ea5498806fe86490e426e956b7618",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "d9e5720510d9a275ad6732a5028203aef61a753ab27ddf300d25533218978219",
+        source_hash: "b84c4bca165fe4ac99e88b47a6c3550fc34e892acf4b2dd58bad1c6400211383",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c18b3105c094f55315ef64d8292fb9b8ef6d1767c97c98b9c49cbe97342e2589",
+        source_hash: "2145388301f957cbc8e43b20ed4f363300fb3c81c0b5a96c7bee16c02209b1cb",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "21d67aacc49fe8ba32becdc4dacff195370ee804e3c0c8bfa2773938a9acaed6",
+        source_hash: "a4c32ff057dfdd5e38a0f650de94712bf18684bab845c6e2f4ae2616af1380f2",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8ba972ae2a1cf8f087cc745a3e1f7d58204c2d89fc33aa290ca10a73867bcfd9",
+        source_hash: "29e9020061b7349694b4fba0be7381c050747f08fd9dd28dc5c6c261ffc6060f",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "4394759ae7801505280b2cfe330603f0c27c73ceb4f4aebc8f9cff90dc3fece2",
+        source_hash: "72919dd061131011a25bbfd180b236dcb428f57f6572d07a99d1f7384834db15",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d325c1de9fad87ad1a0095f3444c207ce502998d9210c95e3596bec6b41f60db",
+        source_hash: "883654ba61c84daca0d94f8e9a398a9e28bc3dc34d0ca22efd5ff01b88840bf1",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "306478a01d762a48ea7fba7da5a3ac21b5a097dec554c69a2a05a5ce2aab34a7",
+        source_hash: "40984eeffad7b06c0a440ddb94f2819050aa16553ba3f7316cde37bddf5a9aab",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0240dee0f5a1e6601524386f2875cc486cb2ada2f40fb422e4b53248f60cf584",
+        source_hash: "50d5198c828236c144669eda19704854a9c72a0bad178743019e7606364bedd1",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a810fa1a69f914294b05c4c309a37b449a3781fb1dc1d67926c2fd867c58e480",
+        source_hash: "78d14c5487d6919b5d823a6f780fa7a0a0e91edb9fe107a829d3f4adbb03e54d",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9d0df77ff82b3901191b92682039a2e5f641e750f6523a8129bf7dafafacbc6e",
+        source_hash: "10a5a0d0119908c486302293be472243e601970103334ebf89878d00ba236263",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "6978f4894bd94c0bd06f55d2bf9693f1421d9aa1ae8ab4e0b34f94ac5eb89ada",
+        source_hash: "a17423d48a5d8ee6af6d665120b3fb4a7c1c370ea2fa44d0d66b3e71452d6847",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b814da66f68b0cc3e824f84bb07624c01c78cf69473a723013075416b417a65b",
+        source_hash: "828dca0bfea7edca69d0b1b1a9534b94d4a10e10fd42e6404dae6e9afadeae87",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "5361da3838f7f40832d68a4c7c2f0568d0c2a3b6a17265e80f80ebb7fb3cc2ac",
+        source_hash: "3623b11a70d20d13a6465cdaf38b1ddcce9209db53d28289fcb1a1bb8db94f57",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "675efca617c9c2d6dee725bea513606a3f8bb4d997cd17371f17674a1c0c8db8",
+        source_hash: "6545ccf0f28419362339a8b38fb85ae469ca38f9530f3e15bc996f51693bc63b",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "976ed890d7420b6eec27cc327eb95f260332ab10d40d6b2efa2bdd096abb7877",
+        source_hash: "a9c3e9ce75991f7c9c19b362a750b77c3382bfeaa9709c8d90f415a99f03b388",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2d8786b329eaa1895d7226f60f14cb74e7e8b1fe8c819eafc8ab5cfa352f5f6c",
+        source_hash: "491f34a29dda5668e89a62e25de08ec458aa25dbf76c8181027c8faee66cef0f",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "0c3da5d2f3ed9d46e40a46bfb60ef198cf3d8174c608a6053547ef48c8b0f520",
+        source_hash: "2aff736d2e077fd43d848aa71be1ed9b5e706ac10124fb21d67335b605aba9c9",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "14ed38344c14f5058b76f77332f97326f57cf3b7034afe0f9e497766f802b934",
+        source_hash: "8ef2a557d6b08fe878a80893253dc4a2fb7357aaabd932d6446bf29e350101c1",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "242bfb809a3ececbd68b2518c8841ef11e51e51267b95377f63cf90a9a42d4fe",
+        source_hash: "39cf08004547b5ee439ce933873868ad6d8bb09d16ecd86e42908108805272f2",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "6daa6023c02312f0a7042aca1ede2011f767226d6d55a7e218f6ae650c19d4fc",
+        source_hash: "fc78cd6888352262cb124673cd8c79413890d9cf28fbd2e923980c7d4eeb0118",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "837510b326ba562083f393f64c2351f39a2fefb1a5dbe50319baaeb0881e0ff8",
+        source_hash: "23825a83674a18ba0682120b5b9f9d43322d9f9fa2ddc494f170367a98ab2f4e",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "f61ccd40c628a016743c4faf604844141e0b898dd21755b4f4278bf1d6ba01f5",
+        source_hash: "dac25deca893b357b32d82d114cf08fe713d5e8971da303198e009728f2d0b58",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ff4c573dfb7098cd53f722d98cd67cb5a82c8334653a46175311b569f535dd98",
+        source_hash: "f1f38b9192cedbb2d80e4e81d075b33be27cf56641e2a152e34ad8d85bdfc7ff",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "6af7c0bb9208d760bb58746ff10589c979e2a917fc12172d5818f6fe3f7a784e",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ca8300b9fb6a38ac0ad478ca60fa5624386f8eec159dfab480f703a85f5ab496",
+        source_hash: "bb3dcff60a1c64eecb7bdc49cee7f3918dd2baa581b476eb5a09d7ebcc14743c",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e956b80723cc6044dbe8400e1e97643a42b30fcfa2924df30f9c575dd9955f98",
+        source_hash: "bff6f272634d2c80fd5b21c81202b1174f7682490e3594f31e0ef7944be8eb52",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "fa74e51537a3ad6974e01b86ccd6769121438f2da460ecdd99a0cd08e0c5966b",
+        source_hash: "62c23b60bb4b1900391178dae99d38a1dc2e21a2bdf135e5a6a3532a90bb0d4d",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d9480720da189441d0eb6e11a80e7ff60e3bd344c27fe05976f0cce50fb743e1",
+        source_hash: "afd4022375b46635f405f6e38f499eb0e9686b4a48bfb483a0d0d3c4f8750472",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "fedd803bbb73919fc41fff494ee25f77aff78ead3bf1e275dd1c8fd021b2b656",
+        source_hash: "13a34a1c34fc83b8e86c2013ec5c69e88ac3baae250dcbab1ece74f1358baa3c",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "468530f98f10ad1870d318b1abd5e738941299970768f39b66f0331396491d7a",
+        source_hash: "9c979b27566645dcc19a95ef22ad9ea043084d5c4306e5093c679805f32162f8",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "fdbaed8c56649887ab4efd36e4e7d805ab4943f5b9fc5b6101940dd9b1295ff2",
+        source_hash: "43f2f0e385e553c8d291f9da4f6f193765c6ad57c845efb8fa6deec6b40a7dcc",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "e5a40e4ed3da1141d1bbcc729a5aa66ba1887c87f08ba625fec67539b920b711",
+        source_hash: "e0adb8764b9d03ec57021a00270c9ac015acbb31b2381d0925b45815b07f6a09",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "a32dcde0e7328d19f4bdf5758c477812b4f03cbc916c4ea5c39ab034a2040e2d",
+        source_hash: "1aa364814dbea5e6a07cbcfd83829bd70091290ccd2e28b8d3c760243d78ba0f",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "d311b1e31b17c7259b35aaa052847e749a02423a86a5bd792b8c2bb732ef10ca",
+        source_hash: "187e665c414b87c6bc4caebdf214c7e68c98951166edc2c1c274d8bee34aafb9",
     },
     Kernel {
         name: "gate_grad_bf16_d0_v8_sm90a",
         source: include_str!("kernels/gate_grad/gate_grad_bf16_d0_v8_sm90a.cu"),
-        source_hash: "b36b43d1481904812f842c020775f434aa42cfa894c227fad0fe076721325c18",
+        source_hash: "bd2839be084e31939bffa94585edc4e76cddc0cba39f7dd2bd7119029ec725cc",
     },
     Kernel {
         name: "gate_weight_bf16_d0_v8_sm90a",
         source: include_str!("kernels/gate_weight/gate_weight_bf16_d0_v8_sm90a.cu"),
-        source_hash: "2143fc3003e93a79adb43649ebe71657e71fc40bdd7087dcea09983c7c72149a",
+        source_hash: "5576cf8e1b8200fcc19635ea1eea1cc36958378a94270ce26baec77567d8a8ac",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "f0c161f4c9f7549b2720de6f4263aa89386255e77478c6ba441d240a11689724",
+        source_hash: "2eab245cadbacf3d7f32dec4ac4b1af3b63ca3c5626302211357c2086fd0adbc",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "48a4175071d51eb4bf9d24b02d0f6ad14dcd7d3250619a6c7eb3d24c23c9d3df",
+        source_hash: "8b13f8326d213a5f20743bdedb455b060d94fd8289de8cec97b47185a8fa9563",
     },
     Kernel {
         name: "gram_key_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_v1_sm90a.cu"),
-        source_hash: "ed2921d6856db89ddb2546f5d4f9fc1e071b08dadbe9c84a3fdf40f467cb37e9",
+        source_hash: "62e334bcef1d43472812ee391c11471abbd71a06775e943efb5962fd0bc35ca0",
     },
     Kernel {
         name: "gram_key_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_v1_sm90a.cu"),
-        source_hash: "882c7fe88c8ae0535637e0a28af43508f5169d5736fa4da15c663f8eb7942709",
+        source_hash: "28f66badd85720ab399f310207f39afb4cb7bf5aae3b2535ce130cd66c33b360",
     },
     Kernel {
         name: "gram_query_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_v1_sm90a.cu"),
-        source_hash: "51ece8c165bd736bdd157d81cf62de08a1a2071c3124605c3a5939af3aefbbb9",
+        source_hash: "279d4e9b4eecebab9b1fe1ce5ae18e5b0450c20c3a5f4207041e433fb752bdde",
     },
     Kernel {
         name: "gram_query_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_v1_sm90a.cu"),
-        source_hash: "c7e6688b7c8c6e0fac6cc485d7b1e4e9a6e22422b9b6f24c41ba9aec2befb68d",
+        source_hash: "fa9aa22d5d115416085bc73412f934744a582d6c4a198820b0cf353bbbdee0a7",
     },
     Kernel {
         name: "kv_invert_sm80",
         source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
-        source_hash: "c5ff426427e45473a9909ccbe4970a45d9bd01607a7459ab6fbc9cfff58fe189",
+        source_hash: "36bd2fd91a11a6ae991c46ad9f21b2d58bcbb58bed2b3fbb215775288d85a58a",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "d46d39d9b7d5f3243a6452cbe4010ee4e64cbf7988597987a8cecbc30ad1f845",
+        source_hash: "0d54cb825343f2041c031ff2b6283d2a7a813579c5ae174b218e5ae0ea1e0b4f",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "1b5bc7c70ecf5fdcbba9d79ccdc49a233f54781ddf3e6db6172158a93b62c7d3",
+        source_hash: "cdd8d9dbe1979b83096f3f46647d08f291b96122873a69bbf7d98b2b8512c2fe",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "094b89f56fe6d77f931c1147f6f3d15887a19341f49e5be98df35aa7572dc3b2",
+        source_hash: "48125d90234046d5a049edc1c617fdf8095931cb5dff067d4ed89d650607b1e2",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "61ed3f527a8df8590b9ed780779adc4066b33a70367cb8a47f7287fa4bf973b4",
+        source_hash: "f847eeba2cd324b9cf7eed9cee97451482f6f8deade2b2579dd7ddb882113e5f",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "69f7d96b72ca3c1fad9eff1176b04b0afd20de0df2f9ab5f88665345a1acd942",
+        source_hash: "7b1e7a2e8db6344bad55c22edf3062b122568377538812d26e90ec406fac31b8",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "ce7471b25a3be1587e11e9e69af4111d0f5c6092972226fabeb875aaf2197f54",
+        source_hash: "ab6c1046c7e9a2455975f8b80cf3ca9495fcdb9b32608fdd74c685a568981722",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "b4734ff26e789da8db34e11f4f73480887ae01a8b6be822ff99dad8a5279319a",
+        source_hash: "ab7108c717177b7798ee1077e94a212e1f5e8905bb5601cf6f1e943ff78f41e2",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "21f1be0dcf9ec76d8ab6b2c78e12867d42fb9a17709847ae55785de01d9fbdcd",
+        source_hash: "f525708048ab377487b3ef13af1b2b18ea688c0d05f3d6bd377cfc5c7d9e76f5",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "318195cc53a205ad57ad2c4c6cfde81c9773e90adae4066c5d06a111970b9cd8",
+        source_hash: "2bfaedbbf8c6d41d812297077f44e610117e88f0dc657297edfd872183a7ade4",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "8c3565db283ac4306a773b51e7448aa2260f5904ac6137d98a052b61ae374ef7",
+        source_hash: "e874ac71840d2810db44d863ef021edb99f3754045c208736ba3b9e020e05547",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "e10809b11a5c76009573f4a61eb6fcc76961f1d9f6609a2ba6a6dd400b6d3864",
+        source_hash: "7b1ce70a8b56dbb429ed8c914a5237f7df8e69a4650cd3a86b07fd9305827ad5",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "0384d4b8389b0cd0b122618585d480265ff3faf1312deb18b3ea5e3b049d9166",
+        source_hash: "0e5ec93562b206907d9bfd50af52d2e3d454495e417fe28f21659693e9740d32",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "e13164075bd76d12e1dd45f81007dd6ffc545b38389a3be1e6baa13f25bf51af",
+        source_hash: "1913509efe0cae0bdab2125440951df5b9f2e87cc1cefd9529d42d51aeec40e2",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "e80f4d5d91aee900963594e0f963e41b68bdf5d45318fcdb353b746ea2f175e8",
+        source_hash: "6f85135c3b6eef71c2fe84c9c4b8f7c8d8644fbecc420953864f792dab5c70d0",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "1f8e0cf033e1ec68ec4773634b83433d37bef79e51ec12043369ad476fba06a3",
+        source_hash: "ac8fa4f7edb70aff7da65443393233022f560e3b804f8156500b4de61935982b",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "69249f108f50839e72aeaaa4595e26df4b0ed17e2aa9a4dc0dcfca70f3c58466",
+        source_hash: "6fbef3ebc5b3095e118733739867b1cf12ce8679b62fa205e2ae951471197b1a",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "99fe10fb97115e123b771510bfccffad43abd396e9b80bb908de02347ccf8c0d",
+        source_hash: "3a814a578f2d84ef4a699dbd75b98e0f7dce2f71dcb74a3af0e2036602be7bee",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "d08e9ee2c7005731455beecfcfb19070a4965b45a1990347678c9f8086fe0e0b",
+        source_hash: "4790bbe2751f1b920ea54b8134335c2d69333adc38d400bb6a3bece6ed1775e3",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "8e339a2be2eaf8f3602e1e9a802f244e24c64a410740a98ea479c7f9f9500525",
+        source_hash: "322718efaaa43a7bd501780ae29d71247686997b8465a4dd5bd98c29cb2a069e",
     },
     Kernel {
         name: "kv_validate_sm80",
         source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
-        source_hash: "c8a12b76e188473b4170af4510a8e0926159186fac752bac15e2226b8ca0f651",
+        source_hash: "3b92836b46c007c40ef76149005c06d3acd92a9dab9ac59526bb3023238d1279",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "0ff1a75a0bc51d7aab118bb76be6b3ba8602e22acac468c73debf07fa9f41399",
+        source_hash: "b3f2d632fe10b96c4bad509b3026c1d6e12ea688649fe9be041d94114eac3f0d",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "27572ea4d79f1176177d03f3fc9743925b07256436d7a6f27e33dd6d211e42f4",
+        source_hash: "6b55bcf7014126bf1a03104e22ee41fcde435c47658cd8d0c7c40c2ecf279e27",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "2e44c6af293b2d5b597c6e56bce0b2c561fb3d4821a4fac53fd6ec6a6cc4d8d2",
+        source_hash: "8fb39d5ec73a480487dcd941c45bae57a12dbb6a1c88c293e2b02b27bf08f960",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "9bfd6c2923de624b018a6c5344660601799fb70438c4e55e6ee1d7a6a620803b",
+        source_hash: "a192ec5fb6f9488119ceb5e36b689a092b497a3b0f5d786fa87abcffcdc75c19",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "4fa4d33a226dffce69f7e7291fe6450b5709bca77f04285921f313eff33a97fd",
+        source_hash: "07f8db1ac93186bb8610d91efbd86e6c06fa727935580263e6a8473a905cdfae",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "c457d3d9c4bea86f13fe5a22be51f2693aaa8dbb03977558cb45cfd446d9f03c",
+        source_hash: "eea233d7f0413f21c4c471a47c25960fa9d406595461d49f887cefd285465a82",
     },
     Kernel {
         name: "profile_f32_d0_v1_sm90a",
         source: include_str!("kernels/profile/profile_f32_d0_v1_sm90a.cu"),
-        source_hash: "ef5b51fd2f057ca3e74cbdea575a3c96e5d7e34dd7ace5e5b911e46ecd29a727",
+        source_hash: "7516afc633ec6a06719ad06e906fe2786d8c2c9c46064c2b4c36a0d1610b06ce",
     },
     Kernel {
         name: "profile_logits_bf16_d128_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d128_v1_sm90a.cu"
         ),
-        source_hash: "b7687f166c18ab4c0bba07dd951dc10d3ed7fe021223432dfb99d1a75ec34cbb",
+        source_hash: "712c8b95909c69aa9b7de2151a78c1327ab7e56fbd2401b18bc46eaf468b8dbe",
     },
     Kernel {
         name: "profile_logits_bf16_d64_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d64_v1_sm90a.cu"
         ),
-        source_hash: "60162b0b008a25625df8a0794d55cefe3c690de6c920c0d37d0178676d5077f2",
+        source_hash: "3b751fe35f6a0e653b07efdd097feb6385746e863f282190a46381544c08cd67",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "e253dbac404794ed852794656dddd8cf73f44c13b93d7349feae70dbd857be0c",
+        source_hash: "b60fc2a6fce6aff0db7315af21f6bdb5a157d9f81b6e9e7ce4dff497fdeaeaee",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "3f7e28fed899b62cfbe4dedb8c87fa94cefe9d315f26a055a1dbc535a378d20a",
+        source_hash: "19916b3fb82c40883f249bb996216772e2bb378edd56dc92e569250586b84027",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "93ece3936aeae1bb6ac34393f2fa8811851046cca3a8d96b165163e98e48ea00",
+        source_hash: "10ae6b7095cf5b79dd8fc53a3efeff1f658374ba2d8359de0d95215e41ac6053",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "6abc59891b8d392cf494d2c377632c422a4270ceb4346fe1e7126dc8aa203a54",
+        source_hash: "420c201277a0b3efa5e7f64fa0f87b379753c658a3254398dc02b0cf092ae763",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "bfe93f8dbe6c0ead712d9d5e77cc020a335467909e6d709e4fdac2ce669db1ae",
+        source_hash: "8f4021ecf41853f57dcc212e507719fcf2eb2b2ae45de9617bd4c30b4fdd79d2",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "a7e3b02232ae3610311bb92f28cc93cba0ac1c3afce8b5ab9119ad6f18de1789",
+        source_hash: "f78e012e707ef430d7721f6639eed3de850ae034ce8a93491369307c0e415a6e",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "a9298bc028cc730ffa73bfba80f8c936b11d63f0b0b344acaafb6c1550af42e5",
+        source_hash: "9649e2afea9505905c5845b9c6fbcdb68c860f650edd13228c04c0d6508a4e5f",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "e2fec41b151de8d3e86bb3d8321009ad1eeccb6c0e2a78cea85e275ecd8a7433",
+        source_hash: "c5ab5bcc00cf3b15757a7d597a81e86feb525f3d8d930e493d379bd0a99be447",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "9e1ba7bf9ddc16c9167a0ac78ab5aa21f9895f41d289bd3339a333b259d58f2f",
+        source_hash: "ed58e47b46d315c6331ab5dccd9710ae39e41f23e400aca8acb9a2dc90ecc488",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "64e38f8baf07380d9bea56d56a06c018d6bfd92e63a2acf6e38b3ffd3eb7fbb4",
+        source_hash: "b702800c0825679c8121bb74ef78abc1105906ae2422774eb32f47cfdad877b9",
     },
 ];
 

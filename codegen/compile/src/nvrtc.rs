@@ -229,7 +229,13 @@ pub(crate) struct Nvrtc {
     error: Symbol<unsafe extern "C" fn(Status) -> *const c_char>,
     library: String,
     version: String,
+    /// Whether this NVRTC has a cache of its own that can be passed over ([`NO_CACHE`]).
+    caches: bool,
 }
+
+/// NVRTC 13 keeps cubins beside the driver's cache, by what its front end made of the text. What it takes from there comes
+/// without ptxas' log, which kernels are judged by.
+const NO_CACHE: &str = "--no-cache";
 
 impl Nvrtc {
     /// Loads NVRTC and proves it by compiling an empty kernel, which also tells its version in full.
@@ -276,6 +282,7 @@ impl Nvrtc {
             error: symbol!(b"nvrtcGetErrorString"),
             library: library.clone(),
             version: String::new(),
+            caches: true,
         };
         // The libraries stay for the life of the process: NVRTC keeps state of its own, and the symbols point in.
         std::mem::forget((builtins, nvrtc));
@@ -285,8 +292,11 @@ impl Nvrtc {
             headers: &[],
             arch: "sm90a",
         };
+        let flags = flags(probe.arch)?;
+        // Older ones refuse the option.
+        this.caches = matches!(this.compile(&probe, &flags, Product::Cubin), Ok(Ok(_)));
         let (cubin, log) = this
-            .compile(&probe, &flags(probe.arch)?, Product::Cubin)
+            .compile(&probe, &flags, Product::Cubin)
             .map_err(|e| fail(e.to_string()))?
             .map_err(|log| fail(format!("an empty kernel for sm_90a does not compile: {}", log.trim())))?;
         this.version =
@@ -336,7 +346,9 @@ impl Nvrtc {
             names.push(c_string(name, "a header's name")?);
             texts.push(c_string(text, name)?);
         }
-        let options = flags.iter().map(|flag| c_string(flag, "a flag")).collect::<Result<Vec<_>, _>>()?;
+        let no_cache = self.caches.then_some(NO_CACHE);
+        let options = flags.iter().map(String::as_str).chain(no_cache);
+        let options = options.map(|flag| c_string(flag, "a flag")).collect::<Result<Vec<_>, _>>()?;
         let pointers = |strings: &[CString]| strings.iter().map(|s| s.as_ptr()).collect::<Vec<_>>();
         let (names, texts, options) = (pointers(&names), pointers(&texts), pointers(&options));
         // `names`, `texts` and `options` point into the vectors of CStrings shadowed above, which live to the end.

@@ -93,7 +93,9 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
         AttnOp::Bwd if arch == Arch::Sm80 => vec![(64, 64, 1, 1), (64, 64, 1, 2), (64, 128, 2, 1)],
         AttnOp::Fwd if small => vec![
             (192, 128, 3, 2),
+            (64, 128, 1, 3),
             (64, 128, 1, 2),
+            (128, 128, 2, 3),
             (64, 64, 1, 2),
             (64, 64, 1, 3),
             (192, 96, 3, 2),

@@ -98,6 +98,23 @@ fn shared_memory_fits_and_is_the_sum_of_its_tiles() {
 }
 
 #[test]
+fn warpgroups_ask_for_no_more_registers_than_their_launch_holds() {
+    for spec in all_attn() {
+        let spec = KernelSpec::Attn(spec);
+        let facts = spec.facts();
+        if facts.consumer_registers == 0 {
+            continue;
+        }
+        // `__launch_bounds__` gives each thread its share, in steps of 8; a `setmaxnreg` beyond what the CTA holds waits
+        // forever.
+        let held = limits::REGISTERS_PER_SM / (facts.threads * facts.ctas_per_sm) / 8 * 8;
+        let consumers = facts.threads - 128;
+        let asked = consumers * facts.consumer_registers + 128 * facts.producer_registers;
+        assert!(asked <= facts.threads * held.min(255), "{spec}: {asked} of {}", facts.threads * held);
+    }
+}
+
+#[test]
 fn shipped_sm80_kernels_fit_the_smallest_gpu_that_runs_them() {
     let shipped = space::shipped(Arch::Sm80);
     assert!(shipped.iter().filter(|s| matches!(s, KernelSpec::Attn(_))).count() >= 16);

@@ -40,11 +40,18 @@ constexpr int kParamsBytes = 640;
 constexpr bool kDense = kKvBlock == 0;
 constexpr int kRows = 64;                                         // query rows of one consumer
 constexpr int kConsumerThreads = 128 * kConsumers;
-// Consumers take turns at the tensor cores. With a group each they do not: each leaves out other tiles.
-constexpr bool kPingPong = kConsumers > 1 && kGroups == 1;
 constexpr int kEndOfLists = 1 << kConsumers;
+// S of 64 keys with both operands in shared memory fills its port, 128 bytes a clock: Q waits in registers where there are
+// head_dim / 4 for it.
+constexpr bool kQInRegisters = kBlockN == 64 && kConsumerRegisters >= 136 && kConsumers <= 2 && kHeadDim <= 128;
+// S of the next tile is made while P of this one is, where there are registers for two S: no consumer waits for a product.
+// K is then needed a tile earlier, which costs two CTAs at head_dim 128 more than it gives: their rings have no third stage.
+constexpr int kScoresRegisters = kHeadDim / 2 + kBlockN + kBlockN / 4 + (kQInRegisters ? kHeadDim / 4 : 0) + 36;
+constexpr bool kTwoScores = kGroups == 1 && (kHeadDim == 64 || kConsumers == 2) && kScoresRegisters <= kConsumerRegisters;
 constexpr dsv::uint32 kTileBytesQ = dsv::tile_bytes(kRows, kHeadDim);
 constexpr dsv::uint32 kTileBytesKv = dsv::tile_bytes(kBlockN, kHeadDim);
+// Consumers take turns at the tensor cores. With a group each they do not: each leaves out other tiles.
+constexpr bool kTurns = kConsumers > 1 && kGroups == 1 && !kTwoScores;
 
 static_assert(kBlockM == kRows * kConsumers, "one wgmma M of 64 rows a consumer");
 static_assert(kHeadDim % 16 == 0, "whole K steps of the products");
@@ -226,19 +233,26 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
         int valid = walk.tiles > 0 ? walk.valid_in_first(p.sizes.seqlen_kv) : 0;
         dsv::RingState<kStages> ring_k, ring_v;
         dsv::mbarrier_wait(&smem.full_q, 0);
-        if constexpr (kPingPong) {
+        if constexpr (kTurns) {
             if (consumer == 0) dsv::named_arrive(kTurnBarrier, 256);
         }
 
-        float s[kBlockN / 2];
+        dsv::uint32 q[kHeadDim / 16][4];
+        if constexpr (kQInRegisters) dsv::load_fragment<kHeadDim, kRows>(q, smem.q[consumer], 0);
+        using Scores = float[kBlockN / 2];
+        Scores s;
         dsv::uint32 probabilities[kBlockN / 16][4];
         float rescale[2];
         const auto wait_for_keys = [&] { dsv::mbarrier_wait(&smem.full_k[ring_k.index], ring_k.phase); };
-        const auto issue_scores = [&] {
-            if constexpr (kPingPong) dsv::named_sync(kTurnBarrier + consumer, 256);
+        const auto issue_scores = [&](Scores& s) {
+            if constexpr (kTurns) dsv::named_sync(kTurnBarrier + consumer, 256);
             dsv::pin(s);
             dsv::wgmma_fence();
-            dsv::gemm_ss_kk<Element, kBlockN, kHeadDim, kRows, kBlockN>(s, smem.q[consumer], smem.k[ring_k.index]);
+            if constexpr (kQInRegisters) {
+                dsv::gemm_rs_kk<Element, kBlockN, kHeadDim, kBlockN>(s, q, smem.k[ring_k.index]);
+            } else {
+                dsv::gemm_ss_kk<Element, kBlockN, kHeadDim, kRows, kBlockN>(s, smem.q[consumer], smem.k[ring_k.index]);
+            }
             dsv::wgmma_commit();
         };
         const auto issue_output = [&] {
@@ -249,7 +263,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
             dsv::wgmma_commit();
         };
         const auto pass_turn = [&](bool last_turn) {
-            if constexpr (kPingPong) {
+            if constexpr (kTurns) {
                 if (!(last_turn && consumer == kConsumers - 1)) {
                     dsv::named_arrive(kTurnBarrier + (consumer + 1) % kConsumers, 256);
                 }
@@ -272,36 +286,97 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
             ring_v.advance();
         };
 
-        if constexpr (kGroups == 1) {
+        // Keys of tile t that do not exist, or that a lone block repeats, weigh nothing.
+        const auto mask = [&](Scores& s, int t) {
+            // With tiles smaller than the listed block, the tail may span several of them.
+            if constexpr (Walk::kTilesPerBlock > 1) {
+                if (t > 0) valid += kBlockN;
+                if (t < Walk::kTilesPerBlock && valid < kBlockN) dsv::mask_tail<kBlockN>(s, valid, -dsv::kInf);
+            } else {
+                if (t == 0 && valid < kBlockN) dsv::mask_tail<kBlockN>(s, valid, -dsv::kInf);
+            }
+            // With tiles of several blocks, the last tile may lack some.
+            if constexpr (Walk::kBlocksPerTile > 1) {
+                if (t > 0 && t == walk.tiles - 1 && walk.valid_in_last() < kBlockN) {
+                    dsv::mask_tail<kBlockN>(s, walk.valid_in_last(), -dsv::kInf);
+                }
+            }
+        };
+
+        if constexpr (kTwoScores) {
+            Scores other;
+            // P of tile t, made while S of the next one and O of the one before are.
+            const auto step = [&](Scores& now, Scores& next, int t) {
+                issue_scores(next);
+                if (t > 0) issue_output();
+                softmax.step(now, scale_log2, rescale);
+                dsv::pin(now);
+                // A loop here keeps the compiler from moving the exponentials behind the wait for the products.
+                if (t + 2 < walk.tiles) {
+                    auto ring = ring_k;
+                    ring.advance();
+                    dsv::mbarrier_wait(&smem.full_k[ring.index], ring.phase);
+                }
+                dsv::wgmma_wait<0>();
+                dsv::pin(next);
+                dsv::pin(o);
+                pass_keys();
+                if (t > 0) pass_values();
+                mask(next, t + 1);
+                rescale_output();
+                dsv::to_operand<Element, kBlockN>(probabilities, now);
+            };
             wait_for_keys();
-            issue_scores();
+            issue_scores(s);
+            dsv::wgmma_wait<0>();
+            dsv::pin(s);
+            pass_keys();
+            mask(s, 0);
+            if (walk.tiles > 1) {
+                wait_for_keys();
+                step(s, other, 0);
+                int t = 1;
+                while (t + 1 < walk.tiles) {
+                    step(other, s, t++);
+                    if (t + 1 == walk.tiles) break;
+                    step(s, other, t++);
+                }
+                if (walk.tiles % 2 == 0) {
+#pragma unroll
+                    for (int i = 0; i < kBlockN / 2; ++i) s[i] = other[i];
+                }
+                issue_output();
+            }
+            softmax.step(s, scale_log2, rescale);
+            dsv::pin(s);
+            dsv::wgmma_wait<0>();
+            dsv::pin(o);
+            if (walk.tiles > 1) pass_values();
+            rescale_output();
+            dsv::to_operand<Element, kBlockN>(probabilities, s);
+            issue_output();
+            dsv::wgmma_wait<0>();
+            dsv::pin(o);
+        } else if constexpr (kGroups == 1) {
+            wait_for_keys();
+            issue_scores(s);
             pass_turn(walk.tiles == 1);
             dsv::wgmma_wait<0>();
             dsv::pin(s);
             pass_keys();
-            if (valid < kBlockN) dsv::mask_tail<kBlockN>(s, valid, -dsv::kInf);
+            mask(s, 0);
             softmax.step(s, scale_log2, rescale);
             dsv::to_operand<Element, kBlockN>(probabilities, s);
             if (walk.tiles > 1) wait_for_keys();
 
             for (int t = 1; t < walk.tiles; ++t) {
-                issue_scores();
+                issue_scores(s);
                 issue_output();
                 pass_turn(t == walk.tiles - 1);
                 dsv::wgmma_wait<1>();
                 dsv::pin(s);
                 pass_keys();
-                // With tiles smaller than the listed block, the tail may span several of them.
-                if constexpr (Walk::kTilesPerBlock > 1) {
-                    valid += kBlockN;
-                    if (t < Walk::kTilesPerBlock && valid < kBlockN) dsv::mask_tail<kBlockN>(s, valid, -dsv::kInf);
-                }
-                // With tiles of several blocks, the last tile may lack some.
-                if constexpr (Walk::kBlocksPerTile > 1) {
-                    if (t == walk.tiles - 1 && walk.valid_in_last() < kBlockN) {
-                        dsv::mask_tail<kBlockN>(s, walk.valid_in_last(), -dsv::kInf);
-                    }
-                }
+                mask(s, t);
                 softmax.step(s, scale_log2, rescale);
                 dsv::pin(s);
                 // The next keys are awaited here because the loop of that wait keeps the compiler from moving the
@@ -341,7 +416,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
                 }
                 const bool mine = (listed >> consumer & 1) != 0;
                 if (mine && pending) {
-                    issue_scores();
+                    issue_scores(s);
                     issue_output();
                     dsv::wgmma_wait<1>();
                     dsv::pin(s);
@@ -356,7 +431,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
                     rescale_output();
                     dsv::to_operand<Element, kBlockN>(probabilities, s);
                 } else if (mine) {
-                    issue_scores();
+                    issue_scores(s);
                     dsv::wgmma_wait<0>();
                     dsv::pin(s);
                     pass_keys();

@@ -24,6 +24,13 @@ __device__ __forceinline__ void store_matrices(uint32 address, const uint32 (&m)
                  : "memory");
 }
 
+__device__ __forceinline__ void load_matrices(uint32 (&m)[4], uint32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(address)
+                 : "memory");
+}
+
 // Writes a warpgroup's 64 x N fragment, already in operand form, to rows [row0, row0 + 64) of a swizzled tile of
 // `rows` rows, from column `column0` on, a multiple of 16.
 template <int N, uint32 rows>
@@ -37,6 +44,20 @@ __device__ __forceinline__ void store_fragment(void* tile, int row0, const uint3
         const int step = column0 / 16 + k;
         const int chunk = 2 * (step % 4) + lane / 16;
         store_matrices(row_address + (step / 4) * slab_bytes(rows) + ((chunk ^ (row % 8)) << 4), a[k]);
+    }
+}
+
+// Reads 64 rows and N columns of a swizzled tile of `rows` rows as A operand: the inverse of store_fragment.
+template <int N, uint32 rows>
+__device__ __forceinline__ void load_fragment(uint32 (&a)[N / 16][4], const void* tile, int row0) {
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32 % 4;
+    const int row = row0 + 16 * warp + lane % 8 + 8 * (lane / 8 % 2);
+    const uint32 row_address = smem_address(tile) + row * kRowBytes;
+#pragma unroll
+    for (int k = 0; k < N / 16; ++k) {
+        const int chunk = 2 * (k % 4) + lane / 16;
+        load_matrices(a[k], row_address + (k / 4) * slab_bytes(rows) + ((chunk ^ (row % 8)) << 4));
     }
 }
 

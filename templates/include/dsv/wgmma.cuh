@@ -53,6 +53,17 @@ __device__ __forceinline__ void gemm_ss_kk(float (&d)[N / 2], const void* a, con
     }
 }
 
+// The same with A's fragments in registers: shared memory's port gives B alone.
+template <class Element, int N, int head_dim, uint32 rows_b>
+__device__ __forceinline__ void gemm_rs_kk(float (&d)[N / 2], const uint32 (&a)[head_dim / 16][4], const void* b) {
+    const uint64 desc_b = descriptor_k_major(b);
+#pragma unroll
+    for (int k = 0; k < head_dim / 16; ++k) {
+        const uint32 step_b = (k / 4) * slab_bytes(rows_b) + (k % 4) * 32;
+        wgmma_rs<Element, N, 0>(d, a[k], desc_b + (step_b >> 4), k > 0);
+    }
+}
+
 // D[64 x N] += A B over K = rows: A fragments in registers, B an MN-major tile of `rows` rows and N columns.
 template <class Element, int N, uint32 rows>
 __device__ __forceinline__ void gemm_rs_mn(float (&d)[N / 2], const uint32 (&a)[rows / 16][4], const void* b) {

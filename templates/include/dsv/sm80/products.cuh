@@ -38,13 +38,6 @@ __device__ __forceinline__ LaneView chunks_first(const void* tile, int row0) {
     return {smem_address(tile) + row * kRowBytes, static_cast<uint32>(lane / 8 % 2 ^ row % 8)};
 }
 
-__device__ __forceinline__ void load_matrices(uint32 (&m)[4], uint32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                 : "r"(address)
-                 : "memory");
-}
-
 __device__ __forceinline__ void load_matrices_transposed(uint32 (&m)[4], uint32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
