@@ -34,14 +34,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "902f25c54f9e8e9304354540542ee635f309329f7d9d8c6c67bd2a20c3a7c4a6",
+        source_hash: "d2b696444fab63c36892456c63e9feca0df167eb207ae1c4c72f2369809afbab",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "42679a586dcc3b146ce469e50f8a12fd6150c65ebeb1bee9513b0455043599eb",
+        source_hash: "d47b5a0f08f381259d191def1e79c672c6c94d395f8bea8ca5b606d819d1bc97",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
@@ -55,21 +55,21 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "26e48bcd59c91aa1d4b5ab5c8de22160fcb43b1810d0599bda4a4187acf5667b",
+        source_hash: "d1d3d126d4dbf15ece29d019a28e484900168589c05c6fbd05289e4645881d1c",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "07a8d10c43067f52c24f79d9d0c88778864fe758b7e556c04a3400b804678e0b",
+        source_hash: "9b82bc3134d357fa6938f66a66c892bb35fd2925de0763690f8b24c00f3e6392",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "544835d83d44a00a2ddb777411ea36b6d956f6d339cbfd7eb104525f2dc00a4e",
+        source_hash: "9ceb8b3238306ed2d1b29c71077203fddb1424e5b01ed24b7a8bdac149af09e3",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
@@ -111,14 +111,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3911d72da249fb608580dccd61d70c45d2eff54ed690dbcefe5c03d8c0b2f990",
+        source_hash: "4a9286af311a23c846d266e6ac6327abfee8dfa6bc4884e291c427dfe70c2f1a",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b844d84c1f8ba0e8300abb6e9c9b734bd43bd2a56162f4fe4c198a6313ac9253",
+        source_hash: "33b43b21e14dc37c289cbd0365534db69074f957e71d5cf4eaec318fcc4a3eaf",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
@@ -128,39 +128,81 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "fa289ace0e26dd1a5eef4ab2f9ce2ab36eb96b2ec4cc6208005ec2306187cd91",
     },
     Kernel {
+        name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "1452c031ecc1032b4e0c3971e214578d593c01735ae8813965c393a7c3703628",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "f476663bdf650c27e8f36c65ab8b2de14895458e0078f6607173c6ddde0f66ab",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "325a0cd1a70412132fde4007ada98c0a0bb6d3493e17bcd0fa6237fbf5df59b3",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "db842696a68877e0f6c82fffcc9471ff9df790325aa4cca8501c1e26f13ce46a",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "085a23c6fb6d3523c2cdade5adfba341c3c6c09ac83421507de8f3288164f6d7",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "af80785e3ba68c4c1c7f336e21b46be6b8ff4657544ae8315458e699176a36db",
+    },
+    Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1cc0d3a613c1d6851dc8c094adba97cf0fea981429741a074812effd55ffe318",
+        source_hash: "8f182fcbac50d66406652ccf49f92fe900348cd20dd3d385a12f3d82ec9cd411",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "9e8f08ef6fc2e4ff95bfa80c87e9e8ea63a6ca3f8cea03bbb85bcce5361008dd",
+        source_hash: "55cd1103cc093e4d869d7fbe599bf51674a9470d570cb02a416d34b0cffc604f",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "096f0ca959600bf46af7c8d20d862a5178b53460fda64b4e4d5c19d060369aa6",
+        source_hash: "dc8f9f2d38aee0f72645d41117c1689373304d19283ee597b64127d99b9a07f9",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b4a4c32fa53915dce2285233bd98142815bbac00018c11fda9b50be320998417",
+        source_hash: "52dbdb8e626f6867ca41cf5fb0a6213012ed6dfe7d87502a1f7a0708e7f5d974",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "24a92da49f522c7e7b32704edac7e83754f1874adc60f489ad5cd2c17b0fadb4",
+        source_hash: "4843fc22f4058d0de6aa6fee92023eb8302f2e74aac8a530d8eaa1a8ac2feddf",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -174,35 +216,35 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "c5f00a159d907f15b8975e498f08c6b502e2bb402c745b86fec36d0f33a2a3e0",
+        source_hash: "9fd502af569e56f743e2a3062c0f31d92df48e0ff402cac7ef645431bb096c08",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9e91401fe9727143c92713fc945a45b9e93c7d9e521804a0c79cf4b5225ee921",
+        source_hash: "14ddaf157f74d70206c858890813b5da346913a88e023882818b9349b84f5858",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ecb483fff2e971b5ce71cdb97f43b53faf5623aa41048a9f80db3c7b8ee02ff6",
+        source_hash: "0d1a72bf4a4dba6c2683d3b2ef8b85fd5cfb38ed25f37e7106be7a91bd261978",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "970ea04e07b7cb372eab04871639cc796c6d025d9fdd8c32638e4dccddd00e8d",
+        source_hash: "8f347751fda1355df5c4bd7e5d507d7503c09eae1bea198660ba074308e4f309",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "727cc8fc49b42b7b87031ad2bee3d79ff5c7af5348c5900396bd1d2e4051abad",
+        source_hash: "956f00e22d1f674a37fab00ea473ad194ba67784855605970e47c30be0b0711a",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -216,7 +258,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9c5b913aa914d2bdafe934b1e2aae270e2ec81aea849fc5c34b163872fe129c7",
+        source_hash: "5514b3172756c9054c33100bf3bea23e53dc9529920e235ef409e4510bcc0e32",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -230,14 +272,56 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "29c8696f80e033e9fbddea2c714a516d738dfb6d6fef331515b532317d5bd48f",
+        source_hash: "b77c5e7444565f8c3fb04c0a619af4094663da06c203a8197d97f8246f813ffb",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "001515e6c0e104ab1bcc61c1e5cb1f16293d9bc88a053c5d74f53b961cce0648",
+        source_hash: "d817edc5c76a087d3b936282fdaccdb66ad3a8290bf0992bc8cb08d58819774c",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "1f1ba19c4ced5674550c551a1cb345ee64efbf92e485cb37d0f35f05b903ed5e",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "d44a017337d955628f3897cee1501a7c2999afa782ff4b9b5dad467988907c00",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "f966ff9b33e2bceecda0c2058d1df1e0d0791a0024e56a667f71834bd692a8f7",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "03cf75ee73820a9193510fae463792cff1c589ba8089addf483dd5f18f6b501e",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "59e22d27cda4d2d6b9881658a2716fc022ba456db06f01004d185ae1c09596a9",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "6c1c1b4b15cabbe160e840eb43957e7cf4774839787084dd6e57a7ec01f31aa1",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
@@ -261,6 +345,27 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "0a51ab14e19f905d0993428204904764157aef53697f6101160700f56e2d1636",
     },
     Kernel {
+        name: "attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "a5be8aec3517ee09d6ae0c49da88cd7c3fb55bfa74a9b0099861565a513b9f60",
+    },
+    Kernel {
+        name: "attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "45c84b3563dbee760bd3aa3ec8604d8ead5aaea27684408b9bf4f45d7fd41dbe",
+    },
+    Kernel {
+        name: "attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "41d6bfc349857235600ce3cd95fc353f0aa291a8326a8861b068fc1e2d8a9b46",
+    },
+    Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
@@ -282,6 +387,27 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "12913ca10e033e07e46bda909095e4cd7d244d450d25c03bdb9014c17f8ab24f",
     },
     Kernel {
+        name: "attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "9d409750cb2743befe9e969f65dba4683cd20575313fe40b3db867cf101e1709",
+    },
+    Kernel {
+        name: "attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "3dcb4b1ace8d7e60833a8a0d7c91f2d7d74c229952b7b6a132582f1377867098",
+    },
+    Kernel {
+        name: "attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "7b4a66812be4eb5c98cc07bce8360e5e50965c8c48ccd0d0eeb2976307c08be6",
+    },
+    Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
@@ -294,6 +420,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
         source_hash: "9d34677b5e8ad322762a4900f0d1d7282d8ea5498806fe86490e426e956b7618",
+    },
+    Kernel {
+        name: "attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_post/attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "7895e4f587d5af069a5fcfd0f20ce22451e6919e87d945f982a9967d4139b04a",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
@@ -310,6 +443,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "2145388301f957cbc8e43b20ed4f363300fb3c81c0b5a96c7bee16c02209b1cb",
     },
     Kernel {
+        name: "attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_post/attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "48c461322a0a71fbe85f6ed8f47250f37857c02612515febe3f3e4b454f8e518",
+    },
+    Kernel {
         name: "attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
@@ -317,11 +457,25 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "a4c32ff057dfdd5e38a0f650de94712bf18684bab845c6e2f4ae2616af1380f2",
     },
     Kernel {
+        name: "attn_bwd_post_kv_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "97ea217f4262c74db8c5cbf3a3687b354cf71d91a31659641bc1a31c776af0dc",
+    },
+    Kernel {
         name: "attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
         source_hash: "29e9020061b7349694b4fba0be7381c050747f08fd9dd28dc5c6c261ffc6060f",
+    },
+    Kernel {
+        name: "attn_bwd_post_kv_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "5f9ccbc9dae53f993b236c06e96605a916651287e5db473c8902a3b78d5039ae",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
@@ -338,6 +492,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "883654ba61c84daca0d94f8e9a398a9e28bc3dc34d0ca22efd5ff01b88840bf1",
     },
     Kernel {
+        name: "attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "392ebed1e98f75a10da1174963edd72f3dc9db1a5d705d0807c9b2386ff20956",
+    },
+    Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
@@ -350,6 +511,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
         source_hash: "50d5198c828236c144669eda19704854a9c72a0bad178743019e7606364bedd1",
+    },
+    Kernel {
+        name: "attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "dae82f59a7a222dbdf226278380a38911e134be319851e29fe305823abdccf47",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
@@ -429,6 +597,27 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "39cf08004547b5ee439ce933873868ad6d8bb09d16ecd86e42908108805272f2",
     },
     Kernel {
+        name: "attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "0c87682d15ebc783d37b069d173ae18bd60093298aa6cdd17e17122b996be37c",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "e9df07747973c15055572e34cdcd7c007a20437a17e08be7c0c45c448ac5d4eb",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "6181579deca27d5b71f872dc9e3bd87c889ef89f5e95c201588edec165d5284c",
+    },
+    Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
@@ -499,6 +688,27 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "13a34a1c34fc83b8e86c2013ec5c69e88ac3baae250dcbab1ece74f1358baa3c",
     },
     Kernel {
+        name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "ed6887d44a17aa65bd2d0ebef11be6a0f18752d8bb2eff26611775f6498dcfb7",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "df40d8ca45fa5c7582bb74c00ead3db2ab4e91a3eb8d2c511a8abf9e843b606c",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "3a41850574c46e44feab3f22e323004d8e5bca5ecbd3ede3054533b017c505f1",
+    },
+    Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
         source_hash: "9c979b27566645dcc19a95ef22ad9ea043084d5c4306e5093c679805f32162f8",
@@ -546,22 +756,32 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "gram_key_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_v1_sm90a.cu"),
-        source_hash: "62e334bcef1d43472812ee391c11471abbd71a06775e943efb5962fd0bc35ca0",
+        source_hash: "b361019ac87bf16024048461fbe308dae70ba655218cd67effaf1e6db3c268c8",
     },
     Kernel {
         name: "gram_key_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_v1_sm90a.cu"),
-        source_hash: "28f66badd85720ab399f310207f39afb4cb7bf5aae3b2535ce130cd66c33b360",
+        source_hash: "8d2ec12268fd777ef65d6296e268443b50057f23438524f32e25cfa1de33fb6d",
+    },
+    Kernel {
+        name: "gram_key_bf16_d96_v1_sm90a",
+        source: include_str!("kernels/gram_key/gram_key_bf16_d96_v1_sm90a.cu"),
+        source_hash: "91993ced9b59a3e4dce440e63ff3d1c1969c419415d6f5e30c52faf49eb786e5",
     },
     Kernel {
         name: "gram_query_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_v1_sm90a.cu"),
-        source_hash: "279d4e9b4eecebab9b1fe1ce5ae18e5b0450c20c3a5f4207041e433fb752bdde",
+        source_hash: "2506ec049c1eb22d7b9bc446a0df9007c9113715b2f2609a3b73d14a8d3f1e07",
     },
     Kernel {
         name: "gram_query_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_v1_sm90a.cu"),
-        source_hash: "fa9aa22d5d115416085bc73412f934744a582d6c4a198820b0cf353bbbdee0a7",
+        source_hash: "cf79f4a56b2d5d416de8bfe938d6bf3de7fe62af97a55dd617a2c995235ab5dc",
+    },
+    Kernel {
+        name: "gram_query_bf16_d96_v1_sm90a",
+        source: include_str!("kernels/gram_query/gram_query_bf16_d96_v1_sm90a.cu"),
+        source_hash: "5660353886c7284b43909c7b3798d9491f59f695591afafb24e3c111252d4e74",
     },
     Kernel {
         name: "kv_invert_sm80",
@@ -634,70 +854,70 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "e874ac71840d2810db44d863ef021edb99f3754045c208736ba3b9e020e05547",
+        source_hash: "8b7d22417225269de9b7290ee59682c705de250b0cd2366558a0fdb5bb7026fd",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "7b1ce70a8b56dbb429ed8c914a5237f7df8e69a4650cd3a86b07fd9305827ad5",
+        source_hash: "f269721a6a21b412aaedd3a0b6f909341b1eb3b8fd7b0ca309adbf1416d113a8",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "0e5ec93562b206907d9bfd50af52d2e3d454495e417fe28f21659693e9740d32",
+        source_hash: "0a7a3c1bfc7dd87fb1af251a0d61dae2f959fac28214712982cea9b6267e62cf",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "1913509efe0cae0bdab2125440951df5b9f2e87cc1cefd9529d42d51aeec40e2",
+        source_hash: "9b8788f298f633cbb097d9b1092561366c0dc0f34f7973d7352123b16f94f8c0",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "6f85135c3b6eef71c2fe84c9c4b8f7c8d8644fbecc420953864f792dab5c70d0",
+        source_hash: "4d4fb0da5ed14e04cc59dbab40b367cd37c47a4aee972cd57147fde53a4215b8",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "ac8fa4f7edb70aff7da65443393233022f560e3b804f8156500b4de61935982b",
+        source_hash: "13e82a0246d0726a5ad4686e40eb82c684cc7b40e0c705ef4b56fb45abfa2749",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "6fbef3ebc5b3095e118733739867b1cf12ce8679b62fa205e2ae951471197b1a",
+        source_hash: "d5cae7ef3365914913afc8f83abcea1def2bb1973c51d5eee9c4a28e7388f29a",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "3a814a578f2d84ef4a699dbd75b98e0f7dce2f71dcb74a3af0e2036602be7bee",
+        source_hash: "3758b25a51e04711df48cff6f47ce699f2650812cfe7b4ec7c2464ca85d883de",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "4790bbe2751f1b920ea54b8134335c2d69333adc38d400bb6a3bece6ed1775e3",
+        source_hash: "3990a1c8b2c9b1ba6a26931ea8758f0b86fdc038cd01d0c77f6b551830f87e5e",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "322718efaaa43a7bd501780ae29d71247686997b8465a4dd5bd98c29cb2a069e",
+        source_hash: "a94910f480d217e13af4d4b4055bd25ee0c4bef15a2847d37f7b2d7b93e6fb2f",
     },
     Kernel {
         name: "kv_validate_sm80",
@@ -752,6 +972,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/profile_logits/profile_logits_bf16_d64_v1_sm90a.cu"
         ),
         source_hash: "3b751fe35f6a0e653b07efdd097feb6385746e863f282190a46381544c08cd67",
+    },
+    Kernel {
+        name: "profile_logits_bf16_d96_v1_sm90a",
+        source: include_str!(
+            "kernels/profile_logits/profile_logits_bf16_d96_v1_sm90a.cu"
+        ),
+        source_hash: "ddb1b8eb48573c1970c8ffed366b801bf9aef0a83d82cd73a8a5fc47b67d9343",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",

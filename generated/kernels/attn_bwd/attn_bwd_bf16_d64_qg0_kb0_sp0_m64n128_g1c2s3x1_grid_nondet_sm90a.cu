@@ -80,8 +80,8 @@ constexpr bool kDkAcross = kStages > 1 && !kDqLater && !kEarlyS && (kDeterminist
 constexpr bool kEarlyDv = kHalves == 1 && (kHeadDim < 128 || kConsumers > 1);
 
 // LSE and delta are read ahead of S and dP, which else wait for a shared memory that is busy with products. With 128 queries
-// there are no registers for them beside dQ.
-constexpr bool kStatisticsEarly = kHalves == 1 || kDeterministic;
+// there are no registers for them.
+constexpr bool kStatisticsEarly = kHalves == 1;
 // dQ staged under S is sent when P is made: until then the copy engine may not read it, and no one waits for that. At
 // head_dim 96 what it needs is short of registers there (C7512).
 constexpr bool kSendAfterP = kHeadDim != 96;

@@ -48,6 +48,7 @@ fn cases() -> [Case; 8] {
     [
         case("typical", 128, 3000, 64, 0.9, Normal),
         case("tokens", 64, 2049, 1, 0.9, Normal),
+        case("no_power_of_two", 96, 1203, 8, 0.9, Normal),
         case("short", 128, 5, 1, 0.9, Normal),
         case("half", 64, 1000, 8, 0.5, Normal),
         case("equal", 128, 1500, 8, 0.9, Equal),
