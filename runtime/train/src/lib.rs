@@ -3,6 +3,7 @@
 //! [`engine::Engine`], and no op allocates or waits for the device.
 //! Start with `engine/mod.rs` (the ops), then `model.rs` (the layers), then `train.rs` (the step).
 
+pub mod bench;
 pub mod checkpoint;
 pub mod config;
 pub mod crosscheck;

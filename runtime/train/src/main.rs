@@ -2,7 +2,8 @@
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use dsv_train::config::Config;
+use dsv_train::bench::{self, Bench, BenchError, BlockTime};
+use dsv_train::config::{self, Config};
 use dsv_train::crosscheck;
 use dsv_train::data::{Dataset, prepare};
 use dsv_train::durable::{RealDisk, write_file};
@@ -43,6 +44,8 @@ enum Command {
     Eval(EvalArgs),
     /// Memory and arithmetic of a run, and every configuration key with its meaning (TOML on standard output)
     Plan(PlanArgs),
+    /// Milliseconds a layer, forward and backward: full attention and predicted lists of a fixed share
+    Bench(BenchArgs),
     /// One HTML report of one run or several compared
     Report(ReportArgs),
     /// One pass of the model with random weights, every gradient included, for tests/crosscheck.py to compute again
@@ -157,6 +160,47 @@ struct EvalArgs {
 }
 
 #[derive(Args)]
+struct BenchArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Video tokens of a clip, several with commas: latent frames are added or left out [default: the configuration's]
+    #[arg(long, value_name = "N,...", value_delimiter = ',')]
+    tokens: Vec<usize>,
+    /// Attention of every layer, several with commas: full, fixed (dsv.keep of the keys, or a tenth), dsv (its stage 1),
+    /// wa-m, wa-l
+    #[arg(long, value_name = "A,...", value_delimiter = ',', default_value = "full,fixed", value_parser = attention)]
+    attention: Vec<config::Attention>,
+    /// Block sizes of the lists, several with commas, query_group x kv_block: 64x64,128x128 [default: the configuration's]
+    #[arg(long, value_name = "GxK,...", value_delimiter = ',', value_parser = block_size)]
+    blocks: Vec<(usize, usize)>,
+    /// Layers laid out and timed together
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..))]
+    layers: u16,
+    /// Timed passes of each
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..))]
+    repeats: u16,
+    /// Print every op, not only what they are for
+    #[arg(long)]
+    ops: bool,
+    /// Also time whole optimizer steps of the whole model, beside what its layers take
+    #[arg(long)]
+    whole: bool,
+    /// Write everything to this JSON file, after each measurement
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+fn attention(word: &str) -> Result<config::Attention, String> {
+    serde_json::from_value(word.into()).map_err(|_| "allowed: full, fixed, dsv, wa-m, wa-l".to_string())
+}
+
+fn block_size(word: &str) -> Result<(usize, usize), String> {
+    let form = || "the form is query_group x kv_block, as in 64x64".to_string();
+    let (group, block) = word.split_once('x').ok_or_else(form)?;
+    Ok((group.parse().map_err(|_| form())?, block.parse().map_err(|_| form())?))
+}
+
+#[derive(Args)]
 struct CrosscheckArgs {
     #[command(flatten)]
     config: ConfigArgs,
@@ -182,6 +226,7 @@ fn main() {
         Command::Sample(args) => sample_clips(&args),
         Command::Eval(args) => evaluate(&args),
         Command::Plan(args) => plan(&args),
+        Command::Bench(args) => time_blocks(&args),
         Command::Report(args) => write_report(&args.runs, args.out),
         Command::Crosscheck(args) => write_pass(&args),
     };
@@ -371,6 +416,133 @@ fn plan(args: &PlanArgs) -> anyhow::Result<()> {
     println!();
     print!("{}", config.documented_toml());
     Ok(())
+}
+
+/// What one line of `bench` is about, and what came of it.
+struct Measured {
+    config: Config,
+    time: Result<BlockTime, BenchError>,
+    whole: Option<Result<bench::Spread, BenchError>>,
+}
+
+fn time_blocks(args: &BenchArgs) -> anyhow::Result<()> {
+    let config = args.config.load()?;
+    let some = |empty: bool, n: usize| if empty { 1 } else { n };
+    let mut cases = Vec::new();
+    for t in 0..some(args.tokens.is_empty(), args.tokens.len()) {
+        for &attention in &args.attention {
+            let lists = attention.predicts() || attention.window().is_some();
+            let sizes = if lists { some(args.blocks.is_empty(), args.blocks.len()) } else { 1 };
+            for b in 0..sizes {
+                let tokens = args.tokens.get(t).copied();
+                cases.push(bench::config_of(&config, tokens, attention, args.blocks.get(b).copied())?);
+            }
+        }
+    }
+    let open = || engine::open(&config.device, config.train.deterministic);
+    let mut engine = open()?;
+    let m = &config.model;
+    let about = format!(
+        "{}; preset {}: {} heads of {}, {} MLP of {} widths, {} text tokens; batch {}, graphs {}",
+        engine.name(),
+        config.preset,
+        m.heads,
+        m.head_dim,
+        if m.mlp == config::Mlp::Geglu { "GeGLU" } else { "GELU" },
+        m.mlp_ratio,
+        m.text_tokens,
+        config.data.batch_size,
+        if config.device.graphs { "on" } else { "off" }
+    );
+    println!("{about}");
+    let mut done = Vec::new();
+    {
+        let mut bench = Bench::new(&mut *engine);
+        for config in cases {
+            let time = bench.block(&config, args.layers.into(), args.repeats.into());
+            println!();
+            match &time {
+                Ok(time) => {
+                    println!("{time}");
+                    for op in time.ops.iter().filter(|_| args.ops) {
+                        let rate = if op.flop > 0.0 && op.ms > 0.0 { op.flop / op.ms * 1e-9 } else { 0.0 };
+                        println!("    {:>6.1} x {:<44} {:>9.4} ms {rate:>7.1} TF", op.calls, op.op, op.ms);
+                    }
+                }
+                Err(e) => println!("{}: {e}", case_name(&config)),
+            }
+            done.push(Measured { config, time, whole: None });
+            write_times(args, &about, &done)?;
+        }
+    }
+    drop(engine);
+    for i in 0..if args.whole { done.len() } else { 0 } {
+        let whole = bench::whole_step(&done[i].config, open()?, args.repeats.into());
+        let name = match &done[i].time {
+            Ok(time) => format!("{} tokens, {}", time.tokens, time.label()),
+            Err(_) => case_name(&done[i].config),
+        };
+        match &whole {
+            Ok(step) => {
+                let layers = done[i].config.model.layers as f64;
+                let blocks = done[i].time.as_ref().map_or(f64::NAN, |t| layers * t.pass.median);
+                println!(
+                    "\n{name}: {:.1} ms a step ({:.1} to {:.1} in {} steps), {layers} layers alone {blocks:.1} ms: {:.3} times",
+                    step.median,
+                    step.min,
+                    step.max,
+                    step.runs,
+                    step.median / blocks
+                );
+            }
+            Err(e) => println!("\n{name}, a whole step: {e}"),
+        }
+        done[i].whole = Some(whole);
+        write_times(args, &about, &done)?;
+    }
+    println!(
+        "\n{:>8}  {:<36} {:>10} {:>9} {:>9} {:>9}",
+        "tokens", "ms a layer", "all", "forward", "backward", "speed-up"
+    );
+    for m in &done {
+        let Ok(time) = &m.time else { continue };
+        let mut ok = done.iter().filter_map(|d| d.time.as_ref().ok());
+        let full = ok.rfind(|t| t.tokens == time.tokens && t.attention == config::Attention::Full);
+        let speed = full.map_or(String::new(), |full| format!("{:.2}", full.ms / time.ms));
+        let (forward, backward) = (time.forward.median, time.backward.median);
+        println!(
+            "{:>8}  {:<36} {:>10.3} {forward:>9.3} {backward:>9.3} {speed:>9}",
+            time.tokens,
+            time.label(),
+            time.ms
+        );
+    }
+    let failed = done.iter().filter(|m| m.time.is_err() || matches!(m.whole, Some(Err(_)))).count();
+    anyhow::ensure!(failed == 0, "{failed} of {} measurements failed, see above", done.len());
+    Ok(())
+}
+
+fn case_name(config: &Config) -> String {
+    format!("{} tokens, {}", config.tokens(), bench::attention_name(config.dsv.attention))
+}
+
+fn write_times(args: &BenchArgs, about: &str, done: &[Measured]) -> anyhow::Result<()> {
+    let Some(path) = &args.json else { return Ok(()) };
+    let cases: Vec<serde_json::Value> = done
+        .iter()
+        .map(|m| {
+            let whole = m.whole.as_ref().map(|w| w.as_ref().map_err(|e| e.to_string()));
+            serde_json::json!({
+                "case": case_name(&m.config),
+                "time": m.time.as_ref().ok(),
+                "error": m.time.as_ref().err().map(|e| e.to_string()),
+                "model_layers": m.config.model.layers,
+                "whole_step": whole,
+            })
+        })
+        .collect();
+    let text = serde_json::to_vec_pretty(&serde_json::json!({ "about": about, "cases": cases }))?;
+    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn write_pass(args: &CrosscheckArgs) -> anyhow::Result<()> {

@@ -722,10 +722,25 @@ impl Model {
         task: PredictorTask,
         watch: &mut dyn FnMut(&mut dyn Engine, [Buf; 2]),
     ) {
-        let e = engine;
+        self.enter(engine);
+        self.blocks(engine, attention, task, watch);
+        self.leave(engine);
+    }
+
+    /// What comes before the blocks: conditioning and the patch embedding.
+    pub(crate) fn enter(&self, e: &mut dyn Engine) {
         self.condition(e);
-        let rows = self.shape.rows();
-        self.linear(e, self.weights.patch, rows, self.io.x_t, self.input_of(0));
+        self.linear(e, self.weights.patch, self.shape.rows(), self.io.x_t, self.input_of(0));
+    }
+
+    /// The blocks, after [`Model::enter`].
+    pub(crate) fn blocks(
+        &self,
+        e: &mut dyn Engine,
+        attention: &[BlockAttention],
+        task: PredictorTask,
+        watch: &mut dyn FnMut(&mut dyn Engine, [Buf; 2]),
+    ) {
         for (l, &mode) in attention.iter().enumerate() {
             self.block(e, l, Some((mode, task)));
             let work = self.work_of(l);
@@ -734,9 +749,13 @@ impl Model {
                 e.copy(self.last, self.input_of(0));
             }
         }
+    }
+
+    /// What comes after the blocks: the head.
+    pub(crate) fn leave(&self, e: &mut dyn Engine) {
         let [norm, mean, rstd] = self.final_norm;
         e.norm_mod_fwd(&self.final_norm_mod(mean, rstd), norm);
-        self.linear(e, self.weights.head, rows, norm, self.io.pred);
+        self.linear(e, self.weights.head, self.shape.rows(), norm, self.io.pred);
     }
 
     /// Loss of `io.pred`; with `weight`, the gradient of `weight * mean loss` for [`Model::backward`].
@@ -755,22 +774,35 @@ impl Model {
     /// Adds the gradients of all parameters, after [`Model::forward`] and [`Model::loss`] of the same pass.
     /// `attention` is what the forward was given.
     pub fn backward(&self, engine: &mut dyn Engine, attention: &[BlockAttention]) {
-        let e = engine;
+        self.leave_bwd(engine);
+        self.blocks_bwd(engine, attention);
+        self.enter_bwd(engine);
+    }
+
+    /// Backward of [`Model::leave`].
+    pub(crate) fn leave_bwd(&self, e: &mut dyn Engine) {
         let back = self.back();
-        let rows = self.shape.rows();
         let [norm, mean, rstd] = self.final_norm;
-        self.linear_bwd(e, self.weights.head, rows, norm, back.pred, Some((back.a, false)));
+        self.linear_bwd(e, self.weights.head, self.shape.rows(), norm, back.pred, Some((back.a, false)));
         e.fill(back.x, 0.0);
         e.norm_mod_bwd(&self.final_norm_mod(mean, rstd), back.a, back.x, back.final_mod);
         e.fill(back.shared, 0.0);
         e.fill(back.y, 0.0);
+    }
+
+    /// Backward of [`Model::blocks`], after [`Model::leave_bwd`].
+    pub(crate) fn blocks_bwd(&self, e: &mut dyn Engine, attention: &[BlockAttention]) {
         for (l, &mode) in attention.iter().enumerate().rev() {
             if self.purposes.recompute {
                 self.block(e, l, None);
             }
             self.block_bwd(e, l, mode);
         }
-        self.linear_bwd(e, self.weights.patch, rows, self.io.x_t, back.x, None);
+    }
+
+    /// Backward of [`Model::enter`].
+    pub(crate) fn enter_bwd(&self, e: &mut dyn Engine) {
+        self.linear_bwd(e, self.weights.patch, self.shape.rows(), self.io.x_t, self.back().x, None);
         self.condition_bwd(e);
     }
 

@@ -163,6 +163,11 @@ impl Predictors {
         }
     }
 
+    /// Low-rank queries and keys of the block that ran last, and their gradient.
+    pub(crate) fn scores(&self) -> [Buf; 2] {
+        [self.lowrank, self.d_lowrank]
+    }
+
     /// The slot that no block owns: profiles of dense blocks write their lists there.
     pub fn scratch_slot(&self) -> Lists {
         self.slots[self.slots.len() - 1]

@@ -6,7 +6,7 @@
 //! before a checkpoint.
 
 use crate::checkpoint::{Checkpoint, State};
-use crate::config::{Attention, Config};
+use crate::config::{self, Attention, Config};
 use crate::data::{Clip, DataPosition, Dataset};
 use crate::dispatch::{Decision, ProfileState, Rules};
 use crate::engine::{AdamW, ArenaPlan, Buf, DeviceFacts, Engine, EngineError, GradNorm};
@@ -191,8 +191,10 @@ pub struct Layout {
     pub list_bytes: usize,
     /// Bytes of the engine's workspace.
     pub scratch_bytes: usize,
-    ring: Buf,
-    culprits: Buf,
+    /// What is read back of the last steps.
+    pub(crate) ring: Buf,
+    /// Tensors that were not finite in them.
+    pub(crate) culprits: Buf,
 }
 
 impl Layout {
@@ -432,7 +434,7 @@ impl Trainer {
         let (model, decision) = self.of_grid(self.last_grid);
         let (model, attention, sparse_share) = (model.clone(), decision.attention(), decision.sparse_share());
         if profiles {
-            self.write_samples(step, &model)?;
+            write_samples(&mut *self.engine, self.config.train.seed, step, &model)?;
         }
         self.compute(clips, &model, &attention, profiles)?;
         self.update()?;
@@ -455,20 +457,6 @@ impl Trainer {
             self.read_profile(step, events)?;
         }
         Ok(())
-    }
-
-    fn write_samples(&mut self, step: u64, model: &Model) -> Result<(), EngineError> {
-        let Some(predictors) = &model.predictors else { return Ok(()) };
-        let tokens = model.shape.patch.tokens() as f64;
-        // Stratified: one random query from each of `len` equal ranges.
-        let len = predictors.samples.len();
-        let samples: Vec<i32> = (0..len)
-            .map(|i| {
-                let u = rng::uniform(self.config.train.seed, Purpose::Profile, step * len as u64 + i as u64);
-                ((i as f64 + u) / len as f64 * tokens) as i32
-            })
-            .collect();
-        self.engine.write_i32(predictors.samples, &samples)
     }
 
     /// Gradients of the step, summed over its micro-batches, and the sum of its losses.
@@ -523,7 +511,6 @@ impl Trainer {
     /// Norms, optimizer steps, averaged weights.
     fn update(&mut self) -> Result<(), EngineError> {
         let t = &self.config.train;
-        let [beta1, beta2] = t.betas.map(|b| b as f32);
         let max_norm = if t.grad_clip > 0.0 { t.grad_clip as f32 } else { f32::INFINITY };
         let at = self.step as usize % (self.culprits.len() / 2) * 2;
         let (loss, clip, predictor_clip) = (self.slot(0, 1), self.slot(1, 2), self.slot(3, 2));
@@ -532,28 +519,9 @@ impl Trainer {
         let lr = self.config.lr_at(self.step) as f32;
         let step = self.step + 1;
         let e = &mut *self.engine;
-        let norm = |e: &mut dyn Engine, set: &ParamSet, max_norm: f32, clip: Buf, culprit: Buf| {
-            let state = set.state();
-            e.grad_norm(&GradNorm { grad: state.grad, segments: state.segments, max_norm, clip, culprit });
-        };
         let adamw =
             |e: &mut dyn Engine, set: &ParamSet, range: (usize, usize), lr: f32, decay: f32, clip: Buf| {
-                let state = set.state();
-                let part = |buf: Buf| buf.slice(range.0, range.1 - range.0);
-                e.adamw(&AdamW {
-                    master: part(set.master),
-                    grad: part(state.grad),
-                    m: part(state.m),
-                    v: part(state.v),
-                    copy: part(set.copy),
-                    lr,
-                    beta1,
-                    beta2,
-                    eps: t.eps as f32,
-                    weight_decay: decay,
-                    step,
-                    clip,
-                });
+                adamw(e, t, set, range, [lr, decay], step, clip);
             };
         let set = &self.model.params;
         norm(e, set, max_norm, clip, self.culprits.slice(at, 1));
@@ -852,6 +820,60 @@ pub(crate) fn write_latents_and_text(
 ) -> Result<(), EngineError> {
     e.write_f32(model.io.latents, &clips.iter().flat_map(|c| &c.latents).copied().collect::<Vec<_>>())?;
     e.write_f32(model.io.text, &clips.iter().flat_map(|c| &c.text).copied().collect::<Vec<_>>())
+}
+
+/// Queries to profile in a step, one random query from each of as many equal ranges, where the model has predictors.
+pub(crate) fn write_samples(
+    e: &mut dyn Engine,
+    seed: u64,
+    step: u64,
+    model: &Model,
+) -> Result<(), EngineError> {
+    let Some(predictors) = &model.predictors else { return Ok(()) };
+    let tokens = model.shape.patch.tokens() as f64;
+    let len = predictors.samples.len();
+    let samples: Vec<i32> = (0..len)
+        .map(|i| {
+            let u = rng::uniform(seed, Purpose::Profile, step * len as u64 + i as u64);
+            ((i as f64 + u) / len as f64 * tokens) as i32
+        })
+        .collect();
+    e.write_i32(predictors.samples, &samples)
+}
+
+/// Norm of a set's gradients.
+pub(crate) fn norm(e: &mut dyn Engine, set: &ParamSet, max_norm: f32, clip: Buf, culprit: Buf) {
+    let state = set.state();
+    e.grad_norm(&GradNorm { grad: state.grad, segments: state.segments, max_norm, clip, culprit });
+}
+
+/// AdamW on a range of a set; `step` counts from 1.
+pub(crate) fn adamw(
+    e: &mut dyn Engine,
+    t: &config::Train,
+    set: &ParamSet,
+    range: (usize, usize),
+    [lr, weight_decay]: [f32; 2],
+    step: u64,
+    clip: Buf,
+) {
+    let state = set.state();
+    let part = |buf: Buf| buf.slice(range.0, range.1 - range.0);
+    let [beta1, beta2] = t.betas.map(|b| b as f32);
+    e.adamw(&AdamW {
+        master: part(set.master),
+        grad: part(state.grad),
+        m: part(state.m),
+        v: part(state.v),
+        copy: part(set.copy),
+        lr,
+        beta1,
+        beta2,
+        eps: t.eps as f32,
+        weight_decay,
+        step,
+        clip,
+    });
 }
 
 /// What decides the ops of a forward and backward pass within one run.

@@ -234,6 +234,42 @@ fn bad_input_says_what_is_wrong_and_what_to_do() {
 }
 
 #[test]
+fn blocks_and_whole_steps_are_timed() {
+    let dir = tempfile::tempdir().unwrap();
+    let json = dir.path().join("bench.json");
+    let args = ["bench", "--preset", "tiny", "--tokens", "128,256", "--blocks", "8x8,16x8", "--repeats", "2"];
+    let mut timed = command(&args, &["data.batch_size=1"]);
+    timed.args(["--ops", "--whole", "--json", path(&json)]);
+    let said = ok(timed);
+    for wanted in
+        ["256 tokens, full:", "256 tokens, fixed 16x8, 25.0 % kept:", "attn_bwd", "ms a step", "speed-up"]
+    {
+        assert!(said.contains(wanted), "no '{wanted}' in\n{said}");
+    }
+    let all: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&json).unwrap()).unwrap();
+    let cases = all["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 6, "two lengths of full attention and two list sizes");
+    for case in cases {
+        let time = &case["time"];
+        assert!(time["ms"].as_f64().unwrap() >= time["pass"]["min"].as_f64().unwrap(), "{case}");
+        assert!(case["whole_step"]["Ok"]["median"].as_f64().unwrap() > 0.0, "{case}");
+        assert!(case["error"].is_null() && time["ops"].as_array().unwrap().len() > 10, "{case}");
+    }
+
+    let said = error(command(&["bench", "--preset", "tiny", "--tokens", "100"], &[]));
+    assert!(
+        said.contains("100 tokens are no whole number of frames") && said.contains("--tokens 128"),
+        "{said}"
+    );
+    for (option, value, wanted) in
+        [("--attention", "half", "full, fixed, dsv, wa-m, wa-l"), ("--blocks", "64", "as in 64x64")]
+    {
+        let output = bare(&["bench", option, value]).output().unwrap();
+        assert!(!output.status.success() && text(&output).contains(wanted), "{}", text(&output));
+    }
+}
+
+#[test]
 fn the_plan_is_a_configuration_that_loads() {
     let dir = tempfile::tempdir().unwrap();
     let output = bare(&["plan", "--preset", "2.7b", "--set", "device.kind=cpu"]).output().unwrap();
