@@ -61,7 +61,7 @@ pub(crate) struct Judged {
 /// Rounds of timed launches: at least and at most this many.
 const ROUNDS: std::ops::RangeInclusive<usize> = 5..=30;
 /// Candidates slower than this multiple of the fastest are timed in the first rounds only.
-const HOPELESS: f64 = 2.0;
+const HOPELESS: f64 = 1.4;
 /// Rounds for those.
 const HOPELESS_ROUNDS: usize = 3;
 

@@ -210,7 +210,7 @@ impl Mode {
     pub const fn budget_us(self) -> f64 {
         match self {
             Mode::Quick => 400e3,
-            Mode::Full => 800e3,
+            Mode::Full => 300e3,
             Mode::Bench => 1000e3,
             Mode::Tables => 250e3,
         }

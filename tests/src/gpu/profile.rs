@@ -35,7 +35,7 @@ struct Case {
     values: Values,
 }
 
-fn cases() -> [Case; 8] {
+fn cases() -> [Case; 9] {
     use Values::{Equal, Few, Giant, Normal};
     let case = |name, head_dim, seqlen, kv_block, theta, values| Case {
         name,
