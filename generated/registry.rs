@@ -524,14 +524,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "78d14c5487d6919b5d823a6f780fa7a0a0e91edb9fe107a829d3f4adbb03e54d",
+        source_hash: "d79aa6f2a58a3a4d7ccf4adaa28856b016ee4d07de13acc58e4ae58135de515e",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "10a5a0d0119908c486302293be472243e601970103334ebf89878d00ba236263",
+        source_hash: "e587e64bc4027cd6ff28b081cb57d73469274fd1e451c05f03c8cb7121a78171",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
@@ -545,7 +545,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "828dca0bfea7edca69d0b1b1a9534b94d4a10e10fd42e6404dae6e9afadeae87",
+        source_hash: "e5727549d28d84c4dcfe4fdf83e38d8bfe3b780b3d305b3bbbd7a0e0eeb9e584",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
@@ -587,7 +587,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8ef2a557d6b08fe878a80893253dc4a2fb7357aaabd932d6446bf29e350101c1",
+        source_hash: "f19799b36aac5e21a0645fecdf394b96331e99598be3f5fa3e10a53eb6f27aa7",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
@@ -601,21 +601,21 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0c87682d15ebc783d37b069d173ae18bd60093298aa6cdd17e17122b996be37c",
+        source_hash: "9854cd3e319d41344cecd5d8f2358e99b7bc9f6d8a04c4396375b984f1d0811d",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e9df07747973c15055572e34cdcd7c007a20437a17e08be7c0c45c448ac5d4eb",
+        source_hash: "2727ffec0bf8e37992040adc0c43f68a73d2c492769d6848914e0575eb595060",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6181579deca27d5b71f872dc9e3bd87c889ef89f5e95c201588edec165d5284c",
+        source_hash: "761c8bcdd8e6422b5b87f6b75426df0791692ce197651856e6e94a58e8e7536b",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
@@ -629,7 +629,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "23825a83674a18ba0682120b5b9f9d43322d9f9fa2ddc494f170367a98ab2f4e",
+        source_hash: "d303b07e6bcd3ae4014ac8b0cbecf5728c89aa0b3a7f1a5cd3e19384020675b7",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
@@ -643,28 +643,28 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f1f38b9192cedbb2d80e4e81d075b33be27cf56641e2a152e34ad8d85bdfc7ff",
+        source_hash: "4daed10d333c93fee009147975ea2813918e7aab432ae2ec040da11a7a4916b5",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6af7c0bb9208d760bb58746ff10589c979e2a917fc12172d5818f6fe3f7a784e",
+        source_hash: "948a7f185d0491d6e1fa52b357a5ca6e361f587a7793e834bc6867eeb60269d7",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bb3dcff60a1c64eecb7bdc49cee7f3918dd2baa581b476eb5a09d7ebcc14743c",
+        source_hash: "2054eee95460bab3dcb4a2870afe4e1b1c551e673c11ba8ab7dcd01fcfcb401a",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bff6f272634d2c80fd5b21c81202b1174f7682490e3594f31e0ef7944be8eb52",
+        source_hash: "2009a882e596cba78278baa48c8afa100c92c883c81855cd10822313315bb1b9",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
@@ -678,35 +678,35 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "afd4022375b46635f405f6e38f499eb0e9686b4a48bfb483a0d0d3c4f8750472",
+        source_hash: "fa850e7034643325a297770520721b7ffe7695dd3850bf2dc1eaa7b4f801c76b",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "13a34a1c34fc83b8e86c2013ec5c69e88ac3baae250dcbab1ece74f1358baa3c",
+        source_hash: "d4e5e3afe3afa275cb74652ed482f5725b26a205cdda980ecf865885a630f96b",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ed6887d44a17aa65bd2d0ebef11be6a0f18752d8bb2eff26611775f6498dcfb7",
+        source_hash: "4a0b1c44e2f1139890796631fe7ff9f66c16a6bcbdf3e067a235b0dd792c0cab",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "df40d8ca45fa5c7582bb74c00ead3db2ab4e91a3eb8d2c511a8abf9e843b606c",
+        source_hash: "e8a3aa816d2f1ab1519a7cbdf06febfe60cdad55d55dae065dddca849b55196b",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3a41850574c46e44feab3f22e323004d8e5bca5ecbd3ede3054533b017c505f1",
+        source_hash: "92101994684c2d65f25229d89694ac27b023824051260fd31d4a9c21c9334e9b",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",

@@ -8,7 +8,8 @@
 //
 // Floors: 4 * pairs * head_dim FLOP at 750 TF, and 4 * head_dim bytes a KV token and CTA from L2 at 7 TB/s: with 64
 // query rows that is 64 FLOP a byte, so 450 TF; from 128 rows on the tensor cores are the limit.
-// Registers of a consumer: O head_dim / 2, S block_n / 2, P block_n / 4, and about 40 more.
+// Registers of a consumer: O head_dim / 2, one S or two of block_n / 2, P block_n / 4, with tiles of 64 keys Q head_dim / 4,
+// and about 40 more.
 // Shared memory: Q (out in the epilogue) and the ring of K and V.
 #include "dsv/attention.cuh"
 #include "dsv/fragment.cuh"
