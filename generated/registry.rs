@@ -627,70 +627,70 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "8c3565db283ac4306a773b51e7448aa2260f5904ac6137d98a052b61ae374ef7",
+        source_hash: "752ae652910e1a16c5a79d527ab88bf8fb0715b5997d7ae77a8150022ee1b99f",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "e10809b11a5c76009573f4a61eb6fcc76961f1d9f6609a2ba6a6dd400b6d3864",
+        source_hash: "421ecdfb61b173aeefcbd7822881ebda74651852b90dbc92b72e80edfe9f7660",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "0384d4b8389b0cd0b122618585d480265ff3faf1312deb18b3ea5e3b049d9166",
+        source_hash: "6734927a80cfa186d2fe7dd4bb75da88b3a355a3f949fce51a2a743ba9f0abd4",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "e13164075bd76d12e1dd45f81007dd6ffc545b38389a3be1e6baa13f25bf51af",
+        source_hash: "295230df760616c8fa51c0e0df4eedc345035de33b372c41c84560c78a9171c8",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "e80f4d5d91aee900963594e0f963e41b68bdf5d45318fcdb353b746ea2f175e8",
+        source_hash: "f4d1354df816b8e50792a829a5699005e07ea85abd2d0b3d0736dc5c981671bd",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "1f8e0cf033e1ec68ec4773634b83433d37bef79e51ec12043369ad476fba06a3",
+        source_hash: "6e0d6a8cdaebf74d984dd355c24a36c6577b09f825b57fb7bec9d83b4229955b",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "69249f108f50839e72aeaaa4595e26df4b0ed17e2aa9a4dc0dcfca70f3c58466",
+        source_hash: "32282dfff6f07e20b663916a509e747ba0bb4aa7211e74c94e3c7a26bff55e63",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "99fe10fb97115e123b771510bfccffad43abd396e9b80bb908de02347ccf8c0d",
+        source_hash: "e31a68a10d066cf5687f97da472db8ca91ad923a6be50d1e35ecdc711911e440",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "d08e9ee2c7005731455beecfcfb19070a4965b45a1990347678c9f8086fe0e0b",
+        source_hash: "48f85309f19f5e44e0e65dcbf432b636000dcd852a29d366c183ce51e5c5911d",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "8e339a2be2eaf8f3602e1e9a802f244e24c64a410740a98ea479c7f9f9500525",
+        source_hash: "0dd45726276b596c950f3516bfa166cac2bf143067b1438c7dca77397cd3c548",
     },
     Kernel {
         name: "kv_validate_sm80",

@@ -183,7 +183,7 @@ fn select_fine_smem_bytes(spec: &SelectSpec) -> u32 {
     let samples = spec.kv_block() == 1 && spec.budget() == Budget::TopK;
     let waiting = if samples { warps } else { 1 } * 32 * 32 * 4;
     let masses = if spec.budget() == Budget::TopP { groups } else { 1 } * 32;
-    let lse: u32 = if spec.group_rule() == GroupRule::Mass4 { 64 } else { 1 } * 4;
+    let lse: u32 = if spec.group_rule() == GroupRule::Mass4 { 64 } else { 1 } * 8;
     let searches = groups * (32 + 4 + 16) + masses + waiting + lse.next_multiple_of(16);
     bins.max(bits) + searches + 64 * spec.rank() as u32 * spec.dtype().bytes()
 }

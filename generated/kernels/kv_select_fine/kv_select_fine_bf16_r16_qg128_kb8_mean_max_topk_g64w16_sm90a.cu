@@ -149,7 +149,7 @@ struct Mass {
 struct SharedStorage {
     union {
         uint32 bins[kGroups][kBinStride];
-        // (largest, sum of 2^(logit - largest)) of each warp's keys, of each query.
+        // (largest product, sum of 2^(logit - its logit)) of each warp's keys, of each query.
         float partial[2][kQueryMass ? kWarps : 1][16 * kTiles];
         struct {
             uint32 reach[2][kGroups][kTileWords + 1];   // bit: the score is at least the row's low
@@ -162,7 +162,8 @@ struct SharedStorage {
     Line lines[kGroups];
     Mass masses[kTopP ? kGroups : 1];
     float waiting[kWaitingWarps][kWaiting][32];
-    float lse_log2[kQueryMass ? 16 * kTiles : 1];  // of each query over all keys, in base 2
+    // Of each query over all keys: the largest finite product, and LSE less its logit, in base 2.
+    float2 lse[kQueryMass ? 16 * kTiles : 1];
     // Columns permuted like the keys: see load_keys.
     alignas(16) Element proxy[16 * kTiles][kRank];
 };
@@ -275,24 +276,29 @@ __device__ __forceinline__ float judged(const Params& p, float score, int key, i
 
 // The sums below are written rounding by rounding: every pass must find the same bits.
 
-// Adds the masses of eight scores, and keeps them relative to the largest score so far; or adds eight masses.
+// Of the rule mass4: the logarithm of the mass of query `row`'s product, in base 2. The product is compared with the
+// query's largest before it is scaled: f32 holds their difference where it does not hold logits and LSE well enough.
+__device__ __forceinline__ float mass_log2(const Params& p, const SharedStorage& shared, float product, int row) {
+    const float2 lse = shared.lse[row % (kQueryMass ? 16 * kTiles : 1)];
+    return __fmaf_rn(__fadd_rn(product, -lse.x), p.scale_log2, -lse.y);
+}
+
+// Adds the masses of eight scores, or of eight logarithms of mass, and keeps them relative to the largest so far: by
+// themselves many would fall below 2^-126, which is zero to ex2.approx.ftz, and yet be of weight together.
 __device__ __forceinline__ void add_mass(const Params& p, float& largest, float& sum, const float (&scores)[8]) {
+    const float scale_log2 = kQueryMass ? 1.0f : p.scale_log2;
+    float most = scores[0];
+#pragma unroll
+    for (int i = 1; i < 8; ++i) most = max_or_nan(most, scores[i]);
+    most = max_or_nan(most, largest);
+    // An infinite or NaN maximum is the score whatever the sum: see score_of_mass.
+    sum = __fmul_rn(sum, exp2_approx(__fmul_rn(__fadd_rn(largest, -most), scale_log2)));
+    if (largest == -kInf) sum = 0.0f;
+    largest = most;
     float terms[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) terms[i] = scores[i];
-    if constexpr (!kQueryMass) {
-        float most = scores[0];
-#pragma unroll
-        for (int i = 1; i < 8; ++i) most = max_or_nan(most, scores[i]);
-        most = max_or_nan(most, largest);
-        // An infinite or NaN maximum is the score whatever the sum: see score_of_mass.
-        sum = __fmul_rn(sum, exp2_approx(__fmul_rn(__fadd_rn(largest, -most), p.scale_log2)));
-        if (largest == -kInf) sum = 0.0f;
-        largest = most;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            terms[i] = exp2_approx(__fmul_rn(__fadd_rn(scores[i], -most), p.scale_log2));
-        }
+    for (int i = 0; i < 8; ++i) {
+        terms[i] = exp2_approx(__fmul_rn(__fadd_rn(scores[i], -most), scale_log2));
     }
 #pragma unroll
     for (int apart = 4; apart > 0; apart /= 2) {
@@ -302,12 +308,26 @@ __device__ __forceinline__ void add_mass(const Params& p, float& largest, float&
     sum = __fadd_rn(sum, terms[0]);
 }
 
-// The score whose mass is 2^(scale_log2 largest) sum.
+// The score whose mass is 2^(scale_log2 largest) sum; of mass4, 2^largest sum.
 __device__ __forceinline__ float score_of_mass(const Params& p, float largest, float sum) {
     if (!(largest > -kInf && largest < kInf)) return largest;
     float log;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log) : "f"(sum));
+    if constexpr (kQueryMass) return __fdiv_rn(__fadd_rn(largest, log), p.scale_log2);
     return __fadd_rn(largest, __fdiv_rn(log, p.scale_log2));
+}
+
+// The score of one key from the logarithms of its masses.
+__device__ __forceinline__ float score_of_queries(const Params& p, const float (&masses)[kQueries]) {
+    float most = masses[0];
+#pragma unroll
+    for (int query = 1; query < kQueries; ++query) most = max_or_nan(most, masses[query]);
+    float sum = exp2_approx(__fadd_rn(masses[0], -most));
+#pragma unroll
+    for (int query = 1; query < kQueries; ++query) {
+        sum = __fadd_rn(sum, exp2_approx(__fadd_rn(masses[query], -most)));
+    }
+    return score_of_mass(p, most, sum);
 }
 
 // Scores every stride-th key. Warp w takes runs w, w + kWarps, ... of kRun steps. visit(tile, half, scores, unit) gets the
@@ -338,6 +358,17 @@ __device__ __forceinline__ void walk(
             float sum[kGroupTiles][2] = {};  // of masses
 #pragma unroll
             for (int tile = 0; tile < kGroupTiles; ++tile) best[tile][0] = best[tile][1] = -kInf;
+            const auto add_masses = [&](int tile, int half, int chunk, float(&scores)[8]) {
+                const int key = unit * kKvBlock + 8 * chunk;
+                if (end > p.seqlen_kv) {
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) {
+                        // The last key once more: no mass.
+                        if (key + i >= p.seqlen_kv) scores[i] = -kInf;
+                    }
+                }
+                add_mass(p, best[tile][half], sum[tile][half], scores);
+            };
 #pragma unroll 1
             for (int chunk = 0; chunk < kChunks; ++chunk) {
                 uint2 next[4];
@@ -350,22 +381,46 @@ __device__ __forceinline__ void walk(
 #pragma unroll
                 for (int tile = 0; tile < kGroupTiles; ++tile) {
                     float scores[2][8];
-#pragma unroll
-                    for (int query = 0; query < kQueries; ++query) {
+                    if constexpr (kQueryMass && kLaneUnits > 1) {
 #pragma unroll
                         for (int j = 0; j < 4; ++j) {
-                            float d[4] = {};
-                            mma_16x8x16<Element>(d, proxies[tile * kQueries + query], keys[j].x, keys[j].y);
+                            float masses[4][kQueries];
+#pragma unroll
+                            for (int query = 0; query < kQueries; ++query) {
+                                float d[4] = {};
+                                mma_16x8x16<Element>(d, proxies[tile * kQueries + query], keys[j].x, keys[j].y);
+#pragma unroll
+                                for (int i = 0; i < 4; ++i) {
+                                    const int row = 16 * query + lane / 4 + i / 2 * 8;
+                                    masses[i][query] = mass_log2(p, shared, d[i], row);
+                                }
+                            }
 #pragma unroll
                             for (int i = 0; i < 4; ++i) {
-                                float& score = scores[i / 2][2 * j + i % 2];
-                                if constexpr (kQueryMass) {
-                                    const float lse = shared.lse_log2[16 * query + lane / 4 + i / 2 * 8];
-                                    const float mass = exp2_approx(__fmaf_rn(d[i], p.scale_log2, -lse));
-                                    score = query == 0 ? mass : __fadd_rn(score, mass);
-                                } else {
-                                    score = query == 0 ? d[i] : max_or_nan(score, d[i]);
+                                scores[i / 2][2 * j + i % 2] = score_of_queries(p, masses[i]);
+                            }
+                        }
+                    } else {
+#pragma unroll
+                        for (int query = 0; query < kQueries; ++query) {
+#pragma unroll
+                            for (int j = 0; j < 4; ++j) {
+                                float d[4] = {};
+                                mma_16x8x16<Element>(d, proxies[tile * kQueries + query], keys[j].x, keys[j].y);
+#pragma unroll
+                                for (int i = 0; i < 4; ++i) {
+                                    float& score = scores[i / 2][2 * j + i % 2];
+                                    if constexpr (kQueryMass) {
+                                        const int row = 16 * query + lane / 4 + i / 2 * 8;
+                                        score = mass_log2(p, shared, d[i], row);
+                                    } else {
+                                        score = query == 0 ? d[i] : max_or_nan(score, d[i]);
+                                    }
                                 }
+                            }
+                            if constexpr (kQueryMass) {
+#pragma unroll
+                                for (int half = 0; half < 2; ++half) add_masses(tile, half, chunk, scores[half]);
                             }
                         }
                     }
@@ -373,20 +428,8 @@ __device__ __forceinline__ void walk(
                     for (int half = 0; half < 2; ++half) {
                         const int group = group0 + 16 * tile + 8 * half + lane / 4;
                         if constexpr (kBlockMass && kLaneUnits == 1) {
-                            const int key = unit * kKvBlock + 8 * chunk;
-                            if (end > p.seqlen_kv) {
-#pragma unroll
-                                for (int i = 0; i < 8; ++i) {
-                                    // The last key once more: no mass.
-                                    if (key + i >= p.seqlen_kv) scores[half][i] = kQueryMass ? 0.0f : -kInf;
-                                }
-                            }
-                            add_mass(p, best[tile][half], sum[tile][half], scores[half]);
+                            if constexpr (!kQueryMass) add_masses(tile, half, chunk, scores[half]);
                             continue;
-                        }
-                        if constexpr (kQueryMass) {
-#pragma unroll
-                            for (int i = 0; i < 8; ++i) scores[half][i] = score_of_mass(p, 0.0f, scores[half][i]);
                         }
                         if constexpr (kLaneUnits > 1) {
                             if (is_judged) {
@@ -420,9 +463,7 @@ __device__ __forceinline__ void walk(
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         float score[1] = {best[tile][half]};
-                        if constexpr (kBlockMass) {
-                            score[0] = score_of_mass(p, kQueryMass ? 0.0f : score[0], sum[tile][half]);
-                        }
+                        if constexpr (kBlockMass) score[0] = score_of_mass(p, score[0], sum[tile][half]);
                         const int group = group0 + 16 * tile + 8 * half + lane / 4;
                         if (is_judged) score[0] = judged(p, score[0], unit * kKvBlock, group);
                         visit(tile, half, score, unit);
@@ -434,7 +475,7 @@ __device__ __forceinline__ void walk(
     }
 }
 
-// LSE of every query over all finite logits, in base 2.
+// LSE of every query over all finite logits, by the largest product.
 __device__ __forceinline__ void find_lse(
     const Params& p, SharedStorage& shared, const uint32 (&proxies)[kTiles][4]) {
     const int lane = lane_index();
@@ -454,7 +495,7 @@ __device__ __forceinline__ void find_lse(
             const int key = step * kStepKeys + lane % 4 * kLaneKeys + 8 * chunk;
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
-                float logits[2][8];
+                float products[2][8];
                 float most[2] = {largest[tile][0], largest[tile][1]};
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
@@ -463,27 +504,29 @@ __device__ __forceinline__ void find_lse(
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
                         const bool counts = d[n] < kInf && key + 2 * j + n % 2 < p.seqlen_kv;
-                        const float logit = counts ? d[n] * p.scale_log2 : -kInf;
-                        logits[n / 2][2 * j + n % 2] = logit;
-                        most[n / 2] = fmaxf(most[n / 2], logit);
+                        const float product = counts ? d[n] : -kInf;
+                        products[n / 2][2 * j + n % 2] = product;
+                        most[n / 2] = fmaxf(most[n / 2], product);
                     }
                 }
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     if (most[half] == -kInf) continue;
-                    sum[tile][half] *= exp2_approx(largest[tile][half] - most[half]);
+                    sum[tile][half] *= exp2_approx((largest[tile][half] - most[half]) * p.scale_log2);
                     largest[tile][half] = most[half];
 #pragma unroll
-                    for (int n = 0; n < 8; ++n) sum[tile][half] += exp2_approx(logits[half][n] - most[half]);
+                    for (int n = 0; n < 8; ++n) {
+                        sum[tile][half] += exp2_approx((products[half][n] - most[half]) * p.scale_log2);
+                    }
                 }
             }
         }
     }
     // The lanes of a quad, then the warps, in order.
-    const auto join = [](float& a, float& b, float c, float d) {
+    const auto join = [&](float& a, float& b, float c, float d) {
         const float most = fmaxf(a, c);
         if (most == -kInf) return;
-        b = b * exp2_approx(a - most) + d * exp2_approx(c - most);
+        b = b * exp2_approx((a - most) * p.scale_log2) + d * exp2_approx((c - most) * p.scale_log2);
         a = most;
     };
 #pragma unroll
@@ -514,7 +557,8 @@ __device__ __forceinline__ void find_lse(
         float log;
         asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log) : "f"(b));
         // A query without a finite logit gives every key the same.
-        shared.lse_log2[threadIdx.x % (kQueryMass ? 16 * kTiles : 1)] = a == -kInf ? 0.0f : a + log;
+        const float2 lse = a == -kInf ? make_float2(0.0f, 0.0f) : make_float2(a, log);
+        shared.lse[threadIdx.x % (kQueryMass ? 16 * kTiles : 1)] = lse;
     }
     __syncthreads();
 }

@@ -63,6 +63,12 @@ pub(crate) fn exp2(x: f32) -> f32 {
     if x.is_nan() { f32::from_bits(0x7FFF_FFFF) } else { y }
 }
 
+/// log2(x), denormals taken as zero: `lg2.approx.ftz`.
+#[inline(always)]
+pub(crate) fn log2(x: f32) -> f32 {
+    flush(x).log2()
+}
+
 /// The larger; NaN where one is NaN.
 #[inline(always)]
 pub(crate) fn max_nan(a: f32, b: f32) -> f32 {

@@ -125,7 +125,7 @@ fn shuffles_votes_and_sums() {
 #[test]
 fn bits_and_conversions() {
     let f = |x: f32| x.to_bits();
-    let checks: [(&str, u32); 19] = [
+    let checks: [(&str, u32); 22] = [
         // The NaN of arithmetic has no sign: kernels shift its top bit.
         ("mov.f32 %f1, 0f7F800000;\nsub.f32 %f2, %f1, %f1;\nmov.b32 %r40, %f2;", 0x7FFF_FFFF),
         ("mov.u32 %r1, 305419896;\nprmt.b32 %r40, %r1, 0, 291;", 0x7856_3412),
@@ -153,6 +153,10 @@ fn bits_and_conversions() {
         ),
         ("mov.f32 %f1, 0f40400000;\nex2.approx.ftz.f32 %f2, %f1;\nmov.b32 %r40, %f2;", 0x4100_0000),
         ("mov.f32 %f1, 0fFF800000;\nex2.approx.ftz.f32 %f2, %f1;\nmov.b32 %r40, %f2;", 0),
+        // 2^-126.5 and the logarithm of 2^-127: denormals are zeros.
+        ("mov.f32 %f1, 0fC2FD0000;\nex2.approx.ftz.f32 %f2, %f1;\nmov.b32 %r40, %f2;", 0),
+        ("mov.f32 %f1, 0f00400000;\nlg2.approx.ftz.f32 %f2, %f1;\nmov.b32 %r40, %f2;", 0xFF80_0000),
+        ("mov.f32 %f1, 0f00800000;\nlg2.approx.ftz.f32 %f2, %f1;\nmov.b32 %r40, %f2;", 0xC2FC_0000),
         ("mov.u32 %r1, -7;\nmov.u32 %r2, 2;\ndiv.s32 %r40, %r1, %r2;", -3i32 as u32),
         ("mov.u32 %r1, 16;\nclz.b32 %r40, %r1;", 27),
         (

@@ -1,7 +1,7 @@
 //! Registers of a warp and the instructions that touch nothing else.
 
 use crate::decode::{Arith, Compare, Kernel, Logic, NONE, Round, Ty};
-use crate::float::{bf16_of, bf16_to, bits_of, exp2, f16_of, f16_to, max, max_nan, min, min_nan};
+use crate::float::{bf16_of, bf16_to, bits_of, exp2, f16_of, f16_to, log2, max, max_nan, min, min_nan};
 use std::collections::VecDeque;
 
 pub(crate) const LANES: usize = 32;
@@ -235,7 +235,7 @@ impl Warp {
             Arith::FNeg => w1!(|x| x ^ 1 << 31),
             Arith::FAbs => w1!(|x| x & !(1 << 31)),
             Arith::Ex2 => f1!(|x| exp2(x)),
-            Arith::Lg2 => f1!(|x| x.log2()),
+            Arith::Lg2 => f1!(|x| log2(x)),
             Arith::Rcp => f1!(|x| 1.0 / x),
             Arith::Sqrt => f1!(|x| x.sqrt()),
             Arith::Rsqrt => f1!(|x| 1.0 / x.sqrt()),
