@@ -128,6 +128,48 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "6111358501f90636100d105b089aec0fbb056e9a4107848969a6fa38d4a8ffb6",
     },
     Kernel {
+        name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "bc73c0971c078483d89b3ff6a80a43e17ce7fd41d3cbc2b9f203caecb9abb903",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "f68a458e77170a542c329b7edd674486aaf357e7909e1c938479c20a7f32722c",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "e51fad3c12a9ec5597014db511051233ff4ac62c0fd232c738b1a3d32738ba7f",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "4e4959b8576f76a246f993ef864c069332d06d9c2090f20991aca23d2e01a53f",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "90456f4ba5c4dab9221a2e1f22123668cfa70b530656c148dd4f14cbd749318c",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "d21d8c272cc4b42e8c9e5d8d47a8091427f15e58d8f75cf6834a80429c786894",
+    },
+    Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
@@ -240,6 +282,48 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "588d0cb2f0b98fb52a1b4eac71f3c7e1ada6197694270fc6f8156498331b8d1b",
     },
     Kernel {
+        name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "406bc00976e29a218f6b8968151dc4319ed45a8678d15ea4cf43bff3e6005fd0",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "a7c161ac6673a14dbce8fc7877582ae10246de0f5db3983c551bf9ff83fd1ec7",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "daeccd97f2d44fa7d7983a1707e69a9f2a9746ed6e504c647935bc061bb69620",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "835a131ba6f234a5d6c3cf11eb800e3c6e43aaabbc00c8c4ade60267277e9b27",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "71aed3028e1696e2c04ca8d09b583a45fb6235f9840197a68074c9c383d7e0da",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "5f556d645e4bba0acaa577c254ea6440978f2e8510b7ec1a78cd9b0433cbf9fc",
+    },
+    Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
@@ -259,6 +343,27 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
         source_hash: "ca41976ee41679bded27bfd528efb8316db5f5052c747436be42323ac7d9111c",
+    },
+    Kernel {
+        name: "attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "f932fc329107bc700d303d4e41bfe29e52e00714442a08bdf68cde44fa97e873",
+    },
+    Kernel {
+        name: "attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "b1f894d92dc6c2f77e47468aefe21ab56b707d2798b84528ad531a607f725e88",
+    },
+    Kernel {
+        name: "attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "8994294dd78714d63c890238615ef853e8cf5709549d668217f9a17b2f66eb56",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
@@ -282,6 +387,27 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "2ead9c0f6a8f01b05cc05a5214f89fe5975d860faf5374f81437c87b4ada7bea",
     },
     Kernel {
+        name: "attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "79ca29ad00e02bb0ef503575fd8af5ae887ffa9170a3eaf9fc2dec98bef7ba85",
+    },
+    Kernel {
+        name: "attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "826e56931ce4202437c79e809ed7b07a04ec7825c515bfb772ccc3f0b3f3a34d",
+    },
+    Kernel {
+        name: "attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "22cb32703c1521d2471a52340aa25352e2f66d987cd0c1872868db8f2bb06917",
+    },
+    Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
@@ -294,6 +420,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
         source_hash: "4d2612490bd93cb5d1af965d65b76754b3c1666b91666f2af938758091b69257",
+    },
+    Kernel {
+        name: "attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_post/attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "b12e7b20b9fb30005c70a15b069fdd5fd5568c2d5b2f9a2885b9f392f726b4ae",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
@@ -310,6 +443,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "c18b3105c094f55315ef64d8292fb9b8ef6d1767c97c98b9c49cbe97342e2589",
     },
     Kernel {
+        name: "attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_post/attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "d64966a748770299b3740b9506e1cf74acb09f0e31eead2cb933e484de876501",
+    },
+    Kernel {
         name: "attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
@@ -317,11 +457,25 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "21d67aacc49fe8ba32becdc4dacff195370ee804e3c0c8bfa2773938a9acaed6",
     },
     Kernel {
+        name: "attn_bwd_post_kv_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "d7e77594e3ebcc5b83bd2cf130ac434767486f949279027d8d6c01122c49580f",
+    },
+    Kernel {
         name: "attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
         source_hash: "8ba972ae2a1cf8f087cc745a3e1f7d58204c2d89fc33aa290ca10a73867bcfd9",
+    },
+    Kernel {
+        name: "attn_bwd_post_kv_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "489e19cd4d00badb2c26c5d55bb66610a42f0c1d4fa2ac43d8fe66d61fe8bbf9",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
@@ -338,6 +492,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "d325c1de9fad87ad1a0095f3444c207ce502998d9210c95e3596bec6b41f60db",
     },
     Kernel {
+        name: "attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "42e9b60f176da2a69e5cea5d689e6f5bf4aaf1dbc2f61346bede33c4245a9cd4",
+    },
+    Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
@@ -350,6 +511,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
         source_hash: "0240dee0f5a1e6601524386f2875cc486cb2ada2f40fb422e4b53248f60cf584",
+    },
+    Kernel {
+        name: "attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "1d1c6a8ac063c2334e16078d93013862280575ab306373139fc964707d4f3eaa",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
@@ -429,6 +597,27 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "242bfb809a3ececbd68b2518c8841ef11e51e51267b95377f63cf90a9a42d4fe",
     },
     Kernel {
+        name: "attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "550767c4fa576137c9fcb9563f6c11d16b107b746b730d9e6a36e6d2261cc6c9",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "056d31f83f028bf8bbfff78152acf0d8219ef188845e1c8c53b90344ea712f0d",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "6a435650e6637bd97ac08a3dc2ed8f102871ac8b2d9733a20e0352a3b689247d",
+    },
+    Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
@@ -492,6 +681,27 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "fedd803bbb73919fc41fff494ee25f77aff78ead3bf1e275dd1c8fd021b2b656",
     },
     Kernel {
+        name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "5419dabbdd05fac02871df24817c296aac705144de5eedd275221d367405b34a",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "cc0c437c1f1246bea1176c38e16226240ac98d2268824b0d6a19c50795eabe59",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "494e0f148062bc1eb01a878bc4e83fa198aed8220dc6d8da84f98fc9a05cd27c",
+    },
+    Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
         source_hash: "468530f98f10ad1870d318b1abd5e738941299970768f39b66f0331396491d7a",
@@ -539,22 +749,32 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "gram_key_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_v1_sm90a.cu"),
-        source_hash: "ed2921d6856db89ddb2546f5d4f9fc1e071b08dadbe9c84a3fdf40f467cb37e9",
+        source_hash: "4446fbde18ac7160757714a52310e2c7dc0f5e8fd655ac6bf9f3ef7d64ff0ef8",
     },
     Kernel {
         name: "gram_key_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_v1_sm90a.cu"),
-        source_hash: "882c7fe88c8ae0535637e0a28af43508f5169d5736fa4da15c663f8eb7942709",
+        source_hash: "fd580f51af525d99320870a188a8d8241b2d3f5f64d204ec0c4bbae664564ad7",
+    },
+    Kernel {
+        name: "gram_key_bf16_d96_v1_sm90a",
+        source: include_str!("kernels/gram_key/gram_key_bf16_d96_v1_sm90a.cu"),
+        source_hash: "3b9c8f446bcfa012f041fdc7b642668954b99ec2727bb9d6268979b4bf2cfdce",
     },
     Kernel {
         name: "gram_query_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_v1_sm90a.cu"),
-        source_hash: "51ece8c165bd736bdd157d81cf62de08a1a2071c3124605c3a5939af3aefbbb9",
+        source_hash: "d8ef3bbdac3a948ccbecd521ad038cc8f385e3281a6394574b1e23054c35f1f0",
     },
     Kernel {
         name: "gram_query_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_v1_sm90a.cu"),
-        source_hash: "c7e6688b7c8c6e0fac6cc485d7b1e4e9a6e22422b9b6f24c41ba9aec2befb68d",
+        source_hash: "34f833c212a8d82597aebab7a07048d9e15985700d16796962060ca485eda256",
+    },
+    Kernel {
+        name: "gram_query_bf16_d96_v1_sm90a",
+        source: include_str!("kernels/gram_query/gram_query_bf16_d96_v1_sm90a.cu"),
+        source_hash: "0b02c8e81e2ab7ec309f53e9071fcfdd870a5bc6fb113370c5f5b8434c024da2",
     },
     Kernel {
         name: "kv_invert_sm80",
@@ -745,6 +965,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/profile_logits/profile_logits_bf16_d64_v1_sm90a.cu"
         ),
         source_hash: "60162b0b008a25625df8a0794d55cefe3c690de6c920c0d37d0178676d5077f2",
+    },
+    Kernel {
+        name: "profile_logits_bf16_d96_v1_sm90a",
+        source: include_str!(
+            "kernels/profile_logits/profile_logits_bf16_d96_v1_sm90a.cu"
+        ),
+        source_hash: "e34f1c61553f20c5d79db85da5c1a3258de620d4eab6fca8380612fb1111a370",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",

@@ -23,6 +23,7 @@ fi
 
 # Shipped kernels, not the tuner's candidates; these cases, not those of thousands of tokens.
 cases='^(attn_(fwd|bwd|bwd_dq)/(fine_)?(no_multiple|last_block_of_one_token|last_unit_of_one_token|counts_zero_and_one_adjacent|counts_differ)-'
+cases+='|attn_(fwd|bwd|bwd_dq)/dims_(no_multiple|counts_differ)-'
 cases+='|faults/|profile/|kv_lists/(no_multiple|last_block|empty_groups|odd_count|counts|Index|Count|Repeated|Descending)'
 cases+='|kv_select/(typical|equal_scores|nan_key|one_token|nothing_and_everything|signs_of_zero)/'
 cases+='|kv_select_fine/(typical|equal_scores|nan_key|kept_nan|text_and_own_cube|one_token|few_values)/)'

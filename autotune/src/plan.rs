@@ -186,9 +186,10 @@ impl Step {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
-    /// Two lengths, 90 % sparsity, under two minutes.
+    /// Two lengths, 90 % sparsity, head_dim 64 and 128, under two minutes.
     Quick,
-    /// Every length and sparsity the table distinguishes and a single GPU's memory of patience allows; under eight.
+    /// Every length and sparsity the table distinguishes and a single GPU's memory of patience allows, two of each for
+    /// head_dim 96 and 256; under eight.
     Full,
     /// What the command line of `bench` names.
     Bench,
@@ -261,6 +262,13 @@ pub fn both_forms() -> Vec<Deterministic> {
 pub const FULL_SPARSITIES: [u8; 4] = [50, 75, 90, 95];
 /// (length, heads) a full run measures, the most telling first.
 pub const FULL_SHAPES: [(u32, u32); 5] = [(32768, 16), (4096, 16), (16384, 16), (65536, 8), (8192, 16)];
+/// Head dims a full run measures everywhere, and `--quick` measures alone.
+pub const FULL_HEAD_DIMS: [u16; 2] = [128, 64];
+/// Lengths at which a full run measures the other shipped head dims, over random lists of [`FEW_SPARSITIES`]: every length
+/// would not fit into eight minutes, and others are served by the nearest line.
+pub const FEW_LENGTHS: [u32; 2] = [32768, 4096];
+/// Sparsities of [`FEW_LENGTHS`].
+pub const FEW_SPARSITIES: [u8; 2] = [50, 90];
 
 impl Plan {
     /// The cases of `--quick` or of a full run; `only` keeps those whose label or step holds every one of its words.
@@ -268,22 +276,34 @@ impl Plan {
     /// # Errors
     /// A filter that keeps nothing.
     pub fn tune(mode: Mode, only: Option<&str>) -> Result<Plan, TuneError> {
-        let shapes = if mode == Mode::Quick { &FULL_SHAPES[..2] } else { &FULL_SHAPES[..] };
-        let sparsities: &[u8] = if mode == Mode::Quick { &[90] } else { &FULL_SPARSITIES };
-        let kinds: &[ListKind] =
-            if mode == Mode::Quick { &[ListKind::Random] } else { &[ListKind::Random, ListKind::Clustered] };
+        let quick = mode == Mode::Quick;
+        let shapes = if quick { &FULL_SHAPES[..2] } else { &FULL_SHAPES[..] };
         let mut cases = Vec::new();
-        for &(seqlen, heads) in shapes {
-            for head_dim in space::SHIPPED_HEAD_DIMS.into_iter().rev() {
-                cases.push(Case::dense(head_dim, heads, seqlen));
-                for &kind in kinds {
-                    for block_size in space::SHIPPED_BLOCK_SIZES {
-                        for &sparsity in sparsities {
-                            let keep = 1.0 - sparsity as f64 / 100.0;
-                            cases.push(Case::sparse(head_dim, heads, seqlen, block_size, keep, kind));
-                        }
+        let mut add = |head_dim, heads, seqlen, kinds: &[ListKind], sparsities: &[u8]| {
+            cases.push(Case::dense(head_dim, heads, seqlen));
+            for &kind in kinds {
+                for block_size in space::SHIPPED_BLOCK_SIZES {
+                    for &sparsity in sparsities {
+                        let keep = 1.0 - sparsity as f64 / 100.0;
+                        cases.push(Case::sparse(head_dim, heads, seqlen, block_size, keep, kind));
                     }
                 }
+            }
+        };
+        let (kinds, sparsities): (&[ListKind], &[u8]) = match quick {
+            true => (&[ListKind::Random], &[90]),
+            false => (&[ListKind::Random, ListKind::Clustered], &FULL_SPARSITIES),
+        };
+        for &(seqlen, heads) in shapes {
+            for head_dim in FULL_HEAD_DIMS {
+                add(head_dim, heads, seqlen, kinds, sparsities);
+            }
+            if quick || !FEW_LENGTHS.contains(&seqlen) {
+                continue;
+            }
+            for head_dim in space::SHIPPED_HEAD_DIMS.into_iter().filter(|d| !FULL_HEAD_DIMS.contains(d)) {
+                let heads = if head_dim > 128 { heads / 2 } else { heads };
+                add(head_dim, heads, seqlen, &[ListKind::Random], &FEW_SPARSITIES);
             }
         }
         let mut plan = Plan {
@@ -475,7 +495,7 @@ impl BenchRequest {
             positive("--seqlen", seqlen)?;
             for &head_dim in &self.head_dims {
                 if !space::SHIPPED_HEAD_DIMS.contains(&head_dim) {
-                    let allowed = space::SHIPPED_HEAD_DIMS.map(|d| d.to_string()).join(" or ");
+                    let allowed = space::SHIPPED_HEAD_DIMS.map(|d| d.to_string()).join(", ");
                     return Err(TuneError::option("--head-dim", head_dim, allowed));
                 }
                 for block in &self.blocks {
@@ -602,8 +622,13 @@ mod tests {
         // Selection and inversion once for each length and block size, though there are two head dims.
         assert_eq!(quick.iter().filter(|c| c.step == Step::Select).count(), 4);
         let full = contests(Mode::Full);
-        assert_eq!(full.iter().filter(|c| c.step == Step::Backward).count(), 5 * 2 * (1 + 2 * 2 * 4));
+        let backwards = |of: &dyn Fn(u16) -> bool| {
+            full.iter().filter(|c| c.step == Step::Backward && of(c.case.head_dim)).count()
+        };
+        assert_eq!(backwards(&|d| FULL_HEAD_DIMS.contains(&d)), 5 * 2 * (1 + 2 * 2 * 4));
+        assert_eq!(backwards(&|d| [96, 256].contains(&d)), 2 * 2 * (1 + 2 * 2));
         assert!(full.iter().all(|c| !c.specs.is_empty()));
+        assert!(full.iter().all(|c| c.case.head_dim != 256 || c.case.num_heads == 8));
         assert!(full.iter().any(|c| c.case.seqlen == 65536 && c.case.num_heads == 8));
     }
 
@@ -613,8 +638,10 @@ mod tests {
         assert_eq!(plan.steps, [Step::Backward]);
         assert_eq!(plan.cases.len(), 2, "random and clustered");
         assert!(plan.cases.iter().all(|c| c.label().starts_with("d128 h16 s32768 qg128 kb128 sp90")));
-        let error = Plan::tune(Mode::Quick, Some("d96")).unwrap_err().to_string();
-        assert!(error.contains("--only 'd96'") && error.contains("allowed:"), "{error}");
+        let plan = Plan::tune(Mode::Full, Some("d96 s32768 dense")).unwrap();
+        assert_eq!(plan.cases, [Case::dense(96, 16, 32768)]);
+        let error = Plan::tune(Mode::Quick, Some("d80")).unwrap_err().to_string();
+        assert!(error.contains("--only 'd80'") && error.contains("allowed:"), "{error}");
     }
 
     #[test]
@@ -640,7 +667,7 @@ mod tests {
             let error = request.plan().unwrap_err().to_string();
             assert!(words.iter().all(|w| error.contains(w)), "{error}");
         };
-        expect(BenchRequest { head_dims: vec![80], ..good.clone() }, &["--head-dim 80", "64 or 128"]);
+        expect(BenchRequest { head_dims: vec![80], ..good.clone() }, &["--head-dim 80", "64, 96, 128, 256"]);
         expect(
             BenchRequest { blocks: vec!["63x64".into()], ..good.clone() },
             &["--block 63x64", "dense, 64x64, 128x128, 64x1, 64x8, 128x1, 128x8"],

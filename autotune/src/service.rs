@@ -93,8 +93,8 @@ impl Service {
         }
         let Problem { op, dtype, head_dim, lists, deterministic, .. } = *problem;
         // As the runtime has it: what is not shipped is no default, though a candidate may exist.
-        let shipped =
-            space::SHIPPED_HEAD_DIMS.contains(&head_dim) && space::shipped_lists().any(|l| l == lists);
+        let shipped = space::shipped_head_dims(self.arch).any(|d| d == head_dim)
+            && space::shipped_lists().any(|l| l == lists);
         let spec = space::default_attn(op, dtype, head_dim, lists, deterministic, self.arch);
         let kernel = KernelSpec::Attn(spec.filter(|_| shipped)?);
         Some(Serving { kernel, found: "default".to_string() })

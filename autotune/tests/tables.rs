@@ -197,7 +197,10 @@ fn targets_are_those_of_an_h100() {
     );
     assert_eq!(at("32,768", 96, (0, 0), ListKind::Dense).case.num_heads, 16);
     assert_eq!(at("32,768", 256, (0, 0), ListKind::Dense).case.num_heads, 8);
-    assert!(at("32,768", 96, (64, 64), ListKind::Random).targets.is_none());
+    assert_eq!(words(at("32,768", 96, (0, 0), ListKind::Dense)), [575.0, 640.0, 470.0, 560.0]);
+    assert_eq!(words(at("32,768", 256, (0, 0), ListKind::Dense)), [660.0, 730.0, 420.0, 520.0]);
+    let of_others = |l: &dsv_autotune::tables::Line| ![64, 128].contains(&l.case.head_dim);
+    assert!(lines().into_iter().filter(of_others).count() == 2, "96 and 256 have their dense row alone");
 }
 
 #[test]

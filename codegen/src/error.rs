@@ -111,8 +111,9 @@ pub(crate) fn no_kernel(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, a
         axes.push(format!("  {what} available: {available}\n  to add it: {fix}, {then}"));
     };
     let listed = |value: String, list: &str| format!("put {value} in {list} ({space_rs})");
-    if !space::SHIPPED_HEAD_DIMS.contains(&head_dim) {
-        axis("head_dim", joined(space::SHIPPED_HEAD_DIMS), space::how_to_add_head_dim(head_dim));
+    if !space::shipped_head_dims(arch).any(|d| d == head_dim) {
+        let available = joined(space::shipped_head_dims(arch));
+        axis("head_dim", available, space::how_to_add_head_dim(head_dim, arch));
     }
     if !space::SHIPPED_DTYPES.contains(&dtype) {
         axis("dtype", joined(space::SHIPPED_DTYPES), listed(dtype.to_string(), "SHIPPED_DTYPES"));

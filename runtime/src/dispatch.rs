@@ -250,9 +250,9 @@ impl Dispatch {
                 available,
                 format!("put {} in SHIPPED_GATHER_HEAD_DIMS {space_rs}", p.head_dim),
             );
-        } else if !space::SHIPPED_HEAD_DIMS.contains(&p.head_dim) {
-            let available = list(space::SHIPPED_HEAD_DIMS.iter().map(|d| d.to_string()).collect());
-            line("head_dim", available, space::how_to_add_head_dim(p.head_dim));
+        } else if !space::shipped_head_dims(arch).any(|d| d == p.head_dim) {
+            let available = list(space::shipped_head_dims(arch).map(|d| d.to_string()).collect());
+            line("head_dim", available, space::how_to_add_head_dim(p.head_dim, arch));
         }
         let (query_group, kv_block) = p.lists.block_size();
         let (shipped, constant) = space::shipped_sizes(p.lists);

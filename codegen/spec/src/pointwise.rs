@@ -1,5 +1,6 @@
 use crate::error::SpecError;
 use crate::params;
+use crate::space::TRAINER_HEAD_DIMS;
 use crate::types::{Arch, Dtype, tokens};
 
 tokens! {
@@ -141,11 +142,12 @@ impl PointwiseOp {
     /// Dynamic shared memory of a CTA in bytes.
     pub(crate) const fn smem_bytes(self, dim: u16) -> u32 {
         match self {
-            // The centred Gram matrices in two 16-bit parts: D and 16 rows of D + 32 elements, 16 rows of 24; then
-            // one f32 a warp.
+            // The centred Gram matrices in two 16-bit parts: D and 16 rows of D elements, or D + 32 where D is a
+            // multiple of 64, 16 rows of 24; then one f32 a warp.
             PointwiseOp::GramQuery => {
                 let dim = dim as u32;
-                2 * 2 * ((dim + 16) * (dim + 32) + 16 * 24) + 8 * 4
+                let stride = if dim.is_multiple_of(64) { dim + 32 } else { dim };
+                2 * 2 * ((dim + 16) * stride + 16 * 24) + 8 * 4
             }
             _ => 0,
         }
@@ -189,10 +191,18 @@ impl PointwiseSpec {
             return Err(SpecError::new("dtype", dtype, format!("{allowed} for {op}")));
         }
         match (op.bakes_dim(), dim) {
-            (true, 64 | 128) | (false, 0) => Ok(PointwiseSpec { op, dtype, dim, vector, arch }),
-            (true, _) => {
-                Err(SpecError::new("dim", dim, "64 or 128, the head dims whose operands fit registers"))
+            (true, dim) if TRAINER_HEAD_DIMS.contains(&dim) => {
+                Ok(PointwiseSpec { op, dtype, dim, vector, arch })
             }
+            (true, _) => {
+                let allowed = TRAINER_HEAD_DIMS.map(|d| d.to_string()).join(", ");
+                Err(SpecError::new(
+                    "dim",
+                    dim,
+                    format!("{allowed}: the head dims whose Gram matrices fit shared memory"),
+                ))
+            }
+            (false, 0) => Ok(PointwiseSpec { op, dtype, dim, vector, arch }),
             (false, _) => Err(SpecError::new("dim", dim, format!("0: {op} takes it as a launch parameter"))),
         }
     }

@@ -6,8 +6,10 @@ use crate::select::{BlockScore, Budget, GroupRule, SelectOp, SelectSpec, SelectT
 use crate::types::{Arch, Deterministic, Dtype};
 use crate::{KernelSpec, PointwiseOp, PointwiseSpec};
 
-/// Head dims the shipped attention kernels serve.
-pub const SHIPPED_HEAD_DIMS: [u16; 2] = [64, 128];
+/// Head dims the shipped attention kernels serve, where the architecture's templates do: see [`shipped_head_dims`].
+pub const SHIPPED_HEAD_DIMS: [u16; 4] = [64, 96, 128, 256];
+/// Head dims the trainer's kernels serve. The predictor's loss keeps D x D sums in shared memory: of 256 they do not fit.
+pub const TRAINER_HEAD_DIMS: [u16; 3] = [64, 96, 128];
 /// Block sizes (query_group, kv_block) the shipped kernels serve, beside dense.
 pub const SHIPPED_BLOCK_SIZES: [(u16, u16); 2] = [(64, 64), (128, 128)];
 /// Granularities (query_group, kv_block) below a KV tile that the shipped attention kernels gather; others are rendered on
@@ -23,12 +25,23 @@ pub const SHIPPED_TOP_P: [(u16, u16); 2] = [(64, 8), (128, 8)];
 /// Dtypes the shipped attention kernels serve.
 pub const SHIPPED_DTYPES: [Dtype; 1] = [Dtype::Bf16];
 
-/// The edits that make a head_dim served, for error messages.
-pub fn how_to_add_head_dim(head_dim: u16) -> String {
+/// The shipped head dims of an architecture: those its templates serve.
+pub fn shipped_head_dims(arch: Arch) -> impl Iterator<Item = u16> {
+    SHIPPED_HEAD_DIMS.into_iter().filter(move |&head_dim| is_in_templates(head_dim, arch))
+}
+
+fn is_in_templates(head_dim: u16, arch: Arch) -> bool {
+    !candidates(AttnOp::Fwd, Dtype::Bf16, head_dim, Lists::Dense, arch).is_empty()
+}
+
+/// The edits that make a head_dim served on an architecture, for error messages.
+pub fn how_to_add_head_dim(head_dim: u16, arch: Arch) -> String {
     let list = format!("put {head_dim} in SHIPPED_HEAD_DIMS (codegen/spec/src/space.rs)");
-    match candidates(AttnOp::Fwd, Dtype::Bf16, head_dim, Lists::Dense, Arch::Sm90a).is_empty() {
-        false => list,
-        true => format!("{list} and let the templates serve it (README.md, \"A head_dim\")"),
+    let templates = "let the templates serve it (README.md, \"A head_dim\")";
+    match (SHIPPED_HEAD_DIMS.contains(&head_dim), is_in_templates(head_dim, arch)) {
+        (true, _) => templates.to_owned(),
+        (false, true) => list,
+        (false, false) => format!("{list} and {templates}"),
     }
 }
 
@@ -248,7 +261,7 @@ pub fn select_fine(
 pub fn shipped(arch: Arch) -> Vec<KernelSpec> {
     let mut specs = Vec::new();
     for dtype in SHIPPED_DTYPES {
-        for head_dim in SHIPPED_HEAD_DIMS {
+        for head_dim in shipped_head_dims(arch) {
             for &op in AttnOp::ALL {
                 for lists in shipped_lists() {
                     for &deterministic in Deterministic::ALL {
@@ -270,7 +283,7 @@ pub fn shipped(arch: Arch) -> Vec<KernelSpec> {
         }
         // Of the trainer's kernels, sm80 ships what the runtime itself launches.
         for &op in PointwiseOp::ALL.iter().filter(|&&op| arch != Arch::Sm80 || op == PointwiseOp::AdamW) {
-            for dim in SHIPPED_HEAD_DIMS {
+            for dim in TRAINER_HEAD_DIMS {
                 specs.extend(PointwiseSpec::shipped(op, dtype, dim, arch).map(KernelSpec::Pointwise));
             }
         }

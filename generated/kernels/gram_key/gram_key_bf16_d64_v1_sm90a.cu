@@ -6,7 +6,7 @@
 //   d_l_j = W (k_j - mean k) + M (l_j - mean l);   W = sum over queries of s q^T (16 x D), M = sum of r l^T (16 x 16)
 // with s, r from gram_query and the two sums from a matrix product. The means make the gradient's sum over the keys
 // zero, which is what centring demands. W and M are kept as two 16-bit parts.
-// Floor: k and l read, d_l written once. Budget: 32 rows of D + 32 elements in shared memory.
+// Floor: k and l read, d_l written once. Budget: 32 rows of D or D + 32 elements in shared memory.
 #include "dsv/operand.cuh"
 #include "dsv/types.cuh"
 #include "dsv/warp.cuh"
@@ -25,9 +25,9 @@ constexpr int kRank = 16;
 constexpr int kWarps = kThreads / 32;
 constexpr int kRowsPerCta = 512;
 // Rows 4 pieces of 16 bytes apart modulo 8: no bank is met twice.
-constexpr int kStride = kHeadDim + 32;
+constexpr int kStride = kHeadDim % 64 == 0 ? kHeadDim + 32 : kHeadDim;
 constexpr int kRankStride = kRank + 8;
-static_assert(kHeadDim % 64 == 0, "whole 16-byte pieces, and rows that fall into different banks");
+static_assert(kHeadDim % 32 == 0 && kStride % 64 == 32, "whole 16-byte pieces, and rows that fall into different banks");
 static_assert(kRowsPerCta % (16 * kWarps) == 0, "every warp takes as many tiles of 16 keys");
 
 struct Params {

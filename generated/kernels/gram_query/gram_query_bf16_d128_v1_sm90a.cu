@@ -8,7 +8,7 @@
 //   loss = 0.95 (1 - ab / |a||b|) + 0.05 (|a| / |b| - 1)^2
 //   d_l = by_ab scale C q + 2 by_aa A l;   s = by_ab scale l, r = 2 by_aa l for gram_key
 // G, C, A are exact sums kept as two 16-bit parts. Floors: q and l read once; S (D^2 + 32 D) products a head, twice.
-// Budget: 2 (D + 16) rows of D + 32 elements in shared memory, 90 KB at D = 128: two CTAs a multiprocessor.
+// Budget: 2 (D + 16) rows of D or D + 32 elements in shared memory, 90 KB at D = 128: two CTAs a multiprocessor.
 #include "dsv/operand.cuh"
 #include "dsv/types.cuh"
 #include "dsv/warp.cuh"
@@ -29,10 +29,13 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kRowsPerCta = 512;
 // Rows of shared memory 4 pieces of 16 bytes apart modulo 8: a quarter warp's two rows of four pieces meet no bank
 // twice.
-constexpr int kStride = kHeadDim + 32;
+constexpr int kStride = kHeadDim % 64 == 0 ? kHeadDim + 32 : kHeadDim;
 constexpr int kRankStride = kRank + 8;
-static_assert(kHeadDim % 64 == 0, "whole 16-byte pieces, and rows that fall into different banks");
+static_assert(kHeadDim % 32 == 0 && kStride % 64 == 32, "whole 16-byte pieces, and rows that fall into different banks");
 static_assert(kRowsPerCta % (16 * kWarps) == 0, "every warp takes as many tiles of 16 queries");
+// Low-rank queries are read before the products with G, or after them: at 96 columns the one spills a register, at 128 the
+// other.
+constexpr bool kLoadsEarly = kHeadDim % 64 == 0;
 constexpr float kCosineWeight = 0.95f;
 constexpr float kNormWeight = 0.05f;
 // |a|^2 is raised by this share of |b|^2: finite where the prediction is constant over the keys.
@@ -130,11 +133,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_query_bf
         const bool valid_low = token_low < p.seqlen;
         const bool valid_high = token_high < p.seqlen;
         RowOperand<kHeadDim> q;
-        LowRankOperand l;
         q.load(valid_low ? p.q.at<const Element>(blockIdx.z, token_low, blockIdx.y) : nullptr,
                valid_high ? p.q.at<const Element>(blockIdx.z, token_high, blockIdx.y) : nullptr);
-        l.load(valid_low ? p.q_lr.at<const Element>(blockIdx.z, token_low, blockIdx.y) : nullptr,
-               valid_high ? p.q_lr.at<const Element>(blockIdx.z, token_high, blockIdx.y) : nullptr);
+        LowRankOperand l;
+        const auto load_low_rank = [&] {
+            l.load(valid_low ? p.q_lr.at<const Element>(blockIdx.z, token_low, blockIdx.y) : nullptr,
+                   valid_high ? p.q_lr.at<const Element>(blockIdx.z, token_high, blockIdx.y) : nullptr);
+        };
+        if constexpr (kLoadsEarly) load_low_rank();
 
         float bb_low = 0.0f;
         float bb_high = 0.0f;
@@ -151,6 +157,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_query_bf
                 bb_high += d[2] * unpack_low<Element>(pair_high[u]) + d[3] * unpack_high<Element>(pair_high[u]);
             }
         }
+        if constexpr (!kLoadsEarly) load_low_rank();
         float cq[2][4] = {};
         float al[2][4] = {};
         float ab_low = 0.0f;

@@ -243,7 +243,7 @@ fn what_no_kernel_serves_is_said_axis_by_axis() {
     assert_eq!(
         text(Problem { head_dim: 80, ..forward() }),
         "no kernel for attn_fwd, bf16, head_dim 80, query_group 64, kv_block 64 on sm90a\n  head_dim available: 64, \
-         128\n  to add it: put 80 in SHIPPED_HEAD_DIMS (codegen/spec/src/space.rs) and let the templates serve it \
+         96, 128, 256\n  to add it: put 80 in SHIPPED_HEAD_DIMS (codegen/spec/src/space.rs) and let the templates serve it \
          (README.md, \"A head_dim\"), then dsv-codegen --arch sm90a"
     );
     let both = text(Problem {
@@ -290,7 +290,7 @@ fn every_shipped_problem_is_served_on_every_op() {
             }
         }
     }
-    assert_eq!(served, 2 * 3 * AttnOp::ALL.len());
+    assert_eq!(served, 4 * 3 * AttnOp::ALL.len());
     for lists in space::shipped_gather() {
         for op in [AttnOp::Fwd, AttnOp::BwdPrep, AttnOp::Bwd, AttnOp::BwdPostKv] {
             let p = Problem { op, head_dim: 128, lists, max_selected: 400, ..problem() };

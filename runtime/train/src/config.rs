@@ -5,7 +5,7 @@
 //! then `--set section.key=value`. Unknown keys are errors. [`Config::documented_toml`] prints every key with
 //! its value and meaning.
 
-use dsv_spec::space::{SHIPPED_BLOCK_SIZES, SHIPPED_HEAD_DIMS};
+use dsv_spec::space::{SHIPPED_BLOCK_SIZES, TRAINER_HEAD_DIMS};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
         &[
             ("layers", "transformer blocks"),
             ("heads", "attention heads of a block; the width is heads * head_dim"),
-            ("head_dim", "channels of a head; the kernels serve 64 and 128, the CPU any even number"),
+            ("head_dim", "channels of a head; the kernels serve 64, 96 and 128, the CPU any even number"),
             ("mlp", "\"geglu\" or \"gelu\" (tanh form)"),
             ("mlp_ratio", "inner width of the MLP over the model's width"),
             ("text_dim", "channels of a text token"),
@@ -973,7 +973,7 @@ impl Config {
                     ));
                 }
             };
-            let dims = SHIPPED_HEAD_DIMS.map(|d| d.to_string()).to_vec();
+            let dims = TRAINER_HEAD_DIMS.map(|d| d.to_string()).to_vec();
             served("model.head_dim", model.head_dim.to_string(), dims);
             if dsv.attention != Attention::Full {
                 let sizes = SHIPPED_BLOCK_SIZES.map(|(g, n)| format!("{g} x {n}")).to_vec();
@@ -1286,6 +1286,22 @@ mod tests {
     }
 
     #[test]
+    fn presets_say_whether_a_gpu_trains_them() {
+        let on_a_gpu = |preset: &str| {
+            let mut config = Config::preset(preset).unwrap();
+            config.device.kind = DeviceKind::Cuda;
+            (config.dsv.query_group, config.dsv.kv_block) = (64, 64);
+            config.validate().map_err(|e| e.to_string())
+        };
+        assert_eq!(on_a_gpu("0.8b"), Ok(()));
+        assert_eq!(on_a_gpu("2.7b"), Ok(()));
+        let error = on_a_gpu("30b").unwrap_err();
+        let wanted =
+            "model.head_dim is 256, which no kernel serves on cuda; available: 64, 96, 128 (any on cpu)";
+        assert!(error.contains(wanted), "{error}");
+    }
+
+    #[test]
     fn impossible_shapes_are_all_reported() {
         let text = "[model]\nhead_dim = 33\npatch = [1, 2, 2]\n[data]\nheight = 15\nclips = 4\n[dsv]\nquery_group = 12\nkeep = 0.9\n[device]\nkind = \"cuda\"";
         insta::assert_snapshot!(error(text), @r#"
@@ -1295,7 +1311,7 @@ mod tests {
           - data.clips is 4 and data.validation 8; at least one clip must be left to train on
           - dsv.keep is 0.9; allowed: more than 0, up to dsv.max_keep, or absent
           - dsv.query_group is 12 and dsv.kv_block 8; token cubes nest, so one must be a multiple of the other
-          - model.head_dim is 33, which no kernel serves on cuda; available: 64, 128 (any on cpu)
+          - model.head_dim is 33, which no kernel serves on cuda; available: 64, 96, 128 (any on cpu)
           - dsv.query_group x dsv.kv_block is 12 x 8, which no kernel serves on cuda; available: 64 x 64, 128 x 128 (any on cpu)
           next: correct the keys above, then dsv-train plan CONFIG.toml
         "#);

@@ -357,7 +357,7 @@ fn gated_weights() {
 #[test]
 fn queries_and_keys() {
     let _gpu = lock();
-    for (heads, head_dim) in [(3, 64), (2, 128)] {
+    for (heads, head_dim) in [(3, 64), (3, 96), (2, 128)] {
         let (batch, seqlen) = (2, 77);
         let (rows, width, half) = (batch * seqlen, heads * head_dim, head_dim / 2);
         let angles: Vec<f32> = noise(9, seqlen * half, 2.0);
@@ -589,6 +589,7 @@ fn attention(head_dim: usize, seqlen_q: usize, seqlen_kv: usize) {
 fn attention_to_itself() {
     let _gpu = lock();
     attention(64, 333, 333);
+    attention(96, 270, 270);
     attention(128, 200, 200);
 }
 
@@ -596,6 +597,7 @@ fn attention_to_itself() {
 fn attention_to_a_text() {
     let _gpu = lock();
     attention(64, 333, 7);
+    attention(96, 150, 60);
     attention(128, 130, 120);
 }
 
@@ -718,7 +720,7 @@ fn selection_lists_and_sparse_attention() {
 #[test]
 fn predictor_loss_and_profile() {
     let _gpu = lock();
-    for (head_dim, seqlen) in [(64, 700), (128, 515)] {
+    for (head_dim, seqlen) in [(64, 700), (96, 600), (128, 515)] {
         let (batch, heads) = (2, 2);
         let width = heads * head_dim;
         let shape = AttnShape {

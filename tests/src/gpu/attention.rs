@@ -38,7 +38,7 @@ pub(super) fn tests() -> Vec<GpuTest> {
         }
     }
     let served = |v: &Variant| match v.case.name.as_str() {
-        "no_multiple" => true,
+        "no_multiple" | "dims_no_multiple" => true,
         "fine_no_multiple" => is_shipped(v.head_dim, v.lists),
         _ => false,
     };

@@ -35,7 +35,7 @@ struct Case {
     values: Values,
 }
 
-fn cases() -> [Case; 8] {
+fn cases() -> [Case; 9] {
     use Values::{Equal, Few, Giant, Normal};
     let case = |name, head_dim, seqlen, kv_block, theta, values| Case {
         name,
@@ -48,6 +48,7 @@ fn cases() -> [Case; 8] {
     [
         case("typical", 128, 3000, 64, 0.9, Normal),
         case("tokens", 64, 2049, 1, 0.9, Normal),
+        case("no_power_of_two", 96, 1203, 8, 0.9, Normal),
         case("short", 128, 5, 1, 0.9, Normal),
         case("half", 64, 1000, 8, 0.5, Normal),
         case("equal", 128, 1500, 8, 0.9, Equal),

@@ -174,7 +174,7 @@ mod tests {
 
     #[test]
     fn an_accumulator_is_counted_where_the_table_takes_a_backward_that_has_one() {
-        for head_dim in [64, 128] {
+        for head_dim in [64, 96, 128] {
             let dims = dims(head_dim);
             let accumulator = 4 * 16 * 32_768 * head_dim;
             let exact = PlannedGpu::new("h100", true).unwrap();
