@@ -23,10 +23,10 @@ use std::process::ExitCode;
 #[derive(Parser)]
 #[command(name = "dsv-autotune", version)]
 struct Cli {
-    /// Two lengths and 90 % sparsity alone; under two minutes.
+    /// Two lengths, 90 % sparsity, head_dim 64 and 128 alone; under two minutes.
     #[arg(long, conflicts_with = "full")]
     quick: bool,
-    /// Every length and sparsity (the default); under eight minutes.
+    /// Every length and sparsity, two of each for head_dim 96 and 256 (the default); under eight minutes.
     #[arg(long)]
     full: bool,
     /// Only cases and steps that have all these words, for example "d128 s32768 kb128 sp90 bwd".

@@ -186,9 +186,10 @@ impl Step {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
-    /// Two lengths, 90 % sparsity, under two minutes.
+    /// Two lengths, 90 % sparsity, head_dim 64 and 128, under two minutes.
     Quick,
-    /// Every length and sparsity the table distinguishes and a single GPU's memory of patience allows; under eight.
+    /// Every length and sparsity the table distinguishes and a single GPU's memory of patience allows, two of each for
+    /// head_dim 96 and 256; under eight.
     Full,
     /// What the command line of `bench` names.
     Bench,
@@ -289,20 +290,13 @@ impl Plan {
                 }
             }
         };
+        let (kinds, sparsities): (&[ListKind], &[u8]) = match quick {
+            true => (&[ListKind::Random], &[90]),
+            false => (&[ListKind::Random, ListKind::Clustered], &FULL_SPARSITIES),
+        };
         for &(seqlen, heads) in shapes {
             for head_dim in FULL_HEAD_DIMS {
-                match quick {
-                    true => add(head_dim, heads, seqlen, &[ListKind::Random], &[90]),
-                    false => {
-                        add(
-                            head_dim,
-                            heads,
-                            seqlen,
-                            &[ListKind::Random, ListKind::Clustered],
-                            &FULL_SPARSITIES,
-                        );
-                    }
-                }
+                add(head_dim, heads, seqlen, kinds, sparsities);
             }
             if quick || !FEW_LENGTHS.contains(&seqlen) {
                 continue;

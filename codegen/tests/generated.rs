@@ -33,7 +33,7 @@ fn the_committed_tree_is_exact() {
 
 #[test]
 fn the_committed_tree_is_small() {
-    for (arch, most) in [(Arch::Sm90a, 100), (Arch::Sm80, 30)] {
+    for (arch, most) in [(Arch::Sm90a, 140), (Arch::Sm80, 30)] {
         let of_arch = |spec: &&KernelSpec| spec.arch() == arch;
         let kernels = committed_specs(&generated()).unwrap().iter().filter(of_arch).count();
         assert!(kernels < most, "{kernels} committed kernels of {arch}: render rare ones on demand instead");
@@ -156,7 +156,8 @@ fn errors_of_the_library() {
     insta::assert_snapshot!("error_head_dim", no(Dtype::Bf16, 80, blocks(64, 64), Arch::Sm90a));
     insta::assert_snapshot!("error_block_size", no(Dtype::Bf16, 128, blocks(64, 128), Arch::Sm90a));
     insta::assert_snapshot!("error_gather_size", no(Dtype::Bf16, 128, blocks(256, 8), Arch::Sm90a));
-    insta::assert_snapshot!("error_three_axes", no(Dtype::F16, 256, blocks(256, 16), Arch::Sm90a));
+    insta::assert_snapshot!("error_three_axes", no(Dtype::F16, 80, blocks(256, 16), Arch::Sm90a));
+    insta::assert_snapshot!("error_head_dim_of_sm80", no(Dtype::Bf16, 96, blocks(64, 64), Arch::Sm80));
 
     let dir = tempfile::tempdir().unwrap();
     let hidden = |error: dsv_codegen::CodegenError| {
