@@ -4,6 +4,7 @@ mod attention;
 mod harness;
 mod lists;
 mod optimizer;
+mod predictor;
 mod profile;
 mod select;
 mod select_fine;
@@ -57,6 +58,7 @@ fn tests() -> Vec<GpuTest> {
         lists::tests(),
         select::tests(),
         select_fine::tests(),
+        predictor::tests(),
         profile::tests(),
         optimizer::tests(),
     ];

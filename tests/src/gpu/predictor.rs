@@ -1,0 +1,163 @@
+//! `gram_query` and `gram_key` against the predictor's loss and gradients by definition, in f64. The sums over tokens that
+//! stand before and between the two are made here: the trainer takes them by cublasLt.
+
+use super::tensor::{Flat, Tensor};
+use super::{ARCH, Gpu, GpuTest, Outcome};
+use crate::corpus::LayoutKind;
+use crate::inputs::Placement;
+use dsv_reference::attention::{AttnShape, Layout as Rows, View};
+use dsv_reference::predictor::{PredictorInputs, definition};
+use dsv_reference::rng::SplitMix64;
+use dsv_runtime::Layout;
+use dsv_spec::params::{GramKey, GramQuery, TensorView};
+use dsv_spec::{Dtype, KernelSpec, PointwiseOp, PointwiseSpec, space};
+use half::bf16;
+
+const RANK: usize = 16;
+/// Tokens of a CTA.
+const CTA_ROWS: usize = 512;
+const HEADS: usize = 2;
+const BATCH: usize = 2;
+
+/// One for each head_dim the trainer serves: two CTAs, the second short of whole tiles.
+pub(super) fn tests() -> Vec<GpuTest> {
+    space::TRAINER_HEAD_DIMS
+        .into_iter()
+        .map(|head_dim| {
+            let spec = |op| {
+                let spec = PointwiseSpec::shipped(op, Dtype::Bf16, head_dim, ARCH);
+                KernelSpec::Pointwise(spec.unwrap_or_else(|e| panic!("no {op} of {head_dim}: {e}")))
+            };
+            let specs = [PointwiseOp::GramQuery, PointwiseOp::GramKey].map(spec);
+            GpuTest::new(format!("predictor/d{head_dim}"), specs.to_vec(), move |gpu| {
+                run(gpu, usize::from(head_dim), 611, specs)
+            })
+        })
+        .collect()
+}
+
+/// sum over tokens of a^T b for each (sequence, head): [B, H, m, n] of rows [B, S, H, m] and [B, S, H, n].
+fn token_sums(a: &[f32], m: usize, b: &[f32], n: usize, seqlen: usize) -> Vec<f32> {
+    let mut sums = vec![0.0f64; BATCH * HEADS * m * n];
+    for (row, (a, b)) in a.chunks_exact(m).zip(b.chunks_exact(n)).enumerate() {
+        let slab = row / (seqlen * HEADS) * HEADS + row % HEADS;
+        for (x, sums) in a.iter().zip(sums[slab * m * n..][..m * n].chunks_exact_mut(n)) {
+            sums.iter_mut().zip(b).for_each(|(sum, y)| *sum += f64::from(*x) * f64::from(*y));
+        }
+    }
+    sums.into_iter().map(|sum| sum as f32).collect()
+}
+
+fn run(gpu: &mut Gpu, head_dim: usize, seqlen: usize, specs: [KernelSpec; 2]) -> Outcome {
+    let (query_kernel, key_kernel) = (gpu.kernel(&specs[0])?, gpu.kernel(&specs[1])?);
+    let gpu = &*gpu;
+    let shape = AttnShape::new(BATCH, seqlen, HEADS, head_dim);
+    let mut rng = SplitMix64::new(head_dim as u64);
+    let mut numbers = |columns: usize, scale: f32, mean: f32| -> Vec<f32> {
+        let values = rng.normals(BATCH * seqlen * HEADS * columns, scale);
+        let moved = values.into_iter().enumerate().map(|(i, x)| x + (i % 7) as f32 * mean);
+        moved.map(|x| bf16::from_f32(x).to_f32()).collect()
+    };
+    // Keys with a mean: the centring must matter.
+    let (q, k) = (numbers(head_dim, 1.0, 0.0), numbers(head_dim, 1.0, 0.2));
+    let (q_lr, k_lr) = (numbers(RANK, 0.7, 0.0), numbers(RANK, 0.7, 0.1));
+
+    let place = |columns| Placement::of(LayoutKind::Padded, 0, BATCH, seqlen, HEADS, columns);
+    let rows = |columns| [BATCH, seqlen, HEADS, columns];
+    let given = |name, columns, data: &[f32]| {
+        Tensor::with_rows(gpu, name, Dtype::Bf16, place(columns), rows(columns), data)
+    };
+    let made = |name| Tensor::poisoned(gpu, name, Dtype::Bf16, place(RANK), rows(RANK), 0xFF);
+    let (q_rows, k_rows) = (given("q", head_dim, &q)?, given("k", head_dim, &k)?);
+    let (q_lr_rows, k_lr_rows) = (given("q_lr", RANK, &q_lr)?, given("k_lr", RANK, &k_lr)?);
+    let (d_q_lr, d_k_lr) = (made("d_q_lr")?, made("d_k_lr")?);
+    let (by_ab, by_aa) = (made("by_ab_rows")?, made("by_aa_rows")?);
+    let view = |tensor: &Tensor, columns| {
+        let Layout { batch, seq, head } = Tensor::layout(&place(columns));
+        TensorView { ptr: tensor.address(), stride_batch: batch, stride_seq: seq, stride_head: head }
+    };
+    let sums = |name, a: &[f32], m, b: &[f32], n| Flat::of(gpu, name, &token_sums(a, m, b, n, seqlen));
+    let ones = vec![1.0f32; BATCH * seqlen * HEADS];
+    let gram_kk = sums("gram_kk", &k, head_dim, &k, head_dim)?;
+    let gram_lk = sums("gram_lk", &k_lr, RANK, &k, head_dim)?;
+    let gram_ll = sums("gram_ll", &k_lr, RANK, &k_lr, RANK)?;
+    let sum_k = sums("sum_k", &ones, 1, &k, head_dim)?;
+    let sum_l = sums("sum_l", &ones, 1, &k_lr, RANK)?;
+    let ctas = seqlen.div_ceil(CTA_ROWS);
+    let loss = Flat::poisoned(gpu, "loss", 4 * BATCH * ctas * HEADS, 0xFF)?;
+    let grid = [ctas as u32, HEADS as u32, BATCH as u32];
+    let params = GramQuery {
+        q: view(&q_rows, head_dim),
+        q_lr: view(&q_lr_rows, RANK),
+        d_q_lr: view(&d_q_lr, RANK),
+        by_ab_rows: view(&by_ab, RANK),
+        by_aa_rows: view(&by_aa, RANK),
+        gram_kk: gram_kk.address(),
+        gram_lk: gram_lk.address(),
+        gram_ll: gram_ll.address(),
+        sum_k: sum_k.address(),
+        sum_l: sum_l.address(),
+        loss: loss.address(),
+        batch: BATCH as i32,
+        num_heads: HEADS as i32,
+        seqlen: seqlen as i32,
+        scale: shape.scale as f32,
+        gradient_factor: 1.0 / (BATCH * HEADS * seqlen) as f32,
+        reserved: 0,
+    };
+    // SAFETY: the parameters are the kernel's; every buffer has the size they say and lives past the wait.
+    unsafe { query_kernel.launch(&gpu.stream, grid, specs[0].facts().smem_bytes, &params)? };
+    gpu.wait()?;
+    let weight_k = sums("weight_k", &by_ab.rows(gpu)?, RANK, &q, head_dim)?;
+    let weight_l = sums("weight_l", &by_aa.rows(gpu)?, RANK, &q_lr, RANK)?;
+    let params = GramKey {
+        k: view(&k_rows, head_dim),
+        k_lr: view(&k_lr_rows, RANK),
+        d_k_lr: view(&d_k_lr, RANK),
+        weight_k: weight_k.address(),
+        weight_l: weight_l.address(),
+        sum_k: sum_k.address(),
+        sum_l: sum_l.address(),
+        batch: BATCH as i32,
+        num_heads: HEADS as i32,
+        seqlen: seqlen as i32,
+        reserved: 0,
+    };
+    // SAFETY: as above.
+    unsafe { key_kernel.launch(&gpu.stream, grid, specs[1].facts().smem_bytes, &params)? };
+    gpu.wait()?;
+
+    let low = |data| View::new(data, Rows::bshd(seqlen, HEADS, RANK));
+    let inputs = PredictorInputs {
+        q_lr: low(&q_lr[..]),
+        k_lr: low(&k_lr[..]),
+        q: View::new(&q[..], shape.q_layout()),
+        k: View::new(&k[..], shape.kv_layout()),
+    };
+    let exact = definition(&shape, RANK, &inputs)?;
+    let mut worst = [0.0f64; 3];
+    let found = loss.read::<f32>(gpu)?.iter().map(|&x| f64::from(x)).sum::<f64>();
+    worst[0] = (found / (BATCH * HEADS * seqlen) as f64 / exact.loss - 1.0).abs();
+    // Gradients are rounded to bf16 once, and so are the weighted rows on the way to that of the keys: 2^-9 each. Gram
+    // matrices are kept to 2^-17, of a norm that is a sum of terms of either sign.
+    for (i, (tensor, wanted)) in [(&d_q_lr, &exact.d_q_lr), (&d_k_lr, &exact.d_k_lr)].into_iter().enumerate()
+    {
+        let largest = wanted.iter().fold(0.0f64, |most, x| most.max(x.abs()));
+        for (at, (&found, &wanted)) in tensor.rows(gpu)?.iter().zip(wanted).enumerate() {
+            let off = (f64::from(found) - wanted).abs();
+            let bound = wanted.abs() / 128.0 + largest / 256.0;
+            if off.is_nan() || off > bound {
+                let name = ["d_q_lr", "d_k_lr"][i];
+                return Err(format!("{name} {at} is {found:e}, wanted {wanted:e} within {bound:e}").into());
+            }
+            worst[i + 1] = worst[i + 1].max(off / largest);
+        }
+    }
+    if worst[0].is_nan() || worst[0] > 1e-3 {
+        return Err(format!("the loss is off by {:e} of itself, allowed: 1e-3", worst[0]).into());
+    }
+    for tensor in [&q_rows, &k_rows, &q_lr_rows, &k_lr_rows] {
+        tensor.rows(gpu)?;
+    }
+    Ok(format!("  loss within {:.1e}, gradients {:.1e}, {:.1e}", worst[0], worst[1], worst[2]))
+}
