@@ -79,6 +79,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "17805c30b29e3ad056b4774fd947b363b33b3cece148b7b94c908a54f23b49ed",
     },
     Kernel {
+        name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "fe5126c1cfea8cd7250d4a241904120421a19927d4fd75dc0f0b2ca381efe3ca",
+    },
+    Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
@@ -184,39 +191,11 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "55cd1103cc093e4d869d7fbe599bf51674a9470d570cb02a416d34b0cffc604f",
     },
     Kernel {
-        name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
-        ),
-        source_hash: "dc8f9f2d38aee0f72645d41117c1689373304d19283ee597b64127d99b9a07f9",
-    },
-    Kernel {
-        name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n128_g1c2s3x1_grid_nondet_sm90a.cu"
-        ),
-        source_hash: "52dbdb8e626f6867ca41cf5fb0a6213012ed6dfe7d87502a1f7a0708e7f5d974",
-    },
-    Kernel {
-        name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "4843fc22f4058d0de6aa6fee92023eb8302f2e74aac8a530d8eaa1a8ac2feddf",
-    },
-    Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
         source_hash: "5a2dcb2dc39e998052ba268d130dfc6499d46d687be1e7cb91cc02535ce2b0cd",
-    },
-    Kernel {
-        name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
-        ),
-        source_hash: "9fd502af569e56f743e2a3062c0f31d92df48e0ff402cac7ef645431bb096c08",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
@@ -233,25 +212,18 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "0d1a72bf4a4dba6c2683d3b2ef8b85fd5cfb38ed25f37e7106be7a91bd261978",
     },
     Kernel {
-        name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "8f347751fda1355df5c4bd7e5d507d7503c09eae1bea198660ba074308e4f309",
-    },
-    Kernel {
-        name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
-        ),
-        source_hash: "956f00e22d1f674a37fab00ea473ad194ba67784855605970e47c30be0b0711a",
-    },
-    Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
         source_hash: "dd0a3cad27bfb53dbc6735b06455947d8c481602e604f492c617f95ff0153359",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "59fdd3db00c6ac8e89f5ad382b8fed888ec8957921714d3a79bf26d49e6bd4b8",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
@@ -275,13 +247,6 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "b77c5e7444565f8c3fb04c0a619af4094663da06c203a8197d97f8246f813ffb",
     },
     Kernel {
-        name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "d817edc5c76a087d3b936282fdaccdb66ad3a8290bf0992bc8cb08d58819774c",
-    },
-    Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
@@ -296,6 +261,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "d44a017337d955628f3897cee1501a7c2999afa782ff4b9b5dad467988907c00",
     },
     Kernel {
+        name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "d0ad1df27ac7ffe3d8dcdaf62155bf928b09d8d83b2a6e40244e0b5b9395276d",
+    },
+    Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
@@ -308,6 +280,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
         source_hash: "03cf75ee73820a9193510fae463792cff1c589ba8089addf483dd5f18f6b501e",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "319c17aa5febc74cafe372e2cd5b6bbfdd1d36d4c4570cf812ad896c1d06b524",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
@@ -611,11 +590,25 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "2727ffec0bf8e37992040adc0c43f68a73d2c492769d6848914e0575eb595060",
     },
     Kernel {
+        name: "attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "6e8f8b42d0d0462621e843313584371c190ca273be5d870c6eb689a2ad25b64b",
+    },
+    Kernel {
         name: "attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
         source_hash: "761c8bcdd8e6422b5b87f6b75426df0791692ce197651856e6e94a58e8e7536b",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s3x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s3x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "5c95e2ff8cf0f2b3ebca903431ce804eacc5e1e6bd4f563281bf0cdeb007fb76",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
@@ -632,18 +625,18 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "d303b07e6bcd3ae4014ac8b0cbecf5728c89aa0b3a7f1a5cd3e19384020675b7",
     },
     Kernel {
+        name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "26bb1bb53cd462d819ae4d4455f05ff65d805c6a854d7c3063bde2d8b93243f0",
+    },
+    Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
         source_hash: "dac25deca893b357b32d82d114cf08fe713d5e8971da303198e009728f2d0b58",
-    },
-    Kernel {
-        name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "4daed10d333c93fee009147975ea2813918e7aab432ae2ec040da11a7a4916b5",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a",
@@ -653,18 +646,18 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "948a7f185d0491d6e1fa52b357a5ca6e361f587a7793e834bc6867eeb60269d7",
     },
     Kernel {
-        name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "2054eee95460bab3dcb4a2870afe4e1b1c551e673c11ba8ab7dcd01fcfcb401a",
-    },
-    Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
         source_hash: "2009a882e596cba78278baa48c8afa100c92c883c81855cd10822313315bb1b9",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "77cd7dea9f89859ea67aa8b2adaf3d1b9e9d88b3fa5f28bc9e39d15caa6c6181",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
@@ -688,6 +681,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "d4e5e3afe3afa275cb74652ed482f5725b26a205cdda980ecf865885a630f96b",
     },
     Kernel {
+        name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "4a0b1c44e2f1139890796631fe7ff9f66c16a6bcbdf3e067a235b0dd792c0cab",
+    },
+    Kernel {
         name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a.cu"
@@ -700,6 +700,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
         source_hash: "e8a3aa816d2f1ab1519a7cbdf06febfe60cdad55d55dae065dddca849b55196b",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "03f035ffead824773bc0101a488c4962468d050bc9b4346848437f55b754ca65",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
