@@ -34,14 +34,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d2b696444fab63c36892456c63e9feca0df167eb207ae1c4c72f2369809afbab",
+        source_hash: "a831d84ef377b4b40d645926c3683f7956b25b950ce2b9db981894cf929df405",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "d47b5a0f08f381259d191def1e79c672c6c94d395f8bea8ca5b606d819d1bc97",
+        source_hash: "a376ba3869858f31cf3159953660e4d944bb0926b56badb4daa6c412396193c2",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
@@ -55,21 +55,21 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d1d3d126d4dbf15ece29d019a28e484900168589c05c6fbd05289e4645881d1c",
+        source_hash: "dca2b494535fbca0c74363e6c2f7e543d25ba5d85a8592b4379ddc51270da446",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9b82bc3134d357fa6938f66a66c892bb35fd2925de0763690f8b24c00f3e6392",
+        source_hash: "c502989bf079728e127e648763d0084f0b7b69f571e9c8ee99e8293038fe67dd",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "9ceb8b3238306ed2d1b29c71077203fddb1424e5b01ed24b7a8bdac149af09e3",
+        source_hash: "8240c14b5d177e04031c4bf5390a7cc420a2c32ee3c51e9138ad0e04be7e0a86",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
@@ -83,7 +83,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "fe5126c1cfea8cd7250d4a241904120421a19927d4fd75dc0f0b2ca381efe3ca",
+        source_hash: "02c3b90aff3004942da9edead19eed228e7955a7b0196a558b3d75d831205a01",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
@@ -118,14 +118,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4a9286af311a23c846d266e6ac6327abfee8dfa6bc4884e291c427dfe70c2f1a",
+        source_hash: "7c8162fb5ca6b1a87651f30f35378d7fe8bdd662b167a0ce992d332863327515",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "33b43b21e14dc37c289cbd0365534db69074f957e71d5cf4eaec318fcc4a3eaf",
+        source_hash: "df866f6ce1effa431ed7d5bc4b590026ab70983b553f329afe1e75af6f4b027d",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
@@ -139,56 +139,56 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1452c031ecc1032b4e0c3971e214578d593c01735ae8813965c393a7c3703628",
+        source_hash: "2197f4c7cc8368309a97be5d928ad0604e39483aae0af56beb86051c702533be",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "f476663bdf650c27e8f36c65ab8b2de14895458e0078f6607173c6ddde0f66ab",
+        source_hash: "44af4a58b869da250c3f8a45edcdd407df4604e96ffa44b855b7d462794b2b1a",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "325a0cd1a70412132fde4007ada98c0a0bb6d3493e17bcd0fa6237fbf5df59b3",
+        source_hash: "1f4a751c5b89a6f351c99e6328f6cfde3ef5aeda9c46dd76e08fdb8794282682",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "db842696a68877e0f6c82fffcc9471ff9df790325aa4cca8501c1e26f13ce46a",
+        source_hash: "ca0137c27f8eacaf7aa557d8e28b969270f8338e7462abcc9fbaa998598df1f1",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "085a23c6fb6d3523c2cdade5adfba341c3c6c09ac83421507de8f3288164f6d7",
+        source_hash: "d5d958dd58914f80688a4cbeeff131ec4f23d6b7b0851d0fe60047644e98eaa0",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "af80785e3ba68c4c1c7f336e21b46be6b8ff4657544ae8315458e699176a36db",
+        source_hash: "c20e2a678eae7bc2fd3599f9d4e9f31c1ef68563a3d4d89855da1c66e941e876",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8f182fcbac50d66406652ccf49f92fe900348cd20dd3d385a12f3d82ec9cd411",
+        source_hash: "062715177663b06a0e9ae4289fc1c33b0688c7bfb288639e6b291d3d7dbb39d5",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "55cd1103cc093e4d869d7fbe599bf51674a9470d570cb02a416d34b0cffc604f",
+        source_hash: "81505ad72c37b67677747c40c47c8320b13f26cbd435980fe5f7f96961a1b973",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -202,14 +202,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "14ddaf157f74d70206c858890813b5da346913a88e023882818b9349b84f5858",
+        source_hash: "bd6c9c6c1833fef98bf4adac0aaf067ef36fb1db8aed711bb30f9e2b2f7e52c7",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "0d1a72bf4a4dba6c2683d3b2ef8b85fd5cfb38ed25f37e7106be7a91bd261978",
+        source_hash: "b3f7e5aa01f60e5839fb896108114801e3c4345ba3ccc78909f4dcfad53cadd6",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -223,14 +223,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "59fdd3db00c6ac8e89f5ad382b8fed888ec8957921714d3a79bf26d49e6bd4b8",
+        source_hash: "7c3a597c20d2d0f2a9d113617379d36a33d0cdfebccd464afb4917d088a5faa2",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5514b3172756c9054c33100bf3bea23e53dc9529920e235ef409e4510bcc0e32",
+        source_hash: "5e9a8f1e7d35a797a9292e0d974b6dc181884a1fd8aa3e55867cc074ae58c69c",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -244,63 +244,63 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b77c5e7444565f8c3fb04c0a619af4094663da06c203a8197d97f8246f813ffb",
+        source_hash: "8b679ff5c866d341540dca92acfd615a512de13606b16f8e36ced6fa9496c05e",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1f1ba19c4ced5674550c551a1cb345ee64efbf92e485cb37d0f35f05b903ed5e",
+        source_hash: "faa0d0f18ddabbb15a61e918b19119a944568c8b3033aa6730f00fe47c0fbeb0",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "d44a017337d955628f3897cee1501a7c2999afa782ff4b9b5dad467988907c00",
+        source_hash: "1cf4f74aca6125bf02b49c00b58cdbe9cd3d8805f2c966155733b122db57eca5",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d0ad1df27ac7ffe3d8dcdaf62155bf928b09d8d83b2a6e40244e0b5b9395276d",
+        source_hash: "af75321b993fb83c607dcd86f8acf12c67ba5238d24b9e0debc0010073d2eb22",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f966ff9b33e2bceecda0c2058d1df1e0d0791a0024e56a667f71834bd692a8f7",
+        source_hash: "ebbc8a895ff280183c225d5b05e2859e2d80cad6c29163c34cc99c99b7fd6066",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "03cf75ee73820a9193510fae463792cff1c589ba8089addf483dd5f18f6b501e",
+        source_hash: "d021e374086db57fa99a2a2d572e3f8653557fb7d8b066b514135ebdeffffdd4",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "319c17aa5febc74cafe372e2cd5b6bbfdd1d36d4c4570cf812ad896c1d06b524",
+        source_hash: "513f443ea6dd514e8331849cc232e67a1e90281cfcbb15827a66e496784dbfe4",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "59e22d27cda4d2d6b9881658a2716fc022ba456db06f01004d185ae1c09596a9",
+        source_hash: "e2dceaef4c1f5e5ac9132d124993618e055e224981fb2e8fd989cc84f507f1d4",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "6c1c1b4b15cabbe160e840eb43957e7cf4774839787084dd6e57a7ec01f31aa1",
+        source_hash: "dc96980bb4975b1ee10eee64dda09bca2de47530bdbc0d8b66ef6725f63d3cf2",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",

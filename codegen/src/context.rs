@@ -46,6 +46,7 @@ pub(crate) fn variables(spec: &KernelSpec) -> Variables {
             v.insert("stages", stages.to_string());
             v.insert("cluster", cluster.to_string());
             v.insert("queue", (schedule == Schedule::Queue).to_string());
+            v.insert("ring", (schedule == Schedule::Ring).to_string());
             v.insert("deterministic", (s.deterministic() == Deterministic::Yes).to_string());
             // A text for any sparsity is not told one: a template that asks is a mistake.
             if let Sparsity::Percent(percent) = s.sparsity() {

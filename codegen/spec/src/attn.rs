@@ -76,6 +76,9 @@ tokens! {
         Grid = "grid",
         /// One CTA a multiprocessor slot, tiles taken from a longest-first queue.
         Queue = "queue",
+        /// As `grid`, but a CTA begins its walk where others of its head are, and goes round the end: what they read at
+        /// the same time is the same. In the backward that adds up dQ, whose order of sums is open anyway.
+        Ring = "ring",
     }
 }
 
@@ -247,11 +250,14 @@ impl AttnSpec {
         if cluster != 1 {
             return Err(SpecError::new("cluster", cluster, format!("1 with the {} templates", self.arch)));
         }
-        if schedule != Schedule::Grid {
+        let adds_dq = self.op == AttnOp::Bwd && self.deterministic == Deterministic::No;
+        let rings = adds_dq && self.arch == Arch::Sm90a && !self.lists.is_gather();
+        if !(schedule == Schedule::Grid || (schedule == Schedule::Ring && rings)) {
+            let which = if rings { "grid or ring" } else { "grid" };
             return Err(SpecError::new(
                 "schedule",
                 schedule,
-                format!("grid with the {} templates", self.arch),
+                format!("{which} in {} with the {} templates", self.op, self.arch),
             ));
         }
         if groups != 1 {

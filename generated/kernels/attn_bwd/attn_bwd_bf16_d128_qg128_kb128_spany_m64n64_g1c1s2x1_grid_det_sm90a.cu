@@ -30,6 +30,7 @@ constexpr int kBlockN = 64;
 constexpr int kConsumers = 1;  // warpgroups of 64 KV rows; two with kBlockN 64 split head_dim
 constexpr int kStages = 2;
 constexpr bool kDeterministic = true;  // leaves dQ to attn_bwd_dq
+constexpr bool kRing = false;  // a CTA begins where others of its head are, and goes round the end
 constexpr int kThreads = 256;
 constexpr int kCtasPerSm = 2;
 constexpr int kConsumerRegisters = 224;  // 0: left as compiled
@@ -101,7 +102,7 @@ struct Params {
     dsv::TensorMap map_dk;         // [B, Skv, Hkv, D], box 64 rows
     dsv::TensorMap map_dv;         // [B, Skv, Hkv, D], box 64 rows
     dsv::TensorMap map_rows;       // [2, B * H * Sq_padded]: lse_log2 and delta, box 64 of one
-    float* dq_accum;               // [B, H, Sq_padded / 64, D / 8, 128, 4], see reduce_dq
+    float* dq_accum;               // [B, H, Sq_padded / 64, D / 8, 128, 4], see reduce_dq; before it the ring's places
     const dsv::int32* k2q_offset;  // [B, H, N + 1]
     const dsv::int32* k2q_index;   // [B, H, G * max_selected]
     dsv::int32* error_flag;        // [1]
@@ -124,6 +125,10 @@ struct SharedStorage {
     dsv::uint64 full_do[kStages], empty_do[kStages];
     dsv::uint64 full_ds[kDsBuffers], empty_ds[kDsBuffers];  // dS of all consumers, when kDqLater
     int query_tile[kStages];  // of a stage, in 64 queries over batch and heads; -1 ends the walk
+    // When kRing, of the head at hand: the edge begun with, and where the CTAs' place is written down. The producer has no
+    // registers for them.
+    int first_edge;
+    volatile dsv::uint32* place;
 };
 static_assert(sizeof(SharedStorage) <= kSmemBytes, "the host asks for less shared memory");
 
@@ -139,6 +144,14 @@ struct Producer {
     SharedStorage& smem;
     dsv::uint32 fed = 0;  // tiles
 
+    // One thread. Where the CTAs of a head are, roughly: the last query tile that one of them wrote down; of the launch
+    // before, or anything, before the first has. Of any value some tile.
+    __device__ __forceinline__ int place(int head) const {
+        const int slab = dsv::cta_index().z * p.sizes.num_heads + head;
+        smem.place = reinterpret_cast<volatile dsv::uint32*>(p.dq_accum) - 1 - slab;
+        return *smem.place % static_cast<dsv::uint32>(p.sizes.seqlen_q_padded / kBlockM);
+    }
+
     __device__ __forceinline__ dsv::uint32 stage() const { return fed % kStages; }
     // Of the barrier of a stage that is to be free.
     __device__ __forceinline__ dsv::uint32 phase() const { return fed / kStages % 2 ^ 1; }
@@ -148,6 +161,7 @@ struct Producer {
         // 32 bits: 2^31 rows of Q would be 256 GiB.
         const int batch = dsv::cta_index().z;
         const int row = (batch * p.sizes.num_heads + head) * p.sizes.seqlen_q_padded + tile * kBlockM;
+        if (kRing && fed % 4 == 0) *smem.place = tile;
         const dsv::uint32 s = stage();
         dsv::mbarrier_wait(&smem.empty_q[s], phase());
         smem.query_tile[s] = row / 64;
@@ -175,6 +189,22 @@ struct Producer {
     }
 };
 
+// The first of a list's groups that is not below `group`, or 0 where none is: 32 at a time. One warp.
+__device__ __forceinline__ int first_not_below(const dsv::int32* groups, int count, int group) {
+    const int lane = threadIdx.x % 32;
+    int low = 0, high = count;
+#pragma unroll 1
+    while (low < high) {
+        const int apart = (high - low + 31) / 32;
+        const int at = low + lane * apart;
+        const unsigned found = __ballot_sync(0xFFFFFFFF, at >= high || groups[at] >= group);
+        const int before = found == 0 ? 32 : __ffs(found) - 1;  // lanes whose group is below
+        high = min(high, low + before * apart);
+        if (before > 0) low += (before - 1) * apart + 1;
+    }
+    return low < count ? low : 0;
+}
+
 __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
     const int3 cta = dsv::cta_index();
     const int kv_tile = cta.x, kv_head = cta.y;
@@ -190,10 +220,14 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
 #pragma unroll 1
     for (int head = kv_head * heads_per_kv; head < (kv_head + 1) * heads_per_kv; ++head) {
         if constexpr (kDense) {
+            const int tiles = p.sizes.seqlen_q_padded / kBlockM;
+            int tile = 0;
+            if (kRing && leader) tile = producer.place(head);
 #pragma unroll 1
-            for (int tile = 0; tile < p.sizes.seqlen_q_padded / kBlockM; ++tile) {
+            for (int i = 0; i < tiles; ++i) {
                 if (leader) producer.feed(tile, head);
                 ++producer.fed;
+                if (++tile == tiles) tile = 0;
             }
         } else {
             const auto slab = [&] { return dsv::int64{dsv::cta_index().z * p.sizes.num_heads + head}; };
@@ -205,12 +239,24 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
                 if (leader) atomicOr(p.error_flag, dsv::kCountOutOfRange);
                 edges = 0;
             }
+            if constexpr (kRing) {
+                int group = leader ? producer.place(head) / kTilesPerGroup : 0;
+                group = __shfl_sync(0xFFFFFFFF, group, 0);
+                const int first = first_not_below(p.k2q_index + slab() * width + begin, edges, group);
+                if (leader) smem.first_edge = first;
+                __syncwarp();
+            }
             int fetched = 0;  // lane i holds the i-th of the next 32 groups
 #pragma unroll 1
             for (int step = 0; step < edges * kTilesPerGroup; ++step) {
                 const int e = step / kTilesPerGroup;
                 if (step % (32 * kTilesPerGroup) == 0 && e + lane < edges) {
-                    fetched = p.k2q_index[slab() * (dsv::int64{p.sizes.num_groups} * p.sizes.max_selected) + begin + e + lane];
+                    int edge = e + lane;
+                    if constexpr (kRing) {
+                        edge += smem.first_edge;
+                        if (edge >= edges) edge -= edges;
+                    }
+                    fetched = p.k2q_index[slab() * (dsv::int64{p.sizes.num_groups} * p.sizes.max_selected) + begin + edge];
                     if (static_cast<unsigned>(fetched) >= static_cast<unsigned>(p.sizes.num_groups)) {
                         atomicOr(p.error_flag, dsv::kIndexOutOfRange);
                         fetched = p.sizes.num_groups - 1;
