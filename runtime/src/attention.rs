@@ -184,7 +184,12 @@ impl Workspace {
             _ => 0,
         };
         let accumulator = 2 * statistics + places;
-        Workspace { delta: statistics, accumulator, accumulator_bytes, bytes: accumulator + accumulator_bytes }
+        Workspace {
+            delta: statistics,
+            accumulator,
+            accumulator_bytes,
+            bytes: accumulator + accumulator_bytes,
+        }
     }
 }
 
