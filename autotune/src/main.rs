@@ -78,7 +78,7 @@ enum Command {
         from: Option<PathBuf>,
     },
     /// Checks and times kernels on problems given here; writes no table.
-    Bench(Bench),
+    Bench(Box<Bench>),
     /// Says which kernels serve a problem, from which line of the table, and why; needs no GPU.
     Explain(Explain),
     /// The measuring process of the other commands.

@@ -17,7 +17,7 @@ use dsv_compile::{CompileJob, Compiler, SpillList};
 use dsv_reference::lists::{KvInverse, KvListsBuf};
 use dsv_runtime::{
     AttnPlan, BackwardKernels, FineArgs, FinePlan, FineProblem, Keep, Kernel, KeyLists, Layout, ListShape,
-    Origin, QueryLists, SelectArgs, SelectPlan, SelectProblem, Stream,
+    MemoryNeeded, Origin, QueryLists, SelectArgs, SelectPlan, SelectProblem, Stream,
 };
 use dsv_spec::{
     Arch, AttnOp, AttnSpec, Budget, Deterministic, KernelSpec, Lists, Outcome, Problem, SCHEMA, SelectOp,
@@ -644,8 +644,9 @@ impl<'a> Session<'a> {
     fn small_group(&mut self, head_dim: u16, lists: Lists, specs: &[KernelSpec]) -> Result<(), Stop> {
         let small = SmallCase::new(head_dim, lists).expect("the small case is one the reference takes");
         let gpu = &self.gpu;
-        let tensors = Tensors::upload(gpu, &small.problem, &small.q, &small.k, &small.v, &small.d_out)
-            .map_err(TuneError::from)?;
+        let SmallCase { q, k, v, d_out, problem, .. } = &small;
+        let workspace = MemoryNeeded::of(&Problem { op: AttnOp::Bwd, ..*problem }).workspace;
+        let tensors = Tensors::upload(gpu, problem, q, k, v, d_out, workspace).map_err(TuneError::from)?;
         let device_lists = match &small.lists {
             None => None,
             Some(buf) => {
@@ -730,14 +731,16 @@ impl<'a> Session<'a> {
                     drop(held.take());
                     let free = self.gpu.device().memory().map_err(TuneError::from)?.0;
                     // Lists of later cases are wider: leave room.
-                    let needed = Tensors::bytes(&case) + (1 << 30);
+                    let alike = contests.iter().map(|c| c.case).filter(|c| shape(c) == shape(&case));
+                    let workspace = Tensors::workspace_bytes(alike);
+                    let needed = Tensors::bytes(&case, workspace) + (1 << 30);
                     if needed > free {
                         let message = format!("it needs {needed} bytes of device memory, {free} are free");
                         self.refuse(&others, Outcome::Infeasible { message })?;
                     } else {
                         let inputs = HostInputs::random(&case);
-                        let tensors =
-                            Tensors::upload_case(&self.gpu, &case, &inputs).map_err(TuneError::from)?;
+                        let tensors = Tensors::upload_case(&self.gpu, &case, &inputs, workspace)
+                            .map_err(TuneError::from)?;
                         held = Some((case, inputs, tensors));
                     }
                 }
