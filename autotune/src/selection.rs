@@ -215,6 +215,10 @@ impl SelectSamples {
         let slack = 1e-6 + scores.len() as f64 * 2f64.powi(-31);
         let of = |share: f64| needed_for(&scores, share, f64::from(SCALE)).min(self.dims.max_selected);
         let share = f64::from(share);
+        // The whole mass is every unit, however light.
+        if share >= 1.0 {
+            return (of(1.0), of(1.0));
+        }
         (of((share - slack).max(f64::MIN_POSITIVE)), of((share + slack).min(1.0 - f64::EPSILON)))
     }
 }
@@ -332,6 +336,12 @@ mod tests {
             let (scores, ids, counts) = right(&case, &samples, share);
             assert!(samples.judge_scores(&scores).unwrap() < 1.0);
             samples.judge_lists(&scores, &ids, &counts, share).unwrap();
+            if budget == top_p {
+                assert_eq!(
+                    samples.fewest(&scores[0], 1.0),
+                    (samples.dims.max_selected, case.max_selected as usize)
+                );
+            }
             let mut wrong = scores.clone();
             wrong[3][5] += 0.2;
             assert!(samples.judge_scores(&wrong).unwrap_err().contains("score of unit 5"));
