@@ -1,7 +1,6 @@
 //! Is a kernel right? On a small problem every element is compared with the oracle; on a timed one, rows and keys
 //! drawn at random are, each recomputed in f64 from the same inputs. Needs no GPU: it judges what is handed to it.
 
-use crate::listgen::head_counts;
 use crate::plan::{Case, DTYPE};
 use dsv_reference::attention::{AttnError, AttnGrads, AttnInputs, AttnOutput, AttnShape, View, lowp, oracle};
 use dsv_reference::compare::{Comparison, all_passed, compare};
@@ -207,7 +206,8 @@ fn row_start(case: &Case, batch: usize, token: usize, head: usize) -> usize {
     ((batch * s + token) * h + head) * d
 }
 
-fn gather(
+/// Rows of one head, one after another.
+pub(crate) fn gather(
     case: &Case,
     data: &[bf16],
     batch: usize,
@@ -473,58 +473,6 @@ impl KeySamples {
     }
 }
 
-/// Judges selected lists of a few groups: right count, ascending, and no block left out whose score (the largest
-/// product of the group's centre query with a key of the block) is above that of one taken. Inputs [B, S, H, 16].
-pub(crate) fn judge_selection(
-    case: &Case,
-    q_lr: &[bf16],
-    k_lr: &[bf16],
-    rank: usize,
-    index: &[i32],
-    count: &[i32],
-) -> Result<(), String> {
-    let low_rank = Case { head_dim: rank as u16, ..*case };
-    let (query_group, kv_block) = pieces(case);
-    let (seqlen, heads, width) = (case.seqlen as usize, case.num_heads as usize, case.max_selected as usize);
-    let (groups, blocks) = (seqlen.div_ceil(query_group), seqlen.div_ceil(kv_block));
-    let counts = head_counts(case);
-    let mut rng = SplitMix64::new(13);
-    for n in 0..16 {
-        let (b, h) = (rng.below(case.batch as usize), rng.below(heads));
-        let group = if n == 0 { groups - 1 } else { rng.below(groups) };
-        let list = (b * heads + h) * groups + group;
-        let at = format!("(batch {b}, head {h}, group {group})");
-        if count[list] as usize != counts[h] {
-            return Err(format!("{at}: count {} instead of {}", count[list], counts[h]));
-        }
-        let ids = &index[list * width..][..counts[h]];
-        let ascending = ids.windows(2).all(|w| w[0] < w[1]);
-        if !ascending || ids.iter().any(|&id| id < 0 || id as usize >= blocks) {
-            return Err(format!("{at}: ids are not ascending within 0..{blocks}: {ids:?}"));
-        }
-        let rows = group * query_group..((group + 1) * query_group).min(seqlen);
-        let centre = rows.start + rows.len() / 2;
-        let query = &q_lr[row_start(&low_rank, b, centre, h)..][..rank];
-        let score = |block: usize| {
-            (block * kv_block..((block + 1) * kv_block).min(seqlen))
-                .map(|key| {
-                    let key = &k_lr[row_start(&low_rank, b, key, h)..][..rank];
-                    query.iter().zip(key).map(|(x, y)| x.to_f64() * y.to_f64()).sum::<f64>()
-                })
-                .fold(f64::NEG_INFINITY, f64::max)
-        };
-        let taken: std::collections::HashSet<usize> = ids.iter().map(|&id| id as usize).collect();
-        let lowest = taken.iter().map(|&n| score(n)).fold(f64::INFINITY, f64::min);
-        let highest = (0..blocks).filter(|n| !taken.contains(n)).map(score).fold(f64::NEG_INFINITY, f64::max);
-        // Exact products of bf16, summed in f32: 16 roundings of a sum this large.
-        let slack = 16.0 * f64::from(f32::EPSILON) * highest.abs().max(1.0);
-        if highest > lowest + slack {
-            return Err(format!("{at}: a block of score {highest} was left out, one of {lowest} taken"));
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -589,33 +537,5 @@ mod tests {
         sampled(Case { batch: 2, ..Case::dense(64, 2, 256) });
         sampled(Case { batch: 2, ..Case::sparse(64, 2, 512, (64, 64), 0.25, ListKind::Random) });
         sampled(Case::sparse(64, 2, 500, (128, 128), 0.5, ListKind::Clustered));
-    }
-
-    #[test]
-    fn selection_is_judged_by_its_scores() {
-        let case = Case::sparse(128, 2, 512, (64, 64), 0.5, ListKind::Random);
-        let len = 512 * 2 * 16;
-        let (q_lr, k_lr) = (normals(len, 1), normals(len, 2));
-        let dims = crate::listgen::list_dims(&case);
-        use dsv_reference::attention::Layout;
-        use dsv_reference::select::{scores_f64, top_k};
-        let layout = Layout::bshd(512, 2, 16);
-        let (q, k) = (View::new(&q_lr[..], layout), View::new(&k_lr[..], layout));
-        let scores = scores_f64(&dims, 16, &q, &k, dsv_spec::GroupRule::Centre, None).unwrap();
-        let lists = top_k(&dims, &scores, &[4, 4]).unwrap();
-        judge_selection(&case, &q_lr, &k_lr, 16, &lists.index, &lists.count).unwrap();
-        let mut wrong = lists.clone();
-        for ids in wrong.index.chunks_mut(4) {
-            ids.copy_from_slice(&[0, 1, 2, 3]);
-        }
-        assert!(
-            judge_selection(&case, &q_lr, &k_lr, 16, &wrong.index, &wrong.count)
-                .unwrap_err()
-                .contains("left out")
-        );
-        let short = vec![3; lists.count.len()];
-        assert!(
-            judge_selection(&case, &q_lr, &k_lr, 16, &lists.index, &short).unwrap_err().contains("count 3")
-        );
     }
 }

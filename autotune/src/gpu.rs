@@ -232,10 +232,16 @@ impl DeviceLists {
 
 impl Tensors {
     /// Bytes of the tensors of a case, lists included.
-    pub(crate) fn bytes(case: &Case) -> u64 {
+    pub(crate) fn bytes(case: &Case, workspace_bytes: u64) -> u64 {
         let problem = case.problem(AttnOp::Bwd);
         let elements = case.batch as u64 * case.seqlen as u64 * case.num_heads as u64 * case.head_dim as u64;
-        8 * 2 * elements + MemoryNeeded::of(&problem).total()
+        let MemoryNeeded { query_lists, key_lists, lse, .. } = MemoryNeeded::of(&problem);
+        8 * 2 * elements + query_lists + key_lists + lse + workspace_bytes
+    }
+
+    /// The workspace that serves every one of these cases, bytes: what a backward needs depends on its lists.
+    pub(crate) fn workspace_bytes(cases: impl Iterator<Item = Case>) -> u64 {
+        cases.map(|case| MemoryNeeded::of(&case.problem(AttnOp::Bwd)).workspace).max().unwrap_or(0)
     }
 
     /// Uploads inputs; results are uninitialised. `q_like` and `kv_like` are as long as those of the problem.
@@ -246,6 +252,7 @@ impl Tensors {
         k: &[bf16],
         v: &[bf16],
         d_out: &[bf16],
+        workspace_bytes: u64,
     ) -> Result<Tensors, Error> {
         let (device, stream) = (gpu.device(), &gpu.stream);
         let needed = MemoryNeeded::of(&Problem { op: AttnOp::Bwd, ..*problem });
@@ -259,12 +266,18 @@ impl Tensors {
             dq: device.alloc(size_of_val(q))?,
             dk: device.alloc(size_of_val(k))?,
             dv: device.alloc(size_of_val(v))?,
-            workspace: device.alloc(needed.workspace as usize)?,
+            workspace: device.alloc(workspace_bytes as usize)?,
         })
     }
 
-    pub(crate) fn upload_case(gpu: &Gpu, case: &Case, inputs: &HostInputs) -> Result<Tensors, Error> {
-        Tensors::upload(gpu, &case.problem(AttnOp::Bwd), &inputs.q, &inputs.k, &inputs.v, &inputs.d_out)
+    pub(crate) fn upload_case(
+        gpu: &Gpu,
+        case: &Case,
+        inputs: &HostInputs,
+        workspace_bytes: u64,
+    ) -> Result<Tensors, Error> {
+        let HostInputs { q, k, v, d_out } = inputs;
+        Tensors::upload(gpu, &case.problem(AttnOp::Bwd), q, k, v, d_out, workspace_bytes)
     }
 
     /// Makes every result NaN, so that what a kernel does not write is noticed.
@@ -352,6 +365,17 @@ pub(crate) fn layouts(problem: &Problem) -> AttnLayouts {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::listgen::ListKind;
+
+    #[test]
+    fn one_workspace_serves_all_lists_of_a_shape() {
+        let fine = Case::sparse(128, 16, 32768, (128, 8), 0.1, ListKind::Random);
+        let cases = [Case::dense(128, 16, 32768), fine];
+        let [dense, gather] = cases.map(|case| Tensors::workspace_bytes([case].into_iter()));
+        assert!(gather > dense, "dK and dV are added up in f32 there");
+        assert_eq!(Tensors::workspace_bytes(cases.into_iter()), gather);
+        assert_eq!(Tensors::bytes(&fine, gather) - Tensors::bytes(&fine, dense), gather - dense);
+    }
 
     #[test]
     fn median_and_spread() {

@@ -17,6 +17,7 @@ pub mod records;
 pub mod reduce;
 pub mod report;
 pub mod ruler;
+pub mod selection;
 pub mod service;
 pub mod summary;
 mod supervise;

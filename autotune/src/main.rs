@@ -13,7 +13,7 @@ use dsv_autotune::service::Service;
 use dsv_autotune::tables::{self, BENCH_FILE, Tables};
 use dsv_autotune::{Supervised, TuneError, page, summary, supervise, work};
 use dsv_runtime::Registry;
-use dsv_spec::{Arch, Deterministic, DispatchTable, TableError};
+use dsv_spec::{Arch, Budget, Deterministic, DispatchTable, GroupRule, TableError};
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -78,7 +78,7 @@ enum Command {
         from: Option<PathBuf>,
     },
     /// Checks and times kernels on problems given here; writes no table.
-    Bench(Bench),
+    Bench(Box<Bench>),
     /// Says which kernels serve a problem, from which line of the table, and why; needs no GPU.
     Explain(Explain),
     /// The measuring process of the other commands.
@@ -100,7 +100,7 @@ struct Bench {
     /// Sequences.
     #[arg(long, default_value_t = 1)]
     batch: u32,
-    /// dense, or QUERY_GROUPxKV_BLOCK.
+    /// dense, or QUERY_GROUPxKV_BLOCK; KV blocks of 1 (tokens) and 8 ship for head_dim 128, others below 64 are made here.
     #[arg(long, value_delimiter = ',', default_value = "dense,64x64,128x128")]
     block: Vec<String>,
     /// Shares of the KV blocks kept.
@@ -113,16 +113,25 @@ struct Bench {
     /// fwd, bwd, dq, select, invert.
     #[arg(long, value_delimiter = ',', default_value = "fwd,bwd")]
     op: Vec<String>,
+    /// How --op select chooses: by the centre or the mean query of a group, by the largest score of four (max4), or by
+    /// their softmax mass (mass4).
+    #[arg(long, value_delimiter = ',', default_value = "centre")]
+    rule: Vec<String>,
+    /// How much --op select keeps: top_k units, or the fewest that hold the share of the predicted mass that top_k units hold
+    /// on average (top_p).
+    #[arg(long, value_delimiter = ',', default_value = "top_k")]
+    budget: Vec<String>,
     /// Forms of the backward: default, deterministic.
     #[arg(long, value_delimiter = ',', default_value = "default,deterministic")]
     form: Vec<String>,
     /// Only the kernels that the table (--table, else the committed one of this GPU) serves.
     #[arg(long)]
     served: bool,
-    /// The tables of the project's figures instead: dense and sparse at 32k and 64k tokens, 5 % and 20 % kept, clustered
-    /// and mixed lists, each with the kernels the table serves. About three minutes.
+    /// The tables of the project's figures instead: dense and sparse at 32k and 64k tokens, 5 % and 20 % kept, clustered,
+    /// mixed and fine lists, each with the kernels the table serves, and selections. About three minutes.
     #[arg(long, conflicts_with_all = [
-        "head_dim", "seqlen", "heads", "batch", "block", "keep", "lists", "op", "form", "served", "kernel"
+        "head_dim", "seqlen", "heads", "batch", "block", "keep", "lists", "op", "rule", "budget", "form", "served",
+        "kernel"
     ])]
     tables: bool,
     /// Names of kernels, feasible ones that are no candidates included; by default every candidate.
@@ -511,6 +520,22 @@ fn run_bench(dir: &RunDir, request: &Bench, common: &Common, peers: &[Peer]) -> 
         .collect::<anyhow::Result<Vec<Step>>>()?;
     steps.sort();
     steps.dedup();
+    let rules = request
+        .rule
+        .iter()
+        .map(|text| {
+            GroupRule::from_name(text).ok_or_else(|| word("--rule", text, "centre, mean, max4, mass4"))
+        })
+        .collect::<anyhow::Result<Vec<GroupRule>>>()?;
+    let budgets = request
+        .budget
+        .iter()
+        .map(|text| match text.as_str() {
+            "top_k" => Ok(Budget::TopK),
+            "top_p" => Ok(Budget::TopP),
+            other => Err(word("--budget", other, "top_k, top_p")),
+        })
+        .collect::<anyhow::Result<Vec<Budget>>>()?;
     let arch = request
         .arch
         .as_ref()
@@ -529,6 +554,8 @@ fn run_bench(dir: &RunDir, request: &Bench, common: &Common, peers: &[Peer]) -> 
         forms,
         served: request.served.then_some(served),
         arch,
+        rules,
+        budgets,
     }
     .plan()?;
     begin(dir, plan, common.device)?;

@@ -6,7 +6,8 @@ use crate::listgen::ListKind;
 use crate::ruler::Peer;
 use crate::summary::tokens;
 use crate::tables::{
-    CLUSTERED_AT_MOST, Cell, DETERMINISTIC_AT_MOST, MIXED_AT_MOST, Section, TableRow, Tables, Target,
+    CLUSTERED_AT_MOST, Cell, DETERMINISTIC_AT_MOST, MIXED_AT_MOST, Section, Selected, SelectionRow, TableRow,
+    Tables, Target,
 };
 use std::fmt::Write as _;
 use std::path::Path;
@@ -15,6 +16,9 @@ use std::path::Path;
 pub const BEGIN: &str = "<!-- bench: begin";
 /// The line that closes it.
 pub const END: &str = "<!-- bench: end -->";
+
+/// The heading of selections.
+const SELECTIONS: &str = "Selection: 10 % kept, predicted queries and keys of 16 columns";
 
 /// Longest reason of a failure shown.
 const REASON_CHARS: usize = 160;
@@ -41,6 +45,28 @@ fn mark(value: f64, target: &Target) -> char {
         '='
     } else {
         '-'
+    }
+}
+
+/// As [`mark`], of what is better when it is less.
+fn mark_of_less(value: f64, target: &Target) -> char {
+    mark(-value, &Target { must: -target.must, aim: -target.aim })
+}
+
+/// A speed-up with what should be reached.
+fn factor(x: Option<f64>, target: Option<&Target>) -> String {
+    match (x, target) {
+        (None, _) => String::new(),
+        (Some(x), Some(t)) => format!("{x:.1}{} ({}/{})", mark(x, t), t.must, t.aim),
+        (Some(x), None) => format!("{x:.1}"),
+    }
+}
+
+fn markdown_factor(x: Option<f64>, target: Option<&Target>) -> String {
+    match (x, target) {
+        (None, _) => String::new(),
+        (Some(x), Some(t)) => format!("{x:.1} (target {} / {})", t.must, t.aim),
+        (Some(x), None) => format!("{x:.1}"),
     }
 }
 
@@ -146,13 +172,14 @@ fn line(row: &TableRow) -> Vec<String> {
         pass(&row.backward, row.targets.as_ref().map(|g| &g.backward));
     let det = match &row.deterministic {
         Cell::Failed { outcome, .. } => outcome.to_uppercase(),
-        _ => row.deterministic_factor().map_or(String::new(), |x| {
-            // Less is better.
-            let t = DETERMINISTIC_AT_MOST;
-            format!("{x:.2}{}", mark(-x, &Target { must: -t.must, aim: -t.aim }))
-        }),
+        _ => row
+            .deterministic_factor()
+            .map_or(String::new(), |x| format!("{x:.2}{}", mark_of_less(x, &DETERMINISTIC_AT_MOST))),
     };
-    let lists_us = row.select_us.zip(row.invert_us).map(|(select, invert)| select + invert);
+    let lists_us = match (row.lists_us(), &row.select_target) {
+        (Some(us), Some(t)) => format!("{us:.0}{}", mark_of_less(us / 1e3, t)),
+        (us, _) => number(us, 0),
+    };
     let most = if row.lists == ListKind::Mixed.name() { MIXED_AT_MOST } else { CLUSTERED_AT_MOST };
     let other = match row.of_other() {
         (Some(fwd), Some(bwd)) => {
@@ -160,10 +187,6 @@ fn line(row: &TableRow) -> Vec<String> {
         }
         some => pair(some),
     };
-    let speed_up = row.speed_up().map_or(String::new(), |x| match &row.speed_up_target {
-        Some(t) => format!("{x:.1}{} ({}/{})", mark(x, t), t.must, t.aim),
-        None => format!("{x:.1}"),
-    });
     vec![
         format!("d{}", row.head_dim),
         format!("h{} {}", row.num_heads, tokens(row.seqlen)),
@@ -178,16 +201,17 @@ fn line(row: &TableRow) -> Vec<String> {
         bwd_tf,
         bwd_target,
         det,
-        number(lists_us, 0),
+        lists_us,
         pair(row.of_cudnn()),
-        speed_up,
+        factor(row.speed_up(), row.speed_up_target.as_ref()),
+        factor(row.step_speed_up(), row.step_target.as_ref()),
         other,
         number(row.error_ratio(), 2),
         kernels(row),
     ]
 }
 
-const HEADER: [&str; 19] = [
+const HEADER: [&str; 20] = [
     "",
     "",
     "lists",
@@ -204,6 +228,7 @@ const HEADER: [&str; 19] = [
     "sel+inv",
     "TF/cuDNN",
     "speed-up",
+    "step",
     "us/other",
     "err",
     "tiles of fwd, bwd, det",
@@ -220,14 +245,17 @@ fn beside(peer: &Peer, row: &TableRow) -> String {
     format!("{}: {}|{}{ours}", peer.name, whole(peer.fwd_tf), whole(peer.bwd_tf))
 }
 
+/// The beginning of a message, in one line.
+fn reason(message: &str) -> String {
+    message.lines().collect::<Vec<_>>().join(" ").chars().take(REASON_CHARS).collect()
+}
+
 fn failures(section: &Section) -> Vec<String> {
     let mut out = Vec::new();
     for row in &section.rows {
         for cell in [&row.forward, &row.backward, &row.deterministic] {
             if let Cell::Failed { kernel, outcome, message } = cell {
-                let reason: String =
-                    message.lines().collect::<Vec<_>>().join(" ").chars().take(REASON_CHARS).collect();
-                out.push(format!("{outcome}: {kernel}: {reason}"));
+                out.push(format!("{outcome}: {kernel}: {}", reason(message)));
             }
         }
     }
@@ -243,7 +271,7 @@ pub fn text(bench: &Tables) -> String {
         "{}, driver {}, NVRTC {}, {}, {}; kernels {}; served by {}\n\
          us: median; +-%: 10th to 90th percentile. TF: on the pairs kept; of the target (must/aim, H100) + aim, = must, - less.\n\
          det/bwd: deterministic backward over default (target {}/{}). sel+inv: us. TF/cuDNN: of its dense TF, fwd|bwd. speed-up:\n\
-         its dense fwd+bwd over ours, lists given. us/other: clustered over random (target {CLUSTERED_AT_MOST:.2}), mixed over\n\
+         its dense fwd+bwd over ours, lists given; step: selection and inversion included. us/other: clustered over random (target {CLUSTERED_AT_MOST:.2}), mixed over\n\
          uniform lists of the same work (target {MIXED_AT_MOST:.2}). err: largest error over its tolerance, below 1 is right. Tiles: ~ nearest line of the\n\
          table, * default, ^ text not committed, = as before it.\n\
          Below a row its peers: TF fwd|bwd, and ours over theirs.\n",
@@ -273,6 +301,7 @@ pub fn text(bench: &Tables) -> String {
             let _ = writeln!(out, "{failure}");
         }
     }
+    out += &selections(&bench.selections);
     for peer in &bench.other_peers {
         let _ = writeln!(
             out,
@@ -285,6 +314,47 @@ pub fn text(bench: &Tables) -> String {
         );
     }
     out
+}
+
+/// A line for each shape and block size, and why those failed that did.
+fn selections(rows: &[SelectionRow]) -> String {
+    let mut out = String::new();
+    let mut failed = Vec::new();
+    for rows in rows.chunk_by(|a, b| shape(a) == shape(b)) {
+        let words: Vec<String> = rows
+            .iter()
+            .map(|row| {
+                let budget = if row.budget == "top_k" { String::new() } else { format!(" {}", row.budget) };
+                let op = if row.op() == "kv_select" { " rows" } else { "" };
+                let us = match &row.result {
+                    Selected::Measured { timing, .. } => {
+                        let mark = row.target.map(|t| mark_of_less(timing.median_us / 1e3, &t));
+                        format!("{:.0}{}", timing.median_us, mark.map_or(String::new(), String::from))
+                    }
+                    Selected::Failed { outcome, message } => {
+                        failed.push(format!("{outcome}: {}: {}", row.kernel, reason(message)));
+                        outcome.to_uppercase()
+                    }
+                    Selected::NotMeasured => "none yet".into(),
+                };
+                let target = row.target.map(|t| format!(" ({}/{})", 1e3 * t.must, 1e3 * t.aim));
+                format!("{}{budget}{op} {us}{}", row.rule, target.unwrap_or_default())
+            })
+            .collect();
+        let (heads, seqlen, (q, k)) = shape(&rows[0]);
+        let _ = writeln!(out, "h{heads} {} {q}x{k}: {}", tokens(seqlen), words.join(", "));
+    }
+    failed.sort();
+    failed.dedup();
+    failed.iter().for_each(|line| out += &format!("{line}\n"));
+    match out.is_empty() {
+        true => out,
+        false => format!("\n{SELECTIONS}: us (target); rows: kv_select, else kv_select_fine\n{out}"),
+    }
+}
+
+fn shape(row: &SelectionRow) -> (u32, u32, (u16, u16)) {
+    (row.num_heads, row.seqlen, row.block)
 }
 
 fn milliseconds(us: f64) -> String {
@@ -328,7 +398,8 @@ pub fn markdown(bench: &Tables) -> String {
     let intro = format!(
         "{}, driver {}, NVRTC {}, {} under load, {}; kernels `{}`, served by {}. bf16, batch 1, medians; TFLOP/s (TF) count \
          the pairs kept. Targets are of an H100: at least / hoped for. cuDNN is PyTorch's scaled_dot_product_attention on the \
-         same GPU; the speed-up is its dense forward + backward over ours, lists given. Every kernel timed was compared with \
+         same GPU; the speed-up is its dense forward + backward over ours, lists given, and over the whole step, selection and \
+         inversion included. Every kernel timed was compared with \
          the f64 oracle on the inputs it was timed on.",
         m.gpu, m.driver, m.compiler, m.clocks, m.date, bench.kernels, bench.served_by
     );
@@ -341,14 +412,19 @@ pub fn markdown(bench: &Tables) -> String {
         let compared = rows.iter().any(|row| row.against.is_some());
         let mut header = vec!["head_dim", "heads, tokens", "attention", "kept", "forward ms (TF)", "target"];
         header.extend(["backward ms (TF)", "target", "same bits ms (TF)", "selection + inversion ms"]);
-        header.extend(["TF / cuDNN dense", "speed-up"]);
+        header.extend(["TF / cuDNN dense", "speed-up", "whole step"]);
         if compared {
             header.push("time / other lists");
         }
         header.push("peers, TF forward, backward");
+        let note = if all_by_default(bench, section) {
+            "\nThe table has no line for these lists: the shipped defaults serve.\n"
+        } else {
+            ""
+        };
         let _ = write!(
             out,
-            "\n**{}**\n\n| {} |\n|{}\n",
+            "\n**{}**\n{note}\n| {} |\n|{}\n",
             section.title,
             header.join(" | "),
             "---|".repeat(header.len())
@@ -356,7 +432,7 @@ pub fn markdown(bench: &Tables) -> String {
         for row in rows {
             let ratio = |values| pair(values).replace('|', ", ");
             let spaced = |target: Option<&Target>| targets(target).replace('/', " / ");
-            let lists_us = row.select_us.zip(row.invert_us).map(|(select, invert)| select + invert);
+            let lists_ms = row.lists_us().map_or(String::new(), milliseconds);
             let peers: Vec<String> = row
                 .peers
                 .iter()
@@ -375,12 +451,13 @@ pub fn markdown(bench: &Tables) -> String {
                 markdown_pass(&row.backward),
                 spaced(row.targets.as_ref().map(|g| &g.backward)),
                 markdown_pass(&row.deterministic),
-                lists_us.map_or(String::new(), milliseconds),
+                match &row.select_target {
+                    Some(t) if !lists_ms.is_empty() => format!("{lists_ms} (target {} / {})", t.must, t.aim),
+                    _ => lists_ms,
+                },
                 ratio(row.of_cudnn()),
-                row.speed_up().map_or(String::new(), |x| match &row.speed_up_target {
-                    Some(t) => format!("{x:.1} (target {} / {})", t.must, t.aim),
-                    None => format!("{x:.1}"),
-                }),
+                markdown_factor(row.speed_up(), row.speed_up_target.as_ref()),
+                markdown_factor(row.step_speed_up(), row.step_target.as_ref()),
             ];
             if compared {
                 let other = row.against.as_ref().map_or(String::new(), |a| format!(" ({})", a.lists));
@@ -390,6 +467,51 @@ pub fn markdown(bench: &Tables) -> String {
             words.push(peers.join("; "));
             let _ = writeln!(out, "| {} |", words.join(" | "));
         }
+    }
+    out + &markdown_selections(&bench.selections)
+}
+
+/// Whether there is a table, and it has no line for anything measured of a section.
+fn all_by_default(bench: &Tables, section: &Section) -> bool {
+    let cells = section.rows.iter().flat_map(|row| [&row.forward, &row.backward, &row.deterministic]);
+    let founds: Vec<&str> = cells
+        .filter_map(|cell| match cell {
+            Cell::Measured { found, .. } => Some(found.as_str()),
+            _ => None,
+        })
+        .collect();
+    !bench.served_by.starts_with("shipped defaults")
+        && founds.iter().all(|found| found.starts_with("default"))
+}
+
+/// Selections as Markdown; nothing where none was measured.
+fn markdown_selections(rows: &[SelectionRow]) -> String {
+    let told: Vec<&SelectionRow> = rows.iter().filter(|row| row.result != Selected::NotMeasured).collect();
+    if told.is_empty() {
+        return String::new();
+    }
+    let mut out = format!(
+        "\n**{SELECTIONS}**\n\n| heads, tokens | lists | scored by | budget | kernel | ms | target |\n|{}\n",
+        "---|".repeat(7)
+    );
+    for row in told {
+        let _ = writeln!(
+            out,
+            "| {}, {} | {}x{} | {} | {} | {} | {} | {} |",
+            row.num_heads,
+            tokens(row.seqlen),
+            row.block.0,
+            row.block.1,
+            row.rule,
+            row.budget,
+            row.op(),
+            match &row.result {
+                Selected::Measured { timing, .. } => milliseconds(timing.median_us),
+                Selected::Failed { outcome, .. } => outcome.clone(),
+                Selected::NotMeasured => "not measured".into(),
+            },
+            row.target.map_or(String::new(), |t| format!("{} / {}", t.must, t.aim)),
+        );
     }
     out
 }

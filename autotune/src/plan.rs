@@ -2,10 +2,11 @@
 
 use crate::error::TuneError;
 use crate::listgen::{self, ListKind, mixed_counts, uniform_count};
+use crate::selection::{self, Selection};
 use crate::service::Service;
 use dsv_spec::{
-    Arch, AttnOp, AttnSpec, Deterministic, Dtype, GroupRule, KernelSpec, ListOp, ListSpec, Lists, Problem,
-    space,
+    Arch, AttnOp, AttnSpec, Budget, Deterministic, Dtype, GroupRule, KernelSpec, ListOp, ListSpec, Lists,
+    Problem, space,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
@@ -151,7 +152,7 @@ pub enum Step {
     BackwardDq,
     /// `attn_bwd` with its helpers: the whole backward.
     Backward,
-    /// `kv_select`: choosing lists of this width from low-rank queries and keys.
+    /// `kv_select` or `kv_select_fine`: choosing lists of this width from low-rank queries and keys.
     Select,
     /// `kv_invert` of the case's lists.
     Invert,
@@ -241,6 +242,9 @@ pub struct Plan {
     /// The architecture whose kernels are measured, where it is not the GPU's own.
     #[serde(default)]
     pub arch: Option<Arch>,
+    /// Selections measured beside [`Step::Select`], each by every kernel that makes it.
+    #[serde(default)]
+    pub selections: Vec<Selection>,
 }
 
 /// The table whose kernels are measured.
@@ -315,6 +319,7 @@ impl Plan {
             forms: both_forms(),
             served: None,
             arch: None,
+            selections: Vec::new(),
         };
         if let Some(only) = only {
             let words: Vec<&str> = only.split([' ', ',']).filter(|w| !w.is_empty()).collect();
@@ -345,11 +350,12 @@ impl Plan {
     /// Which kernels compete in which step of which case, in the order they are measured. Selection and inversion do
     /// not depend on head_dim: they are measured once for each (length, heads, block size, width, kind).
     pub fn contests(&self, arch: Arch) -> Vec<Contest> {
-        self.contests_of(arch, |case, step| self.attention(case, step.op(), arch))
+        let contests = self.contests_of(arch, |case, step| self.attention(case, step.op(), arch));
+        self.with_selections(contests, arch)
     }
 
     /// As [`Plan::contests`], with the one kernel that a table serves for each form in the place of the candidates.
-    /// Of a case that nothing serves, nothing is measured.
+    /// Of a case that nothing serves, nothing is measured but what is asked for by [`Plan::selections`].
     pub fn contests_served(&self, service: &Service) -> Vec<Contest> {
         let mut contests = self.contests_of(service.arch(), |case, step| {
             let mut specs: Vec<KernelSpec> = Vec::new();
@@ -362,6 +368,27 @@ impl Plan {
             specs
         });
         contests.retain(|c| service.serve(&c.case.problem(AttnOp::Fwd)).is_some());
+        self.with_selections(contests, service.arch())
+    }
+
+    /// Adds what [`Plan::selections`] asks for and is not there yet, each after the other steps of its case.
+    fn with_selections(&self, mut contests: Vec<Contest>, arch: Arch) -> Vec<Contest> {
+        let key = |case: &Case, spec: &KernelSpec| (Case { head_dim: 0, ..*case }, *spec);
+        let mut seen: HashSet<_> = contests
+            .iter()
+            .filter(|c| c.step == Step::Select)
+            .flat_map(|c| c.specs.iter().map(move |spec| key(&c.case, spec)))
+            .collect();
+        for selection in &self.selections {
+            let case = selection.case;
+            let mut specs: Vec<KernelSpec> =
+                selection.kernels(arch).into_iter().map(KernelSpec::Select).collect();
+            specs.retain(|spec| seen.insert(key(&case, spec)));
+            if !specs.is_empty() {
+                let at = contests.iter().rposition(|c| c.case == case).map_or(contests.len(), |at| at + 1);
+                contests.insert(at, Contest { case, step: Step::Select, specs });
+            }
+        }
         contests
     }
 
@@ -374,24 +401,19 @@ impl Plan {
                     Step::Forward | Step::BackwardDq | Step::Backward => attention(&case, step),
                     Step::Select | Step::Invert => {
                         let key = (step, Case { head_dim: 0, ..case });
-                        // How lists are clustered changes nothing about choosing them.
-                        // Lists of small units are chosen by kv_select_fine, and no kernel reads their inverse.
-                        let wanted = !case.lists.is_dense()
-                            && !case.lists.is_gather()
-                            && (step == Step::Invert
-                                || case.kind != ListKind::Clustered
-                                || self.mode == Mode::Bench);
+                        // How lists are clustered changes nothing about choosing them, and no kernel reads the
+                        // inverse of lists of small units.
+                        let wanted = match step {
+                            Step::Invert => !case.lists.is_dense() && !case.lists.is_gather(),
+                            _ => !case.lists.is_dense() && case.kind != ListKind::Clustered,
+                        };
                         if !wanted || !seen.insert(key) {
                             continue;
                         }
-                        let (query_group, kv_block) = case.lists.block_size();
                         if step == Step::Invert {
                             vec![KernelSpec::List(ListSpec { op: ListOp::Invert, arch })]
                         } else {
-                            space::default_select(query_group, kv_block, GroupRule::Centre, arch)
-                                .map(KernelSpec::Select)
-                                .into_iter()
-                                .collect()
+                            selection::of_lists(&case, arch).map(KernelSpec::Select).into_iter().collect()
                         }
                     }
                 };
@@ -455,6 +477,10 @@ pub struct BenchRequest {
     pub served: Option<ServedBy>,
     /// The architecture whose kernels are measured; none means the GPU's own, or that of `kernels`.
     pub arch: Option<Arch>,
+    /// Which of a group's low-rank queries are scored; for the step `select`.
+    pub rules: Vec<GroupRule>,
+    /// What says how many units a group keeps; for the step `select`.
+    pub budgets: Vec<Budget>,
 }
 
 impl BenchRequest {
@@ -538,15 +564,25 @@ impl BenchRequest {
                 "no --served beside it: either the kernels named, or those a table serves",
             ));
         }
+        // Selection is asked for by rule and budget: no step of the cases' own beside it.
+        let mut selections = Vec::new();
+        if self.steps.contains(&Step::Select) {
+            for &case in cases.iter().filter(|case| !case.lists.is_dense()) {
+                for &rule in &self.rules {
+                    selections.extend(self.budgets.iter().map(|&budget| Selection { case, rule, budget }));
+                }
+            }
+        }
         let plan = Plan {
             mode: Mode::Bench,
             only: None,
             cases,
-            steps: self.steps.clone(),
+            steps: self.steps.iter().copied().filter(|&step| step != Step::Select).collect(),
             kernels,
             forms: self.forms.clone(),
             served: self.served.clone(),
             arch,
+            selections,
         };
         let unused: Vec<String> = plan
             .kernels
@@ -563,16 +599,20 @@ impl BenchRequest {
                 "kernels of one architecture (--arch) whose op, head_dim and block size are among --op, --head-dim and --block",
             ));
         }
-        if plan.cases.is_empty() || plan.steps.is_empty() || plan.forms.is_empty() {
+        let nothing = plan.steps.is_empty() && plan.selections.is_empty();
+        if plan.cases.is_empty() || nothing || plan.forms.is_empty() {
             return Err(TuneError::option(
                 "the request",
                 "nothing",
-                "at least one length, block size, kind of lists, op and form",
+                "at least one length, block size, kind of lists, op and form; lists to be chosen are not dense",
             ));
         }
         Ok(plan)
     }
 }
+
+/// Block sizes that are measured and not shipped.
+const ON_DEMAND: [(u16, u16); 2] = [(64, 16), (128, 16)];
 
 /// `dense`, or `QUERY_GROUPxKV_BLOCK`.
 pub(crate) fn parse_block(text: &str) -> Result<Option<(u16, u16)>, TuneError> {
@@ -580,11 +620,11 @@ pub(crate) fn parse_block(text: &str) -> Result<Option<(u16, u16)>, TuneError> {
         return Ok(None);
     }
     let size = text.split_once('x').and_then(|(q, k)| Some((q.parse().ok()?, k.parse().ok()?)));
-    let shipped = || space::SHIPPED_BLOCK_SIZES.into_iter().chain(space::SHIPPED_GATHER);
+    let known = || space::SHIPPED_BLOCK_SIZES.into_iter().chain(space::SHIPPED_GATHER).chain(ON_DEMAND);
     match size {
-        Some(size) if shipped().any(|s| s == size) => Ok(Some(size)),
+        Some(size) if known().any(|s| s == size) => Ok(Some(size)),
         _ => {
-            let sizes: Vec<String> = shipped().map(|(q, k)| format!("{q}x{k}")).collect();
+            let sizes: Vec<String> = known().map(|(q, k)| format!("{q}x{k}")).collect();
             Err(TuneError::option("--block", text, format!("dense, {}", sizes.join(", "))))
         }
     }
@@ -659,6 +699,8 @@ mod tests {
             forms: both_forms(),
             served: None,
             arch: None,
+            rules: vec![GroupRule::Centre],
+            budgets: vec![Budget::TopK],
         };
         let plan = good.plan().unwrap();
         assert_eq!(plan.cases.len(), 2);
@@ -697,11 +739,27 @@ mod tests {
         expect(BenchRequest { kernels: two, ..own.clone() }, &[&sm80, "of one architecture"]);
         let both = BenchRequest { served: Some(ServedBy::Committed), ..own };
         expect(both, &["--kernel attn_bwd", "no --served"]);
-        // Lists of tokens: the forward and the backward alone.
+        // Lists of tokens are chosen, and not inverted.
         let steps = Step::ALL.to_vec();
         let tokens = BenchRequest { blocks: vec!["128x1".into()], steps, ..good.clone() }.plan().unwrap();
         let steps: Vec<Step> = tokens.contests(Arch::Sm90a).iter().map(|c| c.step).collect();
-        assert_eq!(steps, [Step::Forward, Step::Backward]);
+        assert_eq!(steps, [Step::Forward, Step::Backward, Step::Select]);
+        let chosen = BenchRequest {
+            head_dims: vec![64, 128],
+            blocks: ["64x1", "64x16", "64x64", "dense"].map(String::from).to_vec(),
+            steps: vec![Step::Select],
+            rules: vec![GroupRule::Centre, GroupRule::Mass4],
+            budgets: vec![Budget::TopK, Budget::TopP],
+            ..good.clone()
+        };
+        let specs = |plan: &Plan| -> Vec<KernelSpec> {
+            plan.contests(Arch::Sm90a).into_iter().flat_map(|c| c.specs).collect()
+        };
+        let found = specs(&chosen.plan().unwrap());
+        // Once for both head dims: three sizes, two rules, two budgets, and kv_select.
+        assert_eq!(found.len(), 3 * 2 * 2 + 1, "{found:?}");
+        assert!(found.iter().all(|s| matches!(s, KernelSpec::Select(_))));
+        expect(BenchRequest { blocks: vec!["dense".into()], ..chosen }, &["not dense"]);
         // Mixed lists have a sparsity of their own: one case, whatever is kept.
         let kinds = BenchRequest {
             kinds: vec![ListKind::Random, ListKind::Mixed],

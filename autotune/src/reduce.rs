@@ -2,6 +2,7 @@
 
 use crate::listgen::{self, ListKind};
 use crate::plan::flops;
+use crate::selection::is_of_lists;
 use dsv_runtime::MemoryNeeded;
 use dsv_spec::{
     Arch, AttnOp, AttnSpec, Bucket, Crossover, Deterministic, DispatchTable, KernelSpec, ListOp, Lists,
@@ -63,12 +64,20 @@ impl Row {
         best.as_ref().map(|b| flops(&p, &self.lists) / b.timing.median_us / 1e6)
     }
 
-    /// Forward + backward, and for lists selection + inversion too; microseconds.
+    /// Forward + backward, and for lists making them too; microseconds.
     pub fn total_us(&self) -> Option<f64> {
         let attention = self.forward.as_ref()?.timing.median_us + self.backward.as_ref()?.timing.median_us;
         match self.problem.lists {
             Lists::Dense => Some(attention),
-            Lists::Blocks { .. } => Some(attention + self.select_us? + self.invert_us?),
+            Lists::Blocks { .. } => Some(attention + self.lists_us()?),
+        }
+    }
+
+    /// Making the lists: selection, and inversion where the backward reads it; microseconds.
+    pub fn lists_us(&self) -> Option<f64> {
+        match self.problem.lists.is_gather() {
+            true => self.select_us,
+            false => Some(self.select_us? + self.invert_us?),
         }
     }
 
@@ -125,8 +134,13 @@ pub fn rows(records: &[TuneRecord]) -> Vec<Row> {
                     .insert(record.spec, record);
             }
             KernelSpec::Select(_) | KernelSpec::List(_) => {
+                // Of the selections measured one is that of the row's lists.
+                let invert = match record.spec {
+                    KernelSpec::Select(s) if is_of_lists(&s) => false,
+                    KernelSpec::List(l) if l.op == ListOp::Invert => true,
+                    _ => continue,
+                };
                 if let Outcome::Ok { timing, .. } = &record.outcome {
-                    let invert = matches!(record.spec, KernelSpec::List(l) if l.op == ListOp::Invert);
                     let key = row_key(&Problem { head_dim: 0, ..forward }, &record.lists);
                     list_us.insert((invert, key), timing.median_us);
                 }
@@ -298,7 +312,7 @@ pub fn crossovers(rows: &[Row], notes: &mut Vec<String>) -> Vec<Crossover> {
         // (sparsity, total, selection + inversion, row), ascending and unique.
         let mut points: Vec<(u8, f64, f64, &Row)> = rows
             .iter()
-            .filter_map(|row| Some((row.sparsity, row.total_us()?, row.select_us? + row.invert_us?, *row)))
+            .filter_map(|row| Some((row.sparsity, row.total_us()?, row.lists_us()?, *row)))
             .collect();
         points.sort_by_key(|p| p.0);
         points.dedup_by_key(|p| p.0);

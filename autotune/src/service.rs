@@ -93,10 +93,9 @@ impl Service {
         }
         let Problem { op, dtype, head_dim, lists, deterministic, .. } = *problem;
         // As the runtime has it: what is not shipped is no default, though a candidate may exist.
-        let shipped = space::shipped_head_dims(self.arch).any(|d| d == head_dim)
-            && space::shipped_lists().any(|l| l == lists);
         let spec = space::default_attn(op, dtype, head_dim, lists, deterministic, self.arch);
-        let kernel = KernelSpec::Attn(spec.filter(|_| shipped)?);
+        let kernel = spec.map(KernelSpec::Attn)?;
+        Registry::committed().kernel(&kernel.name())?;
         Some(Serving { kernel, found: "default".to_string() })
     }
 }
@@ -135,6 +134,8 @@ mod tests {
                     Case::dense(head_dim, 16, 32768),
                     Case::mixed(head_dim, 16, 32768, (64, 64)),
                     Case::sparse(head_dim, 8, 100, (128, 128), 0.3, crate::listgen::ListKind::Random),
+                    Case::sparse(head_dim, 8, 4096, (128, 8), 0.1, crate::listgen::ListKind::Random),
+                    Case::sparse(head_dim, 8, 4096, (64, 16), 0.1, crate::listgen::ListKind::Random),
                 ] {
                     for op in [AttnOp::Fwd, AttnOp::Bwd, AttnOp::BwdDq] {
                         for &deterministic in Deterministic::ALL {

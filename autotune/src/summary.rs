@@ -80,7 +80,6 @@ pub fn comparison(rows: &[Row], peers: &[Peer]) -> String {
         let p = &row.problem;
         let shape = format!("{}, {}, {}", p.num_heads, tokens(p.seqlen_kv), p.head_dim);
         let ms = |best: &Option<Best>| best.as_ref().map(|b| b.timing.median_us / 1e3);
-        let lists_us = row.select_us.zip(row.invert_us).map(|(s, i)| s + i);
         out.add_row(vec![
             format!(
                 "dsv {} [{} | {}]",
@@ -93,7 +92,7 @@ pub fn comparison(rows: &[Row], peers: &[Peer]) -> String {
             row.lists.clone(),
             time_and_tf(ms(&row.forward), row.tflops(AttnOp::Fwd)),
             time_and_tf(ms(&row.backward), row.tflops(AttnOp::Bwd)),
-            lists_us.map_or("-".to_string(), |us| milliseconds(us / 1e3)),
+            row.lists_us().map_or("-".to_string(), |us| milliseconds(us / 1e3)),
             String::new(),
         ]);
         for peer in peers.iter().filter(|peer| peer.matches(&row.problem, &row.lists)) {

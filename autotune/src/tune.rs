@@ -1,7 +1,7 @@
 //! The measuring process: compile, check, time, record. One GPU, one run, until all is measured, the time is over, or
 //! a kernel has taken the GPU's context down.
 
-use crate::check::{HostInputs, KeySamples, RowSamples, SmallCase, judge_selection, normals};
+use crate::check::{HostInputs, KeySamples, RowSamples, SmallCase, normals};
 use crate::error::TuneError;
 use crate::gpu::{DeviceLists, Failure, Gpu, Judged, Tensors, Timed, layouts, read_rows};
 use crate::listgen::{head_counts, host_lists};
@@ -10,17 +10,18 @@ use crate::progress::Progress;
 use crate::records::{
     self, KernelNote, Key, RECORD_FILE, RecordFile, Run, RunDir, outcome_message, to_line, today,
 };
+use crate::selection::{RANK, SCALE, SelectSamples};
 use crate::service::Service;
 use crate::watchdog::Watchdog;
 use dsv_compile::{CompileJob, Compiler, SpillList};
 use dsv_reference::lists::{KvInverse, KvListsBuf};
 use dsv_runtime::{
-    AttnPlan, BackwardKernels, Kernel, KeyLists, Layout, ListShape, Origin, QueryLists, SelectArgs,
-    SelectProblem,
+    AttnPlan, BackwardKernels, FineArgs, FinePlan, FineProblem, Keep, Kernel, KeyLists, Layout, ListShape,
+    MemoryNeeded, Origin, QueryLists, SelectArgs, SelectPlan, SelectProblem, Stream,
 };
 use dsv_spec::{
-    Arch, AttnOp, AttnSpec, Deterministic, GroupRule, KernelSpec, Lists, Outcome, Problem, SCHEMA, TableMeta,
-    TuneRecord, space,
+    Arch, AttnOp, AttnSpec, Budget, Deterministic, KernelSpec, Lists, Outcome, Problem, SCHEMA, SelectOp,
+    SelectSpec, TableMeta, TuneRecord, space,
 };
 use half::bf16;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -125,6 +126,30 @@ impl CaseData<'_> {
     }
 }
 
+/// A selection ready to be launched.
+enum Choice {
+    Rows(SelectPlan),
+    Fine(FinePlan),
+}
+
+impl Choice {
+    /// # Safety
+    /// Every address is device memory of the size and layout the plan was made for, until the work is done.
+    unsafe fn launch(&self, stream: &Stream, args: &FineArgs) -> Result<(), dsv_runtime::Error> {
+        match self {
+            Choice::Rows(plan) => {
+                let lists = QueryLists { q2k_index: args.q2k_index.unwrap_or(0), q2k_count: args.q2k_count };
+                let FineArgs { q_lr, k_lr, budget, scores, error_flag, .. } = *args;
+                let args = SelectArgs { q_lr, k_lr, top_k: budget, lists, scores, error_flag };
+                // SAFETY: the caller's promise.
+                unsafe { plan.select(stream, &args) }
+            }
+            // SAFETY: the caller's promise.
+            Choice::Fine(plan) => unsafe { plan.select(stream, args) },
+        }
+    }
+}
+
 fn shorten(message: impl Into<String>) -> String {
     let message = message.into();
     match message.char_indices().nth(MESSAGE_CHARS) {
@@ -162,6 +187,10 @@ fn attn(spec: &KernelSpec) -> Option<&AttnSpec> {
         KernelSpec::Attn(s) => Some(s),
         _ => None,
     }
+}
+
+fn is_fine(spec: &KernelSpec) -> bool {
+    matches!(spec, KernelSpec::Select(s) if s.op() == SelectOp::Fine)
 }
 
 impl<'a> Session<'a> {
@@ -300,7 +329,7 @@ impl<'a> Session<'a> {
     fn render_all(&mut self) {
         let mut specs: BTreeSet<KernelSpec> =
             self.contests.iter().flat_map(|c| c.specs.iter().copied()).collect();
-        for contest in &self.contests {
+        for contest in self.contests.iter().filter(|c| c.step != Step::Select) {
             specs.extend(self.support(&contest.case));
         }
         let registry = *self.gpu.runtime.kernels().registry();
@@ -378,12 +407,16 @@ impl<'a> Session<'a> {
         let mut wanted = BTreeSet::new();
         for contest in &self.contests {
             let todo = self.todo(contest);
-            if todo.is_empty() || matches!(contest.step, Step::Select | Step::Invert) {
-                continue;
-            }
-            wanted.extend(todo);
-            if contest.step != Step::Forward {
-                wanted.extend(self.support(&contest.case));
+            match contest.step {
+                _ if todo.is_empty() => {}
+                Step::Forward => wanted.extend(todo),
+                Step::BackwardDq | Step::Backward => {
+                    wanted.extend(todo);
+                    wanted.extend(self.support(&contest.case));
+                }
+                // Not all of kv_select_fine is committed; the others are, and the runtime loads them.
+                Step::Select => wanted.extend(todo.into_iter().filter(is_fine)),
+                Step::Invert => {}
             }
         }
         let wanted: Vec<KernelSpec> = wanted.into_iter().collect();
@@ -611,8 +644,9 @@ impl<'a> Session<'a> {
     fn small_group(&mut self, head_dim: u16, lists: Lists, specs: &[KernelSpec]) -> Result<(), Stop> {
         let small = SmallCase::new(head_dim, lists).expect("the small case is one the reference takes");
         let gpu = &self.gpu;
-        let tensors = Tensors::upload(gpu, &small.problem, &small.q, &small.k, &small.v, &small.d_out)
-            .map_err(TuneError::from)?;
+        let SmallCase { q, k, v, d_out, problem, .. } = &small;
+        let workspace = MemoryNeeded::of(&Problem { op: AttnOp::Bwd, ..*problem }).workspace;
+        let tensors = Tensors::upload(gpu, problem, q, k, v, d_out, workspace).map_err(TuneError::from)?;
         let device_lists = match &small.lists {
             None => None,
             Some(buf) => {
@@ -690,22 +724,41 @@ impl<'a> Session<'a> {
             }
             let case = group[0].case;
             self.progress.doing(&case.label());
-            if held.as_ref().is_none_or(|(of, ..)| shape(of) != shape(&case)) {
-                drop(held.take());
-                let free = self.gpu.device().memory().map_err(TuneError::from)?.0;
-                // Lists of later cases are wider: leave room.
-                let needed = Tensors::bytes(&case) + (1 << 30);
-                if needed > free {
-                    let message = format!("it needs {needed} bytes of device memory, {free} are free");
-                    self.refuse(group, Outcome::Infeasible { message })?;
-                    continue;
+            let (choices, others): (Vec<Contest>, Vec<Contest>) =
+                group.iter().cloned().partition(|c| c.step == Step::Select);
+            if others.iter().any(|c| !self.todo(c).is_empty()) {
+                if held.as_ref().is_none_or(|(of, ..)| shape(of) != shape(&case)) {
+                    drop(held.take());
+                    let free = self.gpu.device().memory().map_err(TuneError::from)?.0;
+                    // Lists of later cases are wider: leave room.
+                    let alike = contests.iter().map(|c| c.case).filter(|c| shape(c) == shape(&case));
+                    let workspace = Tensors::workspace_bytes(alike);
+                    let needed = Tensors::bytes(&case, workspace) + (1 << 30);
+                    if needed > free {
+                        let message = format!("it needs {needed} bytes of device memory, {free} are free");
+                        self.refuse(&others, Outcome::Infeasible { message })?;
+                    } else {
+                        let inputs = HostInputs::random(&case);
+                        let tensors = Tensors::upload_case(&self.gpu, &case, &inputs, workspace)
+                            .map_err(TuneError::from)?;
+                        held = Some((case, inputs, tensors));
+                    }
                 }
-                let inputs = HostInputs::random(&case);
-                let tensors = Tensors::upload_case(&self.gpu, &case, &inputs).map_err(TuneError::from)?;
-                held = Some((case, inputs, tensors));
+                if let Some((_, inputs, tensors)) = &held {
+                    self.case(case, &others, inputs, tensors)?;
+                }
             }
-            let Some((_, inputs, tensors)) = &held else { continue };
-            self.case(case, group, inputs, tensors)?;
+            for contest in &choices {
+                let expected = self.expected_us(contest);
+                for spec in self.todo(contest) {
+                    if self.over() {
+                        return Err(Stop::Ended(Ended::TimeLimit));
+                    }
+                    self.progress.doing(&format!("{} {}", case.label(), contest.step.name()));
+                    self.select(&case, spec)?;
+                }
+                self.progress.advance(expected);
+            }
         }
         Ok(())
     }
@@ -766,7 +819,8 @@ impl<'a> Session<'a> {
                     }
                     self.attention(&data, contest.step, &todo, forward.clone(), keys.as_ref())?;
                 }
-                Step::Select => self.select(&data, todo[0])?,
+                // Done apart: it needs nothing of the case's data.
+                Step::Select => {}
                 Step::Invert => self.invert(&data, todo[0])?,
             }
             self.progress.advance(expected);
@@ -972,7 +1026,7 @@ impl<'a> Session<'a> {
         spec: KernelSpec,
         poison: &dyn Fn(&Gpu) -> Result<(), dsv_runtime::Error>,
         launch: &dyn Fn(&Gpu) -> Result<(), dsv_runtime::Error>,
-        judge: &dyn Fn(&Gpu) -> Result<(), Failure>,
+        judge: &dyn Fn(&Gpu) -> Result<f64, Failure>,
     ) -> Result<(), Stop> {
         let result = {
             let gpu = &self.gpu;
@@ -983,74 +1037,160 @@ impl<'a> Session<'a> {
                 .and_then(|()| gpu.checked_run(|| launch(gpu)))
                 .and_then(|()| judge(gpu))
         };
-        if let Err(failure) = result {
-            return self.failed(case, step, spec, failure.into());
-        }
+        let ratio = match result {
+            Ok(ratio) => ratio,
+            Err(failure) => return self.failed(case, step, spec, failure.into()),
+        };
         let result = {
             let gpu = &self.gpu;
             let work = [Timed {
                 poison: Box::new(|| poison(gpu)),
                 launch: Box::new(|| launch(gpu)),
-                judge: Box::new(|| judge(gpu).map(|()| 0.0)),
+                judge: Box::new(|| judge(gpu)),
             }];
             self.time(case, step, &[spec], &work)
         };
-        self.record_times(case, step, &[spec], &[0.0], result)
+        self.record_times(case, step, &[spec], &[ratio], result)
     }
 
-    fn select(&mut self, data: &CaseData<'_>, spec: KernelSpec) -> Result<(), Stop> {
-        let case = data.case;
-        let (query_group, kv_block) = case.lists.block_size();
-        let problem = SelectProblem {
+    /// The plan of a selection: `kv_select` as the runtime has it, `kv_select_fine` as it was compiled here.
+    fn choice(&self, case: &Case, spec: &SelectSpec) -> Result<Choice, Outcome> {
+        let layout = Layout::bshd(case.seqlen, case.num_heads, RANK as u32);
+        let (query_group, kv_block, group_rule) = (spec.query_group(), spec.kv_block(), spec.group_rule());
+        let Case { batch, num_heads, seqlen, max_selected, .. } = *case;
+        if spec.op() == SelectOp::Rows {
+            let problem = SelectProblem {
+                query_group,
+                kv_block,
+                group_rule,
+                batch,
+                num_heads,
+                seqlen_q: seqlen,
+                seqlen_kv: seqlen,
+                max_selected,
+            };
+            return match self.gpu.runtime.selection(&problem, layout, layout) {
+                Ok(plan) => Ok(Choice::Rows(plan)),
+                Err(e) => Err(Failure::from(e).into()),
+            };
+        }
+        let problem = FineProblem {
             query_group,
             kv_block,
-            group_rule: GroupRule::Centre,
-            batch: case.batch,
-            num_heads: case.num_heads,
-            seqlen_q: case.seqlen,
-            seqlen_kv: case.seqlen,
-            max_selected: case.max_selected,
+            group_rule,
+            block_score: spec.block_score(),
+            budget: spec.budget(),
+            scale: SCALE,
+            keep: Keep::default(),
+            batch,
+            num_heads,
+            seqlen_q: seqlen,
+            seqlen_kv: seqlen,
+            max_selected,
         };
-        let rank = SelectProblem::RANK;
-        let layout = Layout::bshd(case.seqlen, case.num_heads, rank);
-        let plan = match self.gpu.runtime.selection(&problem, layout, layout) {
-            Ok(plan) => plan,
-            Err(e) => return self.failed(&case, Step::Select, spec, Failure::from(e).into()),
+        let kernel = match self.kernels.get(&KernelSpec::Select(*spec)) {
+            Some(Ok(kernel)) => kernel.clone(),
+            Some(Err(outcome)) => return Err(outcome.clone()),
+            None => return Err(launch_failure("it was not compiled")),
         };
-        let len = case.batch as usize * case.seqlen as usize * case.num_heads as usize * rank as usize;
+        match self.gpu.runtime.fine_selection_with(&problem, layout, layout, kernel) {
+            Ok(plan) => Ok(Choice::Fine(plan)),
+            Err(e) => Err(Failure::from(e).into()),
+        }
+    }
+
+    /// Checks a selection with its scores written, then without, then times it without.
+    fn select(&mut self, case: &Case, spec: KernelSpec) -> Result<(), Stop> {
+        let KernelSpec::Select(select) = spec else { return Ok(()) };
+        let choice = match self.choice(case, &select) {
+            Ok(choice) => choice,
+            Err(outcome) => return self.failed(case, Step::Select, spec, outcome),
+        };
+        let len = case.batch as usize * case.seqlen as usize * case.num_heads as usize * RANK;
         let (q_lr, k_lr) = (normals(len, 21), normals(len, 22));
-        let shape = problem.lists();
+        let samples = SelectSamples::new(case, select, &q_lr, &k_lr)
+            .expect("the tuner's cases are ones the reference takes");
+        let share = samples.share();
+        let shape = ListShape::of(&case.problem(AttnOp::Fwd));
+        let (width, units) = (case.max_selected as usize, shape.num_kv_blocks as usize);
         let upload = |gpu: &Gpu| {
             let (device, stream) = (gpu.device(), &gpu.stream);
-            let top_k: Vec<i32> = head_counts(&case).into_iter().map(|n| n as i32).collect();
+            let budget = match select.budget() {
+                Budget::TopK => {
+                    let top_k: Vec<i32> = head_counts(case).into_iter().map(|n| n as i32).collect();
+                    device.upload(stream, &top_k)?
+                }
+                Budget::TopP => device.upload(stream, &vec![share; case.num_heads as usize])?,
+            };
             Ok::<_, dsv_runtime::Error>((
                 device.upload(stream, &q_lr)?,
                 device.upload(stream, &k_lr)?,
-                device.upload(stream, &top_k)?,
+                budget,
                 device.alloc(shape.index_bytes() as usize)?,
                 device.alloc(shape.count_bytes() as usize)?,
             ))
         };
-        let (q, k, top_k, index, count) = upload(&self.gpu).map_err(TuneError::from)?;
+        let scores_bytes = shape.count_bytes() * u64::from(shape.num_kv_blocks);
+        let needed = scores_bytes + shape.index_bytes() + shape.count_bytes() + (1 << 28);
+        let free = self.gpu.device().memory().map_err(TuneError::from)?.0;
+        if needed > free {
+            let message = format!(
+                "it needs {needed} bytes of device memory, {free} are free; all scores are written once, for the check"
+            );
+            return self.failed(case, Step::Select, spec, Outcome::Infeasible { message });
+        }
+        let (q, k, budget, index, count) = upload(&self.gpu).map_err(TuneError::from)?;
         let poison = |gpu: &Gpu| index.poison(&gpu.stream).and_then(|()| count.poison(&gpu.stream));
-        let launch = |gpu: &Gpu| {
-            let args = SelectArgs {
+        let launch_with = |gpu: &Gpu, scores: Option<u64>| {
+            let args = FineArgs {
                 q_lr: q.address(),
                 k_lr: k.address(),
-                top_k: top_k.address(),
-                lists: QueryLists { q2k_index: index.address(), q2k_count: count.address() },
-                scores: None,
+                budget: budget.address(),
+                q2k_index: Some(index.address()),
+                q2k_count: count.address(),
+                bitmap: None,
+                scores,
+                capped: None,
                 error_flag: gpu.flag(),
             };
             // SAFETY: the buffers were made for this problem, and outlive the wait that ends every step.
-            unsafe { plan.select(&gpu.stream, &args) }
+            unsafe { choice.launch(&gpu.stream, &args) }
         };
-        let judge = |gpu: &Gpu| {
-            let index = index.read::<i32>(&gpu.stream, 0, shape.index_bytes() as usize / 4)?;
-            let count = count.read::<i32>(&gpu.stream, 0, shape.count_bytes() as usize / 4)?;
-            judge_selection(&case, &q_lr, &k_lr, rank as usize, &index, &count).map_err(Failure::Wrong)
+        let judge_lists = |gpu: &Gpu, scores: &[Vec<f32>]| -> Result<(), Failure> {
+            let counts = count.read::<i32>(&gpu.stream, 0, shape.count_bytes() as usize / 4)?;
+            let (mut ids, mut of_lists) = (Vec::new(), Vec::new());
+            for list in samples.places() {
+                ids.push(index.read::<i32>(&gpu.stream, list * width * size_of::<i32>(), width)?);
+                of_lists.push(counts[list]);
+            }
+            samples.judge_lists(scores, &ids, &of_lists, share).map_err(Failure::Wrong)
         };
-        self.list_kernel(&case, Step::Select, spec, &poison, &launch, &judge)
+        let checked = {
+            let gpu = &self.gpu;
+            let lines =
+                self.timeout_lines(&[(*case, Step::Select)], &[spec], "one run did not end within 20 s");
+            let _watched = self.watchdog.watch(HANG, &spec.name(), lines);
+            let run = || -> Result<(Vec<Vec<f32>>, f64), Failure> {
+                let scores = gpu.device().alloc(scores_bytes as usize)?;
+                scores.poison(&gpu.stream)?;
+                poison(gpu)?;
+                gpu.checked_run(|| launch_with(gpu, Some(scores.address())))?;
+                let of_list =
+                    |list: usize| scores.read::<f32>(&gpu.stream, list * units * size_of::<f32>(), units);
+                let found = samples.places().map(of_list).collect::<Result<Vec<_>, _>>()?;
+                let ratio = samples.judge_scores(&found).map_err(Failure::Wrong)?;
+                judge_lists(gpu, &found)?;
+                Ok((found, ratio))
+            };
+            run()
+        };
+        let (scores, ratio) = match checked {
+            Ok(found) => found,
+            Err(failure) => return self.failed(case, Step::Select, spec, failure.into()),
+        };
+        let launch = |gpu: &Gpu| launch_with(gpu, None);
+        let judge = |gpu: &Gpu| judge_lists(gpu, &scores).map(|()| ratio);
+        self.list_kernel(case, Step::Select, spec, &poison, &launch, &judge)
     }
 
     fn invert(&mut self, data: &CaseData<'_>, spec: KernelSpec) -> Result<(), Stop> {
@@ -1080,7 +1220,7 @@ impl<'a> Session<'a> {
             let found = index.read::<i32>(&gpu.stream, 0, expected.index.len())?;
             // Past the last offset of a slab the reference has -1, and a kernel may have anything.
             match (0..found.len()).find(|&i| expected.index[i] >= 0 && found[i] != expected.index[i]) {
-                None => Ok(()),
+                None => Ok(0.0),
                 Some(at) => Err(Failure::Wrong(format!(
                     "k2q_index[{at}] is {} instead of {}",
                     found[at], expected.index[at]

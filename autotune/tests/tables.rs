@@ -8,7 +8,7 @@ use dsv_autotune::records::{RECORD_FILE, Run, RunDir};
 use dsv_autotune::reduce::to_nanosecond;
 use dsv_autotune::ruler::Peer;
 use dsv_autotune::service::Service;
-use dsv_autotune::tables::{BENCH_FILE, Cell, Tables, lines, plan};
+use dsv_autotune::tables::{BENCH_FILE, Cell, Selected, Tables, lines, plan, selections};
 use dsv_spec::{Arch, AttnOp, KernelSpec, Outcome, TableMeta, Timing, TuneRecord};
 use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
@@ -30,9 +30,14 @@ fn service() -> Service {
     Service::defaults(&meta().gpu, Arch::Sm90a)
 }
 
-/// 500 TF; deterministic 20 % slower, mixed heads 5 %, clustered lists a tenth faster.
+/// 500 TF; choosing 55 us, finely 155 us, by four queries 355 us, inverting 55 us; deterministic 20 % slower, mixed heads 5 %, clustered lists a tenth faster.
 fn formula_us(case: &Case, step: Step, spec: &KernelSpec) -> f64 {
-    let KernelSpec::Attn(_) = spec else { return 55.25 };
+    match spec {
+        KernelSpec::Attn(_) => {}
+        KernelSpec::Select(s) if s.group_rule().queries() == 4 => return 355.25,
+        KernelSpec::Select(s) if s.op() == dsv_spec::SelectOp::Fine => return 155.25,
+        _ => return 55.25,
+    }
     let form = if spec.name().starts_with("attn_bwd") && spec.name().contains("_det_") { 1.2 } else { 1.0 };
     let kind = match case.kind {
         ListKind::Mixed => 1.05,
@@ -113,10 +118,11 @@ fn tables() -> Tables {
 fn fixed() -> Tables {
     let mut tables = tables();
     tables.kernels = "0123456789ab".into();
+    let fine = tables.sections.pop().unwrap();
     tables.sections.truncate(1);
-    let rows = &mut tables.sections[0].rows;
-    rows.retain(|row| [64, 128].contains(&row.head_dim));
-    for row in rows {
+    tables.sections[0].rows.retain(|row| [64, 128].contains(&row.head_dim));
+    tables.sections.push(fine);
+    for row in tables.sections.iter_mut().flat_map(|section| &mut section.rows) {
         for (cell, op) in
             [(&mut row.forward, "fwd"), (&mut row.backward, "bwd"), (&mut row.deterministic, "bwd")]
         {
@@ -152,7 +158,28 @@ fn every_line_and_what_it_is_held_against_is_measured_once() {
     let count = |step| contests.iter().filter(|c| c.step == step).count();
     let wanted = plan.cases.iter().filter(|case| served(case)).count();
     assert_eq!((count(Step::Forward), count(Step::Backward)), (wanted, wanted));
-    assert!(contests.iter().filter(|c| c.step == Step::Backward).all(|c| c.specs.len() == 2));
+    // Fine lists have one form.
+    for contest in contests.iter().filter(|c| c.step == Step::Backward) {
+        let forms = if contest.case.lists.is_gather() { 1 } else { 2 };
+        assert_eq!(contest.specs.len(), forms, "{}", contest.case.label());
+    }
+    let fine = |c: &&Contest| c.case.lists.is_gather();
+    assert_eq!(contests.iter().filter(fine).filter(|c| c.step == Step::Forward).count(), 5);
+    assert!(contests.iter().filter(fine).all(|c| c.step != Step::Invert), "no kernel reads their inverse");
+    // Every selection once, whether it is that of a row's lists or not.
+    let key = |case: &Case, spec: &KernelSpec| (Case { head_dim: 0, ..*case }, *spec);
+    let selects = contests.iter().filter(|c| c.step == Step::Select);
+    let selects: Vec<_> = selects.flat_map(|c| c.specs.iter().map(|spec| key(&c.case, spec))).collect();
+    assert_eq!(selects.iter().collect::<HashSet<_>>().len(), selects.len());
+    for selection in selections() {
+        for spec in selection.kernels(Arch::Sm90a) {
+            assert!(selects.contains(&key(&selection.case, &KernelSpec::Select(spec))), "{selection:?}");
+        }
+    }
+    // What a case shares is made once: its steps follow each other.
+    let cases: Vec<Case> = contests.iter().map(|c| c.case).collect();
+    let changes = cases.windows(2).filter(|pair| pair[0] != pair[1]).count() + 1;
+    assert_eq!(changes, cases.iter().collect::<HashSet<_>>().len());
 }
 
 /// GPU time at a pessimistic 350 TF, every head_dim served: check, estimate, at least 5 rounds or the budget, and for the
@@ -201,6 +228,134 @@ fn targets_are_those_of_an_h100() {
     assert_eq!(words(at("32,768", 256, (0, 0), ListKind::Dense)), [660.0, 730.0, 420.0, 520.0]);
     let of_others = |l: &dsv_autotune::tables::Line| ![64, 128].contains(&l.case.head_dim);
     assert!(lines().into_iter().filter(of_others).count() == 2, "96 and 256 have their dense row alone");
+}
+
+#[test]
+fn fine_lists_have_targets_of_their_own() {
+    let fine: Vec<_> = lines().into_iter().filter(|l| l.case.lists.is_gather()).collect();
+    let told: Vec<_> = fine
+        .iter()
+        .map(|l| {
+            let (c, t) = (l.case, l.targets.unwrap());
+            let of = |t: dsv_autotune::tables::Target| (t.must, t.aim);
+            (c.lists.block_size(), (c.num_heads, c.seqlen), of(t.forward), of(t.backward), l.select.map(of))
+        })
+        .collect();
+    let (a, b) = ((16, 32768), (4, 131_072));
+    assert_eq!(
+        told,
+        [
+            ((128, 8), a, (470.0, 550.0), (300.0, 370.0), None),
+            ((64, 8), a, (340.0, 400.0), (180.0, 210.0), Some((0.5, 0.25))),
+            ((128, 1), a, (430.0, 520.0), (270.0, 330.0), None),
+            ((64, 1), a, (300.0, 360.0), (150.0, 190.0), Some((0.8, 0.4))),
+            ((128, 8), b, (420.0, 480.0), (170.0, 250.0), None),
+        ]
+    );
+    assert!(fine.iter().all(|l| l.case.head_dim == 128 && (l.case.kept() - 0.1).abs() < 1e-3));
+    let steps: Vec<_> = lines()
+        .into_iter()
+        .filter_map(|l| l.step.map(|t| (l.case.lists.block_size(), l.case.seqlen, t.must, t.aim)))
+        .collect();
+    assert_eq!(
+        steps,
+        [((128, 128), 32768, 9.0, 10.0), ((64, 64), 32768, 6.5, 7.7), ((128, 8), 32768, 5.0, 6.5)]
+    );
+}
+
+#[test]
+fn selections_are_rows_and_the_whole_step_counts_one_of_them() {
+    let tables = tables();
+    let row = |block, rule: &str, budget: &str, op: &str| {
+        let same = |r: &&dsv_autotune::tables::SelectionRow| {
+            (r.block, r.rule.as_str(), r.budget.as_str(), r.op(), r.num_heads)
+                == (block, rule, budget, op, 16)
+        };
+        tables.selections.iter().find(same).unwrap_or_else(|| panic!("{block:?} {rule} {budget} {op}"))
+    };
+    let us = |result: &Selected| match result {
+        Selected::Measured { timing, .. } => timing.median_us,
+        other => panic!("{other:?}"),
+    };
+    let ms = |t: Option<dsv_autotune::tables::Target>| t.map(|t| (t.must, t.aim));
+    let tokens = row((64, 1), "centre", "top_k", "kv_select_fine");
+    assert_eq!((us(&tokens.result), ms(tokens.target)), (155.25, Some((0.8, 0.4))));
+    let of_four = row((64, 8), "mass4", "top_k", "kv_select_fine");
+    assert_eq!((us(&of_four.result), ms(of_four.target)), (355.25, Some((1.5, 0.75))));
+    assert!(of_four.kernel.contains("_mass4_mass_"));
+    // Blocks of 64 by both kernels: that of the lists is kv_select, whatever was measured after it.
+    let (rows, fine) =
+        (row((64, 64), "centre", "top_k", "kv_select"), row((64, 64), "centre", "top_k", "kv_select_fine"));
+    assert_eq!((us(&rows.result), us(&fine.result)), (55.25, 155.25));
+    assert_eq!((ms(rows.target), ms(fine.target)), (Some((0.25, 0.15)), Some((0.25, 0.15))));
+    assert_eq!(row((64, 1), "centre", "top_p", "kv_select_fine").target, None);
+    let find = |block, seqlen| {
+        let mut rows = tables.rows();
+        let same = |r: &&dsv_autotune::tables::TableRow| {
+            (r.head_dim, r.block, r.lists.as_str(), r.seqlen) == (128, block, "random", seqlen)
+                && (r.keep - 0.1).abs() < 0.003
+        };
+        rows.find(same).unwrap()
+    };
+    let blocks = find((64, 64), 32768);
+    assert_eq!(
+        (blocks.select_us, blocks.invert_us, blocks.lists_us()),
+        (Some(55.25), Some(55.25), Some(110.5))
+    );
+    let fine = find((128, 8), 32768);
+    assert_eq!((fine.select_us, fine.invert_us, fine.lists_us()), (Some(155.25), None, Some(155.25)));
+    let ours = fine.forward.us().unwrap() + fine.backward.us().unwrap();
+    let cudnn = fine.speed_up().unwrap() * ours;
+    assert!((fine.step_speed_up().unwrap() - cudnn / (ours + 155.25)).abs() < 1e-9);
+    let page = markdown(&tables);
+    assert!(
+        page.contains("| 16, 32k | 64x8 | mass4 | top_k | kv_select_fine | 0.355 | 1.5 / 0.75 |"),
+        "{page}"
+    );
+    assert!(page.contains(" | 0.155 (target 0.8 / 0.4) | "), "{page}");
+    // No cuDNN of 131,072 tokens was measured: no speed-up.
+    assert_eq!(find((128, 8), 131_072).step_speed_up(), None);
+    let dense = tables.rows().find(|r| r.block == (0, 0)).unwrap();
+    assert_eq!((dense.lists_us(), dense.step_speed_up()), (None, None));
+}
+
+/// As of a GPU whose table was made before there were fine lists.
+#[test]
+fn a_table_without_fine_lists_is_served_by_defaults_and_says_so() {
+    let table = Service::new("NVIDIA H100 80GB HBM3", Arch::Sm90a, &ServedBy::Committed).unwrap();
+    let contests = plan(ServedBy::Committed).contests_served(&table);
+    let records: Vec<TuneRecord> =
+        contests.iter().flat_map(|c| c.specs.iter().map(move |&spec| record(c, spec))).collect();
+    let tables = Tables::new(&meta(), &records, &table, &peers());
+    let fine: Vec<_> = tables.rows().filter(|r| (1..64).contains(&r.block.1)).collect();
+    assert_eq!(fine.len(), 5);
+    let by_default = |cell: &Cell| matches!(cell, Cell::Measured { found, .. } if found == "default");
+    let page = markdown(&tables);
+    if fine.iter().all(|r| by_default(&r.forward) && by_default(&r.backward)) {
+        assert_eq!(page.matches("The table has no line for these lists").count(), 1, "{page}");
+    }
+    assert!(fine.iter().all(|r| r.deterministic == Cell::NoKernel), "there is none, and it is said");
+    assert!(page.contains("| no kernel | "), "{page}");
+    assert!(!markdown(&self::tables()).contains("has no line"), "without a table it is said once, above");
+}
+
+/// A record made before the whole step and selections were measured.
+#[test]
+fn an_older_record_still_reads() {
+    let mut value: serde_json::Value = serde_json::from_str(&tables().to_json()).unwrap();
+    value.as_object_mut().unwrap().remove("selections");
+    let sections = value["sections"].as_array_mut().unwrap();
+    sections.truncate(1);
+    for row in sections[0]["rows"].as_array_mut().unwrap() {
+        row.as_object_mut().unwrap().remove("step_target");
+    }
+    let old: Tables = serde_json::from_value(value).unwrap();
+    assert_eq!(old.selections, []);
+    let page = markdown(&old);
+    assert!(page.contains("| whole step |") && !page.contains("scored by"), "{page}");
+    let again: Tables = serde_json::from_str(&old.to_json()).unwrap();
+    assert_eq!(again, old);
+    assert!(!text(&old).contains("kv_select"));
 }
 
 #[test]
@@ -342,17 +497,21 @@ fn the_record_reads_back_and_makes_the_same_page() {
     // Every row of a table has as many columns as its head.
     let columns: BTreeSet<usize> =
         markdown(&tables).lines().filter(|l| l.starts_with('|')).map(|l| l.matches('|').count()).collect();
-    assert_eq!(columns.len(), 2, "with and without a comparison: {columns:?}");
+    assert_eq!(columns.len(), 3, "with and without a comparison, and selections: {columns:?}");
     // Another text of one kernel is another record.
     let mut records = recorded();
     records[0].source_hash = "f".repeat(64);
     assert_ne!(Tables::new(&meta(), &records, &service(), &[]).kernels, tables.kernels);
-    assert_eq!(tables.changed(&dsv_runtime::Registry::committed()).len(), {
+    let registry = dsv_runtime::Registry::committed();
+    assert_eq!(tables.changed(&registry).len(), {
+        // What is rendered on demand has no committed text to differ from.
+        let committed = tables.selections.iter().filter(|row| registry.kernel(&row.kernel).is_some());
         let names: BTreeSet<String> = tables
             .rows()
             .flat_map(|r| [&r.forward, &r.backward, &r.deterministic])
             .filter_map(Cell::kernel)
             .map(str::to_string)
+            .chain(committed.map(|row| row.kernel.clone()))
             .collect();
         names.len()
     });

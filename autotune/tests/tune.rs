@@ -1,15 +1,17 @@
 //! The tuner without a GPU: from recorded lines to a table, what a resumed run leaves out, the report, the command
 //! line. The times here come from a formula, not from a GPU.
 
+use dsv_autotune::listgen::ListKind;
 use dsv_autotune::plan::{Case, Contest, Mode, Plan, Step};
 use dsv_autotune::records::{KernelNote, Key, RECORD_FILE, RecordFile, Records, Run, RunDir, todo};
 use dsv_autotune::reduce::{merge, reduce, rows, to_nanosecond};
 use dsv_autotune::report::Report;
 use dsv_autotune::ruler::Peer;
+use dsv_autotune::selection::Selection;
 use dsv_autotune::summary;
 use dsv_spec::{
-    Arch, AttnOp, Deterministic, DispatchTable, Found, KernelSpec, Outcome, Problem, TableMeta, Timing,
-    TuneRecord,
+    Arch, AttnOp, Budget, Deterministic, DispatchTable, Found, GroupRule, KernelSpec, Outcome, Problem,
+    TableMeta, Timing, TuneRecord,
 };
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -185,6 +187,61 @@ fn crossovers_are_interpolated_never_or_always() {
         "{:?}",
         reduction.notes
     );
+}
+
+/// Selections of finer lists, and others of the same lists, change no line and no crossover of block lists.
+#[test]
+fn fine_selections_do_not_disturb_the_table() {
+    let plan = Plan::tune(Mode::Full, Some("d128 s32768")).unwrap();
+    let records = recorded(&plan);
+    let before = reduce(&records, meta());
+    let mut others = Vec::new();
+    for case in plan.cases.iter().filter(|c| !c.lists.is_dense() && c.kind == ListKind::Random) {
+        let fine = |kv_block| {
+            let (query_group, _) = case.lists.block_size();
+            Case::sparse(128, 16, 32768, (query_group, kv_block), 0.1, case.kind)
+        };
+        for case in [*case, fine(1), fine(8)] {
+            for &rule in GroupRule::ALL {
+                for &budget in Budget::ALL {
+                    for spec in (Selection { case, rule, budget }).kernels(Arch::Sm90a) {
+                        let contest = Contest { case, step: Step::Select, specs: vec![] };
+                        let mut record = record(&contest, KernelSpec::Select(spec), None);
+                        // The one that counts is on record already.
+                        if records.iter().any(|r| (r.spec, r.problem) == (record.spec, record.problem)) {
+                            continue;
+                        }
+                        if let Outcome::Ok { timing, .. } = &mut record.outcome {
+                            timing.median_us = 1e6;
+                        }
+                        others.push(record);
+                    }
+                }
+            }
+        }
+    }
+    assert!(others.len() > 100, "{}", others.len());
+    let all = [records.clone(), others.clone()].concat();
+    assert_eq!(reduce(&all, meta()), before);
+    assert_eq!(reduce(&[others, records].concat(), meta()), before);
+    assert_eq!(before.table.crossovers.len(), 2);
+    // Fine lists that were measured have their own total, without an inversion that no one reads.
+    let request = Plan { cases: vec![Case::sparse(128, 16, 32768, (128, 8), 0.1, ListKind::Random)], ..plan };
+    let fine = recorded(&request);
+    let row = rows(&fine).remove(0);
+    let attention =
+        row.forward.as_ref().unwrap().timing.median_us + row.backward.as_ref().unwrap().timing.median_us;
+    assert_eq!((row.select_us, row.invert_us, row.lists_us()), (Some(100.0), None, Some(100.0)));
+    assert_eq!(row.total_us(), Some(attention + 100.0));
+    // And they are shown.
+    assert!(summary::records(&fine).contains("kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk"));
+    assert!(summary::comparison(&rows(&fine), &[]).contains("0.100"));
+    let both = [recorded(&Plan::tune(Mode::Full, Some("d128 s32768")).unwrap()), fine].concat();
+    let reduced = reduce(&both, meta()).table;
+    let of_blocks =
+        |t: &DispatchTable| -> Vec<_> { t.crossovers.iter().filter(|c| c.kv_block >= 64).cloned().collect() };
+    assert_eq!(of_blocks(&reduced), of_blocks(&before.table));
+    assert_eq!(reduced.crossovers.len(), 3);
 }
 
 #[test]
@@ -423,6 +480,12 @@ fn bad_options_say_what_is_allowed() {
     refuses(dir, &["bench", "--op", "forward"], &["--op forward", "fwd, bwd, dq"]);
     refuses(dir, &["bench", "--lists", "window"], &["--lists window", "random, clustered"]);
     refuses(dir, &["bench", "--block", "7x7"], &["--block 7x7", "128x128"]);
+    refuses(
+        dir,
+        &["bench", "--op", "select", "--rule", "median"],
+        &["--rule median", "centre, mean, max4, mass4"],
+    );
+    refuses(dir, &["bench", "--op", "select", "--budget", "half"], &["--budget half", "top_k, top_p"]);
     for command in ["resume", "reduce", "status", "report"] {
         refuses(dir, &[command], &["there is no run in", "run.json", "dsv-autotune --quick"]);
     }
