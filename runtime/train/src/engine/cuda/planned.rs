@@ -217,6 +217,6 @@ mod tests {
         let sparse = |skipped| gpu.attention_us(&shape(16, 1 << 15), Some((&lists, skipped))).unwrap();
         assert!(sparse(0.5) > sparse(0.8) && sparse(0.8) > sparse(0.9) && sparse(0.9) > sparse(0.98));
         assert!(sparse(0.9) < dense / 4.0 && sparse(0.999) > 0.0);
-        assert_eq!(gpu.attention_us(&AttnShape { head_dim: 256, ..shape(16, 1 << 15) }, None), None);
+        assert_eq!(gpu.attention_us(&AttnShape { head_dim: 80, ..shape(16, 1 << 15) }, None), None);
     }
 }
