@@ -988,7 +988,7 @@ impl Config {
             if dsv.attention.predicts() {
                 served("dsv.rank", dsv.rank.to_string(), vec!["16".into()]);
             }
-            let gathered = SHIPPED_GATHER.iter().any(|&size| size == (g as u16, n as u16));
+            let gathered = SHIPPED_GATHER.iter().any(|&(a, b)| (usize::from(a), usize::from(b)) == (g, n));
             if dsv.attention != Attention::Full && train.deterministic && gathered {
                 bad.push(no_deterministic_gather(n));
             }

@@ -250,6 +250,9 @@ fn components(arena: &ArenaPlan, gpus: usize, layers: usize) -> Vec<Component> {
     out
 }
 
+/// Name, milliseconds dense, and at `keep`.
+type PartMs = (&'static str, f64, f64);
+
 /// Milliseconds of a step by component, dense and at `keep`: products and attention at their speeds, the rest at the
 /// speed of memory. Second: whether the table knew the attention, dense and over lists.
 fn time(
@@ -259,7 +262,7 @@ fn time(
     keep: f64,
     flop: &[(&'static str, f64, f64)],
     params: usize,
-) -> (Vec<(&'static str, f64, f64)>, (bool, bool)) {
+) -> (Vec<PartMs>, (bool, bool)) {
     let Some(rates) = device.rates() else { return (Vec::new(), (false, false)) };
     let calls = (config.train.grad_accumulation * shape.layers) as f64;
     let attn = shape.self_attn();

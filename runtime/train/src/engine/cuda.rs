@@ -502,11 +502,12 @@ impl CudaEngine {
         let lists = self.query_lists(&args.lists);
         let (q_lr, k_lr) = (self.act(args.q_lr.buf), self.act(args.k_lr.buf));
         let (top_k, error_flag) = (self.i32(args.top_k), self.flag());
-        // SAFETY: buffers of the arena with the plan's sizes and layouts.
         match &self.selections[at].1 {
+            // SAFETY: buffers of the arena with the plan's sizes and layouts.
             Selection::Blocks(plan) => unsafe {
                 plan.select(&self.stream, &SelectArgs { q_lr, k_lr, top_k, lists, scores: None, error_flag })
             },
+            // SAFETY: as above.
             Selection::Fine(plan) => unsafe {
                 let launch = FineArgs {
                     q_lr,
@@ -548,10 +549,11 @@ impl CudaEngine {
                 dims.dim
             )));
         }
-        if let Some(lists) = dims.lists.as_ref().filter(|_| self.deterministic == Deterministic::Yes) {
-            if lists.kernel_lists().is_gather() {
-                return Err(EngineError::Device(crate::config::no_deterministic_gather(lists.kv_block)));
-            }
+        if let Some(lists) = dims.lists.as_ref()
+            && lists.kernel_lists().is_gather()
+            && self.deterministic()
+        {
+            return Err(EngineError::Device(crate::config::no_deterministic_gather(lists.kv_block)));
         }
         for problem in self.problems(dims) {
             let layouts = AttnLayouts::bshd(&problem);
