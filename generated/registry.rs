@@ -226,6 +226,27 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "7c3a597c20d2d0f2a9d113617379d36a33d0cdfebccd464afb4917d088a5faa2",
     },
     Kernel {
+        name: "attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "40210dc7ca57f3865dffcb70c6df4222f7dbba900ca5c26f6c287aa702d91e70",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "3494b8985a4c6bd1b2ac28ae807b56901d9f21b6438954c29d872f65ce5e84e1",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "3cf4517ef2c41a3d815c16e2ff2b7779494d1f99106c1c463580c0ad9bf49579",
+    },
+    Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
@@ -245,6 +266,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
         source_hash: "8b679ff5c866d341540dca92acfd615a512de13606b16f8e36ced6fa9496c05e",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "dac44bf6c02f60eedfd260a4db69e0b2e25afadbc851dd2a0dd4a7095ea91abc",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
@@ -289,6 +317,27 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "513f443ea6dd514e8331849cc232e67a1e90281cfcbb15827a66e496784dbfe4",
     },
     Kernel {
+        name: "attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "73361b895bcf08e0dbe0f0f8838a5ddd9bbfd792748876c53383ece7442d1877",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "e940d1b1b3dddae9e8ee4b627c7b90bccd2e364560b89747724db8b03950d086",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "aacdebce7306d66f89142fe7863da3df08581de18a359c08274375048a8875d9",
+    },
+    Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
@@ -301,6 +350,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
         source_hash: "dc96980bb4975b1ee10eee64dda09bca2de47530bdbc0d8b66ef6725f63d3cf2",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
+        ),
+        source_hash: "02569c68d40b2205fcef9f8af3c864a5bbc74129d8e1ce7a1b49afe47b527b9c",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
@@ -653,6 +709,27 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "2009a882e596cba78278baa48c8afa100c92c883c81855cd10822313315bb1b9",
     },
     Kernel {
+        name: "attn_fwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "8379addd5cd70ed5e32bfdca3ec972efc65d04ff67b6b047b8c73fe3463bc74b",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "0035afb28356972bbb035d427b3cb465f49e6e2568ab2f9a2d22b0208f09bd31",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "05bb2124f2d9dbd5e2f7614001e910d0073431bee3c1e53aa9519436a4425a6e",
+    },
+    Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
@@ -681,6 +758,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "d4e5e3afe3afa275cb74652ed482f5725b26a205cdda980ecf865885a630f96b",
     },
     Kernel {
+        name: "attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "3d3c04a7a9f6ab1cce2c75a335621ac739aad7887e2a9c25435fe5212330c16b",
+    },
+    Kernel {
         name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
@@ -702,6 +786,27 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "e8a3aa816d2f1ab1519a7cbdf06febfe60cdad55d55dae065dddca849b55196b",
     },
     Kernel {
+        name: "attn_fwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "8f19c0c336da9c7c9c3dbd743c3a57f1cfb6f1f6ec1967d421be60c99a00423c",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "3d49f0bfa44b62153d43cdaabe44c1450088a1a6754c3a6935e86af4e35bf216",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "c7045e50a505c2d3a9f0bd54258f21c6a8aabcc6b9bfb50ecb06b22cf6f246ad",
+    },
+    Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a.cu"
@@ -714,6 +819,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
         source_hash: "92101994684c2d65f25229d89694ac27b023824051260fd31d4a9c21c9334e9b",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "e6cc3c2a86e0ca826e8fd91bf5f94d6b69296d4a93a03908da53cf6de88ec8ce",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",

@@ -16,7 +16,7 @@ pub const SHIPPED_BLOCK_SIZES: [(u16, u16); 2] = [(64, 64), (128, 128)];
 /// demand.
 pub const SHIPPED_GATHER: [(u16, u16); 4] = [(64, 1), (64, 8), (128, 1), (128, 8)];
 /// Head dims of the shipped gather kernels.
-pub const SHIPPED_GATHER_HEAD_DIMS: [u16; 1] = [128];
+pub const SHIPPED_GATHER_HEAD_DIMS: [u16; 3] = [64, 96, 128];
 /// Granularities (query_group, kv_block) of the shipped `kv_select_fine` kernels, with the rules of one query; kv_block 1
 /// is the token. Others are rendered on demand.
 pub const SHIPPED_GRANULARITIES: [(u16, u16); 4] = [(64, 1), (64, 8), (128, 1), (128, 8)];

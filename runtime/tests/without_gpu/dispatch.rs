@@ -255,8 +255,8 @@ fn what_no_kernel_serves_is_said_axis_by_axis() {
     assert!(both.contains("(query_group, kv_block) available: dense, (64, 64), (128, 128)"), "{both}");
     // Gathered units are shipped apart.
     let gather = |query_group, kv_block| Lists::Blocks { query_group, kv_block };
-    let fine = text(Problem { head_dim: 64, lists: gather(256, 16), ..forward() });
-    assert!(fine.contains("head_dim with kv_block below 64 available: 128"), "{fine}");
+    let fine = text(Problem { head_dim: 256, lists: gather(256, 16), ..forward() });
+    assert!(fine.contains("head_dim with kv_block below 64 available: 64, 96, 128"), "{fine}");
     assert!(fine.contains("available: dense, (64, 1), (64, 8), (128, 1), (128, 8)"), "{fine}");
     assert!(fine.contains("put (256, 16) in SHIPPED_GATHER (codegen/spec/src/space.rs)"), "{fine}");
     let deterministic = Problem { lists: gather(64, 8), deterministic: Deterministic::Yes, ..problem() };
@@ -291,11 +291,16 @@ fn every_shipped_problem_is_served_on_every_op() {
         }
     }
     assert_eq!(served, 4 * 3 * AttnOp::ALL.len());
-    for lists in space::shipped_gather() {
-        for op in [AttnOp::Fwd, AttnOp::BwdPrep, AttnOp::Bwd, AttnOp::BwdPostKv] {
-            let p = Problem { op, head_dim: 128, lists, max_selected: 400, ..problem() };
-            let KernelSpec::Attn(spec) = dispatch.explain(&p).unwrap().kernel else { panic!("{p:?}") };
-            assert_eq!((spec.op(), spec.lists().is_dense()), (op, op.is_of_any_lists()));
+    for head_dim in space::SHIPPED_GATHER_HEAD_DIMS {
+        for lists in space::shipped_gather() {
+            for op in [AttnOp::Fwd, AttnOp::BwdPrep, AttnOp::Bwd, AttnOp::BwdPostKv] {
+                let p = Problem { op, head_dim, lists, max_selected: 400, ..problem() };
+                let KernelSpec::Attn(spec) = dispatch.explain(&p).unwrap().kernel else { panic!("{p:?}") };
+                assert_eq!(
+                    (spec.op(), spec.head_dim(), spec.lists().is_dense()),
+                    (op, head_dim, op.is_of_any_lists())
+                );
+            }
         }
     }
 }

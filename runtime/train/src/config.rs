@@ -5,7 +5,7 @@
 //! then `--set section.key=value`. Unknown keys are errors. [`Config::documented_toml`] prints every key with
 //! its value and meaning.
 
-use dsv_spec::space::{SHIPPED_BLOCK_SIZES, TRAINER_HEAD_DIMS};
+use dsv_spec::space::{SHIPPED_BLOCK_SIZES, SHIPPED_GATHER, SHIPPED_GATHER_HEAD_DIMS, TRAINER_HEAD_DIMS};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -110,7 +110,10 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
                 "\"dsv\" (predictors, two stages), or a baseline: \"full\", \"wa-m\", \"wa-l\" (3D windows of 1/3, 2/3 of each side), \"fixed\" (predictors, every block keeps dsv.keep from step 0: for throughput)",
             ),
             ("query_group", "tokens that share one KV list"),
-            ("kv_block", "tokens selected together"),
+            (
+                "kv_block",
+                "tokens selected together; the kernels serve 1, 8, 64 (query_group 64) and 1, 8, 128 (query_group 128), below 64 without train.deterministic",
+            ),
             ("rank", "d_lr, the low-rank width of a head's predicted scores"),
             ("predictor_lr", "learning rate of the predictors in stage 1"),
             ("predictor_lr_stage2_factor", "multiplies predictor_lr in stage 2"),
@@ -976,11 +979,18 @@ impl Config {
             let dims = TRAINER_HEAD_DIMS.map(|d| d.to_string()).to_vec();
             served("model.head_dim", model.head_dim.to_string(), dims);
             if dsv.attention != Attention::Full {
-                let sizes = SHIPPED_BLOCK_SIZES.map(|(g, n)| format!("{g} x {n}")).to_vec();
+                let gathered = SHIPPED_GATHER_HEAD_DIMS.iter().any(|&d| usize::from(d) == model.head_dim);
+                let fine = if gathered { SHIPPED_GATHER.as_slice() } else { &[] };
+                let size = |&(g, n): &(u16, u16)| format!("{g} x {n}");
+                let sizes = SHIPPED_BLOCK_SIZES.iter().chain(fine).map(size).collect();
                 served("dsv.query_group x dsv.kv_block", format!("{g} x {n}"), sizes);
             }
             if dsv.attention.predicts() {
                 served("dsv.rank", dsv.rank.to_string(), vec!["16".into()]);
+            }
+            let gathered = SHIPPED_GATHER.iter().any(|&(a, b)| (usize::from(a), usize::from(b)) == (g, n));
+            if dsv.attention != Attention::Full && train.deterministic && gathered {
+                bad.push(no_deterministic_gather(n));
             }
         }
         if bad.is_empty() { Ok(()) } else { Err(ConfigError::Impossible(bad)) }
@@ -1094,6 +1104,13 @@ impl Config {
         }
         out
     }
+}
+
+/// Why lists of units below 64 tokens are refused on a GPU that is to give the same bits on every run.
+pub(crate) fn no_deterministic_gather(kv_block: usize) -> String {
+    format!(
+        "train.deterministic is true and dsv.kv_block {kv_block}; on a GPU, dK and dV over units below 64 tokens differ in the last bits between runs: --set train.deterministic=false, or dsv.kv_block=64 or 128"
+    )
 }
 
 fn multiples_near(size: usize, unit: usize) -> String {
@@ -1299,6 +1316,55 @@ mod tests {
         let wanted =
             "model.head_dim is 256, which no kernel serves on cuda; available: 64, 96, 128 (any on cpu)";
         assert!(error.contains(wanted), "{error}");
+    }
+
+    #[test]
+    fn fine_lists_train_on_a_gpu_without_determinism() {
+        let with = |sets: &[&str]| {
+            let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+            Config::from_toml("[device]\nkind = \"cuda\"", "f", Some("0.8b"), &sets)
+                .map_err(|e| e.to_string())
+        };
+        for (group, block) in SHIPPED_GATHER {
+            for head_dim in TRAINER_HEAD_DIMS {
+                let sizes = [
+                    format!("dsv.query_group={group}"),
+                    format!("dsv.kv_block={block}"),
+                    format!("model.head_dim={head_dim}"),
+                ];
+                let sizes: Vec<&str> = sizes.iter().map(String::as_str).collect();
+                assert_eq!(with(&sizes).map(|_| ()), Ok(()));
+                let exact = [&sizes[..], &["train.deterministic=true"]].concat();
+                let error = with(&exact).unwrap_err();
+                assert!(
+                    error.contains("1 problem") && error.contains("train.deterministic=false"),
+                    "{error}"
+                );
+                // Neither without lists nor on the CPU.
+                with(&[&exact[..], &["dsv.attention=full"]].concat()).unwrap();
+                with(&[&exact[..], &["device.kind=cpu"]].concat()).unwrap();
+            }
+        }
+        insta::assert_snapshot!(with(&["dsv.kv_block=16", "train.deterministic=true"]).unwrap_err(), @r"
+        the config describes no possible run (1 problem)
+          - dsv.query_group x dsv.kv_block is 64 x 16, which no kernel serves on cuda; available: 64 x 64, 128 x 128, 64 x 1, 64 x 8, 128 x 1, 128 x 8 (any on cpu)
+          next: correct the keys above, then dsv-train plan CONFIG.toml
+        ");
+        insta::assert_snapshot!(with(&["dsv.kv_block=8", "train.deterministic=true"]).unwrap_err(), @r"
+        the config describes no possible run (1 problem)
+          - train.deterministic is true and dsv.kv_block 8; on a GPU, dK and dV over units below 64 tokens differ in the last bits between runs: --set train.deterministic=false, or dsv.kv_block=64 or 128
+          next: correct the keys above, then dsv-train plan CONFIG.toml
+        ");
+    }
+
+    #[test]
+    fn the_quality_run_takes_fine_lists() {
+        let text = include_str!("../configs/quality.toml");
+        for (group, block) in SHIPPED_BLOCK_SIZES.iter().chain(&SHIPPED_GATHER) {
+            let sets = [format!("dsv.query_group={group}"), format!("dsv.kv_block={block}")];
+            let c = Config::from_toml(text, "quality.toml", None, &sets).unwrap();
+            assert_eq!((c.tokens(), c.kv_blocks()), (4096, 4096 / *block as usize));
+        }
     }
 
     #[test]

@@ -29,8 +29,8 @@ pub struct RunPlan {
     /// Milliseconds of one optimizer step by component: name, dense, at `keep` of the KV. Empty where the device's
     /// speeds are not known.
     pub time_ms: Vec<(&'static str, f64, f64)>,
-    /// Whether the attention's time comes from the dispatch table rather than from an assumed speed.
-    pub attention_measured: bool,
+    /// Whether the attention's time, dense and over lists, comes from the dispatch table rather than from an assumed speed.
+    pub attention_measured: (bool, bool),
     /// Share of KV blocks the second column assumes.
     pub keep: f64,
     /// GPUs that the last column of the memory spreads the run over.
@@ -250,8 +250,11 @@ fn components(arena: &ArenaPlan, gpus: usize, layers: usize) -> Vec<Component> {
     out
 }
 
+/// Name, milliseconds dense, and at `keep`.
+type PartMs = (&'static str, f64, f64);
+
 /// Milliseconds of a step by component, dense and at `keep`: products and attention at their speeds, the rest at the
-/// speed of memory. Second: whether the table knew the attention.
+/// speed of memory. Second: whether the table knew the attention, dense and over lists.
 fn time(
     shape: &ModelShape,
     config: &Config,
@@ -259,8 +262,8 @@ fn time(
     keep: f64,
     flop: &[(&'static str, f64, f64)],
     params: usize,
-) -> (Vec<(&'static str, f64, f64)>, bool) {
-    let Some(rates) = device.rates() else { return (Vec::new(), false) };
+) -> (Vec<PartMs>, (bool, bool)) {
+    let Some(rates) = device.rates() else { return (Vec::new(), (false, false)) };
     let calls = (config.train.grad_accumulation * shape.layers) as f64;
     let attn = shape.self_attn();
     let lists = shape.predictor.map(|p| p.lists).or(shape.window.map(|w| w.lists));
@@ -275,6 +278,9 @@ fn time(
                 let sparse_ms = match (lists, sparse_us) {
                     (None, _) => dense_ms,
                     (Some(_), Some(us)) => us * calls * 1e-3,
+                    (Some(l), None) if l.kernel_lists().is_gather() => {
+                        ms(sparse, rates.gather[usize::from(l.query_group >= 128)])
+                    }
                     (Some(_), None) => ms(sparse, rates.attention),
                 };
                 ("self-attention", dense_ms, sparse_ms)
@@ -302,7 +308,7 @@ fn time(
     let optimizer = ms(params as f64 * each);
     out.push(("norms, residuals, activations", ms(pointwise), ms(pointwise)));
     out.push(("optimizer", optimizer, optimizer));
-    (out, dense_us.is_some())
+    (out, (dense_us.is_some(), sparse_us.is_some() || lists.is_none() && dense_us.is_some()))
 }
 
 /// FLOP (two per multiply-add) of one step: forward 1, backward 2, recompute 1 where on, but for the MLP's last product;
@@ -424,10 +430,12 @@ impl fmt::Display for RunPlan {
         }
         writeln!(f, "\n")?;
         table(f, "ms of a step, estimated", &self.time_ms, 1.0)?;
-        let from = if self.attention_measured {
-            "attention as the dispatch table measured it"
-        } else {
-            "attention at an assumed speed (the table has no line for it)"
+        let from = match self.attention_measured {
+            (true, true) => "attention as the dispatch table measured it",
+            (true, false) => {
+                "dense attention as the dispatch table measured it, over lists at an assumed speed (it has no line for them)"
+            }
+            _ => "attention at an assumed speed (the table has no line for it)",
         };
         write!(f, "\n  {from}; products and memory at assumed speeds")
     }
@@ -469,6 +477,29 @@ mod tests {
         ] {
             assert!(text.contains(wanted), "no '{wanted}' in\n{text}");
         }
+    }
+
+    #[test]
+    fn fine_lists_have_no_inverse_and_an_assumed_speed() {
+        let gpu = PlannedGpu::new("h100", false).unwrap();
+        let mut config = Config::preset("2.7b").unwrap();
+        config.dsv.keep = Some(0.1);
+        let of = |group: usize, block: usize| {
+            let mut config = config.clone();
+            (config.dsv.query_group, config.dsv.kv_block) = (group, block);
+            plan(&config, &gpu, 1)
+        };
+        // 16 heads, 512 groups, half of 4,096 units of 8 tokens, and a count: ids alone, where blocks have offsets too.
+        assert_eq!(of(64, 8).lists.1, 16 * 512 * 4 * (2_048 + 1));
+        assert_eq!(
+            of(64, 64).lists.1,
+            16 * 4 * 512 * (2 * 256 + 1) + (16usize * 4 * 513).next_multiple_of(256)
+        );
+        let ms = |p: &RunPlan| p.time_ms[0].2;
+        let (coarse, fine, wide) = (of(64, 64), of(64, 8), of(128, 8));
+        assert!(ms(&fine) > ms(&coarse) && ms(&fine) > ms(&wide), "{fine}");
+        assert_eq!((coarse.attention_measured, fine.attention_measured), ((true, true), (true, false)));
+        assert!(fine.to_string().contains("over lists at an assumed speed"), "{fine}");
     }
 
     #[test]
@@ -547,6 +578,6 @@ mod tests {
         let (dense, sparse) = p.step_ms().unwrap();
         // 32 layers, 93 ms a layer in a good framework, 50 ms with lists.
         assert!((1500.0..6000.0).contains(&dense) && sparse < 0.75 * dense, "{p}");
-        assert!(p.attention_measured && p.to_string().contains("ms of a step, estimated"));
+        assert!(p.attention_measured == (true, true) && p.to_string().contains("ms of a step, estimated"));
     }
 }

@@ -604,17 +604,36 @@ fn attention_to_a_text() {
 #[test]
 fn selection_lists_and_sparse_attention() {
     let _gpu = lock();
-    let (batch, heads, head_dim, seqlen) = (2, 3, 64, 1100);
+    selected(64, 64, 64);
+}
+
+#[test]
+fn selection_lists_and_sparse_attention_of_fine_units() {
+    let _gpu = lock();
+    for (head_dim, query_group, kv_block) in
+        [(64, 64, 8), (64, 64, 1), (64, 128, 8), (64, 128, 1), (96, 64, 8), (128, 128, 8), (128, 64, 1)]
+    {
+        selected(head_dim, query_group, kv_block);
+    }
+}
+
+/// Selects lists of half of the units and fewer, and attends over them; their inverse is checked where there is one.
+fn selected(head_dim: usize, query_group: usize, kv_block: usize) {
+    let (batch, heads, seqlen) = (2, 3, 1100usize);
     let width = heads * head_dim;
-    let list_shape = ListShape { batch, heads, seqlen, query_group: 64, kv_block: 64, max_selected: 9 };
+    let most = seqlen.div_ceil(kv_block) / 2 + 1;
+    let list_shape = ListShape { batch, heads, seqlen, query_group, kv_block, max_selected: most };
+    let what = format!("head_dim {head_dim}, {query_group} x {kv_block}");
     let (groups, blocks) = (list_shape.groups(), list_shape.kv_blocks());
-    let entries = batch * heads * groups * 9;
+    let has_inverse = kv_block >= 64;
+    let entries = batch * heads * groups * most;
     let len = batch * seqlen * width;
     let low = batch * seqlen * 2 * heads * 16;
-    let top_k = vec![9, 1, 4];
+    let top_k = vec![most as i32, 1, most as i32 / 2];
     let inputs = [
         Input::Floats(0, noise(1, 3 * len, 1.5)),
-        Input::Floats(1, noise(2, low, 1.0)),
+        // Multiples of 1/8: sums of their products are exact in any order, so that both engines list the same units.
+        Input::Floats(1, noise(2, low, 1.0).iter().map(|x| (8.0 * x).round() / 8.0).collect()),
         Input::Ints(2, top_k.clone()),
         Input::Floats(9, noise(3, len, 1.0)),
     ];
@@ -638,7 +657,7 @@ fn selection_lists_and_sparse_attention() {
         shape: list_shape,
         q2k_index: b[3],
         q2k_count: b[4],
-        inverse: Some((b[5], b[6])),
+        inverse: has_inverse.then_some((b[5], b[6])),
     };
     pair.run(|e, b| {
         e.fill(b[3], 0.0);
@@ -657,30 +676,38 @@ fn selection_lists_and_sparse_attention() {
     let cpu_index = pair.cpu.read_i32(pair.cpu_bufs[3]).unwrap();
     let counts = pair.cpu.read_i32(pair.cpu_bufs[4]).unwrap();
     for (list, &count) in counts.iter().enumerate() {
-        let range = list * 9..list * 9 + count as usize;
+        let range = list * most..list * most + count as usize;
         assert_eq!(count, top_k[list / groups % heads]);
-        assert_eq!(gpu_index[range.clone()], cpu_index[range], "list {list}");
+        assert_eq!(gpu_index[range.clone()], cpu_index[range], "{what}, list {list}");
     }
     let offsets = pair.gpu.read_i32(pair.gpu_bufs[5]).unwrap();
     let inverse = pair.gpu.read_i32(pair.gpu_bufs[6]).unwrap();
-    for slab in 0..batch * heads {
+    for slab in (0..batch * heads).filter(|_| has_inverse) {
         let offsets = &offsets[slab * (blocks + 1)..][..blocks + 1];
         for block in 0..blocks {
             let wanted: Vec<i32> = (0..groups)
                 .filter(|g| {
                     let list = slab * groups + g;
-                    gpu_index[list * 9..][..counts[list] as usize].contains(&(block as i32))
+                    gpu_index[list * most..][..counts[list] as usize].contains(&(block as i32))
                 })
                 .map(|g| g as i32)
                 .collect();
-            let found = &inverse[slab * groups * 9..][offsets[block] as usize..offsets[block + 1] as usize];
-            assert_eq!(found, wanted, "head {slab}, block {block}");
+            let found =
+                &inverse[slab * groups * most..][offsets[block] as usize..offsets[block + 1] as usize];
+            assert_eq!(found, wanted, "{what}, head {slab}, block {block}");
         }
     }
 
     let part = move |buf: Buf, part: usize| View::packed(buf, 3, part, seqlen, heads, head_dim);
     let forward = move |b: &[Buf]| AttnFwd {
-        shape: AttnShape { batch, heads, seqlen_q: seqlen, seqlen_kv: seqlen, head_dim, scale: 0.125 },
+        shape: AttnShape {
+            batch,
+            heads,
+            seqlen_q: seqlen,
+            seqlen_kv: seqlen,
+            head_dim,
+            scale: (head_dim as f32).powf(-0.5),
+        },
         q: part(b[0], 0),
         k: part(b[0], 1),
         v: part(b[0], 2),
@@ -688,7 +715,11 @@ fn selection_lists_and_sparse_attention() {
         out: View::bshd(b[7], seqlen, heads, head_dim),
         lse: b[8],
     };
-    pair.run(|e, b| e.attn_fwd(&forward(b))).same("sparse out", 7, VIA_BF16).same("sparse lse", 8, F32);
+    pair.run(|e, b| e.attn_fwd(&forward(b))).same(&format!("{what} out"), 7, VIA_BF16).same(
+        &format!("{what} lse"),
+        8,
+        F32,
+    );
     pair.run(|e, b| {
         e.attn_bwd(&AttnBwd {
             fwd: forward(b),
@@ -698,11 +729,11 @@ fn selection_lists_and_sparse_attention() {
             d_v: part(b[10], 2),
         });
     });
-    pair.same("sparse d_qkv", 10, Tolerance { rel: 1.0 / 64.0, abs: 8e-3, floor: 0.0 });
+    pair.same(&format!("{what} d_qkv"), 10, Tolerance { rel: 1.0 / 64.0, abs: 8e-3, floor: 0.0 });
 
     // A budget wider than the lists is clamped on the device and reported once, at the next sync.
     let (lowrank, top_k) = (pair.gpu_bufs[1], pair.gpu_bufs[2]);
-    pair.gpu.write_i32(top_k, &[10, 1, 4]).unwrap();
+    pair.gpu.write_i32(top_k, &[most as i32 + 1, 1, 4]).unwrap();
     let args = KvSelect {
         q_lr: View::packed(lowrank, 2, 0, seqlen, heads, 16),
         k_lr: View::packed(lowrank, 2, 1, seqlen, heads, 16),
@@ -866,15 +897,15 @@ fn optimizer() {
     assert_eq!(pair.gpu.read_f32(bufs[0]).unwrap(), before, "a step with a bad gradient is skipped");
 }
 
-fn model_shape() -> ModelShape {
+fn model_shape((query_group, kv_block): (usize, usize)) -> ModelShape {
     let patch = PatchShape { batch: 2, channels: 4, latent: [4, 16, 20], patch: [1, 2, 2] };
     let lists = ListShape {
         batch: 2,
         heads: 2,
         seqlen: patch.tokens(),
-        query_group: 64,
-        kv_block: 64,
-        max_selected: 4,
+        query_group,
+        kv_block,
+        max_selected: 4 * 64 / kv_block,
     };
     ModelShape {
         layers: 2,
@@ -887,7 +918,7 @@ fn model_shape() -> ModelShape {
         patch,
         eps: 1e-6,
         rope_base: 100.0,
-        cube: 64,
+        cube: query_group.max(kv_block),
         window: None,
         predictor: Some(PredictorShape {
             layers: 2,
@@ -911,8 +942,8 @@ struct StepResult {
     names: Vec<(String, usize, usize)>,
 }
 
-/// Loss and gradients of one step from the same weights and inputs.
-fn step(engine: &mut dyn Engine, attention: &[BlockAttention]) -> StepResult {
+/// Loss and gradients of one step from the same weights and inputs, with lists of this (query_group, kv_block).
+fn step(engine: &mut dyn Engine, sizes: (usize, usize), attention: &[BlockAttention]) -> StepResult {
     let mut plan = ArenaPlan::new(engine.precision());
     let purposes = Purposes {
         train: true,
@@ -921,7 +952,7 @@ fn step(engine: &mut dyn Engine, attention: &[BlockAttention]) -> StepResult {
         list_slots: 2,
         inverse_lists: engine.needs_inverse_lists(),
     };
-    let model = Model::reserve(model_shape(), purposes, &mut plan);
+    let model = Model::reserve(model_shape(sizes), purposes, &mut plan);
     engine.reserve(&plan, &model.shape.dims(model.params.master.len())).unwrap();
     model.initialise(engine, 7).unwrap();
     let elem = model.params.master.elem_bytes();
@@ -942,7 +973,8 @@ fn step(engine: &mut dyn Engine, attention: &[BlockAttention]) -> StepResult {
     engine.write_i32(io.keys, &[1, 2, 3, 4]).unwrap();
     engine.write_i32(io.drop, &[0, 1]).unwrap();
     let predictors = model.predictors.as_ref().unwrap();
-    engine.write_i32(predictors.top_k, &[2, 4, 1, 3]).unwrap();
+    let top_k = [2, 4, 1, 3].map(|k| k * (64 / sizes.1) as i32);
+    engine.write_i32(predictors.top_k, &top_k).unwrap();
     let samples: Vec<i32> = (0..16).map(|i| i * 19).collect();
     engine.write_i32(predictors.samples, &samples).unwrap();
     for set in [&model.params, &predictors.params] {
@@ -969,9 +1001,12 @@ fn cosine(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// bf16 activations through two blocks: losses within 1 %, the gradient of every tensor in the same direction.
-fn whole_model(attention: &[BlockAttention]) {
-    let gpu = step(&mut open(false), attention);
-    let cpu = step(&mut CpuEngine::<f32>::new(), attention);
+///
+/// The scores of both engines differ by the rounding of the hidden state to bf16, which moves some units that score near a
+/// list's threshold into it or out of it: hardly ever one of a few blocks, now and then one of a hundred tokens.
+fn whole_model(sizes: (usize, usize), attention: &[BlockAttention]) {
+    let gpu = step(&mut open(false), sizes, attention);
+    let cpu = step(&mut CpuEngine::<f32>::new(), sizes, attention);
     compare("loss", &gpu.loss, &cpu.loss, Tolerance { rel: 1e-2, abs: 0.0, floor: 0.0 });
     compare(
         "predictor loss",
@@ -980,6 +1015,7 @@ fn whole_model(attention: &[BlockAttention]) {
         Tolerance { rel: 2e-2, abs: 0.0, floor: 0.0 },
     );
     compare("covered mass", &gpu.covered, &cpu.covered, Tolerance { rel: 5e-2, abs: 0.0, floor: 0.0 });
+    let (each, all) = if sizes.1 < 64 { (0.96, 0.985) } else { (0.98, 0.995) };
     for (name, first, len) in &cpu.names {
         let range = *first..first + len;
         let (g, c) = (&gpu.grad[range.clone()], &cpu.grad[range]);
@@ -988,22 +1024,41 @@ fn whole_model(attention: &[BlockAttention]) {
             continue;
         }
         let same = cosine(g, c);
-        assert!(same > 0.98, "{name} {attention:?}: cosine of the gradients {same}");
+        assert!(same > each, "{name} {sizes:?} {attention:?}: cosine of the gradients {same}");
     }
-    let (all, predictor) = (cosine(&gpu.grad, &cpu.grad), cosine(&gpu.predictor_grad, &cpu.predictor_grad));
-    assert!(all > 0.995 && predictor > 0.99, "{attention:?}: cosines {all}, {predictor}");
+    let (of_all, predictor) =
+        (cosine(&gpu.grad, &cpu.grad), cosine(&gpu.predictor_grad, &cpu.predictor_grad));
+    assert!(of_all > all && predictor > 0.99, "{sizes:?} {attention:?}: cosines {of_all}, {predictor}");
 }
 
 #[test]
 fn a_step_of_a_dense_model() {
     let _gpu = lock();
-    whole_model(&[BlockAttention::Dense; 2]);
+    whole_model((64, 64), &[BlockAttention::Dense; 2]);
 }
 
 #[test]
 fn a_step_of_a_sparse_model() {
     let _gpu = lock();
-    whole_model(&[BlockAttention::Sparse { slot: 0 }, BlockAttention::Sparse { slot: 1 }]);
+    whole_model((64, 64), &[BlockAttention::Sparse { slot: 0 }, BlockAttention::Sparse { slot: 1 }]);
+}
+
+#[test]
+fn a_step_of_a_model_with_fine_lists() {
+    let _gpu = lock();
+    for sizes in [(64, 8), (64, 1), (128, 8), (128, 1)] {
+        whole_model(sizes, &[BlockAttention::Sparse { slot: 0 }, BlockAttention::Sparse { slot: 1 }]);
+    }
+}
+
+#[test]
+fn a_deterministic_engine_refuses_fine_lists() {
+    let _gpu = lock();
+    let mut engine = open(true);
+    let lists = ListShape { batch: 1, heads: 4, seqlen: 1200, query_group: 64, kv_block: 8, max_selected: 9 };
+    let dims = Dims { lists: Some(lists), ..dims() };
+    let error = engine.reserve(&ArenaPlan::new(Precision::Bf16), &dims).unwrap_err().to_string();
+    assert!(error.contains("train.deterministic=false") && error.contains("dsv.kv_block=64"), "{error}");
 }
 
 #[test]
@@ -1016,8 +1071,8 @@ fn a_deterministic_engine_gives_the_same_bits() {
     };
     let mut engine = open(true);
     assert!(engine.deterministic());
-    let first = step(&mut engine, &attention);
-    let second = step(&mut engine, &attention);
+    let first = step(&mut engine, (64, 64), &attention);
+    let second = step(&mut engine, (64, 64), &attention);
     assert!(bits(&first) == bits(&second), "two runs of one step differ");
     assert!(first.grad.iter().any(|&x| x != 0.0));
 }
@@ -1079,9 +1134,15 @@ fn steps(
 #[test]
 fn a_poisoned_step_is_skipped_on_the_device_and_named() {
     let _gpu = lock();
-    let config = run_config();
+    poisoned(64);
+    poisoned(8);
+}
+
+fn poisoned(kv_block: usize) {
+    let mut config = run_config();
+    config.dsv.kv_block = kv_block;
     let data = Dataset::open(&config).unwrap();
-    let mut trainer = Trainer::new(config, Box::new(open(true))).unwrap();
+    let mut trainer = Trainer::new(config, Box::new(open(kv_block == 64))).unwrap();
     let mut position = DataPosition::default();
     // Into stage 2: lists are selected from what the poison leaves.
     let good = steps(&mut trainer, &data, &mut position, 3, |_| ());
@@ -1142,16 +1203,62 @@ fn windows_and_a_fixed_share_train_as_on_the_cpu() {
     }
 }
 
+/// Two stages with fine lists: dense and sparse steps, profiles and decisions as on the CPU.
+fn fine_training(query_group: usize, kv_block: usize, graphs: bool) {
+    let mut config = run_config();
+    (config.dsv.query_group, config.dsv.kv_block) = (query_group, kv_block);
+    (config.train.deterministic, config.device.graphs) = (false, graphs);
+    (config.dsv.profile_every, config.dsv.profile_every_stage2) = (2, 3);
+    config.validate().unwrap();
+    let data = Dataset::open(&config).unwrap();
+    let run = |engine: Box<dyn Engine>| {
+        let mut trainer = Trainer::new(config.clone(), engine).unwrap();
+        steps(&mut trainer, &data, &mut DataPosition::default(), 8, |_| ())
+    };
+    let gpu = run(dsv_train::engine::open(&config.device, false).unwrap());
+    let cpu = run(Box::new(CpuEngine::<f32>::new()));
+    assert_eq!((gpu.len(), gpu[7].sparse_share), (8, 1.0), "{query_group} x {kv_block}");
+    for (g, c) in gpu.iter().zip(&cpu) {
+        let off = (g.loss - c.loss).abs() / c.loss;
+        assert!(
+            g.skipped.is_none() && g.sparse_share == c.sparse_share && off < 0.02,
+            "{query_group} x {kv_block}, graphs {graphs}, step {}: loss {} on the GPU, {} on the CPU",
+            g.step,
+            g.loss,
+            c.loss
+        );
+    }
+}
+
+#[test]
+fn fine_lists_train_as_on_the_cpu() {
+    let _gpu = lock();
+    for (query_group, kv_block) in [(64, 8), (64, 1), (128, 8)] {
+        fine_training(query_group, kv_block, false);
+    }
+}
+
+#[test]
+fn fine_lists_train_from_graphs() {
+    let _gpu = lock();
+    fine_training(64, 8, true);
+}
+
 /// What `dsv-train plan --gpu` says without a GPU is what the engine reserves on it.
 #[test]
 fn a_planned_gpu_needs_what_the_gpu_needs() {
     let _gpu = lock();
     let mut config = Config::preset("2.7b").unwrap();
     (config.model.layers, config.data.frames) = (2, 8);
-    for (attention, deterministic) in
-        [(Attention::Dsv, false), (Attention::Dsv, true), (Attention::WaM, false), (Attention::Full, false)]
-    {
-        config.dsv.attention = attention;
+    for (attention, deterministic, kv_block) in [
+        (Attention::Dsv, false, 64),
+        (Attention::Dsv, true, 64),
+        (Attention::WaM, false, 64),
+        (Attention::Full, false, 64),
+        (Attention::Dsv, false, 8),
+        (Attention::WaM, false, 1),
+    ] {
+        (config.dsv.attention, config.dsv.kv_block) = (attention, kv_block);
         let engine = open(deterministic);
         let name = engine.name();
         let planned = PlannedGpu::known()

@@ -60,7 +60,7 @@ pub(super) fn tests() -> Vec<GpuTest> {
         // Gather kernels read no inverse.
         for fault in Fault::ALL.into_iter().filter(|fault| !(fault.in_inverse() && lists.is_gather())) {
             let (query_group, kv_block) = lists.block_size();
-            let head_dim = if lists.is_gather() { space::SHIPPED_GATHER_HEAD_DIMS[0] } else { 64 };
+            let head_dim = 64;
             for (arch, deterministic) in forms() {
                 let Some(kernels) = shipped(head_dim, lists, deterministic, arch) else { continue };
                 tests.push(GpuTest::new(

@@ -13,12 +13,12 @@ mod staging;
 use super::*;
 use dsv_runtime::device::{Graph, Plain};
 use dsv_runtime::{
-    AttnLayouts, AttnPlan, BwdArgs, Device, DeviceBuffer, Dispatch, FwdArgs, Kernel, KeyLists, Layout,
-    ListPlan, MemoryNeeded, Options, QueryLists, Runtime, SelectArgs, SelectPlan, SelectProblem, Stream,
-    TableSource, decode_error_flag,
+    AttnLayouts, AttnPlan, BwdArgs, Device, DeviceBuffer, Dispatch, FineArgs, FinePlan, FineProblem, FwdArgs,
+    Keep, Kernel, KeyLists, Layout, ListPlan, MemoryNeeded, Options, QueryLists, Runtime, SelectArgs,
+    SelectPlan, SelectProblem, Stream, TableSource, decode_error_flag,
 };
 use dsv_spec::params;
-use dsv_spec::{AttnOp, Deterministic, KernelSpec, PointwiseOp, PointwiseSpec, Problem};
+use dsv_spec::{AttnOp, BlockScore, Budget, Deterministic, KernelSpec, PointwiseOp, PointwiseSpec, Problem};
 use half::bf16;
 use matmul::{Matmul, Operands, Product};
 pub use planned::PlannedGpu;
@@ -69,7 +69,7 @@ pub struct CudaEngine {
     memory: Option<Memory>,
     kernels: Vec<(PointwiseOp, Arc<Kernel>)>,
     attention: Vec<((Problem, AttnLayouts, u32), AttnPlan)>,
-    selections: Vec<((SelectProblem, Layout, Layout), SelectPlan)>,
+    selections: Vec<((SelectProblem, Layout, Layout), Selection)>,
     lists: Vec<ListPlan>,
     /// Repeated work, the last used at the end; `None` where graphs are off.
     repeated: Option<Vec<(Vec<u32>, Repeated)>>,
@@ -78,6 +78,14 @@ pub struct CudaEngine {
     deterministic: Deterministic,
     /// First error since the last sync.
     error: Option<EngineError>,
+}
+
+/// A selection of KV lists with its kernel.
+enum Selection {
+    /// Blocks of 64 tokens or more: a group's scores lie in shared memory.
+    Blocks(SelectPlan),
+    /// Single tokens and smaller blocks.
+    Fine(FinePlan),
 }
 
 /// Device memory left to what the driver and cublasLt load when kernels first run.
@@ -365,10 +373,26 @@ impl CudaEngine {
     fn load_list_kernels(&mut self, shape: &ListShape, d_lr: usize) -> Result<(), EngineError> {
         let layout = Layout::bshd(shape.seqlen as u32, shape.heads as u32, d_lr as u32);
         for rule in GroupRule::PROXIES {
-            let problem = selection_problem(shape, d_lr, rule)?;
-            self.runtime.selection(&problem, layout, layout).map_err(device_error)?;
+            self.plan_selection(shape, &selection_problem(shape, d_lr, rule)?, layout, layout)?;
         }
-        self.list_plan(shape).map(|_| ())
+        match shape.kernel_lists().is_gather() {
+            true => Ok(()),
+            false => self.list_plan(shape).map(|_| ()),
+        }
+    }
+
+    fn plan_selection(
+        &self,
+        shape: &ListShape,
+        problem: &SelectProblem,
+        q_lr: Layout,
+        k_lr: Layout,
+    ) -> Result<Selection, EngineError> {
+        match shape.kernel_lists().is_gather() {
+            true => self.runtime.fine_selection(&fine_problem(problem), q_lr, k_lr).map(Selection::Fine),
+            false => self.runtime.selection(problem, q_lr, k_lr).map(Selection::Blocks),
+        }
+        .map_err(device_error)
     }
 
     fn selection_plan(&mut self, args: &KvSelect) -> Result<usize, EngineError> {
@@ -377,7 +401,7 @@ impl CudaEngine {
         if let Some(at) = self.selections.iter().position(|(k, _)| *k == key) {
             return Ok(at);
         }
-        let plan = self.runtime.selection(&problem, key.1, key.2).map_err(device_error)?;
+        let plan = self.plan_selection(&args.lists.shape, &problem, key.1, key.2)?;
         self.selections.push((key, plan));
         Ok(self.selections.len() - 1)
     }
@@ -402,9 +426,10 @@ impl CudaEngine {
         QueryLists { q2k_index: self.i32(lists.q2k_index), q2k_count: self.i32(lists.q2k_count) }
     }
 
-    fn key_lists(&self, lists: &Lists) -> KeyLists {
-        let (offset, index) = lists.inverse.expect("the attention backward on a GPU reads inverse lists");
-        KeyLists { k2q_offset: self.i32(offset), k2q_index: self.i32(index) }
+    /// The inverse; none of units below 64 tokens. The plan of a backward that reads it refuses lists without.
+    fn key_lists(&self, lists: &Lists) -> Option<KeyLists> {
+        let (offset, index) = lists.inverse?;
+        Some(KeyLists { k2q_offset: self.i32(offset), k2q_index: self.i32(index) })
     }
 
     fn run_attention_fwd(&mut self, args: &AttnFwd) -> Result<(), EngineError> {
@@ -463,7 +488,7 @@ impl CudaEngine {
             dq: self.act(args.d_q.buf),
             dk: self.act(args.d_k.buf),
             dv: self.act(args.d_v.buf),
-            lists: lists.map(|l| self.key_lists(l)),
+            lists: lists.and_then(|l| self.key_lists(l)),
             query_lists: lists.map(|l| self.query_lists(l)),
             workspace,
             error_flag: self.flag(),
@@ -475,21 +500,34 @@ impl CudaEngine {
     fn run_selection(&mut self, args: &KvSelect) -> Result<(), EngineError> {
         let at = self.selection_plan(args)?;
         let lists = self.query_lists(&args.lists);
-        let launch = SelectArgs {
-            q_lr: self.act(args.q_lr.buf),
-            k_lr: self.act(args.k_lr.buf),
-            top_k: self.i32(args.top_k),
-            lists,
-            scores: None,
-            error_flag: self.flag(),
-        };
-        // SAFETY: buffers of the arena with the plan's sizes and layouts.
-        unsafe { self.selections[at].1.select(&self.stream, &launch) }.map_err(device_error)?;
-        if args.lists.inverse.is_some() {
-            let at = self.list_plan(&args.lists.shape)?;
-            let (to, flag) = (self.key_lists(&args.lists), self.flag());
+        let (q_lr, k_lr) = (self.act(args.q_lr.buf), self.act(args.k_lr.buf));
+        let (top_k, error_flag) = (self.i32(args.top_k), self.flag());
+        match &self.selections[at].1 {
+            // SAFETY: buffers of the arena with the plan's sizes and layouts.
+            Selection::Blocks(plan) => unsafe {
+                plan.select(&self.stream, &SelectArgs { q_lr, k_lr, top_k, lists, scores: None, error_flag })
+            },
             // SAFETY: as above.
-            unsafe { self.lists[at].invert(&self.stream, &lists, &to, flag) }.map_err(device_error)?;
+            Selection::Fine(plan) => unsafe {
+                let launch = FineArgs {
+                    q_lr,
+                    k_lr,
+                    budget: top_k,
+                    q2k_index: Some(lists.q2k_index),
+                    q2k_count: lists.q2k_count,
+                    bitmap: None,
+                    scores: None,
+                    capped: None,
+                    error_flag,
+                };
+                plan.select(&self.stream, &launch)
+            },
+        }
+        .map_err(device_error)?;
+        if let Some(to) = self.key_lists(&args.lists) {
+            let at = self.list_plan(&args.lists.shape)?;
+            // SAFETY: as above.
+            unsafe { self.lists[at].invert(&self.stream, &lists, &to, error_flag) }.map_err(device_error)?;
         }
         Ok(())
     }
@@ -510,6 +548,12 @@ impl CudaEngine {
                 "model width {}; the kernels serve multiples of 8: --set model.heads, model.head_dim",
                 dims.dim
             )));
+        }
+        if let Some(lists) = dims.lists.as_ref()
+            && lists.kernel_lists().is_gather()
+            && self.deterministic()
+        {
+            return Err(EngineError::Device(crate::config::no_deterministic_gather(lists.kv_block)));
         }
         for problem in self.problems(dims) {
             let layouts = AttnLayouts::bshd(&problem);
@@ -539,10 +583,7 @@ fn problem(
     lists: Option<&ListShape>,
     deterministic: Deterministic,
 ) -> Problem {
-    let list_kind = match lists {
-        None => dsv_spec::Lists::Dense,
-        Some(l) => dsv_spec::Lists::Blocks { query_group: l.query_group as u16, kv_block: l.kv_block as u16 },
-    };
+    let list_kind = lists.map_or(dsv_spec::Lists::Dense, ListShape::kernel_lists);
     Problem {
         op,
         dtype: dsv_spec::Dtype::Bf16,
@@ -611,6 +652,34 @@ fn selection_problem(shape: &ListShape, d_lr: usize, rule: GroupRule) -> Result<
         seqlen_kv: shape.seqlen as u32,
         max_selected: shape.max_selected as u32,
     })
+}
+
+/// The same choice by the kernels that recompute their scores: the largest score of a unit, a number a head.
+fn fine_problem(problem: &SelectProblem) -> FineProblem {
+    let SelectProblem {
+        query_group,
+        kv_block,
+        group_rule,
+        batch,
+        num_heads,
+        seqlen_q,
+        seqlen_kv,
+        max_selected,
+    } = *problem;
+    FineProblem {
+        query_group,
+        kv_block,
+        group_rule,
+        block_score: BlockScore::Max,
+        budget: Budget::TopK,
+        scale: 1.0,
+        keep: Keep::default(),
+        batch,
+        num_heads,
+        seqlen_q,
+        seqlen_kv,
+        max_selected,
+    }
 }
 
 /// A view's strides as the runtime takes them.

@@ -247,7 +247,12 @@ impl ListShape {
     pub fn kv_blocks(&self) -> usize {
         self.seqlen.div_ceil(self.kv_block)
     }
-    /// Reserves the buffers of one set, with the inverse where the engine's backward reads it.
+    /// As the kernels name them.
+    pub fn kernel_lists(&self) -> dsv_spec::Lists {
+        dsv_spec::Lists::Blocks { query_group: self.query_group as u16, kv_block: self.kv_block as u16 }
+    }
+    /// Reserves the buffers of one set, with the inverse where the engine's backward reads it: not of units below 64 tokens,
+    /// whose backward reads what the forward does.
     pub fn reserve(self, plan: &mut ArenaPlan, label: &str, inverse: bool) -> Lists {
         let bh = self.batch * self.heads;
         let entries = bh * self.groups() * self.max_selected;
@@ -255,7 +260,7 @@ impl ListShape {
             shape: self,
             q2k_index: plan.i32(label, entries),
             q2k_count: plan.i32(label, bh * self.groups()),
-            inverse: inverse
+            inverse: (inverse && !self.kernel_lists().is_gather())
                 .then(|| (plan.i32(label, bh * (self.kv_blocks() + 1)), plan.i32(label, entries))),
         }
     }
@@ -272,7 +277,7 @@ pub struct Lists {
     /// `[B,H,G]`.
     pub q2k_count: Buf,
     /// `k2q_offset [B,H,N+1]` and `k2q_index [B,H,G*max_selected]`, when
-    /// [`DeviceFacts::needs_inverse_lists`].
+    /// [`DeviceFacts::needs_inverse_lists`] and `kv_block` is 64 or more.
     pub inverse: Option<(Buf, Buf)>,
 }
 
@@ -681,6 +686,8 @@ pub struct Rates {
     pub memory: f64,
     /// FLOP a second of attention, where no table has a line for it.
     pub attention: f64,
+    /// The same over lists of units below 64 tokens, with query groups of 64 and of 128.
+    pub gather: [f64; 2],
 }
 
 /// What is known of a device before anything is allocated on it: enough to lay a run out, to say whether it fits,
@@ -690,7 +697,7 @@ pub trait DeviceFacts {
     fn name(&self) -> String;
     /// Width of the engine's types.
     fn precision(&self) -> Precision;
-    /// Whether the attention backward reads the inverse lists.
+    /// Whether the attention backward reads the inverse lists where KV blocks have 64 tokens or more.
     fn needs_inverse_lists(&self) -> bool;
     /// Whether two runs of the same ops on the same inputs agree bit for bit.
     fn deterministic(&self) -> bool;

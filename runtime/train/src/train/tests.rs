@@ -51,14 +51,26 @@ fn records(events: &[Event]) -> Vec<&StepRecord> {
 
 #[test]
 fn a_resumed_run_is_bit_for_bit_the_uninterrupted_one() {
-    let config = config();
+    resumes(config(), &[1, 7, 10, 14]);
+}
+
+#[test]
+fn a_run_over_single_tokens_resumes_bit_for_bit() {
+    let mut config = config();
+    config.dsv.kv_block = 1;
+    // Each group keeps 26 of 64 tokens.
+    assert_eq!((config.kv_blocks(), config.max_selected()), (64, 32));
+    resumes(config, &[11]);
+}
+
+fn resumes(config: Config, cuts: &[u64]) {
     let data = Dataset::open(&config).unwrap();
     let mut whole = Trainer::new(config.clone(), engine()).unwrap();
     let mut position = DataPosition::default();
     let events = run(&mut whole, &data, &mut position, 18);
     let expected = bits(&mut whole);
     // Stops at steps drawn at random, in both stages and between readings of the ring.
-    for cut in [1, 7, 10, 14] {
+    for &cut in cuts {
         let dir = tempfile::tempdir().unwrap();
         let mut first = Trainer::new(config.clone(), engine()).unwrap();
         let mut position = DataPosition::default();
@@ -172,7 +184,20 @@ fn a_checkpoint_does_not_move_the_end_of_stage_one() {
 
 #[test]
 fn both_stages_run_and_the_loss_falls() {
+    falls(config());
+}
+
+#[test]
+fn both_stages_run_over_single_tokens() {
     let mut config = config();
+    config.dsv.kv_block = 1;
+    falls(config);
+}
+
+fn falls(mut config: Config) {
+    // 40 % of the units, rounded up.
+    let units = config.kv_blocks() as f64;
+    let kept = (0.4 * units).ceil() / units;
     config.train.grad_accumulation = 1;
     (config.train.steps, config.train.lr) = (60, 4e-3);
     config.dsv.switch = Switch::Step(30);
@@ -194,7 +219,7 @@ fn both_stages_run_and_the_loss_falls() {
     let decisions = events.iter().filter(|e| matches!(e, Event::Decision { .. })).count();
     assert_eq!((stages, decisions), (1, 8));
     let covered = trainer.profile().covered.iter().flatten().copied().fold(f64::INFINITY, f64::min);
-    assert!(covered > 0.4, "lists of 40 % of the blocks cover {covered} of the mass");
+    assert!(covered > 0.8 * kept, "lists of {kept} of the keys cover {covered} of the mass");
 }
 
 #[test]

@@ -22,20 +22,20 @@ const MULTIPROCESSORS: usize = 132;
 const MIB: usize = 1 << 20;
 
 /// The models that can be planned for. Products and copies are what 8192^3 bf16 products and large copies sustain;
-/// row-wise kernels reach nine tenths of the copy. Attention without a table line: dense, head_dim 128, forward and
-/// backward.
+/// row-wise kernels reach nine tenths of the copy. Attention without a table line: dense, and of units below 64 tokens
+/// (`attn_fwd_gather.md`, `attn_bwd_gather.md`), head_dim 128, forward and backward.
 const MODELS: [ModelFacts; 2] = [
     ModelFacts {
         label: "h100",
         name: "NVIDIA H100 80GB HBM3",
         free_bytes: 80_500 * MIB,
-        rates: Rates { matmul: 650e12, memory: 2.7e12, attention: 500e12 },
+        rates: Rates { matmul: 650e12, memory: 2.7e12, attention: 500e12, gather: [220e12, 380e12] },
     },
     ModelFacts {
         label: "h200",
         name: "NVIDIA H200",
         free_bytes: 142_600 * MIB,
-        rates: Rates { matmul: 650e12, memory: 3.8e12, attention: 500e12 },
+        rates: Rates { matmul: 650e12, memory: 3.8e12, attention: 500e12, gather: [220e12, 380e12] },
     },
 ];
 
