@@ -177,22 +177,11 @@ impl BlockTime {
 
     /// What it is, in a few words.
     pub fn label(&self) -> String {
-        let name = attention_name(self.attention);
+        let name = self.attention.name();
         match self.blocks {
             Some((group, block)) => format!("{name} {group}x{block}, {:.1} % kept", 100.0 * self.kept),
             None => name.to_string(),
         }
-    }
-}
-
-/// `dsv.attention` as the configuration spells it.
-pub fn attention_name(attention: Attention) -> &'static str {
-    match attention {
-        Attention::Dsv => "dsv",
-        Attention::Full => "full",
-        Attention::WaM => "wa-m",
-        Attention::WaL => "wa-l",
-        Attention::Fixed => "fixed",
     }
 }
 

@@ -416,6 +416,17 @@ impl Attention {
         }
     }
 
+    /// As the configuration spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Attention::Dsv => "dsv",
+            Attention::Full => "full",
+            Attention::WaM => "wa-m",
+            Attention::WaL => "wa-l",
+            Attention::Fixed => "fixed",
+        }
+    }
+
     /// For logs and reports.
     pub fn label(self) -> &'static str {
         match self {

@@ -523,7 +523,7 @@ fn time_blocks(args: &BenchArgs) -> anyhow::Result<()> {
 }
 
 fn case_name(config: &Config) -> String {
-    format!("{} tokens, {}", config.tokens(), bench::attention_name(config.dsv.attention))
+    format!("{} tokens, {}", config.tokens(), config.dsv.attention.name())
 }
 
 fn write_times(args: &BenchArgs, about: &str, done: &[Measured]) -> anyhow::Result<()> {

@@ -63,7 +63,8 @@ fn a_run_over_single_tokens_resumes_bit_for_bit() {
     resumes(config, &[11]);
 }
 
-fn resumes(config: Config, cuts: &[u64]) {
+/// A run cut at each of these steps and resumed is the whole one; the events of the whole one.
+fn resumes(config: Config, cuts: &[u64]) -> Vec<Event> {
     let data = Dataset::open(&config).unwrap();
     let mut whole = Trainer::new(config.clone(), engine()).unwrap();
     let mut position = DataPosition::default();
@@ -86,6 +87,7 @@ fn resumes(config: Config, cuts: &[u64]) {
         let tail: Vec<_> = records(&events).into_iter().filter(|r| r.step >= cut).collect();
         assert_eq!(records(&resumed), tail, "cut at {cut}");
     }
+    events
 }
 
 #[test]
@@ -94,29 +96,10 @@ fn steps_of_several_grids_train_one_model_and_resume_bit_for_bit() {
     // 64, 32 and 48 tokens; the first has the lists of half of the blocks in stage 2, the others theirs.
     config.data.buckets = vec![[2, 8, 8], [3, 4, 16]];
     config.validate().unwrap();
-    let data = Dataset::open(&config).unwrap();
-    let mut whole = Trainer::new(config.clone(), engine()).unwrap();
-    let mut position = DataPosition::default();
-    let events = run(&mut whole, &data, &mut position, 18);
-    let expected = bits(&mut whole);
+    let events = resumes(config, &[3, 11, 13]);
     let tokens: std::collections::BTreeSet<u64> = records(&events).iter().map(|r| r.tokens).collect();
     assert_eq!(tokens.into_iter().collect::<Vec<_>>(), [4 * 32, 4 * 48, 4 * 64], "every grid had steps");
     assert!(records(&events)[10..].iter().all(|r| r.sparse_share == 0.5 && r.loss.is_finite()));
-    for cut in [3, 11, 13] {
-        let dir = tempfile::tempdir().unwrap();
-        let mut first = Trainer::new(config.clone(), engine()).unwrap();
-        let mut position = DataPosition::default();
-        run(&mut first, &data, &mut position, cut);
-        let snapshot = first.snapshot(position, &mut Vec::new()).unwrap();
-        checkpoint::save(dir.path(), &snapshot.state, &snapshot.tensors(), 0).unwrap();
-        let found = checkpoint::latest(dir.path()).unwrap().checkpoint.unwrap();
-        let mut second = Trainer::resume(config.clone(), engine(), &found).unwrap();
-        let mut position = found.state.position;
-        let resumed = run(&mut second, &data, &mut position, 18);
-        assert!(bits(&mut second) == expected, "cut at {cut}");
-        let tail: Vec<_> = records(&events).into_iter().filter(|r| r.step >= cut).collect();
-        assert_eq!(records(&resumed), tail, "cut at {cut}");
-    }
 }
 
 #[test]
