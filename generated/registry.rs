@@ -17,1148 +17,1147 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
-        source_hash: "e79f44a4aeedf47377c326b152fead315029161bc4e0f93532b41005ee9a150e",
+        source_hash: "0630c9ca48375f0c45b18d20ced9eb5fdada11d3a2e80286380bd227efaa1f60",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "296f9ef63120e64a3ac028ddb0fbebc2d5382e38205a87903114697a439c57ac",
+        source_hash: "efe1d8d07cec7a3903312784c5dbcaf52aae1c71f3abd07adbaa09238b379e14",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "514686376f8d694def7bf5b10220ee1a6d2ef801f22d593562b5aecf6a09a2f5",
+        source_hash: "c3c8a2ebfb20d5962c70a1cb53a447841c6d681c825309a364c6caa48a4f03d6",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "db4c8df07ef31607152985ee3cd444258e40e529d6f22505b79468c9c07f82e5",
+        source_hash: "a831d84ef377b4b40d645926c3683f7956b25b950ce2b9db981894cf929df405",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "63833aa1c9cc381c352a67690e787065e374787d19602daeef0caa2ed2544a9a",
+        source_hash: "a376ba3869858f31cf3159953660e4d944bb0926b56badb4daa6c412396193c2",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "0d20fd9066fb0e546d2fba7088d4c4ec5f1c5c216fbf0b5d9f03073b1ba9cbae",
+        source_hash: "1cc5c5267e985c12e37cf066e48fc5e51fba1640b7f1932ffde09a6043413977",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "adf35ee67eaa21b70c5577d0578a01fae081e9f76b3af9c86ca4509292fd9c56",
+        source_hash: "dca2b494535fbca0c74363e6c2f7e543d25ba5d85a8592b4379ddc51270da446",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b7c1b01545718a9bbbf5cf681cb2295ac3a04ac5bbe5407524e43b4c0dfbfa61",
+        source_hash: "c502989bf079728e127e648763d0084f0b7b69f571e9c8ee99e8293038fe67dd",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "e83c6693b2e9c60f666b914f1c2db1806e844a49dbc6182fb698ba61d7b5b4cc",
+        source_hash: "8240c14b5d177e04031c4bf5390a7cc420a2c32ee3c51e9138ad0e04be7e0a86",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "bd9c662f95697b8af6d3f83b52a7fa72236835d233615db1f824a61e2c283f5d",
+        source_hash: "17805c30b29e3ad056b4774fd947b363b33b3cece148b7b94c908a54f23b49ed",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0976780d4f9d72a4afec66279875cc535a700be011f7381f51cab15861223b53",
+        source_hash: "02c3b90aff3004942da9edead19eed228e7955a7b0196a558b3d75d831205a01",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "f6cc18b7b75fed895bf09ed085e5352711f9ba40dacac64b766eebe30cfcf617",
+        source_hash: "2fae95b3b9c841bb44b60d79ccfa146035ed6f6ac8c0c6cbf5604403ffc05f0a",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "0b82556576e735ba137b2df79009d2128c5490304dc9f82e3b465b6984f7a07b",
+        source_hash: "545ad5cdffe8f0434cb6007f58e3c1796b7257548fa3d156fe5ac4521cb64631",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "1244c30bc47da898f7e1e3e9a3b4d47ec9c01e8589a948a59c7cfae114c6e1c6",
+        source_hash: "f64daed2a60c61e74dc5332af4a0bffb3684e3f52a6fd401a33508bf306f5f8a",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "4006a26574f42157b6ec59658387adf678e64657ca5b7c8b2c49a6651686a3cb",
+        source_hash: "e268eaf1de2be2e10b6076869d0cff3360cabda65c2f1210f3a678aca0209add",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "541d52da1323106c5e7e46735803b1272191441dd75e0e361f85c5e765beb976",
+        source_hash: "7c8162fb5ca6b1a87651f30f35378d7fe8bdd662b167a0ce992d332863327515",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "f76e56807b4391ce3a75e28c911239025e1d0113059c807a5bc4f98d1ad55b39",
+        source_hash: "df866f6ce1effa431ed7d5bc4b590026ab70983b553f329afe1e75af6f4b027d",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ba0a21ed54f139096c4421bd0cbbb300252cd57022436a1e72971bccbf68e22a",
+        source_hash: "fa289ace0e26dd1a5eef4ab2f9ce2ab36eb96b2ec4cc6208005ec2306187cd91",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c3987f6a4c69ee763c254cda6b450168ea974a67eecc13e8c71b56aad2339cb9",
+        source_hash: "2197f4c7cc8368309a97be5d928ad0604e39483aae0af56beb86051c702533be",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "84074b09cfc269f11fe6d0c9c72c3f52776e9d6bb5ada2a599b903895657ef8c",
+        source_hash: "44af4a58b869da250c3f8a45edcdd407df4604e96ffa44b855b7d462794b2b1a",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "feeea0463f691484fbc6908f1f295b1bd82ff9ecb6609d931c70e966aba7af4f",
+        source_hash: "1f4a751c5b89a6f351c99e6328f6cfde3ef5aeda9c46dd76e08fdb8794282682",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "cc523b61f9c54e761f96aaea2446917a19ef19c62fbe342b130342d1f534c370",
+        source_hash: "ca0137c27f8eacaf7aa557d8e28b969270f8338e7462abcc9fbaa998598df1f1",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f06a927188e7e0f665aff403f9d376ce53af91141958552b518f3cc26dde9fd1",
+        source_hash: "d5d958dd58914f80688a4cbeeff131ec4f23d6b7b0851d0fe60047644e98eaa0",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "4e41f66c8abce23df1293f6004e54e0ff82af960de93402bd03b892902f223b0",
+        source_hash: "c20e2a678eae7bc2fd3599f9d4e9f31c1ef68563a3d4d89855da1c66e941e876",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e0c226b67602ab507c5cad7ef78200cc3ba3c57aabc332e27e80950829c95edb",
+        source_hash: "062715177663b06a0e9ae4289fc1c33b0688c7bfb288639e6b291d3d7dbb39d5",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "947226ab2809166e4b0a63063f5bf2685a61b517aa892c93292da1ced07c2332",
+        source_hash: "81505ad72c37b67677747c40c47c8320b13f26cbd435980fe5f7f96961a1b973",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "edc52128f2247ab923c63cc28730b988b041a3daddfc0aff67ee3d9a5fa65f99",
+        source_hash: "5a2dcb2dc39e998052ba268d130dfc6499d46d687be1e7cb91cc02535ce2b0cd",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "47a58b95588ded97572033d00a8ba3c961d7621c33da2ecb1ae0c818ca8c0b30",
+        source_hash: "bd6c9c6c1833fef98bf4adac0aaf067ef36fb1db8aed711bb30f9e2b2f7e52c7",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "6ab780a872f5ce16e3977142a5836627c83c8034bc5c45d582b4ac2edc2cefc3",
+        source_hash: "b3f7e5aa01f60e5839fb896108114801e3c4345ba3ccc78909f4dcfad53cadd6",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "508f529882a9665ada5c45dbc06217b85062472d470926154204d908f20cff13",
+        source_hash: "dd0a3cad27bfb53dbc6735b06455947d8c481602e604f492c617f95ff0153359",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1c50e8490e3a878913bce0e48d59625a0144b0a3f1d71a55d2e3af7333357a3d",
+        source_hash: "7c3a597c20d2d0f2a9d113617379d36a33d0cdfebccd464afb4917d088a5faa2",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "a6ef4e6b470def77bf3e29e8e294d1b8af3c40d0907b680e4ccc47b835236540",
+        source_hash: "40210dc7ca57f3865dffcb70c6df4222f7dbba900ca5c26f6c287aa702d91e70",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "314aa974958b6c46d97755edf85ab0630f03ad5ad4629651cae345448739742b",
+        source_hash: "3494b8985a4c6bd1b2ac28ae807b56901d9f21b6438954c29d872f65ce5e84e1",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "81c860822bdf823ed9ee50f7dfe651084bf265daa6733a870b7772aedd57eb5e",
+        source_hash: "3cf4517ef2c41a3d815c16e2ff2b7779494d1f99106c1c463580c0ad9bf49579",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "aa71c5cb0f7d8aad0243d821d6de8231ed5c120be8cd08f0eebd7d770c33ffd7",
+        source_hash: "5e9a8f1e7d35a797a9292e0d974b6dc181884a1fd8aa3e55867cc074ae58c69c",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "460c925b12bd63621c91718ef05bbca5bf3bfe1049cc8183e969e2bfcc248a6f",
+        source_hash: "1cba8e30882fcb3ee603d873e22a579a977f3f06aac4bd696777ba4fb1f3f37f",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "aabfa9f1a2f2e2ec67222496336a928109d9fc68cea768ea396c3c64261edc52",
+        source_hash: "8b679ff5c866d341540dca92acfd615a512de13606b16f8e36ced6fa9496c05e",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b237500213f5da0f85c0ca665fb744b6fa479f490f54c2e60cd27b19fd356b7b",
+        source_hash: "dac44bf6c02f60eedfd260a4db69e0b2e25afadbc851dd2a0dd4a7095ea91abc",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9f820a8b1bc71a73e6293b8215f1c98cf47680d05a06aa0ea8ee012e41ed224f",
+        source_hash: "faa0d0f18ddabbb15a61e918b19119a944568c8b3033aa6730f00fe47c0fbeb0",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "0ab6fe23c08f3c7234ac677b5894fabfee7338b064505c21d9d68778202ce8dd",
+        source_hash: "1cf4f74aca6125bf02b49c00b58cdbe9cd3d8805f2c966155733b122db57eca5",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0a675a92a294fee1908fbe168f370625a9706928ee7fdf17c14ce32b2c7e9cff",
+        source_hash: "af75321b993fb83c607dcd86f8acf12c67ba5238d24b9e0debc0010073d2eb22",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1701a15ac23020e7e4f9906ece4aecf24f3fc862047e5c4175ec50968c9112c5",
+        source_hash: "ebbc8a895ff280183c225d5b05e2859e2d80cad6c29163c34cc99c99b7fd6066",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "aaa3d65aa79e24ee53c3bb3b774419410ce66f7879e671df0edbbdeca5b5a345",
+        source_hash: "d021e374086db57fa99a2a2d572e3f8653557fb7d8b066b514135ebdeffffdd4",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d9d5029d183b2861c6f633e5b5bb99356e8dac77268ff00c164262cfb2883a6c",
+        source_hash: "513f443ea6dd514e8331849cc232e67a1e90281cfcbb15827a66e496784dbfe4",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "744a0144efbabdbbc9fb1479862084118da1da37b9710351b7b7f8c83076b5fb",
+        source_hash: "73361b895bcf08e0dbe0f0f8838a5ddd9bbfd792748876c53383ece7442d1877",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "57491bcc4c19eff3b770f5eec3f5757f998cd115cbfec799dcf4fd91f02b0aec",
+        source_hash: "e940d1b1b3dddae9e8ee4b627c7b90bccd2e364560b89747724db8b03950d086",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b4ee8b5465d98fec22f88e6a42299738815af3ac3f0b780c577c3943c5fb5973",
+        source_hash: "aacdebce7306d66f89142fe7863da3df08581de18a359c08274375048a8875d9",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "206b5d702523e48f7ef72b16fa82595388c9850f84b7911a25d2f40cc89bcc7d",
+        source_hash: "e2dceaef4c1f5e5ac9132d124993618e055e224981fb2e8fd989cc84f507f1d4",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "115b3159a0bd4a07b04e5923e626753df8e7400d84fb9c0620d633dbfdae9c7f",
+        source_hash: "dc96980bb4975b1ee10eee64dda09bca2de47530bdbc0d8b66ef6725f63d3cf2",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "0586a76f1a97f14d892ab77c726b9a0dbb344ca709340bf099812abc41e7ce73",
+        source_hash: "02569c68d40b2205fcef9f8af3c864a5bbc74129d8e1ce7a1b49afe47b527b9c",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "01ab3ab1d8bcc0284aec415cf231062d1164b9e9cce2e02feef6c255e7b0febb",
+        source_hash: "e37d2715bc80579ba610348775ad34c255df4ee3b4da7eaa3f06c10de0187e80",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6a8e3f71e6d9009e87f2191e08fd3166791b21f7f1a80e9a467d30ca15cfce9d",
+        source_hash: "65f33238649ab817f4374deac65a5565a95779a3ad2b2c6e45e1a7436b0356ca",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f7bd205e52065343e0f52a90d15beb888a4476825c5b1ff7253589777d08779e",
+        source_hash: "0a51ab14e19f905d0993428204904764157aef53697f6101160700f56e2d1636",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2a8f4313b3e5ee11a7778d0bbf0d66b505783d588ad853937a0203320c28ad01",
+        source_hash: "a5be8aec3517ee09d6ae0c49da88cd7c3fb55bfa74a9b0099861565a513b9f60",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b116dc227d679ac1d4f023435f7be4d9a0d6033a1e5966e6127008f471ec6dbe",
+        source_hash: "45c84b3563dbee760bd3aa3ec8604d8ead5aaea27684408b9bf4f45d7fd41dbe",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6cdd530e32c206317b2a4e499c230aa5db03e4308d82312de131b0b410179da7",
+        source_hash: "41d6bfc349857235600ce3cd95fc353f0aa291a8326a8861b068fc1e2d8a9b46",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a6e9c17847db43d72e7331b3ed7b74ff696352837276efde30afcad2cd69b953",
+        source_hash: "3f72f48432b59134a6ae951f6c7ffae810da4d6d1f6166a033d5823f61e8c6e8",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "21dc48a0ca73a31e6b3786fd6b90b6bf09466adae7faa9f90ab85301ba4655ed",
+        source_hash: "3adad5ef89a07155bee2d60dc8a1f4e26600dc23588e4d3109d54ab5577765f1",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e0462bd9f5f969361522025903e6b224bfc481b1c5381ced09c50f2017aa4f16",
+        source_hash: "12913ca10e033e07e46bda909095e4cd7d244d450d25c03bdb9014c17f8ab24f",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e0bb17d095ddf3c9726753de782305384dc6b3272df0f756d2bae77dbebc76c1",
+        source_hash: "9d409750cb2743befe9e969f65dba4683cd20575313fe40b3db867cf101e1709",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "130814ab2895afae6524cf30ce64d65d72a250b2b4f7a30487ce05e58315466b",
+        source_hash: "3dcb4b1ace8d7e60833a8a0d7c91f2d7d74c229952b7b6a132582f1377867098",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "55bce48f0221fb66c3fbe35e5ff130a923d047a6e0c8929ed152fd93cbb9a757",
+        source_hash: "7b4a66812be4eb5c98cc07bce8360e5e50965c8c48ccd0d0eeb2976307c08be6",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "2c48d9b14de8269bffba4746b9b265b19610cb085deaa38e645ff71ba0599089",
+        source_hash: "d8f64b87e38f0d227035d761e3c68a07e181e95d55e9bb9af8aebad709aa21dc",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e344d38e51b6b24525e798b566f595c21fd773d55426d577d019de9a599cdfae",
+        source_hash: "9d34677b5e8ad322762a4900f0d1d7282d8ea5498806fe86490e426e956b7618",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3c28cafe355ee011989b1b7b41b307f60ee4b27a458fd30d10f85e7f0d2510f8",
+        source_hash: "7895e4f587d5af069a5fcfd0f20ce22451e6919e87d945f982a9967d4139b04a",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "a3521374cfe86910bbdfa133c2c3bccb28354c54c5978edc7ae319aa3240016d",
+        source_hash: "b84c4bca165fe4ac99e88b47a6c3550fc34e892acf4b2dd58bad1c6400211383",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5682091ed2964bd92ebaa37031b8e812af4238808b84c45bbdd98c5c14385a6f",
+        source_hash: "2145388301f957cbc8e43b20ed4f363300fb3c81c0b5a96c7bee16c02209b1cb",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a7e92bb439da1dcdc4188931544754ba4e5e6b4bf950df2e359fc3affa847801",
+        source_hash: "48c461322a0a71fbe85f6ed8f47250f37857c02612515febe3f3e4b454f8e518",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f4d387a643c34f6966e176dbd14c77709063534b7d571361c12ae5ee14af0b53",
+        source_hash: "a4c32ff057dfdd5e38a0f650de94712bf18684bab845c6e2f4ae2616af1380f2",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d9619cc250de2afd7ce17d896921be4187efbd16589691c236e93652f0c27f17",
+        source_hash: "97ea217f4262c74db8c5cbf3a3687b354cf71d91a31659641bc1a31c776af0dc",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a326f37fe84667eba39e176430c804d20bfeb7ca30f9d6c4be010f42fe08fa0f",
+        source_hash: "29e9020061b7349694b4fba0be7381c050747f08fd9dd28dc5c6c261ffc6060f",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9082273b36093bb8510bd1ee39fba78e5e69485179d596aa252a20a0c3aa4093",
+        source_hash: "5f9ccbc9dae53f993b236c06e96605a916651287e5db473c8902a3b78d5039ae",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "e1cbbea4eeea066fe62f7e0d8ad797c1479a6130c3f3a3232eccbe4f1f91196a",
+        source_hash: "72919dd061131011a25bbfd180b236dcb428f57f6572d07a99d1f7384834db15",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f2832e95348f59e72d814b147e2eac2ef9f1f3896dca715b3a1dc934ca691ed8",
+        source_hash: "883654ba61c84daca0d94f8e9a398a9e28bc3dc34d0ca22efd5ff01b88840bf1",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e42722dba360145b2bf9d729943d48c5b181478f626b7518bb50cb7614bc949d",
+        source_hash: "392ebed1e98f75a10da1174963edd72f3dc9db1a5d705d0807c9b2386ff20956",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "56f086c1f7c972eb6a0264bbc6d21537d6535b07889ef5d89b3c426eb99cabbd",
+        source_hash: "40984eeffad7b06c0a440ddb94f2819050aa16553ba3f7316cde37bddf5a9aab",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0973f2ed234959650b394074dee8dc7023971abcd8815d0d28ee0268238cb95a",
+        source_hash: "50d5198c828236c144669eda19704854a9c72a0bad178743019e7606364bedd1",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3741fa925d27780cbc42db18a9fb40db45c35785dfcfd22195f949e0ac1e3c3e",
+        source_hash: "dae82f59a7a222dbdf226278380a38911e134be319851e29fe305823abdccf47",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "704e1b3ee47aaaffba43aeed86d3c0089e6bbff3bba124cf3e377f5ae7d2acb2",
+        source_hash: "d79aa6f2a58a3a4d7ccf4adaa28856b016ee4d07de13acc58e4ae58135de515e",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c7500e61eec49bcfcbf4b96df9ef32e560477f32e6d01ac4fe2a14a4ef011a0e",
+        source_hash: "e587e64bc4027cd6ff28b081cb57d73469274fd1e451c05f03c8cb7121a78171",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "9bcbfe0da2fba32e5a97721e17ac09622762fc0f7818caa4371f10b9e55d7d20",
+        source_hash: "a17423d48a5d8ee6af6d665120b3fb4a7c1c370ea2fa44d0d66b3e71452d6847",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1e7df39b78f732816376ad61784b26a1dff60ac79250c828fe634bf91e7994b0",
+        source_hash: "e5727549d28d84c4dcfe4fdf83e38d8bfe3b780b3d305b3bbbd7a0e0eeb9e584",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "b54e47c055471dd47c94528b6113cccfe2529ba4cd946a09e14e3b097ab04900",
+        source_hash: "3623b11a70d20d13a6465cdaf38b1ddcce9209db53d28289fcb1a1bb8db94f57",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "dd92e1aa50aefdac6918cff7e30c902e5e1f280bfb722de6790e1c90a0425eff",
+        source_hash: "6545ccf0f28419362339a8b38fb85ae469ca38f9530f3e15bc996f51693bc63b",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9ce1ff469c0d36336b6b6084cac9aa1da7e3c3ce08017dc4862b958bc19dad7f",
+        source_hash: "a9c3e9ce75991f7c9c19b362a750b77c3382bfeaa9709c8d90f415a99f03b388",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1b32a27666323ce110649db4ed1983a6dfec46c84a2b961ee5a4bebf1b0481b8",
+        source_hash: "491f34a29dda5668e89a62e25de08ec458aa25dbf76c8181027c8faee66cef0f",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "6bbf1477161a68937e16d6d1696159294197a0282f27a493bd8c95f5ffab7d8e",
+        source_hash: "2aff736d2e077fd43d848aa71be1ed9b5e706ac10124fb21d67335b605aba9c9",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c0817beaf7f94594284920bc49246d4e50eeab0f6281b26fddb34f6d8281d0ad",
+        source_hash: "f19799b36aac5e21a0645fecdf394b96331e99598be3f5fa3e10a53eb6f27aa7",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9d4322aaf40d30f0ab17c7a2c36c5f6de25c67659a5b1c7dab286855891b003d",
+        source_hash: "39cf08004547b5ee439ce933873868ad6d8bb09d16ecd86e42908108805272f2",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "aa0057a91d5132e781869361e7e0c1be94511a9c62f5185c8851a4950caf53b6",
+        source_hash: "9854cd3e319d41344cecd5d8f2358e99b7bc9f6d8a04c4396375b984f1d0811d",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d6efe3bae6570a5edd734cab694e1469281dd73df1d48f9a699a60348a0de6a4",
+        source_hash: "2727ffec0bf8e37992040adc0c43f68a73d2c492769d6848914e0575eb595060",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "afe3f4028ffea562cdab8eb737c9465ec5c3ad0b05b6d5ebd844233c867c040c",
+        source_hash: "6e8f8b42d0d0462621e843313584371c190ca273be5d870c6eb689a2ad25b64b",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "32c01502f6ddb5a6eddfa8d1247c70fb08fb0cbc2135ee557a817041c5c288c1",
+        source_hash: "761c8bcdd8e6422b5b87f6b75426df0791692ce197651856e6e94a58e8e7536b",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "069a5af2b3cd46042825a02180c139129b5ee01a1356272999350002ed7c68e9",
+        source_hash: "5c95e2ff8cf0f2b3ebca903431ce804eacc5e1e6bd4f563281bf0cdeb007fb76",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "aa50f01cfc892c9b953e8f2443c74d00d74333228cd6785493617e7e9f6f2984",
+        source_hash: "fc78cd6888352262cb124673cd8c79413890d9cf28fbd2e923980c7d4eeb0118",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e5d978ddeb75bf85d232a3cd98eb63a756dbecac6d35428270e0ca6cccfc7eb1",
+        source_hash: "d303b07e6bcd3ae4014ac8b0cbecf5728c89aa0b3a7f1a5cd3e19384020675b7",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "300796f5b28f0437063a1508b1af282a4b097fd7f182f39b6629dfea04d37dc1",
+        source_hash: "26bb1bb53cd462d819ae4d4455f05ff65d805c6a854d7c3063bde2d8b93243f0",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "14bf9b1f72b5bf52f6ceed201f62fcecc5b2ab1deb5e8ae49a5336e64ad32c1e",
+        source_hash: "dac25deca893b357b32d82d114cf08fe713d5e8971da303198e009728f2d0b58",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f01f285d1e908d38f9f09a73aa578103edea17acebf08a53f7ef67bdf74547d0",
+        source_hash: "948a7f185d0491d6e1fa52b357a5ca6e361f587a7793e834bc6867eeb60269d7",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2c82419a1311b368b3e22df4ac01b38bea298efd765f6550e8e0dd824f52fb98",
+        source_hash: "2009a882e596cba78278baa48c8afa100c92c883c81855cd10822313315bb1b9",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8f2ff9d586086a1182fe40c92d23807ea9eb66f7fc26025f8ae54dec8e5f6fd9",
+        source_hash: "8379addd5cd70ed5e32bfdca3ec972efc65d04ff67b6b047b8c73fe3463bc74b",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "dc595cacafb03816eb00201a1177a65ce7aca44f36ac24418ce5735c0c067a82",
+        source_hash: "0035afb28356972bbb035d427b3cb465f49e6e2568ab2f9a2d22b0208f09bd31",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5b077a6243de85caec32e76e93f9df46acbeb2e45f1864648bd8e3773648a37b",
+        source_hash: "05bb2124f2d9dbd5e2f7614001e910d0073431bee3c1e53aa9519436a4425a6e",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "98d3c086cf88a1cc9e44dca039d5e227d7aa267c834515f5411dfdd57d406e87",
+        source_hash: "77cd7dea9f89859ea67aa8b2adaf3d1b9e9d88b3fa5f28bc9e39d15caa6c6181",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "f1d5697094084381066487f92b3770d463039e85d11e6f35d00a6938f5aea6ca",
+        source_hash: "62c23b60bb4b1900391178dae99d38a1dc2e21a2bdf135e5a6a3532a90bb0d4d",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "91414c42689830b6bce8127086118d5926645f59221588f32f728699884d7701",
+        source_hash: "fa850e7034643325a297770520721b7ffe7695dd3850bf2dc1eaa7b4f801c76b",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "98633102fa316b588f0f61a228453f3b513c509cc8b7a1df0d60c2ed7067683c",
+        source_hash: "d4e5e3afe3afa275cb74652ed482f5725b26a205cdda980ecf865885a630f96b",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "85de7828f4a5e6460b83230b4ee33438fdfb3d27055911e773f1c7a4eba38032",
+        source_hash: "3d3c04a7a9f6ab1cce2c75a335621ac739aad7887e2a9c25435fe5212330c16b",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2ab8a7240a7ca7774f04ed01dae48568562d61b405381b25b0e1a14b538ed505",
+        source_hash: "4a0b1c44e2f1139890796631fe7ff9f66c16a6bcbdf3e067a235b0dd792c0cab",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "da7c0775ed6037d014e169fcd43fc946ce72061c4421519c8cbcdefd35d90c76",
+        source_hash: "2cab34b48eab5166085e8d8f805282a2135e2f0a6406310c3bec8c17dcfec465",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4e8c3d7bc6e72f87c6483a412a676fdff9808e15d382cec43f1ed4f20f7d6a2d",
+        source_hash: "e8a3aa816d2f1ab1519a7cbdf06febfe60cdad55d55dae065dddca849b55196b",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2290531a02e0d113807602284e2420e6d21f7b087d5c0b810fadc8de75eb3ded",
+        source_hash: "8f19c0c336da9c7c9c3dbd743c3a57f1cfb6f1f6ec1967d421be60c99a00423c",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e2723f9810a3aad0556f1da4ff580ec51d570348e33d4de59beaca2139843a46",
+        source_hash: "3d49f0bfa44b62153d43cdaabe44c1450088a1a6754c3a6935e86af4e35bf216",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ef1878ff41b3c6e9b78ffda55517e9aaee770b4841babcf5c5227452975b0ffc",
+        source_hash: "c7045e50a505c2d3a9f0bd54258f21c6a8aabcc6b9bfb50ecb06b22cf6f246ad",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2273457cb728a3603c9e602e67eaeaae34d2a7ca5b048fca0a42edbbe6cb4108",
+        source_hash: "03f035ffead824773bc0101a488c4962468d050bc9b4346848437f55b754ca65",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "031a140143393e1bad3079576e12ea7192953d1d12c4582f94859132bc55cfa1",
+        source_hash: "92101994684c2d65f25229d89694ac27b023824051260fd31d4a9c21c9334e9b",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c7ef283d8d9538e1b99ccecba19a5e2df8beba6191a3716bf4ef582b1af16a9d",
+        source_hash: "e6cc3c2a86e0ca826e8fd91bf5f94d6b69296d4a93a03908da53cf6de88ec8ce",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "e8469dd23bc2a6f21f043cf91be07ad7a66cea9c919dc458a9a97a2dfc1dd68b",
+        source_hash: "9c979b27566645dcc19a95ef22ad9ea043084d5c4306e5093c679805f32162f8",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "ab0e22b4cc4c67e54200d49cd3e940d521b0fa0f94c6bc349d26c8275f944813",
+        source_hash: "43f2f0e385e553c8d291f9da4f6f193765c6ad57c845efb8fa6deec6b40a7dcc",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "22ae933d6dbb4751433d19c3ceae91e8cc152d30d2d92ccb64ea455add4703c4",
+        source_hash: "e0adb8764b9d03ec57021a00270c9ac015acbb31b2381d0925b45815b07f6a09",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "f36fe9d46358e6389c02479a61d0a8b6630f0fa694c079a86caf031253d69d58",
+        source_hash: "1aa364814dbea5e6a07cbcfd83829bd70091290ccd2e28b8d3c760243d78ba0f",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "d78d3da135881e3b44f7f85406de6185fe69ab2547dda8b7129c254bb060bcf3",
+        source_hash: "187e665c414b87c6bc4caebdf214c7e68c98951166edc2c1c274d8bee34aafb9",
     },
     Kernel {
         name: "gate_grad_bf16_d0_v8_sm90a",
         source: include_str!("kernels/gate_grad/gate_grad_bf16_d0_v8_sm90a.cu"),
-        source_hash: "0aca35c9e51f20401ed3a52596e91b00932ac6ee877dd2269bb78bbde4b8998b",
+        source_hash: "bd2839be084e31939bffa94585edc4e76cddc0cba39f7dd2bd7119029ec725cc",
     },
     Kernel {
         name: "gate_weight_bf16_d0_v8_sm90a",
         source: include_str!("kernels/gate_weight/gate_weight_bf16_d0_v8_sm90a.cu"),
-        source_hash: "3a0152d4ff3217b1bf6da77d03ed121ee41d729955b53167f144826278da25d7",
+        source_hash: "5576cf8e1b8200fcc19635ea1eea1cc36958378a94270ce26baec77567d8a8ac",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "43f88f1c84ed7058e119a2091595c95191d2735b24710b0dc547b7893bac555b",
+        source_hash: "2eab245cadbacf3d7f32dec4ac4b1af3b63ca3c5626302211357c2086fd0adbc",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "82d25df8b2bb627c0c3976fcc17999612051bd5c0f5db83ad8eb537b66f835de",
+        source_hash: "8b13f8326d213a5f20743bdedb455b060d94fd8289de8cec97b47185a8fa9563",
     },
     Kernel {
         name: "gram_key_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_v1_sm90a.cu"),
-        source_hash: "7297f28b880406a45f2f9524ce487430331f7bf90871cf6ee8eec31dd6b9bf8a",
+        source_hash: "b361019ac87bf16024048461fbe308dae70ba655218cd67effaf1e6db3c268c8",
     },
     Kernel {
         name: "gram_key_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_v1_sm90a.cu"),
-        source_hash: "c8500d815f4f9c35fd80a889bc8da5cd6c16cfe68969d338b402332c63d74738",
+        source_hash: "8d2ec12268fd777ef65d6296e268443b50057f23438524f32e25cfa1de33fb6d",
     },
     Kernel {
         name: "gram_key_bf16_d96_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d96_v1_sm90a.cu"),
-        source_hash: "a86376c77230ff2567cbfafbb9ef6f61de53b0c2e7deeba2652ef98a3ae49c5e",
+        source_hash: "91993ced9b59a3e4dce440e63ff3d1c1969c419415d6f5e30c52faf49eb786e5",
     },
     Kernel {
         name: "gram_query_bf16_d128_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_v1_sm90a.cu"),
-        source_hash: "00067e2ea3a5fc1e28626974ee5e9417aa5e969121e5bccfb342385ea2d29f2c",
+        source_hash: "2506ec049c1eb22d7b9bc446a0df9007c9113715b2f2609a3b73d14a8d3f1e07",
     },
     Kernel {
         name: "gram_query_bf16_d64_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_v1_sm90a.cu"),
-        source_hash: "47a6d8a8de90c51da5c3453384b3a28aecd10732a7fc030d40180bedfce1d910",
+        source_hash: "cf79f4a56b2d5d416de8bfe938d6bf3de7fe62af97a55dd617a2c995235ab5dc",
     },
     Kernel {
         name: "gram_query_bf16_d96_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d96_v1_sm90a.cu"),
-        source_hash: "ee757bcb4989ba127501b5b43b93c855ffa1562ea6988afbb155fc1dc3946930",
+        source_hash: "5660353886c7284b43909c7b3798d9491f59f695591afafb24e3c111252d4e74",
     },
     Kernel {
         name: "kv_invert_sm80",
         source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
-        source_hash: "92554f27df410e96aab4971b7eb436b54a93e7af674a8e224e66d4573752e262",
+        source_hash: "36bd2fd91a11a6ae991c46ad9f21b2d58bcbb58bed2b3fbb215775288d85a58a",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "13415bf9255b199e326c1ae9bcdd083c1c721985db599c6f24faee46bc7ab0e2",
+        source_hash: "0d54cb825343f2041c031ff2b6283d2a7a813579c5ae174b218e5ae0ea1e0b4f",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "b615f1170b6f27d34bd830f90c3e56e634532ead2888de5dcc94b8d40b958bc0",
+        source_hash: "cdd8d9dbe1979b83096f3f46647d08f291b96122873a69bbf7d98b2b8512c2fe",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "557f51c8ffbd9acb740ee9d8ef754cabbe7debed8df9673aed767e5127a9c252",
+        source_hash: "48125d90234046d5a049edc1c617fdf8095931cb5dff067d4ed89d650607b1e2",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "11588c0dc6df48b69d75da10ec84b3d84b27cbc9622518d48db1946d484f964f",
+        source_hash: "f847eeba2cd324b9cf7eed9cee97451482f6f8deade2b2579dd7ddb882113e5f",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "7bba98405107773276d978c2844e17a4c849dbaeff5925c3817d41190a828784",
+        source_hash: "7b1e7a2e8db6344bad55c22edf3062b122568377538812d26e90ec406fac31b8",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "7232112e17cb0f8c41946f888fcc7f2b63a5c697c0d7b533154d6d18d2cab6d6",
+        source_hash: "ab6c1046c7e9a2455975f8b80cf3ca9495fcdb9b32608fdd74c685a568981722",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "cbff41e3bd1be337dcc3ab3b6e33ec7cd50f44660bddc39ccdacfcad83ce3309",
+        source_hash: "ab7108c717177b7798ee1077e94a212e1f5e8905bb5601cf6f1e943ff78f41e2",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "bc087532c87279caa216ae4ba4598b00a7b99eeba24227f86f24ed191c8d1762",
+        source_hash: "f525708048ab377487b3ef13af1b2b18ea688c0d05f3d6bd377cfc5c7d9e76f5",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "8bb5403633adcdcb216af3b1e504079af7ab84c01bbd45cfd13800676decf2b9",
+        source_hash: "2bfaedbbf8c6d41d812297077f44e610117e88f0dc657297edfd872183a7ade4",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "30b42daef77f500abac6af05181639ec81771653e01830ea2ee8f72b19e5fcea",
+        source_hash: "8b7d22417225269de9b7290ee59682c705de250b0cd2366558a0fdb5bb7026fd",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "ae5599ac35f76b3f2976120fb094cabd6c88e15a9f615cd9fa888a0ff548cae7",
+        source_hash: "f269721a6a21b412aaedd3a0b6f909341b1eb3b8fd7b0ca309adbf1416d113a8",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "ca7f119024a61a3bb4be723e2047e6d664af62eb5bfa8814879258bc57bdef6c",
+        source_hash: "0a7a3c1bfc7dd87fb1af251a0d61dae2f959fac28214712982cea9b6267e62cf",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "6153142e6e051b515342bf3472f36157c0d2e93fa31e5ef5c9f1ae2f154c19cf",
+        source_hash: "9b8788f298f633cbb097d9b1092561366c0dc0f34f7973d7352123b16f94f8c0",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "70aeadb0c72ed81232b391e406bd4314e3c4c72a44e2ef11ac225224d9c86ffe",
+        source_hash: "4d4fb0da5ed14e04cc59dbab40b367cd37c47a4aee972cd57147fde53a4215b8",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "518bd842605d1e9ae006b7c35e8667875c7774266ce0581da3bbc11e565201da",
+        source_hash: "13e82a0246d0726a5ad4686e40eb82c684cc7b40e0c705ef4b56fb45abfa2749",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "605bb4e0ccacc0ad958dc6114021cd2ef6273df350aac55c7136788842edb061",
+        source_hash: "d5cae7ef3365914913afc8f83abcea1def2bb1973c51d5eee9c4a28e7388f29a",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "25a97f8da2b688061f3b7948a92cb1dbad2f8c71ce233d9f3fd0f9147f6141f6",
+        source_hash: "3758b25a51e04711df48cff6f47ce699f2650812cfe7b4ec7c2464ca85d883de",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "0853ba759ed1d6e371b809ba9cba2f9612973e5ce25bd665db3eefabae05e340",
+        source_hash: "3990a1c8b2c9b1ba6a26931ea8758f0b86fdc038cd01d0c77f6b551830f87e5e",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "67240dca9cd2f64031e30debc2c46198f3777a6cadd52fe3d20921f446a82d91",
+        source_hash: "a94910f480d217e13af4d4b4055bd25ee0c4bef15a2847d37f7b2d7b93e6fb2f",
     },
     Kernel {
         name: "kv_validate_sm80",
         source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
-        source_hash: "092c4c76e4a4476c596b9fef2e024a22f2c06f6f68b5bf64eb97f8e6c6032030",
+        source_hash: "3b92836b46c007c40ef76149005c06d3acd92a9dab9ac59526bb3023238d1279",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "316d60635f3c1a178434e538317f3da01b23ce2362afe0bfa8cf8564e46dc57b",
+        source_hash: "b3f2d632fe10b96c4bad509b3026c1d6e12ea688649fe9be041d94114eac3f0d",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "81013b2961c20456ca9dd3ba42e8ed1539c6832f90447f136b41f4e280d6afde",
+        source_hash: "6b55bcf7014126bf1a03104e22ee41fcde435c47658cd8d0c7c40c2ecf279e27",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "8255e164aa2ac8e610059a49dfe052f80dd8ac78080f3b3e9b2bc047acb02259",
+        source_hash: "8fb39d5ec73a480487dcd941c45bae57a12dbb6a1c88c293e2b02b27bf08f960",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "0266b8af59bb708da27ddccefd582b93a780405a08d9e3732e8f0e798b86a601",
+        source_hash: "a192ec5fb6f9488119ceb5e36b689a092b497a3b0f5d786fa87abcffcdc75c19",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "3ade69024f80b5659f0650ef3998adca2d07cde03994d17a51e80aa0f5de124c",
+        source_hash: "07f8db1ac93186bb8610d91efbd86e6c06fa727935580263e6a8473a905cdfae",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "549090fe6256051d2a13b03ac232ba37f858ed5475ddf2917b145762516ced23",
+        source_hash: "eea233d7f0413f21c4c471a47c25960fa9d406595461d49f887cefd285465a82",
     },
     Kernel {
         name: "profile_f32_d0_v1_sm90a",
         source: include_str!("kernels/profile/profile_f32_d0_v1_sm90a.cu"),
-        source_hash: "53d6c0c38f39ab793786f91e2d19178e5831c8249d9ce7ea42ad0a9cdfbaf999",
+        source_hash: "7516afc633ec6a06719ad06e906fe2786d8c2c9c46064c2b4c36a0d1610b06ce",
     },
     Kernel {
         name: "profile_logits_bf16_d128_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d128_v1_sm90a.cu"
         ),
-        source_hash: "be47b3889c497b36b71d9c1ab2fcb59658a7b218e6b7c150a49c72ab01da2b35",
+        source_hash: "712c8b95909c69aa9b7de2151a78c1327ab7e56fbd2401b18bc46eaf468b8dbe",
     },
     Kernel {
         name: "profile_logits_bf16_d64_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d64_v1_sm90a.cu"
         ),
-        source_hash: "004b5fb9d035e9037fa5ada9969de50067015ae809210205fa7d6bf209fb2d8c",
+        source_hash: "3b751fe35f6a0e653b07efdd097feb6385746e863f282190a46381544c08cd67",
     },
     Kernel {
         name: "profile_logits_bf16_d96_v1_sm90a",
         source: include_str!(
             "kernels/profile_logits/profile_logits_bf16_d96_v1_sm90a.cu"
         ),
-        source_hash: "120bddd944af338f98f42192564cd0a30c2f8e017675ee8d888c60f0afb8ee81",
+        source_hash: "ddb1b8eb48573c1970c8ffed366b801bf9aef0a83d82cd73a8a5fc47b67d9343",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "60a89f8fd4fd353264c266b808f03766091abfa86bd0e0d6dc9e0748918a6097",
+        source_hash: "b60fc2a6fce6aff0db7315af21f6bdb5a157d9f81b6e9e7ce4dff497fdeaeaee",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "339c42b37ff80471808c61a2797d52d6b7116102c82e92da366ffac31a766157",
+        source_hash: "19916b3fb82c40883f249bb996216772e2bb378edd56dc92e569250586b84027",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "dc7657b5d3cbb7d9a21afa59242596f64606eb055afb2134a64a145b09dfe4e4",
+        source_hash: "10ae6b7095cf5b79dd8fc53a3efeff1f658374ba2d8359de0d95215e41ac6053",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "876d882de2827edd56f888c8092f611ebdec7206e2e75c89bf76ed21ff098d55",
+        source_hash: "420c201277a0b3efa5e7f64fa0f87b379753c658a3254398dc02b0cf092ae763",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "1fee3fe0c475a20fd3771f0bb2e553b15fb647763142f28be93be3398ccc9d63",
+        source_hash: "8f4021ecf41853f57dcc212e507719fcf2eb2b2ae45de9617bd4c30b4fdd79d2",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "1452916a1afe18f54caeed3fec6546556805dc70f013a0b06e57efd0448f908c",
+        source_hash: "f78e012e707ef430d7721f6639eed3de850ae034ce8a93491369307c0e415a6e",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "ad6d3a9b47fe26ab9e55e9963897a1e6a3ab47c77b53afc1f1df1433be5759a3",
+        source_hash: "9649e2afea9505905c5845b9c6fbcdb68c860f650edd13228c04c0d6508a4e5f",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "37fb0ba3516ae826ea53a7a15c19f5ddfbd578e93b84cff5b2f71bdb4c9ac609",
+        source_hash: "c5ab5bcc00cf3b15757a7d597a81e86feb525f3d8d930e493d379bd0a99be447",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "7d4acc7fcf48873f89d8af4dcfdea2e553e09e8726e99e15009d7b2007abd00c",
+        source_hash: "ed58e47b46d315c6331ab5dccd9710ae39e41f23e400aca8acb9a2dc90ecc488",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "fb1ce8e683765e70bd07b192fb47563e399be671025a5af22a28dee5b3519788",
+        source_hash: "b702800c0825679c8121bb74ef78abc1105906ae2422774eb32f47cfdad877b9",
     },
 ];
 
 /// Every device header as (name in `#include`, text), sorted.
 pub static HEADERS: &[(&str, &str)] = &[
     ("dsv/attention.cuh", include_str!("../templates/include/dsv/attention.cuh")),
-    ("dsv/counter.cuh", include_str!("../templates/include/dsv/counter.cuh")),
     ("dsv/fragment.cuh", include_str!("../templates/include/dsv/fragment.cuh")),
     (
         "dsv/gather/accumulator.cuh",
@@ -1174,7 +1173,6 @@ pub static HEADERS: &[(&str, &str)] = &[
     ("dsv/operand.cuh", include_str!("../templates/include/dsv/operand.cuh")),
     ("dsv/patches.cuh", include_str!("../templates/include/dsv/patches.cuh")),
     ("dsv/philox.cuh", include_str!("../templates/include/dsv/philox.cuh")),
-    ("dsv/query_rows.cuh", include_str!("../templates/include/dsv/query_rows.cuh")),
     (
         "dsv/sm80/cp_async.cuh",
         include_str!("../templates/include/dsv/sm80/cp_async.cuh"),

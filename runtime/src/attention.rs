@@ -5,8 +5,8 @@ use crate::error::Error;
 use crate::kernels::Kernel;
 use crate::layout::{ALIGN_BYTES, Extent, Layout, pair_of_rows_map};
 use dsv_spec::params::{
-    AttnBwd, AttnBwdDq, AttnBwdGather, AttnBwdPostKv, AttnBwdRows, AttnBwdViews, AttnFwd, AttnFwdGather,
-    AttnFwdViews, AttnSizes, QueryRows,
+    AttnBwd, AttnBwdDq, AttnBwdGather, AttnBwdPost, AttnBwdPostKv, AttnBwdPrep, AttnBwdViews, AttnFwd,
+    AttnFwdGather, AttnFwdViews, AttnSizes,
 };
 use dsv_spec::{Arch, AttnOp, AttnSpec, AttnTile, Deterministic, Dtype, KernelSpec, Lists, Problem, limits};
 use std::sync::Arc;
@@ -148,37 +148,18 @@ pub(crate) fn seqlen_q_padded(p: &Problem) -> u32 {
     p.seqlen_q.next_multiple_of(limits::BWD_PADDING as u32)
 }
 
-/// KV heads over the batch.
-fn kv_slabs(p: &Problem) -> u32 {
-    p.batch * p.num_kv_heads
-}
-
-/// How far from its own a CTA of `main` prepares and finishes rows: so far that those who walk them start when they are
-/// prepared, and have ended when they are finished, without waiting. All KV heads where there is nothing to gain: few CTAs
-/// a head would have many rows each.
-fn distance(p: &Problem, main: &Kernel) -> u32 {
-    /// Of a KV head.
-    const FEWEST_CTAS: u32 = 64;
-    let ctas = p.seqlen_kv.div_ceil(tile(main).block_n as u32);
-    let at_once = main.device().info().multiprocessors * main.facts().ctas_per_sm;
-    let all = kv_slabs(p);
-    if ctas < FEWEST_CTAS { all } else { (at_once.div_ceil(ctas) + 1).min(all) }
-}
-
 /// Rows of the backward's `lse_log2` and `delta`.
 fn statistics_rows(p: &Problem) -> u64 {
     p.batch as u64 * p.num_heads as u64 * seqlen_q_padded(p) as u64
 }
 
 /// Byte offsets of the backward's workspace: f32 `lse_log2` and `delta` [B, H, seqlen_q_padded], then an f32 accumulator
-/// where there is one: of dQ [B, H, seqlen_q_padded, D], or with KV units below 64 tokens of dK and dV [B, Hkv, seqlen_kv
-/// rounded up to 64, 2 * D]; each aligned to 256 bytes. Before dQ's lie the words by which its CTAs tell each other where
-/// they are: the counters of [`QueryRows`], u32 [2, B, Hkv], and right before the accumulator, backwards, a word for each of
-/// [B, H] for a `ring`.
+/// where there is one: of dQ [B, H, seqlen_q_padded, D], with a word for each of [B, H] before it in which the CTAs of
+/// a `ring` note where they are, or with KV units below 64 tokens of dK and dV [B, Hkv, seqlen_kv rounded up to 64,
+/// 2 * D]; each aligned to 256 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Workspace {
     pub(crate) delta: u64,
-    pub(crate) counters: u64,
     pub(crate) accumulator: u64,
     pub(crate) accumulator_bytes: u64,
     pub(crate) bytes: u64,
@@ -198,15 +179,13 @@ impl Workspace {
             _ => 0,
         };
         let accumulator_bytes = (summed * p.head_dim as u64 * 4).next_multiple_of(256);
-        let words = match AttnOp::ending(p.lists, main) {
-            AttnOp::BwdPost => p.batch as u64 * (2 * p.num_kv_heads as u64 + p.num_heads as u64),
+        let places = match AttnOp::ending(p.lists, main) {
+            AttnOp::BwdPost => (p.batch as u64 * p.num_heads as u64 * 4).next_multiple_of(256),
             _ => 0,
         };
-        let counters = 2 * statistics;
-        let accumulator = counters + (words * 4).next_multiple_of(256);
+        let accumulator = 2 * statistics + places;
         Workspace {
             delta: statistics,
-            counters,
             accumulator,
             accumulator_bytes,
             bytes: accumulator + accumulator_bytes,
@@ -312,7 +291,6 @@ pub struct AttnPlan {
     workspace: Workspace,
     forward: Arc<Kernel>,
     backward: Option<BackwardKernels>,
-    distance: u32,
 }
 
 impl AttnPlan {
@@ -370,21 +348,7 @@ impl AttnPlan {
             reserved: 0,
         };
         let main = backward.as_ref().map_or(Deterministic::Yes, |b| form(&b.main));
-        let workspace = Workspace::of(p, main);
-        let distance = backward.as_ref().map_or(0, |b| distance(p, &b.main));
-        Ok(AttnPlan { problem: *p, layouts, sizes, workspace, forward, backward, distance })
-    }
-
-    /// The same plan with another distance between a CTA of `attn_bwd` and the KV heads, counted over the batch, whose query
-    /// rows it prepares and finishes ([`QueryRows::distance`]): at least 1, or all KV heads, which leaves every row to
-    /// `attn_bwd_prep` and `attn_bwd_post`. The plan has chosen one by the GPU's size; results do not depend on it.
-    ///
-    /// # Panics
-    /// With a distance of 0: a CTA would wait for itself.
-    pub fn with_distance(mut self, kv_heads: u32) -> AttnPlan {
-        assert!(kv_heads > 0, "distance 0; allowed: at least 1 KV head");
-        self.distance = kv_heads.min(kv_slabs(&self.problem));
-        self
+        Ok(AttnPlan { problem: *p, layouts, sizes, workspace: Workspace::of(p, main), forward, backward })
     }
 
     /// The problem.
@@ -548,38 +512,26 @@ impl AttnPlan {
         let delta = args.workspace + self.workspace.delta;
         let accumulator = args.workspace + self.workspace.accumulator;
         let ending = AttnOp::ending(p.lists, form(&kernels.main));
-        let sums_dq = ending == AttnOp::BwdPost;
-        let row_tiles = seqlen_q_padded(p) / limits::BWD_BLOCK_M as u32;
-        let all = kv_slabs(p);
-        // The deterministic form, gathers and sm80 leave every row to the kernels around them.
-        let tends = sums_dq && kernels.main.spec().arch() == Arch::Sm90a;
-        let distance = if tends { self.distance } else { all };
+        let dq_accum = if ending == AttnOp::BwdPost { accumulator } else { 0 };
+        let row_tiles = [seqlen_q_padded(p) / limits::BWD_BLOCK_M as u32, p.num_heads, p.batch];
         stream.bind()?;
 
-        let rows = QueryRows {
+        let prep = AttnBwdPrep {
             o: layouts.out.view(args.out),
             d_o: layouts.d_out.view(args.d_out),
-            dq: layouts.dq.view(args.dq),
             lse: args.lse,
             d_lse: args.d_lse.unwrap_or(0),
             lse_log2,
             delta,
-            dq_accum: if sums_dq { accumulator } else { 0 },
-            counters: if sums_dq { args.workspace + self.workspace.counters } else { 0 },
-            distance: distance as i32,
-            heads_per_kv: (p.num_heads / p.num_kv_heads) as i32,
+            dq_accum,
+            sizes: self.sizes,
         };
-        // Tiles of 64 query rows of one KV head's heads, and the launches for those of the first and last `distance`.
-        let tiles = p.num_heads / p.num_kv_heads * row_tiles;
-        let grid = [distance * tiles, 1, 1];
-        let prep = AttnBwdRows { rows, sizes: self.sizes, first_tile: 0, reserved: 0 };
-        let post = AttnBwdRows { first_tile: (all - distance) * tiles, ..prep };
         let block_n = tile(&kernels.main).block_n as u32;
         let kv_tiles = [p.seqlen_kv.div_ceil(block_n), p.num_kv_heads, p.batch];
         let smem_bytes = |kernel: &Kernel| kernel.facts().smem_bytes;
         // SAFETY: the caller's promise; the parameters are those of attn_bwd_prep, and the workspace holds what it
         // hands on.
-        unsafe { kernels.prep.launch(stream, grid, smem_bytes(&kernels.prep), &prep)? };
+        unsafe { kernels.prep.launch(stream, row_tiles, smem_bytes(&kernels.prep), &prep)? };
         if gather {
             // SAFETY: the accumulator lies in the workspace.
             unsafe { stream.fill(accumulator, 0, self.workspace.accumulator_bytes as usize)? };
@@ -615,6 +567,7 @@ impl AttnPlan {
                 kernels.ending.launch(stream, kv_tiles, smem_bytes(&kernels.ending), &post)
             };
         }
+        let post = AttnBwdPost { dq: layouts.dq.view(args.dq), dq_accum, sizes: self.sizes };
         if kernels.main.spec().arch() == Arch::Sm80 {
             let main = AttnBwdViews {
                 q: layouts.q.view(args.q),
@@ -625,7 +578,7 @@ impl AttnPlan {
                 dv: layouts.dv.view(args.dv),
                 lse_log2,
                 delta,
-                dq_accum: rows.dq_accum,
+                dq_accum,
                 k2q_offset: key.k2q_offset,
                 k2q_index: key.k2q_index,
                 error_flag: args.error_flag,
@@ -634,7 +587,7 @@ impl AttnPlan {
             // SAFETY: as above, of attn_bwd on sm80, which accumulates dQ, and of attn_bwd_post.
             return unsafe {
                 kernels.main.launch(stream, kv_tiles, smem_bytes(&kernels.main), &main)?;
-                kernels.ending.launch(stream, grid, smem_bytes(&kernels.ending), &post)
+                kernels.ending.launch(stream, row_tiles, smem_bytes(&kernels.ending), &post)
             };
         }
         let main = AttnBwd {
@@ -645,7 +598,7 @@ impl AttnPlan {
             map_dk: kv.tensor_map(args.dk, &layouts.dk, CONSUMER_ROWS)?,
             map_dv: kv.tensor_map(args.dv, &layouts.dv, CONSUMER_ROWS)?,
             map_rows: pair_of_rows_map(lse_log2, statistics_rows(p), self.workspace.delta)?,
-            rows,
+            dq_accum,
             k2q_offset: key.k2q_offset,
             k2q_index: key.k2q_index,
             error_flag: args.error_flag,
@@ -674,7 +627,7 @@ impl AttnPlan {
             unsafe { kernels.ending.launch(stream, grid, smem_bytes, &dq) }
         } else {
             // SAFETY: as above.
-            unsafe { kernels.ending.launch(stream, grid, smem_bytes, &post) }
+            unsafe { kernels.ending.launch(stream, row_tiles, smem_bytes, &post) }
         }
     }
 }

@@ -211,11 +211,6 @@ impl Kernel {
         Ok(kernel)
     }
 
-    /// The GPU it is loaded on.
-    pub(crate) fn device(&self) -> &Device {
-        &self.device
-    }
-
     /// The kernel's spec.
     pub fn spec(&self) -> &KernelSpec {
         &self.spec

@@ -77,12 +77,12 @@ impl Facts {
             (AttnOp::Fwd, Arch::Sm80) => size_of::<params::AttnFwdViews>(),
             (AttnOp::Fwd, Arch::Sm90a) if spec.lists().is_gather() => size_of::<params::AttnFwdGather>(),
             (AttnOp::Fwd, Arch::Sm90a) => size_of::<params::AttnFwd>(),
-            (AttnOp::BwdPrep, _) => size_of::<params::AttnBwdRows>(),
+            (AttnOp::BwdPrep, _) => size_of::<params::AttnBwdPrep>(),
             (AttnOp::Bwd, Arch::Sm80) => size_of::<params::AttnBwdViews>(),
             (AttnOp::Bwd, Arch::Sm90a) if spec.lists().is_gather() => size_of::<params::AttnBwdGather>(),
             (AttnOp::Bwd, Arch::Sm90a) => size_of::<params::AttnBwd>(),
             (AttnOp::BwdDq, _) => size_of::<params::AttnBwdDq>(),
-            (AttnOp::BwdPost, _) => size_of::<params::AttnBwdRows>(),
+            (AttnOp::BwdPost, _) => size_of::<params::AttnBwdPost>(),
             (AttnOp::BwdPostKv, _) => size_of::<params::AttnBwdPostKv>(),
         } as u32;
         match spec.op() {

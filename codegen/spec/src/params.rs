@@ -151,50 +151,26 @@ pub struct AttnFwdViews {
     pub sizes: AttnSizes,
 }
 
-/// What a backward does once for each 64 query rows, before and after `attn_bwd` walks them. A part of the parameters of
-/// `attn_bwd`, `attn_bwd_prep` and `attn_bwd_post`.
+/// Launch parameters of `attn_bwd_prep`. Grid: (seqlen_q_padded / 64, H, B).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct QueryRows {
+pub struct AttnBwdPrep {
     /// out of the forward.
     pub o: TensorView,
     /// Gradient of out.
     pub d_o: TensorView,
-    /// dQ out.
-    pub dq: TensorView,
     /// f32 [B, H, seqlen_q]: LSE of the forward.
     pub lse: u64,
     /// f32 [B, H, seqlen_q]: gradient of LSE; 0 when there is none.
     pub d_lse: u64,
-    /// f32 [B, H, seqlen_q_padded]: LSE * log2(e); +inf for empty rows and padding, so that P is 0.
+    /// f32 [B, H, seqlen_q_padded] out: LSE * log2(e); +inf for empty rows and padding, so that P is 0.
     pub lse_log2: u64,
-    /// f32 [B, H, seqlen_q_padded]: rowsum(out * d_out) - d_lse; 0 for padding.
+    /// f32 [B, H, seqlen_q_padded] out: rowsum(out * d_out) - d_lse; 0 for padding.
     pub delta: u64,
-    /// f32 [B, H, seqlen_q_padded / 64, 64 * D] in `attn_bwd`'s own order: accumulator of dQ; 0 where `attn_bwd_dq`
-    /// follows.
+    /// f32 [B, H, seqlen_q_padded, D] out: zeroed accumulator of dQ; 0 where `attn_bwd_dq` follows.
     pub dq_accum: u64,
-    /// u32 [2, B * Hkv]: how many warps have prepared the rows of a KV head's heads, and how many consumers have walked
-    /// them; 0 where `dq_accum` is.
-    pub counters: u64,
-    /// A CTA of `attn_bwd` prepares the rows of the KV head (counted over the batch) so far after its own, and finishes
-    /// those of the one so far before. The first and last so many are left to `attn_bwd_prep` and `attn_bwd_post`.
-    pub distance: i32,
-    /// H / Hkv.
-    pub heads_per_kv: i32,
-}
-
-/// Launch parameters of `attn_bwd_prep` and `attn_bwd_post`. Grid: as many tiles of 64 query rows.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct AttnBwdRows {
-    /// The rows.
-    pub rows: QueryRows,
     /// Sizes.
     pub sizes: AttnSizes,
-    /// The first tile, of [B, H, seqlen_q_padded / 64].
-    pub first_tile: u32,
-    /// Padding.
-    pub reserved: i32,
 }
 
 /// Launch parameters of `attn_bwd`. Grid: (ceil(seqlen_kv / block_n), num_kv_heads, B).
@@ -217,8 +193,8 @@ pub struct AttnBwd {
     pub map_dv: TensorMap,
     /// f32 [2, B * H * seqlen_q_padded]: `lse_log2`, then `delta`. 2-D, box 64 values of one of them, no swizzle.
     pub map_rows: TensorMap,
-    /// The rows that a CTA prepares and finishes, with the accumulator of dQ.
-    pub rows: QueryRows,
+    /// f32 [B, H, seqlen_q_padded / 64, 64 * D] in the kernel's own order; only `attn_bwd_post` reads it.
+    pub dq_accum: u64,
     /// i32 [B, H, N + 1], relative to the (b, h) slab of `k2q_index`.
     pub k2q_offset: u64,
     /// i32 [B, H, G * max_selected]: group ids, ascending within a KV block.
@@ -324,6 +300,18 @@ pub struct AttnBwdDq {
     pub q2k_count: u64,
     /// i32 [1]: OR of [`error_bits`].
     pub error_flag: u64,
+    /// Sizes.
+    pub sizes: AttnSizes,
+}
+
+/// Launch parameters of `attn_bwd_post`. Grid: (seqlen_q_padded / 64, H, B).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AttnBwdPost {
+    /// dQ out.
+    pub dq: TensorView,
+    /// f32 accumulator of `attn_bwd`.
+    pub dq_accum: u64,
     /// Sizes.
     pub sizes: AttnSizes,
 }

@@ -5,8 +5,7 @@
 
 // For a tile of keys, over the query tiles that listed it (all when kQueryGroup is 0), transposed so that keys are rows:
 //   P^T = exp2(c K Q^T - LSE log2 e),  dP^T = V dO^T,  dS^T = P^T (dP^T - delta),
-//   dV += P^T dO,  dK += scale dS^T Q,  dQ += dS K (f32, reduced in global memory; query_rows.cuh finishes it).
-// What each query row needs before and after is done for other heads beside it, see Tending.
+//   dV += P^T dO,  dK += scale dS^T Q,  dQ += scale dS K (f32, reduced in global memory; attn_bwd_post applies scale).
 //
 // Floors: 10 * pairs * head_dim FLOP at 750 TF; per 64 query rows from and to L2 256 * head_dim bytes of Q and dO and
 // 256 * head_dim bytes of f32 dQ: about 359 TF with 64 KV rows, 718 TF with 128 (head_dim 128).
@@ -15,10 +14,8 @@
 // Shared memory: K and V (dK and dV in the epilogue), the ring of Q, dO and row statistics, dS, and dQ on its way out; at
 // head_dim 256 P beside dS, and no dQ.
 #include "dsv/attention.cuh"
-#include "dsv/counter.cuh"
 #include "dsv/fragment.cuh"
 #include "dsv/mbarrier.cuh"
-#include "dsv/query_rows.cuh"
 #include "dsv/tma.cuh"
 #include "dsv/types.cuh"
 #include "dsv/wgmma.cuh"
@@ -39,7 +36,7 @@ constexpr int kCtasPerSm = 2;
 constexpr int kConsumerRegisters = 224;  // 0: left as compiled
 constexpr int kProducerRegisters = 32;
 constexpr int kSmemBytes = 92160;
-constexpr int kParamsBytes = 1152;
+constexpr int kParamsBytes = 1024;
 // END CONFIG
 
 constexpr bool kDense = kKvBlock == 0;
@@ -83,11 +80,6 @@ constexpr bool kDkAcross = kStages > 1 && !kDqLater && !kEarlyS && (kDeterminist
 // dV beside dP keeps every accumulator and both operands alive at once: 226 registers at head_dim 128.
 constexpr bool kEarlyDv = kHalves == 1 && (kHeadDim < 128 || kConsumers > 1);
 
-// Its deterministic sibling leaves rows to the kernels before and after it.
-constexpr bool kTendsRows = !kDeterministic;
-constexpr int kTendingWarps = 3;                          // those beside the producer
-constexpr int kWalkers = kByColumns ? 1 : kConsumers;  // threads that say that this CTA has added all its dQ
-
 // LSE and delta are read ahead of S and dP, which else wait for a shared memory that is busy with products. With 128 queries
 // there are no registers for them.
 constexpr bool kStatisticsEarly = kHalves == 1;
@@ -110,7 +102,7 @@ struct Params {
     dsv::TensorMap map_dk;         // [B, Skv, Hkv, D], box 64 rows
     dsv::TensorMap map_dv;         // [B, Skv, Hkv, D], box 64 rows
     dsv::TensorMap map_rows;       // [2, B * H * Sq_padded]: lse_log2 and delta, box 64 of one
-    dsv::QueryRows rows;           // the accumulator of dQ among them, see reduce_dq; before it the ring's places
+    float* dq_accum;               // [B, H, Sq_padded / 64, D / 8, 128, 4], see reduce_dq; before it the ring's places
     const dsv::int32* k2q_offset;  // [B, H, N + 1]
     const dsv::int32* k2q_index;   // [B, H, G * max_selected]
     dsv::int32* error_flag;        // [1]
@@ -128,7 +120,7 @@ struct SharedStorage {
     dsv::uint8 dq[kDqBuffers][kConsumers][kDqBytes];  // f32, in the accumulator's order; unused unless kStagedDq
     alignas(128) float lse_log2[kStages][kBlockM];
     alignas(128) float delta[kStages][kBlockM];
-    dsv::uint64 full_kv;  // and rows prepared
+    dsv::uint64 full_kv;
     dsv::uint64 full_q[kStages], empty_q[kStages];
     dsv::uint64 full_do[kStages], empty_do[kStages];
     dsv::uint64 full_ds[kDsBuffers], empty_ds[kDsBuffers];  // dS of all consumers, when kDqLater
@@ -145,64 +137,6 @@ constexpr int kDsBarrier = 1;
 constexpr int kEpilogueBarrier = 2;
 constexpr int kDqBarrier = 3;
 
-// The warps beside the producer. CTAs of a KV head start about together and before those of later ones, so this one prepares
-// the query rows of a head `distance` KV heads later, which start when its like are done, and finishes those of a head as
-// far back: of dQ's accumulator and of statistics only the first and last heads' are left to launches of their own.
-// counters[0] says how many warps have prepared a KV head's rows, counters[1] how many consumers walked them. A CTA waits
-// only for such as started before it.
-struct Tending {
-    const Params& p;
-
-    // Read anew wherever they are used: these warps have as few registers as the producer.
-    __device__ __forceinline__ int slabs() const { return p.sizes.batch * p.sizes.num_kv_heads; }
-    __device__ __forceinline__ int slab() const {
-        const int3 cta = dsv::cta_index();
-        return cta.z * p.sizes.num_kv_heads + cta.y;
-    }
-    __device__ __forceinline__ static dsv::uint32 warp() { return dsv::thread_index() / 32 % 4 - 1; }
-    __device__ __forceinline__ static dsv::uint32 lane() { return dsv::thread_index() % 32; }
-
-    // This CTA's part of the query tiles of the KV head `apart` after its own; `of` gets them one by one.
-    template <typename F>
-    __device__ __forceinline__ void each_tile(int apart, F&& of) const {
-#pragma unroll 1
-        for (dsv::uint32 i = dsv::cta_index().x; i < p.rows.heads_per_kv * dsv::QueryTile::tiles(p.sizes); i += gridDim.x) {
-            of(dsv::QueryTile::of((slab() + apart) * (p.rows.heads_per_kv * dsv::QueryTile::tiles(p.sizes)) + i, p.sizes));
-        }
-    }
-
-    // By a whole warp: behind a single thread's loop the producer has too few registers.
-    __device__ __forceinline__ void await_prepared() const {
-        if (slab() >= p.rows.distance) dsv::counter_wait(p.rows.counters + slab(), kTendingWarps * gridDim.x);
-        dsv::fence_async_proxy_global();
-    }
-
-    __device__ __forceinline__ void prepare() const {
-        if (slab() >= slabs() - p.rows.distance) return;
-        each_tile(p.rows.distance, [&](const dsv::QueryTile& tile) {
-            dsv::prepare_rows<Element, kHeadDim, kTendingWarps, 1>(p.rows, p.sizes, tile, warp(), lane());
-        });
-        dsv::fence_async_proxy_global();
-        __syncwarp();
-        if (lane() == 0) dsv::counter_add(p.rows.counters + slab() + p.rows.distance);
-    }
-
-    __device__ __forceinline__ void finish() const {
-        if (slab() < p.rows.distance) return;
-        dsv::counter_wait(p.rows.counters + slabs() + slab() - p.rows.distance, kWalkers * gridDim.x);
-        each_tile(-p.rows.distance, [&](const dsv::QueryTile& tile) {
-            dsv::finish_rows<Element, kHeadDim, kTendingWarps, 1>(p.rows, p.sizes, tile, warp(), lane());
-        });
-    }
-
-    // One thread of a consumer, when its last store is committed: all that was added before to dQ is done.
-    __device__ __forceinline__ void say_walked() const {
-        dsv::bulk_wait<1>();
-        dsv::fence_async_proxy_global();
-        dsv::counter_add(p.rows.counters + slabs() + slab());
-    }
-};
-
 // Hands stage after stage to the consumers: Q with LSE, then dO with delta. Keeps little, since the producer has 24
 // registers: where the CTA lies is read again for each tile.
 struct Producer {
@@ -214,7 +148,7 @@ struct Producer {
     // before, or anything, before the first has. Of any value some tile.
     __device__ __forceinline__ int place(int head) const {
         const int slab = dsv::cta_index().z * p.sizes.num_heads + head;
-        smem.place = reinterpret_cast<volatile dsv::uint32*>(p.rows.dq_accum) - 1 - slab;
+        smem.place = reinterpret_cast<volatile dsv::uint32*>(p.dq_accum) - 1 - slab;
         return *smem.place % static_cast<dsv::uint32>(p.sizes.seqlen_q_padded / kBlockM);
     }
 
@@ -273,21 +207,18 @@ __device__ __forceinline__ int first_not_below(const dsv::int32* groups, int cou
 
 __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
     const int3 cta = dsv::cta_index();
+    const int kv_tile = cta.x, kv_head = cta.y;
     const int lane = threadIdx.x % 32;
     const bool leader = lane == 0;
     if (leader) {
         dsv::mbarrier_arrive_expect(&smem.full_kv, 2 * kTileBytesKv);
-        dsv::tma_load_tile<kHeadDim, kBlockN>(smem.k, &p.map_k, &smem.full_kv, cta.x * kBlockN, cta.y, cta.z);
-        dsv::tma_load_tile<kHeadDim, kBlockN>(smem.v, &p.map_v, &smem.full_kv, cta.x * kBlockN, cta.y, cta.z);
-    }
-    if constexpr (kTendsRows) {
-        Tending{p}.await_prepared();
-        if (leader) dsv::mbarrier_arrive(&smem.full_kv);
-        __syncwarp();
+        dsv::tma_load_tile<kHeadDim, kBlockN>(smem.k, &p.map_k, &smem.full_kv, kv_tile * kBlockN, kv_head, cta.z);
+        dsv::tma_load_tile<kHeadDim, kBlockN>(smem.v, &p.map_v, &smem.full_kv, kv_tile * kBlockN, kv_head, cta.z);
     }
     Producer producer{p, smem};
+    const int heads_per_kv = p.sizes.num_heads / p.sizes.num_kv_heads;
 #pragma unroll 1
-    for (int head = cta.y * p.rows.heads_per_kv; head < (dsv::cta_index().y + 1) * p.rows.heads_per_kv; ++head) {
+    for (int head = kv_head * heads_per_kv; head < (kv_head + 1) * heads_per_kv; ++head) {
         if constexpr (kDense) {
             const int tiles = p.sizes.seqlen_q_padded / kBlockM;
             int tile = 0;
@@ -300,7 +231,7 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
             }
         } else {
             const auto slab = [&] { return dsv::int64{dsv::cta_index().z * p.sizes.num_heads + head}; };
-            const dsv::int32* offset = p.k2q_offset + slab() * (p.sizes.num_kv_blocks + 1) + dsv::cta_index().x / kTilesPerBlock;
+            const dsv::int32* offset = p.k2q_offset + slab() * (p.sizes.num_kv_blocks + 1) + kv_tile / kTilesPerBlock;
             const int begin = offset[0];
             int edges = offset[1] - begin;
             const dsv::int64 width = dsv::int64{p.sizes.num_groups} * p.sizes.max_selected;
@@ -317,7 +248,7 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
             }
             int fetched = 0;  // lane i holds the i-th of the next 32 groups
 #pragma unroll 1
-            for (int step = 0; step / kTilesPerGroup < edges; ++step) {
+            for (int step = 0; step < edges * kTilesPerGroup; ++step) {
                 const int e = step / kTilesPerGroup;
                 if (step % (32 * kTilesPerGroup) == 0 && e + lane < edges) {
                     int edge = e + lane;
@@ -325,8 +256,7 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
                         edge += smem.first_edge;
                         if (edge >= edges) edge -= edges;
                     }
-                    fetched = p.k2q_index[slab() * (dsv::int64{p.sizes.num_groups} * p.sizes.max_selected) +
-                                          static_cast<dsv::uint32>(begin + edge)];
+                    fetched = p.k2q_index[slab() * (dsv::int64{p.sizes.num_groups} * p.sizes.max_selected) + begin + edge];
                     if (static_cast<unsigned>(fetched) >= static_cast<unsigned>(p.sizes.num_groups)) {
                         atomicOr(p.error_flag, dsv::kIndexOutOfRange);
                         fetched = p.sizes.num_groups - 1;
@@ -484,7 +414,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
     };
     const auto dq_room = [&](int turn) { return reinterpret_cast<float*>(smem.dq[turn % kDqBuffers][consumer]); };
     const auto dq_of = [&](int tile) {
-        return p.rows.dq_accum + dsv::int64{tile + (kDqByRows ? consumer : 0)} * (64 * kHeadDim);
+        return p.dq_accum + dsv::int64{tile + (kDqByRows ? consumer : 0)} * (64 * kHeadDim);
     };
     // dQ of a tile, the `turn`th, whose dS lies in `buffer`; `after` runs while its product does.
     const auto add_dq = [&](int tile, int turn, int buffer, auto&& after) {
@@ -721,15 +651,12 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
     dsv::store_fragment<kHeadDim, kRows>(dv_tile, 0, packed);
     dsv::fence_async_proxy();
     dsv::named_sync(kEpilogueBarrier, kConsumerThreads);
-    if (threadIdx.x % 128 == 0) {
-        if (kv_row < valid) {
-            dsv::tma_store_tile<kHeadDim, kRows>(&p.map_dk, dk_tile, kv_tile * kBlockN + kv_row, kv_head, batch);
-            dsv::tma_store_tile<kHeadDim, kRows>(&p.map_dv, dv_tile, kv_tile * kBlockN + kv_row, kv_head, batch);
-        }
+    if (threadIdx.x % 128 == 0 && kv_row < valid) {
+        dsv::tma_store_tile<kHeadDim, kRows>(&p.map_dk, dk_tile, kv_tile * kBlockN + kv_row, kv_head, batch);
+        dsv::tma_store_tile<kHeadDim, kRows>(&p.map_dv, dv_tile, kv_tile * kBlockN + kv_row, kv_head, batch);
         dsv::bulk_commit();
-        if constexpr (kTendsRows) Tending{p}.say_walked();
-        dsv::bulk_wait_read();
     }
+    dsv::bulk_wait_read();
 }
 
 // One of two consumers of the same 64 KV rows. Each makes S, P, dP and dS of 32 of the tile's 64 queries, and, once P and
@@ -781,7 +708,7 @@ __device__ __forceinline__ void consume_columns(const Params& p, SharedStorage& 
     };
     const auto add_dq = [&](float (&dq)[kChunk / 2], int tile, int chunk) {
         dsv::pin(dq);
-        reduce_dq(p.rows.dq_accum + dsv::int64{tile} * (64 * kHeadDim), consumer * columns + chunk * kChunk, dq);
+        reduce_dq(p.dq_accum + dsv::int64{tile} * (64 * kHeadDim), consumer * columns + chunk * kChunk, dq);
     };
     // S becomes P, here and in shared memory.
     const auto make_p = [&](Scores& s, int stage, int buffer) {
@@ -911,7 +838,6 @@ __device__ __forceinline__ void consume_columns(const Params& p, SharedStorage& 
         dsv::tma_store_tile<kHeadDim, kRows>(&p.map_dk, smem.k, kv_tile * kBlockN, kv_head, batch);
         dsv::tma_store_tile<kHeadDim, kRows>(&p.map_dv, smem.v, kv_tile * kBlockN, kv_head, batch);
         dsv::bulk_commit();
-        if constexpr (kTendsRows) Tending{p}.say_walked();
         dsv::bulk_wait_read();
     }
 }
@@ -924,7 +850,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_bf16
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(raw);
 
     if (threadIdx.x == 0) {
-        dsv::mbarrier_init(&smem.full_kv, kTendsRows ? 2 : 1);
+        dsv::mbarrier_init(&smem.full_kv, 1);
         for (int i = 0; i < kStages; ++i) {
             dsv::mbarrier_init(&smem.full_q[i], 1);
             dsv::mbarrier_init(&smem.full_do[i], 1);
@@ -941,13 +867,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_bf16
 
     if (threadIdx.x >= kConsumerThreads) {
         dsv::registers_shrink<kProducerRegisters>();
-        if (threadIdx.x < kConsumerThreads + 32) {
-            produce(p, smem);
-        } else if constexpr (kTendsRows) {
-            const Tending tending{p};
-            tending.prepare();
-            tending.finish();
-        }
+        if (threadIdx.x < kConsumerThreads + 32) produce(p, smem);
     } else {
         dsv::registers_grow<kConsumerRegisters>();
         if constexpr (kByColumns) {

@@ -3,11 +3,12 @@
 // attn_bwd_post, bf16, head_dim 128, dense, sparsity 0 %, deterministic, sm90a;
 // block_m 64, block_n 0, groups per CTA 1, consumers 1, stages 0, cluster 1, schedule grid
 
-// dQ out of the accumulator (query_rows.cuh: finish_rows), of the heads that attn_bwd does not finish itself.
+// dQ = scale * accumulator, rounded to the input dtype, each element put from the fragment order of attn_bwd into its
+// place: group j of 8 columns, thread t and register i of a fragment are row 16 (t / 32) + t % 32 / 4 + 8 (i / 2) and
+// column 8 j + 2 (t % 4) + i % 2.
 //
-// Floor: reads 4 and writes 2 bytes an element at 3 TB/s. Registers: under 40. Shared memory: none.
+// Floor: reads 4 and writes 2 bytes an element at 3 TB/s. Registers: under 40. Shared memory: the tile in the dtype.
 #include "dsv/attention.cuh"
-#include "dsv/query_rows.cuh"
 #include "dsv/types.cuh"
 
 // BEGIN CONFIG
@@ -16,21 +17,50 @@ constexpr int kHeadDim = 128;
 constexpr int kBlockM = 64;
 constexpr int kThreads = 256;
 constexpr int kCtasPerSm = 2;
-constexpr int kParamsBytes = 208;
+constexpr int kParamsBytes = 88;
 // END CONFIG
 
-static_assert(kBlockM == dsv::kQueryRows, "a CTA has the rows of one tile");
+static_assert(kBlockM == 64 && kHeadDim % 8 == 0, "the layout of dQ's accumulator");
 
 struct Params {
-    dsv::QueryRows rows;
+    dsv::TensorView dq;     // [B, Sq, H, D] out
+    const float* dq_accum;  // [B, H, Sq_padded / 64, D / 8, 128, 4]
     dsv::AttnSizes sizes;
-    dsv::uint32 first_tile;  // of [B, H, Sq_padded / 64]
-    dsv::int32 reserved;
 };
 static_assert(sizeof(Params) == kParamsBytes, "the host's launch parameters have another size");
 
-// Grid: as many tiles of 64 query rows.
+constexpr int kPitch = kHeadDim / 2 + 4;  // words a row: 4 more, so that the 8 rows of a quad's column differ in bank
+
+// Grid: (Sq_padded / kBlockM, H, B).
 extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a(const __grid_constant__ Params p) {
-    const dsv::QueryTile tile = dsv::QueryTile::of(p.first_tile + blockIdx.x, p.sizes);
-    dsv::finish_rows<Element, kHeadDim, kThreads / 32, 2>(p.rows, p.sizes, tile, dsv::warp_index(), dsv::lane_index());
+    __shared__ dsv::uint32 tile[kBlockM * kPitch];  // pairs of elements
+    const int head = blockIdx.y;
+    const int batch = blockIdx.z;
+    const int tiles = p.sizes.seqlen_q_padded / kBlockM;
+    const dsv::int64 index = (dsv::int64{batch} * p.sizes.num_heads + head) * tiles + blockIdx.x;
+    const float4* accum = reinterpret_cast<const float4*>(p.dq_accum + index * (kBlockM * kHeadDim));
+
+#pragma unroll
+    for (int i = 0; i < kBlockM * kHeadDim / 4 / kThreads; ++i) {
+        const int place = i * kThreads + threadIdx.x;
+        const int j = place / 128;
+        const int t = place % 128;
+        const int row = 16 * (t / 32) + t % 32 / 4;
+        const float4 x = accum[place];
+        const float scale = p.sizes.scale;
+        tile[row * kPitch + 4 * j + t % 4] = dsv::pack2<Element>(x.x * scale, x.y * scale);
+        tile[(row + 8) * kPitch + 4 * j + t % 4] = dsv::pack2<Element>(x.z * scale, x.w * scale);
+    }
+    __syncthreads();
+    constexpr int kChunks = kHeadDim / 8;  // 16 bytes each
+#pragma unroll
+    for (int i = 0; i < kBlockM * kChunks / kThreads; ++i) {
+        const int place = i * kThreads + threadIdx.x;
+        const int row = blockIdx.x * kBlockM + place / kChunks;
+        if (row < p.sizes.seqlen_q) {
+            const dsv::uint32* from = tile + place / kChunks * kPitch + place % kChunks * 4;
+            Element* to = p.dq.at<Element>(batch, row, head) + place % kChunks * 8;
+            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+        }
+    }
 }

@@ -3,13 +3,12 @@
 // attn_bwd_prep, bf16, head_dim 96, dense, sparsity 0 %, deterministic, sm90a;
 // block_m 64, block_n 0, groups per CTA 1, consumers 1, stages 0, cluster 1, schedule grid
 
-// Row statistics of the backward and a zeroed accumulator for dQ (query_rows.cuh: prepare_rows), of the heads that attn_bwd
-// does not prepare itself; also its counters, zeroed.
+// Row statistics of the backward: delta = rowsum(out * d_out) - d_lse and LSE in base 2, padded to whole query tiles so
+// that attn_bwd loads them blindly, and a zeroed accumulator for dQ. Empty rows and padding get LSE = +inf: P is 0 there.
 //
 // Floor: reads out and d_out once and writes the f32 accumulator once, 8 * head_dim bytes a row, at 3 TB/s.
 // Registers: under 40. Shared memory: none.
 #include "dsv/attention.cuh"
-#include "dsv/query_rows.cuh"
 #include "dsv/types.cuh"
 
 // BEGIN CONFIG
@@ -18,25 +17,71 @@ constexpr int kHeadDim = 96;
 constexpr int kBlockM = 64;
 constexpr int kThreads = 256;
 constexpr int kCtasPerSm = 2;
-constexpr int kParamsBytes = 208;
+constexpr int kParamsBytes = 152;
 // END CONFIG
 
-static_assert(kBlockM == dsv::kQueryRows, "a CTA has the rows of one tile");
+constexpr int kChunks = kHeadDim / 8;  // of 16 bytes, one a thread
+// A power of two; at head_dim 96 four of 16 threads take part in the sum alone.
+constexpr int kThreadsPerRow = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
+constexpr int kRowsPerPass = kThreads / kThreadsPerRow;
+static_assert(kHeadDim % 8 == 0 && kChunks <= kThreadsPerRow, "a row lies within one warp");
+static_assert(kBlockM % kRowsPerPass == 0, "whole passes");
 
 struct Params {
-    dsv::QueryRows rows;
+    dsv::TensorView o;    // [B, Sq, H, D]
+    dsv::TensorView d_o;  // [B, Sq, H, D]
+    const float* lse;     // [B, H, Sq]
+    const float* d_lse;   // [B, H, Sq], or null
+    float* lse_log2;      // [B, H, Sq_padded] out
+    float* delta;         // [B, H, Sq_padded] out
+    float* dq_accum;      // [B, H, Sq_padded, D] out: zeros; null where attn_bwd_dq follows
     dsv::AttnSizes sizes;
-    dsv::uint32 first_tile;  // of [B, H, Sq_padded / 64]
-    dsv::int32 reserved;
 };
 static_assert(sizeof(Params) == kParamsBytes, "the host's launch parameters have another size");
 
-// Grid: as many tiles of 64 query rows.
+// Grid: (Sq_padded / kBlockM, H, B).
 extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a(const __grid_constant__ Params p) {
-    if (p.rows.counters != nullptr) {
-        const dsv::uint32 counters = 2 * p.sizes.batch * p.sizes.num_kv_heads;
-        for (dsv::uint32 i = blockIdx.x * kThreads + threadIdx.x; i < counters; i += gridDim.x * kThreads) p.rows.counters[i] = 0;
+    const int head = blockIdx.y;
+    const int batch = blockIdx.z;
+    const int lane_in_row = threadIdx.x % kThreadsPerRow;
+    const dsv::int64 slab = dsv::int64{batch} * p.sizes.num_heads + head;
+
+    if (p.dq_accum != nullptr) {
+        float4* accum = reinterpret_cast<float4*>(p.dq_accum + (slab * p.sizes.seqlen_q_padded + blockIdx.x * kBlockM) * kHeadDim);
+#pragma unroll
+        for (int i = 0; i < kBlockM * kHeadDim / 4 / kThreads; ++i) accum[i * kThreads + threadIdx.x] = make_float4(0, 0, 0, 0);
     }
-    const dsv::QueryTile tile = dsv::QueryTile::of(p.first_tile + blockIdx.x, p.sizes);
-    dsv::prepare_rows<Element, kHeadDim, kThreads / 32, 64>(p.rows, p.sizes, tile, dsv::warp_index(), dsv::lane_index());
+
+#pragma unroll
+    for (int pass = 0; pass < kBlockM / kRowsPerPass; ++pass) {
+        const int row = blockIdx.x * kBlockM + pass * kRowsPerPass + threadIdx.x / kThreadsPerRow;
+        const bool exists = row < p.sizes.seqlen_q;
+        float dot = 0.0f;
+        if (exists && lane_in_row < kChunks) {
+            const uint4 o = *reinterpret_cast<const uint4*>(p.o.at<Element>(batch, row, head) + 8 * lane_in_row);
+            const uint4 d = *reinterpret_cast<const uint4*>(p.d_o.at<Element>(batch, row, head) + 8 * lane_in_row);
+            const dsv::uint32 o4[4] = {o.x, o.y, o.z, o.w};
+            const dsv::uint32 d4[4] = {d.x, d.y, d.z, d.w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                dot += dsv::unpack_low<Element>(o4[i]) * dsv::unpack_low<Element>(d4[i]);
+                dot += dsv::unpack_high<Element>(o4[i]) * dsv::unpack_high<Element>(d4[i]);
+            }
+        }
+#pragma unroll
+        for (int step = kThreadsPerRow / 2; step > 0; step /= 2) dot += __shfl_xor_sync(0xFFFFFFFF, dot, step);
+        if (lane_in_row == 0) {
+            float lse = dsv::kInf;
+            float delta = 0.0f;
+            if (exists) {
+                const float natural = p.lse[slab * p.sizes.seqlen_q + row];
+                if (natural != -dsv::kInf) {
+                    lse = natural * dsv::kLog2E;
+                    delta = dot - (p.d_lse != nullptr ? p.d_lse[slab * p.sizes.seqlen_q + row] : 0.0f);
+                }
+            }
+            p.lse_log2[slab * p.sizes.seqlen_q_padded + row] = lse;
+            p.delta[slab * p.sizes.seqlen_q_padded + row] = delta;
+        }
+    }
 }

@@ -1,7 +1,7 @@
 use crate::problem;
 use dsv_runtime::{AttnLayouts, Error, FineProblem, Keep, Layout, ListShape, MemoryNeeded, SelectProblem};
 use dsv_spec::params::{
-    AdamW, AttnBwd, AttnBwdDq, AttnBwdGather, AttnBwdPostKv, AttnBwdRows, AttnBwdViews, AttnFwd,
+    AdamW, AttnBwd, AttnBwdDq, AttnBwdGather, AttnBwdPost, AttnBwdPostKv, AttnBwdPrep, AttnBwdViews, AttnFwd,
     AttnFwdGather, AttnFwdViews, KvInvert, KvSelect, KvSelectFine, KvValidate,
 };
 use dsv_spec::{
@@ -142,12 +142,12 @@ fn launch_parameters_have_the_size_the_facts_say() {
                 (AttnOp::Fwd, Arch::Sm80) => size_of::<AttnFwdViews>(),
                 (AttnOp::Fwd, Arch::Sm90a) if s.lists().is_gather() => size_of::<AttnFwdGather>(),
                 (AttnOp::Fwd, Arch::Sm90a) => size_of::<AttnFwd>(),
-                (AttnOp::BwdPrep, _) => size_of::<AttnBwdRows>(),
+                (AttnOp::BwdPrep, _) => size_of::<AttnBwdPrep>(),
                 (AttnOp::Bwd, Arch::Sm80) => size_of::<AttnBwdViews>(),
                 (AttnOp::Bwd, Arch::Sm90a) if s.lists().is_gather() => size_of::<AttnBwdGather>(),
                 (AttnOp::Bwd, Arch::Sm90a) => size_of::<AttnBwd>(),
                 (AttnOp::BwdDq, _) => size_of::<AttnBwdDq>(),
-                (AttnOp::BwdPost, _) => size_of::<AttnBwdRows>(),
+                (AttnOp::BwdPost, _) => size_of::<AttnBwdPost>(),
                 (AttnOp::BwdPostKv, _) => size_of::<AttnBwdPostKv>(),
             },
             KernelSpec::Select(s) if s.op() == SelectOp::Rows => size_of::<KvSelect>(),

@@ -53,13 +53,6 @@ __device__ __forceinline__ int3 cta_index() {
     return index;
 }
 
-// The same for this thread's place in its CTA of one dimension.
-__device__ __forceinline__ uint32 thread_index() {
-    uint32 index;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
-    return index;
-}
-
 // This thread's warpgroup. By way of a shuffle, so that the compiler knows it to be the same in all lanes and keeps what
 // follows from it (descriptors above all) in uniform registers.
 __device__ __forceinline__ int warpgroup_index() { return __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0); }

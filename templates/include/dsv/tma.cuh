@@ -87,16 +87,7 @@ __device__ __forceinline__ void bulk_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
 }
 
-// Until all but the last `pending` are done, and what they wrote or added is there.
-template <int pending = 0>
-__device__ __forceinline__ void bulk_wait() {
-    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(pending) : "memory");
-}
-
 // Orders this thread's ordinary shared-memory accesses before later ones of the copy engine and the tensor cores.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// The same for global memory: between what one of both wrote and what the other then reads or adds to.
-__device__ __forceinline__ void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 }  // namespace dsv

@@ -69,21 +69,6 @@ __device__ __forceinline__ float cta_max(float x, float (&scratch)[kWarps]) {
     return largest;
 }
 
-// Words of four neighbouring lanes: what was x[j] of lane i becomes x[i] of lane j.
-__device__ __forceinline__ void transpose_in_four(uint32 (&x)[4]) {
-    const int lane = lane_index();
-#pragma unroll
-    for (int bit = 1; bit < 4; bit *= 2) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            if (j & bit) continue;
-            const uint32 given = lane & bit ? x[j] : x[j + bit];
-            const uint32 taken = __shfl_xor_sync(kFullWarp, given, bit);
-            (lane & bit ? x[j] : x[j + bit]) = taken;
-        }
-    }
-}
-
 // Ors the bits into the device error flag, once a warp. All lanes of the warp must call.
 __device__ __forceinline__ void raise_error(int32* flag, int32 bits) {
     bits = __reduce_or_sync(kFullWarp, static_cast<uint32>(bits));
