@@ -72,6 +72,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "8240c14b5d177e04031c4bf5390a7cc420a2c32ee3c51e9138ad0e04be7e0a86",
     },
     Kernel {
+        name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a.cu"
+        ),
+        source_hash: "0c23f71a681a7505a3e5450896dc615c48036d9d77d1d3d34133babc015f733b",
+    },
+    Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
@@ -177,6 +184,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "c20e2a678eae7bc2fd3599f9d4e9f31c1ef68563a3d4d89855da1c66e941e876",
     },
     Kernel {
+        name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a.cu"
+        ),
+        source_hash: "1b8622c89a50f5467e8b004a87f4a8ec41941c6ccd5b882e4438c88895dfe805",
+    },
+    Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
@@ -189,6 +203,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
         source_hash: "81505ad72c37b67677747c40c47c8320b13f26cbd435980fe5f7f96961a1b973",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_ring_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_ring_nondet_sm90a.cu"
+        ),
+        source_hash: "0c4fdeadc906705f27a70c2922637a119891326eae846a39679339329a72bbd3",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -268,6 +289,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "8b679ff5c866d341540dca92acfd615a512de13606b16f8e36ced6fa9496c05e",
     },
     Kernel {
+        name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "17c7b6c958ed5bb584d89e71290362940facd2ddd6fb53588e56521db70524de",
+    },
+    Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
@@ -287,6 +315,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
         source_hash: "1cf4f74aca6125bf02b49c00b58cdbe9cd3d8805f2c966155733b122db57eca5",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_ring_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_ring_nondet_sm90a.cu"
+        ),
+        source_hash: "6932df523118eaf328ef454921c5220dadf767ca237c922d12cd17403da3ba4c",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
