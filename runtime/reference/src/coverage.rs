@@ -368,12 +368,8 @@ impl Layer<'_> {
             queries.iter().flat_map(|&i| self.q.row(batch, i, head, head_dim)).copied().collect();
         let count = queries.len() / head_dim;
         let mut logits = vec![0.0f32; count * seqlen_kv];
-        let keys = Mat::new(
-            self.k.from(batch, 0, self.shape.kv_head(head)),
-            seqlen_kv,
-            head_dim,
-            self.k.layout.seq,
-        );
+        let keys =
+            Mat::new(self.k.from(batch, 0, self.shape.kv_head(head)), seqlen_kv, head_dim, self.k.layout.seq);
         let queries = Mat::packed(&queries, count, head_dim);
         multiply(MatMut::packed(&mut logits, count, seqlen_kv), scale as f32, queries, keys.t());
         logits
@@ -406,19 +402,12 @@ impl Layer<'_> {
                 }
                 mean.into_iter().map(|sum| sum / members.len() as f32).collect()
             }
-            rule => {
-                speakers(rule, members.len()).iter().flat_map(|&i| row(members[i])).copied().collect()
-            }
+            rule => speakers(rule, members.len()).iter().flat_map(|&i| row(members[i])).copied().collect(),
         };
         let (count, keys) = (queries.len() / rank, tokens.len());
         let mut products = vec![0.0f32; count * keys];
         let k = Mat::new(k.from(batch, 0, head), keys, *rank, k.layout.seq);
-        multiply(
-            MatMut::packed(&mut products, count, keys),
-            1.0,
-            Mat::packed(&queries, count, *rank),
-            k.t(),
-        );
+        multiply(MatMut::packed(&mut products, count, keys), 1.0, Mat::packed(&queries, count, *rank), k.t());
         products
             .chunks_exact(keys)
             .map(|row| tokens.iter().map(|&token| f64::from(row[token])).collect())

@@ -450,6 +450,15 @@ pub enum GroupRule {
     Mean,
 }
 
+impl From<GroupRule> for dsv_spec::GroupRule {
+    fn from(rule: GroupRule) -> dsv_spec::GroupRule {
+        match rule {
+            GroupRule::Centre => dsv_spec::GroupRule::Centre,
+            GroupRule::Mean => dsv_spec::GroupRule::Mean,
+        }
+    }
+}
+
 /// What ends stage 1.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Switch {

@@ -239,6 +239,16 @@ pub enum MetricsError {
         /// Why.
         source: io::Error,
     },
+    /// What was measured of the run's granularity cannot be read.
+    #[error(
+        "{path} is no measurement: {reason}\n  next: measure anew, dsv-train granularity, or delete the file"
+    )]
+    Granularity {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// A line is no record.
     #[error(
         "{path} line {line} is no metrics record: {reason}\n  next: delete that line, or train into another folder: dsv-train run --set out.dir=DIR"

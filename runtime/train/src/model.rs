@@ -7,11 +7,11 @@
 //! the weights before them, so the products' outputs are not wanted again ([`Engine::gate_grad`]), and the MLP's activation
 //! is made in the pass that takes its gradient. Attention and selection never run twice for one step.
 
-use crate::config::{self, Config, Mlp};
+use crate::config::{Config, Mlp};
 use crate::engine::{
     ArenaPlan, AttnBwd, AttnFwd, AttnShape, Buf, Dims, Engine, EngineError, FlowLoss, FlowPrepare, Gated,
-    GatedGrad, Gemm, GemmLayout, GradNorm, GroupRule, ListShape, Lists, MlpAct, NormMod, PatchShape, QkPrep,
-    TextSelect, View,
+    GatedGrad, Gemm, GemmLayout, GradNorm, ListShape, Lists, MlpAct, NormMod, PatchShape, QkPrep, TextSelect,
+    View,
 };
 use crate::params::{Init, Linear, ParamId, ParamPlan, ParamSet};
 use crate::predictor::{self, PredictorShape, PredictorTask, Predictors};
@@ -94,10 +94,7 @@ impl ModelShape {
                 layers: m.layers,
                 d_lr: d.rank,
                 rope: d.predictor_rope,
-                rule: match d.group_rule {
-                    config::GroupRule::Centre => GroupRule::Centre,
-                    config::GroupRule::Mean => GroupRule::Mean,
-                },
+                rule: d.group_rule.into(),
                 theta: d.theta as f32,
                 samples: d.profile_queries.min(patch.tokens()),
                 lists: ListShape {

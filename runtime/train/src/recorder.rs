@@ -149,7 +149,9 @@ fn to_io(error: MetricsError) -> io::Error {
         MetricsError::Io { source, path } => {
             io::Error::new(source.kind(), format!("{}: {source}", path.display()))
         }
-        line @ MetricsError::Line { .. } => io::Error::new(io::ErrorKind::InvalidData, line.to_string()),
+        line @ (MetricsError::Line { .. } | MetricsError::Granularity { .. }) => {
+            io::Error::new(io::ErrorKind::InvalidData, line.to_string())
+        }
     }
 }
 

@@ -14,6 +14,7 @@ use crate::observe::BlockObservation;
 use crate::sample;
 use crate::tensors::{self, TensorView};
 use crate::train::{self, Event, TrainError, Trainer};
+use dsv_reference::coverage::CoverageError;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -41,6 +42,14 @@ pub enum RunError {
     /// A checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// Queries, keys or scores whose coverage cannot be measured.
+    #[error(transparent)]
+    Coverage(#[from] CoverageError),
+    /// A measurement on held-out clips, of which there are none.
+    #[error(
+        "no clip is held out: data.validation is 0, as it was when the run began\n  next: train a run that holds some out, --set data.validation=8"
+    )]
+    NothingHeldOut,
     /// A file of the output folder.
     #[error(
         "cannot write {path}: {source}\n  next: free space on that disk or choose another folder (--out DIR), then dsv-train run --resume"

@@ -713,6 +713,8 @@ pub trait DeviceFacts {
     /// Microseconds of forward + backward of one self-attention, selection included, from the dispatch table's nearest
     /// line scaled to the shape: dense, or over lists that skip this share of the keys. `None` without a line.
     fn attention_us(&self, shape: &AttnShape, lists: Option<(&ListShape, f64)>) -> Option<f64>;
+    /// The dispatch table in use, if there is one.
+    fn dispatch_table(&self) -> Option<&dsv_spec::DispatchTable>;
 }
 
 /// A device that runs the trainer's ops. See the module's text for the rules.

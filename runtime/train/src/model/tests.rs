@@ -1,4 +1,5 @@
 use super::*;
+use crate::engine::GroupRule;
 use crate::engine::{CpuEngine, Precision, cpu::CpuReal};
 use crate::rng;
 
