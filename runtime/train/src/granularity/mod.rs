@@ -10,13 +10,13 @@ pub mod times;
 
 use crate::config::Config;
 use crate::data::Dataset;
-use crate::engine::Engine;
+use crate::engine::{Engine, EngineError};
 use crate::eval;
 use crate::model::{BlockAttention, Model};
 use crate::predictor::PredictorTask;
 use crate::run::RunError;
 use dsv_reference::attention::{AttnShape, Layout, View};
-use dsv_reference::coverage::{self, Arrangement, Choice, Lists, Predicted, Question, Report};
+use dsv_reference::coverage::{self, Arrangement, Choice, CoverageError, Lists, Predicted, Question, Report};
 use dsv_spec::order::{Cube, Grid};
 use dsv_spec::{Budget, GroupRule, space};
 use serde::{Deserialize, Serialize};
@@ -30,6 +30,10 @@ pub const QUERY_GROUPS: [usize; 3] = [64, 128, 256];
 pub const KV_BLOCKS: [usize; 5] = [1, 8, 16, 64, 128];
 /// Shares of the predicted mass, of the budget `top_p`.
 const MASSES: [f64; 12] = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99];
+
+/// Groups of each head, and queries of each, that a cube is chosen by.
+const CUBE_GROUPS: usize = 4;
+const CUBE_QUERIES: usize = 64;
 
 /// How much is measured, and what for.
 #[derive(Clone, Debug, PartialEq)]
@@ -358,22 +362,148 @@ fn arrangements(grid: Grid, own: (usize, usize), cubes: bool) -> Vec<Arrangement
     found
 }
 
+/// Why masses cannot be measured.
+#[derive(Debug, thiserror::Error)]
+pub enum MeasureError {
+    /// The device.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// Queries, keys or scores.
+    #[error(transparent)]
+    Coverage(#[from] CoverageError),
+}
+
+/// What was measured of the cubes a run can have, before one was chosen.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ChosenCube {
+    /// The cube from now on.
+    pub cube: Cube,
+    /// All that were measured, the one until now first.
+    pub shapes: Vec<CubeCoverage>,
+    /// Why, in a line.
+    pub why: String,
+}
+
+/// One cube that a run can have.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CubeCoverage {
+    /// The cube.
+    pub cube: Cube,
+    /// Share of critical keys that two of its queries have in common.
+    pub overlap: f64,
+    /// Share of the KV units that the predicted lists need to cover [`COVERED`] of the mass.
+    pub needed: f64,
+    /// Mass that they cover with that share.
+    pub covered: f64,
+}
+
+/// Mass that lists are to cover where a cube is chosen.
+pub const COVERED: f64 = 0.95;
+
+/// Measures the cubes a model can have with its present query group and KV unit, on the inputs in its
+/// [`crate::model::Io`] with full attention, and takes the one whose predicted lists cover [`COVERED`] of the mass with the fewest
+/// units: of one size of lists that is the fastest. `grids` are those that the cube must fit. Values that are not finite leave
+/// the cube as it is.
+///
+/// # Errors
+/// The device.
+///
+/// # Panics
+/// If the model has no predictors.
+pub fn choose_cube(
+    engine: &mut dyn Engine,
+    model: &Model,
+    theta: f64,
+    grids: &[Grid],
+) -> Result<ChosenCube, EngineError> {
+    let predictor = model.shape.predictor.expect("cubes are chosen by predicted lists");
+    let [t, h, w] = model.shape.patch.grid().map(|n| n as u32);
+    let question = Question {
+        grid: Grid { t, h, w },
+        order: model.shape.token_order().0,
+        theta,
+        rules: vec![predictor.rule],
+        shares: shares(),
+        masses: Vec::new(),
+        groups: CUBE_GROUPS,
+        queries: CUBE_QUERIES,
+    };
+    let own = model.shape.cube;
+    let others = Cube::shapes(own.tokens()).into_iter().filter(|&cube| cube != own);
+    let cubes: Vec<Cube> =
+        std::iter::once(own).chain(others.filter(|cube| grids.iter().all(|&grid| cube.fits(grid)))).collect();
+    let arrangement = |&cube: &Cube| Arrangement {
+        cube,
+        query_group: predictor.lists.query_group,
+        kv_blocks: vec![predictor.lists.kv_block],
+    };
+    let arrangements: Vec<Arrangement> = cubes.iter().map(arrangement).collect();
+    let dense = vec![BlockAttention::Dense; model.shape.layers];
+    let found = match layers(engine, model, &dense, &question, &arrangements) {
+        Ok(found) => found,
+        // A step of such values is skipped; the run goes on.
+        Err(MeasureError::Coverage(_) | MeasureError::Engine(EngineError::Flag { .. })) => {
+            let why = format!("{own} stays: attention was not finite, so no cube was measured");
+            return Ok(ChosenCube { cube: own, shapes: Vec::new(), why });
+        }
+        Err(MeasureError::Engine(error)) => return Err(error),
+    };
+    let shapes: Vec<CubeCoverage> = cubes
+        .iter()
+        .enumerate()
+        .map(|(at, &cube)| {
+            let report = Report::mean(&found.iter().map(|layer| layer[at].clone()).collect::<Vec<_>>());
+            let lists = report.coverage.iter().find(|c| c.choice != Choice::Best);
+            let lists = &lists.expect("a rule was asked for").by_share;
+            // The whole sequence covers everything, but for rounding.
+            let enough = lists.iter().find(|l| l.covered >= COVERED).unwrap_or(&lists[lists.len() - 1]);
+            CubeCoverage { cube, overlap: report.overlap, needed: enough.kept, covered: enough.covered }
+        })
+        .collect();
+    Ok(fewest(shapes))
+}
+
+/// Takes the cube that needs the fewest units, of those the one that covers most with them; the first stays where no other is
+/// better.
+fn fewest(shapes: Vec<CubeCoverage>) -> ChosenCube {
+    let better = |a: &CubeCoverage, b: &CubeCoverage| {
+        a.needed.total_cmp(&b.needed).then(b.covered.total_cmp(&a.covered)).is_lt()
+    };
+    let mut best = &shapes[0];
+    shapes.iter().for_each(|shape| best = if better(shape, best) { shape } else { best });
+    let needs = |shape: &CubeCoverage| format!("{:.1} % of the keys", 100.0 * shape.needed);
+    let mass = format!("for {:.0} % of the mass", 100.0 * COVERED);
+    let why = match best.cube == shapes[0].cube {
+        true => {
+            format!("{} stays: its lists need {} {mass}, those of no other cube less", best.cube, needs(best))
+        }
+        false => format!(
+            "{}: its lists need {} {mass}, those of {} {}",
+            best.cube,
+            needs(best),
+            shapes[0].cube,
+            needs(&shapes[0])
+        ),
+    };
+    ChosenCube { cube: best.cube, why, shapes }
+}
+
 /// Every block's report on the inputs in the model's [`crate::model::Io`], an entry an arrangement.
-pub(crate) fn layers(
+fn layers(
     engine: &mut dyn Engine,
     model: &Model,
     attention: &[BlockAttention],
     question: &Question,
     arrangements: &[Arrangement],
-) -> Result<Vec<Vec<Report>>, RunError> {
+) -> Result<Vec<Vec<Report>>, MeasureError> {
     let own = model.shape.self_attn();
     let shape = AttnShape::new(own.batch, own.seqlen_kv, own.heads, own.head_dim);
-    let mut found: Vec<Result<Vec<Report>, RunError>> = Vec::new();
+    let mut found: Vec<Result<Vec<Report>, MeasureError>> = Vec::new();
     model.prepare(engine);
     // Profiling makes the scores of dense blocks too.
     let task = PredictorTask { train: false, profile: model.predictors.is_some() };
     model.forward_watched(engine, attention, task, &mut |engine, [q, k]| {
-        let mut read = || -> Result<Vec<Report>, RunError> {
+        let mut read = || -> Result<Vec<Report>, MeasureError> {
             let (q, k) = (engine.read_f32(q)?, engine.read_f32(k)?);
             let lowrank = match &model.predictors {
                 Some(p) => Some((p.shape.d_lr, engine.read_f32(p.scores()[0])?)),

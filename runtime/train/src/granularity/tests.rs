@@ -257,3 +257,24 @@ fn another_cube_is_picked_where_it_takes_less_time() {
         "Cube for 64 x 8 at 4096 tokens: 1x8x8 (10.0 % kept, 0.060 ms); 4x4x4 needs 25.0 % kept, 0.120 ms.";
     assert!(said.contains(wanted), "{said}");
 }
+
+#[test]
+fn the_cube_that_needs_the_fewest_keys_is_chosen() {
+    let shape = |side: &str, needed, covered| CubeCoverage {
+        cube: side.parse().unwrap(),
+        overlap: 0.5,
+        needed,
+        covered,
+    };
+    let of = |shapes: Vec<CubeCoverage>| fewest(shapes);
+    let found = of(vec![shape("4x4x4", 0.2, 0.96), shape("1x8x8", 0.2, 0.97), shape("2x4x8", 0.15, 0.951)]);
+    assert_eq!(found.cube.to_string(), "2x4x8");
+    assert_eq!(
+        found.why,
+        "2x4x8: its lists need 15.0 % of the keys for 95 % of the mass, those of 4x4x4 20.0 % of the keys"
+    );
+    let found = of(vec![shape("4x4x4", 0.2, 0.96), shape("1x8x8", 0.2, 0.97)]);
+    assert_eq!(found.cube.to_string(), "1x8x8", "as many keys, more mass");
+    let found = of(vec![shape("4x4x4", 0.2, 0.96), shape("1x8x8", 0.2, 0.96)]);
+    assert!(found.cube.to_string() == "4x4x4" && found.why.starts_with("4x4x4 stays"), "{found:?}");
+}

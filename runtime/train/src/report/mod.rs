@@ -4,7 +4,7 @@
 pub(crate) mod plot;
 
 use crate::durable::{RealDisk, write_file};
-use crate::granularity::{self, Granularity};
+use crate::granularity::{self, COVERED, ChosenCube, Granularity};
 use crate::metrics::{self, EvalTriple, MetricsError, Record, StepMetrics};
 use crate::observe::{BlockObservation, CUBES, EDGES, Ladder, SHARES};
 use crate::stage::LOSS_CRITERION;
@@ -36,6 +36,8 @@ pub struct RunData {
     pub steps: BTreeMap<u64, StepMetrics>,
     /// Changes of stage: step, stage, reason.
     pub stages: Vec<(u64, u32, String)>,
+    /// Choices of a cube of tokens: step and choice.
+    pub cubes: Vec<(u64, ChosenCube)>,
     /// Profiles: step -> sparsity and covered mass, `[layers][heads]`.
     pub profiles: BTreeMap<u64, Profile>,
     /// Decisions, by the first step they hold for.
@@ -96,6 +98,7 @@ impl RunData {
                     run.steps.insert(s.step, s);
                 }
                 Record::Stage { step, stage, reason } => run.stages.push((step, stage, reason)),
+                Record::Cube { step, choice } => run.cubes.push((step, choice)),
                 Record::Profile { step, sparsity, covered } => {
                     run.profiles.insert(step, (sparsity, covered));
                 }
@@ -281,6 +284,9 @@ fn page(runs: &[RunData]) -> String {
             }
             body += "</table></div>";
         }
+        for (step, choice) in &run.cubes {
+            cubes(&mut body, *step, choice, &of);
+        }
         observed(&mut body, run, &of);
         if let Some(g) = &run.granularity {
             granularity(&mut body, g, &of);
@@ -426,6 +432,25 @@ fn observed(body: &mut String, run: &RunData, of: &str) {
             o.ladder.map_or(Vec::new(), |l| values(l).map(percent).to_vec())
         });
     }
+}
+
+fn cubes(body: &mut String, step: u64, choice: &ChosenCube, of: &str) {
+    let _ = write!(
+        body,
+        "<h2>Cube of tokens{of}</h2><p>Chosen before step {step}. {}.</p><div class=\"wide\"><table><tr><th>cube</th><th class=\"n\">critical keys shared</th><th class=\"n\">KV needed for {:.0} % of the mass</th></tr>",
+        escape(&choice.why),
+        100.0 * COVERED
+    );
+    for shape in &choice.shapes {
+        let _ = write!(
+            body,
+            "<tr><td>{}</td><td class=\"n\">{:.1} %</td><td class=\"n\">{:.1} %</td></tr>",
+            shape.cube,
+            100.0 * shape.overlap,
+            100.0 * shape.needed
+        );
+    }
+    *body += "</table></div>";
 }
 
 fn granularity(body: &mut String, g: &Granularity, of: &str) {
