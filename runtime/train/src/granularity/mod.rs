@@ -28,6 +28,8 @@ pub const FILE: &str = "granularity.json";
 pub const QUERY_GROUPS: [usize; 3] = [64, 128, 256];
 /// KV units measured beside the run's own.
 pub const KV_BLOCKS: [usize; 5] = [1, 8, 16, 64, 128];
+/// Percents of the units that are looked at one by one: beyond, lists are no faster than attention over all keys.
+const SINGLE_PERCENTS: u32 = 60;
 /// Shares of the predicted mass, of the budget `top_p`.
 const MASSES: [f64; 12] = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99];
 
@@ -224,7 +226,10 @@ impl Granularity {
 
 /// Shares of the units that lists keep, of the budget `top_k`: by single percents where times are measured.
 fn shares() -> Vec<f64> {
-    (1..=60).chain((65..=100).step_by(5)).map(|percent| f64::from(percent) / 100.0).collect()
+    (1..=SINGLE_PERCENTS)
+        .chain((SINGLE_PERCENTS + 5..=100).step_by(5))
+        .map(|percent| f64::from(percent) / 100.0)
+        .collect()
 }
 
 /// The cube of a query group and KV unit.
@@ -399,6 +404,8 @@ pub struct CubeCoverage {
 
 /// Mass that lists are to cover where a cube is chosen.
 pub const COVERED: f64 = 0.95;
+/// What another cube's lists may need at most of what those of the present one do, to be worth a change.
+const WORTH_A_CUBE: f64 = 0.97;
 
 /// Measures the cubes a model can have with its present query group and KV unit, on the inputs in its
 /// [`crate::model::Io`] with full attention, and takes the one whose predicted lists cover [`COVERED`] of the mass with the fewest
@@ -463,29 +470,34 @@ pub fn choose_cube(
     Ok(fewest(shapes))
 }
 
-/// Takes the cube that needs the fewest units, of those the one that covers most with them; the first stays where no other is
-/// better.
+/// Takes the cube that needs the fewest units, of those the one that covers most with them. The first stays where no other
+/// needs less by [`WORTH_A_CUBE`]: a sample of groups tells no smaller difference.
 fn fewest(shapes: Vec<CubeCoverage>) -> ChosenCube {
-    let better = |a: &CubeCoverage, b: &CubeCoverage| {
-        a.needed.total_cmp(&b.needed).then(b.covered.total_cmp(&a.covered)).is_lt()
+    let own = &shapes[0];
+    let better = |a: &&CubeCoverage, b: &&CubeCoverage| {
+        a.needed.total_cmp(&b.needed).then(b.covered.total_cmp(&a.covered))
     };
-    let mut best = &shapes[0];
-    shapes.iter().for_each(|shape| best = if better(shape, best) { shape } else { best });
+    let worth = |shape: &&CubeCoverage| shape.needed <= WORTH_A_CUBE * own.needed;
+    let best = shapes.iter().filter(worth).min_by(better).unwrap_or(own);
     let needs = |shape: &CubeCoverage| format!("{:.1} % of the keys", 100.0 * shape.needed);
     let mass = format!("for {:.0} % of the mass", 100.0 * COVERED);
-    let why = match best.cube == shapes[0].cube {
-        true => {
-            format!("{} stays: its lists need {} {mass}, those of no other cube less", best.cube, needs(best))
-        }
-        false => format!(
-            "{}: its lists need {} {mass}, those of {} {}",
+    let (cube, why) = match best.cube == own.cube {
+        true => (
+            own.cube,
+            format!("{} stays: its lists need {} {mass}, no other cube's clearly less", own.cube, needs(own)),
+        ),
+        false => (
             best.cube,
-            needs(best),
-            shapes[0].cube,
-            needs(&shapes[0])
+            format!(
+                "{}: its lists need {} {mass}, those of {} {}",
+                best.cube,
+                needs(best),
+                own.cube,
+                needs(own)
+            ),
         ),
     };
-    ChosenCube { cube: best.cube, why, shapes }
+    ChosenCube { cube, why, shapes }
 }
 
 /// Every block's report on the inputs in the model's [`crate::model::Io`], an entry an arrangement.
@@ -554,6 +566,11 @@ fn add_times(g: &mut Granularity, lengths: &[usize], times: &Times) {
         let (block_sparse, fine) = (fastest(true), fastest(false));
         let dense_us = shape.and_then(|shape| times.dense_us(shape));
         let verdict = match (shape, dense_us) {
+            _ if g.cells.iter().all(|c| c.rule.is_none()) => {
+                format!(
+                    "{seqlen} tokens: the run has no predictors to choose lists by; next: train one, --set dsv.attention=dsv"
+                )
+            }
             (Some(shape), Some(dense)) => {
                 let about = format!("dense {}, {} heads", ms(dense), shape.num_heads);
                 let unknown = without_times(g, g.lengths.len());
@@ -647,14 +664,17 @@ fn fastest(g: &Granularity, at: usize, block_sparse: bool) -> Option<Chosen> {
     best
 }
 
-/// Sizes that kernels serve and this model has, of which no time is known at a length.
+/// Sizes that kernels serve, whose lists cover the mass with no more than [`SINGLE_PERCENTS`], and of which no time is known at a
+/// length.
 fn without_times(g: &Granularity, at: usize) -> Vec<String> {
     let shipped = space::SHIPPED_BLOCK_SIZES.into_iter().chain(space::SHIPPED_GATHER);
     let sizes = shipped.map(|(group, unit)| (usize::from(group), usize::from(unit)));
     let timed = |size| {
         let of_size = |c: &&Cell| (c.query_group, c.kv_block) == size && c.rule.is_some();
-        let mut cells = g.of_contract().filter(of_size).peekable();
-        cells.peek().is_none() || cells.any(|c| (0..g.shares.len()).any(|i| c.top_k.us_at(at, i).is_some()))
+        let reach = |c: &&Cell| c.enough(g.mass).is_some_and(|i| i < SINGLE_PERCENTS as usize);
+        let cells: Vec<&Cell> = g.of_contract().filter(of_size).collect();
+        !cells.iter().any(reach)
+            || cells.iter().any(|c| (0..g.shares.len()).any(|i| c.top_k.us_at(at, i).is_some()))
     };
     sizes.filter(|&size| !timed(size)).map(|(group, unit)| format!("{group}x{unit}")).collect()
 }

@@ -144,8 +144,8 @@ fn a_run_that_chooses_its_cube_resumes_bit_for_bit() {
     let Event::Cube { step, choice } = &events[chosen] else { unreachable!() };
     let shapes: Vec<Cube> = choice.shapes.iter().map(|s| s.cube).collect();
     assert_eq!((*step, shapes), (9, vec![cube(2, 2, 2), cube(1, 2, 4), cube(4, 1, 2)]));
-    let least = choice.shapes.iter().map(|s| s.needed).fold(1.0, f64::min);
-    assert!(choice.shapes.iter().any(|s| s.cube == choice.cube && s.needed == least), "{choice:?}");
+    let needed = choice.shapes.iter().find(|s| s.cube == choice.cube).unwrap().needed;
+    assert!(choice.shapes.iter().all(|s| needed <= s.needed / 0.97), "{choice:?}");
     assert!(choice.shapes.iter().all(|s| s.covered >= granularity::COVERED && s.overlap > 0.0), "{choice:?}");
 }
 
