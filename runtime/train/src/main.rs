@@ -447,10 +447,11 @@ fn measure_granularity(args: &GranularityArgs) -> anyhow::Result<()> {
     for path in &args.record {
         times.read_records(path)?;
     }
-    let (model, config, attention) =
-        (trained.model.clone(), trained.config.clone(), trained.attention.clone());
-    let mut lengths =
-        if args.lengths.is_empty() { vec![config.tokens(), 32_768, 131_072] } else { args.lengths.clone() };
+    let mut lengths = if args.lengths.is_empty() {
+        vec![trained.config.tokens(), 32_768, 131_072]
+    } else {
+        args.lengths.clone()
+    };
     lengths.dedup();
     let options = granularity::Options {
         samples: args.samples as usize,
@@ -460,10 +461,7 @@ fn measure_granularity(args: &GranularityArgs) -> anyhow::Result<()> {
         mass: args.mass,
         lengths,
     };
-    let mut found = eval::with_averaged(&mut *trained.engine, &model, |engine| {
-        granularity::measure(engine, &model, &config, &data, &attention, &options, &times)
-    })??;
-    found.step = trained.step;
+    let found = granularity::measure(&mut trained, &data, &options, &times)?;
     let dir = args.to.as_ref().unwrap_or(&args.trained.out);
     let written = found.write(dir).with_context(|| format!("cannot write into {}", dir.display()))?;
     println!("{}", granularity::page::text(&found));

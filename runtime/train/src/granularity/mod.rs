@@ -8,13 +8,12 @@
 pub mod page;
 pub mod times;
 
-use crate::config::Config;
 use crate::data::Dataset;
 use crate::engine::{Engine, EngineError};
 use crate::eval;
 use crate::model::{BlockAttention, Model};
 use crate::predictor::PredictorTask;
-use crate::run::RunError;
+use crate::run::{Inference, RunError};
 use dsv_reference::attention::{AttnShape, Layout, View};
 use dsv_reference::coverage::{self, Arrangement, Choice, CoverageError, Lists, Predicted, Question, Report};
 use dsv_spec::order::{Cube, Grid};
@@ -65,8 +64,8 @@ pub struct Granularity {
     pub heads: usize,
     /// Columns of a head.
     pub head_dim: usize,
-    /// The run's query group, KV unit and group rule.
-    pub own: (usize, usize, GroupRule),
+    /// What the run's own lists are made of.
+    pub own: Own,
     /// (clip, timestep, noise) triples looked at.
     pub samples: usize,
     /// Groups of each arrangement, over all samples, blocks and heads.
@@ -91,6 +90,19 @@ pub struct Granularity {
     pub picks: Vec<CubePick>,
     /// One entry a cube, query group, KV unit and choice; the contract's cubes first.
     pub cells: Vec<Cell>,
+}
+
+/// What a run's lists are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Own {
+    /// The cube whose tokens are contiguous.
+    pub cube: Cube,
+    /// Tokens that share a list.
+    pub query_group: usize,
+    /// Tokens of a KV unit.
+    pub kv_block: usize,
+    /// Who speaks for the group.
+    pub rule: GroupRule,
 }
 
 /// What follows at one length.
@@ -157,10 +169,19 @@ pub struct CubePick {
     pub seqlen: Option<usize>,
     /// The cube.
     pub cube: Cube,
-    /// Share of the units that cover the mass in it, and microseconds.
-    pub needs: (f64, Option<f64>),
+    /// What covers the mass in it.
+    pub needs: Needs,
     /// The same in the contract's cube; `None` where no measured share covers the mass.
-    pub contract_needs: Option<(f64, Option<f64>)>,
+    pub contract_needs: Option<Needs>,
+}
+
+/// What lists need to cover the mass.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Needs {
+    /// Share of the units.
+    pub kept: f64,
+    /// Microseconds of a step; `None` where nothing was measured.
+    pub us: Option<f64>,
 }
 
 /// One cube, query group, KV unit and choice.
@@ -237,23 +258,21 @@ fn contract(query_group: usize, kv_block: usize) -> Cube {
     Cube::of_group(query_group.max(kv_block) as u32)
 }
 
-/// The trained model's masses on held-out clips, and what they cost. Beside the queries and keys of one block nothing is kept on
-/// the host.
+/// The trained model's masses on held-out clips, with the averaged weights where it keeps them, and what they cost. Beside the
+/// queries and keys of one block nothing is kept on the host.
 ///
 /// # Errors
 /// [`RunError`]: no clip held out, the device, numbers that are not finite.
 pub fn measure(
-    engine: &mut dyn Engine,
-    model: &Model,
-    config: &Config,
+    trained: &mut Inference,
     data: &Dataset,
-    attention: &[BlockAttention],
     options: &Options,
     times: &Times,
 ) -> Result<Granularity, RunError> {
     if data.validation_len() == 0 {
         return Err(RunError::NothingHeldOut);
     }
+    let Inference { engine, model, config, attention, step } = trained;
     let shape = &model.shape;
     let [t, h, w] = shape.patch.grid().map(|n| n as u32);
     let grid = Grid { t, h, w };
@@ -267,23 +286,32 @@ pub fn measure(
         groups: options.groups,
         queries: options.queries,
     };
-    let own = (config.dsv.query_group, config.dsv.kv_block);
+    let own = Own {
+        cube: shape.cube,
+        query_group: config.dsv.query_group,
+        kv_block: config.dsv.kv_block,
+        rule: config.dsv.group_rule.into(),
+    };
     let arrangements = arrangements(grid, own, options.cubes);
-    let mut reports: Vec<Vec<Report>> = Vec::new();
-    for sample in 0..options.samples {
-        let triple = sample % data.validation_len() * eval::TIMES_PER_CLIP + sample % eval::TIMES_PER_CLIP;
-        eval::write_triples(engine, model, config, data, &vec![triple; shape.patch.batch])?;
-        reports.extend(layers(engine, model, attention, &question, &arrangements)?);
-    }
+    let reports = eval::with_averaged(&mut **engine, model, |engine| {
+        let mut reports: Vec<Vec<Report>> = Vec::new();
+        for sample in 0..options.samples {
+            let triple =
+                sample % data.validation_len() * eval::TIMES_PER_CLIP + sample % eval::TIMES_PER_CLIP;
+            eval::write_triples(engine, model, config, data, &vec![triple; shape.patch.batch])?;
+            reports.extend(layers(engine, model, attention, &question, &arrangements)?);
+        }
+        Ok::<_, RunError>(reports)
+    })??;
     let of_each: Vec<Report> = (0..arrangements.len())
         .map(|at| Report::mean(&reports.iter().map(|layer| layer[at].clone()).collect::<Vec<_>>()))
         .collect();
     let mut found = Granularity {
-        step: 0,
+        step: *step,
         grid: shape.patch.grid(),
         heads: shape.heads,
         head_dim: shape.head_dim,
-        own: (own.0, own.1, config.dsv.group_rule.into()),
+        own,
         samples: options.samples,
         groups: of_each.iter().map(|r| r.groups).max().unwrap_or(0),
         queries: options.queries,
@@ -335,14 +363,14 @@ pub fn measure(
 
 /// What is measured: every query group and KV unit in the contract's cube and, where asked for, in every other shape of as many
 /// tokens that fits the grid.
-fn arrangements(grid: Grid, own: (usize, usize), cubes: bool) -> Vec<Arrangement> {
+fn arrangements(grid: Grid, own: Own, cubes: bool) -> Vec<Arrangement> {
     let with = |sizes: &[usize], size: usize| {
         let mut sizes: Vec<usize> = sizes.iter().copied().chain([size]).collect();
         sizes.sort_unstable();
         sizes.dedup();
         sizes
     };
-    let (groups, units) = (with(&QUERY_GROUPS, own.0), with(&KV_BLOCKS, own.1));
+    let (groups, units) = (with(&QUERY_GROUPS, own.query_group), with(&KV_BLOCKS, own.kv_block));
     let mut found = Vec::new();
     for &query_group in &groups {
         let (within, beyond): (Vec<usize>, Vec<usize>) = units.iter().partition(|&&u| u <= query_group);
@@ -605,19 +633,19 @@ fn picks(g: &Granularity) -> Vec<CubePick> {
             let of_size = |c: &&Cell| {
                 (c.query_group, c.kv_block) == (own.query_group, own.kv_block) && c.rule.is_some()
             };
-            // (cube, share, time) of each rule that reaches the mass, and has a time where there are any.
+            // Of each rule that reaches the mass, and has a time where there are any.
             let reach = g.cells.iter().filter(of_size).filter_map(|c| {
                 let i = c.enough(g.mass)?;
                 let us = match at {
                     Some(at) => Some(c.top_k.us_at(at, i)?),
                     None => None,
                 };
-                Some((c.cube, (c.top_k.kept[i], us)))
+                Some((c.cube, Needs { kept: c.top_k.kept[i], us }))
             });
-            let reach: Vec<(Cube, (f64, Option<f64>))> = reach.collect();
-            let cost = |needs: &(f64, Option<f64>)| needs.1.unwrap_or(needs.0);
+            let reach: Vec<(Cube, Needs)> = reach.collect();
+            let cost = |needs: &Needs| needs.us.unwrap_or(needs.kept);
             // The contract's cube comes first, so it stays where another is no better.
-            let least = |of: &mut dyn Iterator<Item = &(Cube, (f64, Option<f64>))>| {
+            let least = |of: &mut dyn Iterator<Item = &(Cube, Needs)>| {
                 of.min_by(|a, b| cost(&a.1).total_cmp(&cost(&b.1))).copied()
             };
             let Some((cube, needs)) = least(&mut reach.iter()) else { continue };

@@ -1,6 +1,6 @@
 //! A [`Granularity`] written down: lines, tables and charts, for the terminal, Markdown, SVG and the report.
 
-use super::{Cell, CubePick, Curve, FILE, Granularity};
+use super::{Cell, CubePick, Curve, FILE, Granularity, Needs};
 use crate::durable::{RealDisk, write_file};
 use crate::metrics::MetricsError;
 use crate::report::plot::{self, Chart, Line};
@@ -95,8 +95,12 @@ impl Table {
 pub fn about(g: &Granularity) -> Vec<String> {
     let [t, h, w] = g.grid;
     let mut lines = vec![format!(
-        "Step {}: {} held-out samples of {} tokens ({t} x {h} x {w}), {} groups of each size over all blocks and {} heads of {}, mass of up to {} queries of each. At other lengths the same share is taken to cover as much.",
+        "Step {} of a run with lists of {} x {} by {} in cubes of {}: {} held-out samples of {} tokens ({t} x {h} x {w}), {} groups of each size over all blocks and {} heads of {}, mass of up to {} queries of each. At other lengths the same share is taken to cover as much.",
         g.step,
+        g.own.query_group,
+        g.own.kv_block,
+        g.own.rule,
+        g.own.cube,
         g.samples,
         g.tokens(),
         g.groups,
@@ -113,9 +117,9 @@ pub fn about(g: &Granularity) -> Vec<String> {
 }
 
 fn pick(p: &CubePick) -> String {
-    let needs = |(share, us): (f64, Option<f64>)| match us {
-        Some(us) => format!("{:.1} % kept, {}", 100.0 * share, super::ms(us)),
-        None => format!("{:.1} % kept", 100.0 * share),
+    let needs = |n: Needs| match n.us {
+        Some(us) => format!("{:.1} % kept, {}", 100.0 * n.kept, super::ms(us)),
+        None => format!("{:.1} % kept", 100.0 * n.kept),
     };
     let length = p.seqlen.map_or(String::new(), |n| format!(" at {n} tokens"));
     let own = super::contract(p.query_group, p.kv_block);
@@ -258,7 +262,7 @@ pub fn charts(g: &Granularity) -> Vec<Drawing> {
     let served = |c: &&Cell| {
         let size = (c.query_group, c.kv_block);
         let shipped = SHIPPED_GATHER.iter().chain(&SHIPPED_BLOCK_SIZES);
-        size == (g.own.0, g.own.1)
+        size == (g.own.query_group, g.own.kv_block)
             || shipped.into_iter().any(|&(a, b)| (usize::from(a), usize::from(b)) == size)
     };
     let mut best: Vec<&Cell> = Vec::new();
