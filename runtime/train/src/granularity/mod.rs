@@ -274,8 +274,7 @@ pub fn measure(
     }
     let Inference { engine, model, config, attention, step } = trained;
     let shape = &model.shape;
-    let [t, h, w] = shape.patch.grid().map(|n| n as u32);
-    let grid = Grid { t, h, w };
+    let grid = shape.grid();
     let question = Question {
         grid,
         order: shape.token_order().0,
@@ -452,9 +451,8 @@ pub fn choose_cube(
     grids: &[Grid],
 ) -> Result<ChosenCube, EngineError> {
     let predictor = model.shape.predictor.expect("cubes are chosen by predicted lists");
-    let [t, h, w] = model.shape.patch.grid().map(|n| n as u32);
     let question = Question {
-        grid: Grid { t, h, w },
+        grid: model.shape.grid(),
         order: model.shape.token_order().0,
         theta,
         rules: vec![predictor.rule],
