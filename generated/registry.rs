@@ -885,7 +885,7 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "187e665c414b87c6bc4caebdf214c7e68c98951166edc2c1c274d8bee34aafb9",
+        source_hash: "a020686b01aecb60b42f9bce2287b3f7242ad6e319736a9d428cd40fd4c6fd58",
     },
     Kernel {
         name: "gate_grad_bf16_d0_v8_sm90a",

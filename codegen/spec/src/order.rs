@@ -1,5 +1,9 @@
 //! Token order of the data contract: nested cubes, so that consecutive tokens are near in time and space.
 
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
 /// A grid of latent tokens: frames, height, width.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Grid {
@@ -28,8 +32,9 @@ impl Grid {
     }
 }
 
-/// The cube whose tokens are contiguous: powers of two a side.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// The cube whose tokens are contiguous: powers of two a side. Written `4x4x8`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Cube {
     /// Frames.
     pub t: u32,
@@ -53,6 +58,68 @@ impl Cube {
         }
         Cube { t: side[0], h: side[1], w: side[2] }
     }
+
+    /// Cubes of as many tokens as [`Cube::of_group`]'s, that one first, then shorter and longer ones in time: every power
+    /// of two of frames, rows and columns as equal as they can be, columns at least as many as rows.
+    pub fn shapes(query_group: u32) -> Vec<Cube> {
+        let own = Cube::of_group(query_group);
+        let bits = own.tokens().ilog2();
+        let of = |t: u32| {
+            let h = (bits - t) / 2;
+            Cube { t: 1 << t, h: 1 << h, w: 1 << (bits - t - h) }
+        };
+        std::iter::once(own).chain((0..=bits).map(of).filter(|&cube| cube != own)).collect()
+    }
+
+    /// Tokens of the cube.
+    pub const fn tokens(self) -> u32 {
+        self.t * self.h * self.w
+    }
+
+    /// Whether one of it fits into the grid.
+    pub const fn fits(self, grid: Grid) -> bool {
+        self.t <= grid.t && self.h <= grid.h && self.w <= grid.w
+    }
+}
+
+impl fmt::Display for Cube {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}x{}x{}", self.t, self.h, self.w)
+    }
+}
+
+impl From<Cube> for String {
+    fn from(cube: Cube) -> String {
+        cube.to_string()
+    }
+}
+
+impl TryFrom<String> for Cube {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Cube, String> {
+        text.parse()
+    }
+}
+
+impl FromStr for Cube {
+    type Err = String;
+
+    /// Frames x rows x columns, as [`Cube`] is written.
+    fn from_str(text: &str) -> Result<Cube, String> {
+        let sides: Vec<u32> = text.split('x').filter_map(|side| side.parse().ok()).collect();
+        match sides[..] {
+            [t, h, w] if [t, h, w].iter().all(|side| side.is_power_of_two() && *side <= 256) => {
+                let cube = Cube { t, h, w };
+                if cube.to_string() == text { Ok(cube) } else { Err(not_a_cube(text)) }
+            }
+            _ => Err(not_a_cube(text)),
+        }
+    }
+}
+
+fn not_a_cube(text: &str) -> String {
+    format!("{text:?} is no cube of tokens; allowed: frames x rows x columns, powers of two, as in 4x4x8")
 }
 
 /// `order[i]` is the raster index of the i-th token in the contract's order.

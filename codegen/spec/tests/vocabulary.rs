@@ -345,3 +345,25 @@ fn only_the_last_group_is_cut() {
         assert!(at.iter().all(|c| c.0 < 4 && c.1 < 4));
     }
 }
+
+#[test]
+fn cubes_have_shapes_and_names() {
+    let shapes = |group| Cube::shapes(group).iter().map(Cube::to_string).collect::<Vec<_>>().join(" ");
+    assert_eq!(shapes(64), "4x4x4 1x8x8 2x4x8 8x2x4 16x2x2 32x1x2 64x1x1");
+    assert_eq!(shapes(128), "4x4x8 1x8x16 2x8x8 8x4x4 16x2x4 32x2x2 64x1x2 128x1x1");
+    assert_eq!(shapes(8), "2x2x2 1x2x4 4x1x2 8x1x1");
+    assert_eq!(shapes(48), "2x4x4 1x4x8 4x2x4 8x2x2 16x1x2 32x1x1", "the largest power of two below");
+    let grid = Grid { t: 4, h: 8, w: 8 };
+    for cube in Cube::shapes(256) {
+        assert_eq!(cube.tokens(), 256);
+        assert_eq!(cube.to_string().parse(), Ok(cube));
+        assert_eq!(cube.fits(grid), cube == (Cube { t: 4, h: 8, w: 8 }), "{cube}");
+        let mut order = token_order(Grid { t: 32, h: 16, w: 16 }, cube);
+        order.sort_unstable();
+        assert!(order.into_iter().eq(0..8192));
+    }
+    for wrong in ["4x4", "4x4x4x4", "4x3x8", "0x4x4", "4x4x", "04x4x4", "+4x4x4", "512x1x1", "4X4X4", ""] {
+        let error = wrong.parse::<Cube>().unwrap_err();
+        assert!(error.contains("as in 4x4x8") && error.contains(&format!("{wrong:?}")), "{error}");
+    }
+}

@@ -4,8 +4,9 @@
 
 // Patches of a latent video in the contract's token order, noised for flow matching, and the velocity to learn:
 //   x0 = patch values;  x_t = (1 - t_b) x0 + t_b noise;  target = noise - x0
-// noise is counter-based: element e of a sequence depends on the sequence's key and e alone.
-// Floor: latents read; x_t and target written once. A thread makes four consecutive elements, one Philox block.
+// noise is counter-based: a value depends on the sequence's key and on its patch and column alone, not on the token order.
+// Floor: latents read; x_t and target written once. A thread makes four consecutive elements: one Philox block where the width
+// is a multiple of four.
 #include "dsv/patches.cuh"
 #include "dsv/philox.cuh"
 #include "dsv/types.cuh"
@@ -40,16 +41,25 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) flow_prepare_
     const float* latents = p.latents + b * p.patches.latent_len();
     const int64 threads = static_cast<int64>(gridDim.x) * kThreads;
     for (int64 quad = static_cast<int64>(blockIdx.x) * kThreads + threadIdx.x; 4 * quad < count; quad += threads) {
-        float noise[4];
-        normal4(static_cast<uint32>(quad), p.keys[2 * b], p.keys[2 * b + 1], noise);
+        float block[4];
+        int64 made = -1;
     #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int64 e = 4 * quad + i;
             if (e < count) {
                 const int raster = p.order[e / width];
-                const float x0 = latents[p.patches.latent_index(raster, static_cast<int>(e % width))];
-                p.x_t[b * count + e] = from_float<Element>((1.0f - t) * x0 + t * noise[i]);
-                p.target[b * count + e] = noise[i] - x0;
+                const int column = static_cast<int>(e % width);
+                const int64 place = static_cast<int64>(raster) * width + column;
+                if (place / 4 != made) {
+                    made = place / 4;
+                    normal4(static_cast<uint32>(made), p.keys[2 * b], p.keys[2 * b + 1], block);
+                }
+                const int at = static_cast<int>(place % 4);
+                // Selected, not indexed: the block stays in registers.
+                const float noise = at < 2 ? (at == 0 ? block[0] : block[1]) : (at == 2 ? block[2] : block[3]);
+                const float x0 = latents[p.patches.latent_index(raster, column)];
+                p.x_t[b * count + e] = from_float<Element>((1.0f - t) * x0 + t * noise);
+                p.target[b * count + e] = noise - x0;
             }
         }
     }

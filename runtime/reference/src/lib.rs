@@ -6,7 +6,7 @@
 
 pub mod attention;
 pub mod compare;
-pub mod cubes;
+pub mod coverage;
 pub mod element;
 pub mod layers;
 pub mod lists;

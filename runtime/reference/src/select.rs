@@ -172,45 +172,58 @@ pub fn block_scores_f64<T: Element>(
                     four_rows(dims, group).into_iter().map(|token| row(q_lr, b, token, h)).collect()
                 }
             };
-            let product = |query: &[f64], key: usize| -> f64 {
-                query.iter().zip(row(k_lr, b, key, h)).map(|(q, k)| q * k).sum()
-            };
-            // One row of scores by key: the largest of the queries', or the logarithm of their masses' sum.
-            let of_keys: Vec<f64> = if rule == GroupRule::Mass4 {
-                let rows: Vec<Vec<f64>> = queries
-                    .iter()
-                    .map(|query| (0..dims.seqlen_kv).map(|key| scale * product(query, key)).collect())
-                    .collect();
-                // Logits that are no number, or infinite, take no part in what the others are divided by.
-                let lse: Vec<f64> = rows
-                    .iter()
-                    .map(|row| log_sum_exp(row.iter().copied().filter(|x| x.is_finite())))
-                    .map(|lse| if lse.is_finite() { lse } else { 0.0 })
-                    .collect();
-                (0..dims.seqlen_kv)
-                    .map(|key| log_sum_exp(rows.iter().zip(&lse).map(|(row, lse)| row[key] - lse)) / scale)
-                    .collect()
-            } else {
-                (0..dims.seqlen_kv)
-                    .map(|key| {
-                        let mut best = f64::NEG_INFINITY;
-                        queries.iter().for_each(|query| keep_larger(&mut best, product(query, key)));
-                        best
-                    })
-                    .collect()
-            };
-            for block in 0..blocks {
-                let keys = &of_keys[dims.block_keys(block)];
-                let score = &mut scores[group * blocks + block];
-                if block_score == BlockScore::Mass || rule == GroupRule::Mass4 {
-                    *score = log_sum_exp(keys.iter().map(|key| scale * key)) / scale;
-                } else {
-                    keys.iter().for_each(|&key| keep_larger(score, key));
-                }
-            }
+            let products: Vec<Vec<f64>> = queries
+                .iter()
+                .map(|query| {
+                    let product = |key| query.iter().zip(row(k_lr, b, key, h)).map(|(q, k)| q * k).sum();
+                    (0..dims.seqlen_kv).map(product).collect()
+                })
+                .collect();
+            let found = unit_scores(&products, dims.kv_block, rule, block_score, scale);
+            scores[group * blocks..][..blocks].copy_from_slice(&found);
         }
     });
     Ok(scores)
+}
+
+/// Scores of the KV units of one group, units of `kv_block` keys, from the products of its [`speakers`] (for
+/// [`GroupRule::Mean`]: of the mean query) with all keys, a row each.
+pub fn unit_scores(
+    products: &[Vec<f64>],
+    kv_block: usize,
+    rule: GroupRule,
+    block_score: BlockScore,
+    scale: f64,
+) -> Vec<f64> {
+    let keys = 0..products.first().map_or(0, Vec::len);
+    // One row of scores by key: the largest of the queries', or the logarithm of their masses' sum.
+    let of_keys: Vec<f64> = if rule == GroupRule::Mass4 {
+        let row = |row: &[f64]| row.iter().map(|x| scale * x).collect();
+        let rows: Vec<Vec<f64>> = products.iter().map(|products| row(products)).collect();
+        // Logits that are no number, or infinite, take no part in what the others are divided by.
+        let lse: Vec<f64> = rows
+            .iter()
+            .map(|row| log_sum_exp(row.iter().copied().filter(|x| x.is_finite())))
+            .map(|lse| if lse.is_finite() { lse } else { 0.0 })
+            .collect();
+        keys.map(|key| log_sum_exp(rows.iter().zip(&lse).map(|(row, lse)| row[key] - lse)) / scale).collect()
+    } else {
+        let best = |key: usize| {
+            let mut best = f64::NEG_INFINITY;
+            products.iter().for_each(|row| keep_larger(&mut best, row[key]));
+            best
+        };
+        keys.map(best).collect()
+    };
+    let of_unit = |keys: &[f64]| {
+        if block_score == BlockScore::Mass || rule == GroupRule::Mass4 {
+            return log_sum_exp(keys.iter().map(|key| scale * key)) / scale;
+        }
+        let mut best = f64::NEG_INFINITY;
+        keys.iter().for_each(|&key| keep_larger(&mut best, key));
+        best
+    };
+    of_keys.chunks(kv_block).map(of_unit).collect()
 }
 
 /// ln(sum of exp(x)): NaN with a NaN, +inf with one, -inf of nothing.
@@ -288,10 +301,20 @@ pub fn scores_f32(
     Ok(scores)
 }
 
-/// The queries of [`GroupRule::Max4`] and [`GroupRule::Mass4`]: at indices floor(len (2 i + 1) / 8) of the group's valid queries.
-fn four_rows(dims: &ListDims, group: usize) -> [usize; 4] {
+/// The queries of [`GroupRule::Max4`] and [`GroupRule::Mass4`] in a group.
+fn four_rows(dims: &ListDims, group: usize) -> Vec<usize> {
     let rows = dims.group_rows(group);
-    std::array::from_fn(|i| rows.start + rows.len() * (2 * i + 1) / 8)
+    speakers(GroupRule::Max4, rows.len()).into_iter().map(|place| rows.start + place).collect()
+}
+
+/// Places of the queries that a rule looks at among the `len` valid queries of a group: index floor(len / 2), all of them (for
+/// their mean), or floor(len (2 i + 1) / 8) for i = 0..4.
+pub fn speakers(rule: GroupRule, len: usize) -> Vec<usize> {
+    match rule {
+        GroupRule::Centre => vec![len / 2],
+        GroupRule::Mean => (0..len).collect(),
+        GroupRule::Max4 | GroupRule::Mass4 => (0..4).map(|i| len * (2 * i + 1) / 8).collect(),
+    }
 }
 
 /// Blocks that are listed before all others, whatever their score.

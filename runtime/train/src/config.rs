@@ -5,6 +5,7 @@
 //! then `--set section.key=value`. Unknown keys are errors. [`Config::documented_toml`] prints every key with
 //! its value and meaning.
 
+use dsv_spec::order::{Cube, Grid};
 use dsv_spec::space::{SHIPPED_BLOCK_SIZES, SHIPPED_GATHER, SHIPPED_GATHER_HEAD_DIMS, TRAINER_HEAD_DIMS};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt::Write as _;
@@ -113,6 +114,10 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
             (
                 "kv_block",
                 "tokens selected together; the kernels serve 1, 8, 64 (query_group 64) and 1, 8, 128 (query_group 128), below 64 without train.deterministic",
+            ),
+            (
+                "cube",
+                "optional: cube of tokens that are contiguous, frames x rows x columns (\"2x4x8\"), or \"auto\": measured when stage 2 begins; absent = as even as it can be (64 tokens: 4x4x4)",
             ),
             ("rank", "d_lr, the low-rank width of a head's predicted scores"),
             ("predictor_lr", "learning rate of the predictors in stage 1"),
@@ -349,6 +354,9 @@ pub struct Dsv {
     pub query_group: usize,
     /// Tokens selected together.
     pub kv_block: usize,
+    /// Cube of tokens that are contiguous; `None` = the one of [`Cube::of_group`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cube: Option<CubeChoice>,
     /// `d_lr`.
     pub rank: usize,
     /// Predictors' learning rate in stage 1.
@@ -439,6 +447,38 @@ impl Attention {
     }
 }
 
+/// Which tokens are contiguous.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CubeChoice {
+    /// The cube in which the predicted lists of fewest KV units cover the attention mass, measured before the first step of
+    /// stage 2; until then the one of [`Cube::of_group`].
+    Auto,
+    /// This one.
+    Shape(Cube),
+}
+
+impl Serialize for CubeChoice {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        match self {
+            CubeChoice::Auto => s.serialize_str("auto"),
+            CubeChoice::Shape(cube) => cube.serialize(s),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for CubeChoice {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(d)?;
+        match text.parse() {
+            _ if text == "auto" => Ok(CubeChoice::Auto),
+            Ok(cube) => Ok(CubeChoice::Shape(cube)),
+            Err(_) => Err(serde::de::Error::custom(format!(
+                "dsv.cube is {text:?}; allowed: \"auto\", or frames x rows x columns, powers of two, as in \"2x4x8\""
+            ))),
+        }
+    }
+}
+
 /// Query that decides for its group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -448,6 +488,15 @@ pub enum GroupRule {
     Centre,
     /// The mean of the group's valid tokens.
     Mean,
+}
+
+impl From<GroupRule> for dsv_spec::GroupRule {
+    fn from(rule: GroupRule) -> dsv_spec::GroupRule {
+        match rule {
+            GroupRule::Centre => dsv_spec::GroupRule::Centre,
+            GroupRule::Mean => dsv_spec::GroupRule::Mean,
+        }
+    }
 }
 
 /// What ends stage 1.
@@ -660,6 +709,7 @@ impl Config {
                 attention: Attention::Dsv,
                 query_group: 64,
                 kv_block: 64,
+                cube: None,
                 rank: 16,
                 predictor_lr: 1e-3,
                 predictor_lr_stage2_factor: 0.1,
@@ -978,6 +1028,34 @@ impl Config {
                 "dsv.query_group is {g} and dsv.kv_block {n}; token cubes nest, so one must be a multiple of the other"
             ));
         }
+        match dsv.cube {
+            Some(CubeChoice::Auto) if !matches!(dsv.attention, Attention::Dsv | Attention::Full) => {
+                bad.push(format!(
+                    "dsv.cube is \"auto\" and dsv.attention \"{}\", which has no stage 1 to measure in; allowed: \"dsv\" (or \"full\", to which the cube is nothing), or a cube such as dsv.cube=\"{}\"",
+                    dsv.attention.name(),
+                    Cube::of_group(g.max(n) as u32)
+                ));
+            }
+            Some(CubeChoice::Shape(cube)) if g > 0 && n > 0 => {
+                let shapes = Cube::shapes(g.max(n) as u32);
+                let tokens = shapes[0].tokens();
+                let shapes = shapes.iter().map(Cube::to_string).collect::<Vec<_>>().join(", ");
+                if cube.tokens() != tokens {
+                    bad.push(format!(
+                        "dsv.cube is {cube}, {} tokens; allowed: {tokens} tokens, the largest power of two in query_group and kv_block, such as {shapes}",
+                        cube.tokens()
+                    ));
+                }
+                for [t, h, w] in self.grids().into_iter().map(|grid| self.token_grid(grid)) {
+                    if !cube.fits(Grid { t, h, w }) {
+                        bad.push(format!(
+                            "dsv.cube is {cube}, of which none fits into clips of {t} x {h} x {w} tokens; allowed: sides up to the clip's"
+                        ));
+                    }
+                }
+            }
+            _ => {}
+        }
         if device.kind == DeviceKind::Cuda {
             let mut served = |what: &str, value: String, available: Vec<String>| {
                 if !available.contains(&value) {
@@ -1016,6 +1094,21 @@ impl Config {
     pub fn grid(&self) -> [usize; 3] {
         let p = self.model.patch;
         [self.data.frames / p[0], self.data.height / p[1], self.data.width / p[2]]
+    }
+
+    /// Tokens along time, height and width of latents [frames, height, width].
+    fn token_grid(&self, latents: [usize; 3]) -> [u32; 3] {
+        std::array::from_fn(|i| (latents[i] / self.model.patch[i].max(1)) as u32)
+    }
+
+    /// The cube of tokens that are contiguous when the run begins.
+    pub fn first_cube(&self) -> Cube {
+        match self.dsv.cube {
+            Some(CubeChoice::Shape(cube)) => cube,
+            Some(CubeChoice::Auto) | None => {
+                Cube::of_group(self.dsv.query_group.max(self.dsv.kv_block) as u32)
+            }
+        }
     }
 
     /// Video tokens of a clip.
@@ -1283,6 +1376,7 @@ mod tests {
         let mut c = Config::preset("tiny").unwrap();
         c.dsv.force_sparse = Some(0.9);
         c.dsv.keep = Some(0.2);
+        c.dsv.cube = Some(CubeChoice::Auto);
         c.data.buckets = vec![[4, 8, 16]];
         c.train.init_weights = Some("w.safetensors".into());
         c.train.init_map = Some("map.toml".into());
@@ -1430,6 +1524,39 @@ mod tests {
         );
         let none = Config::from_toml("[dsv]\nkeep = 0.2", "f", None, &["dsv.keep=none".into()]).unwrap();
         assert_eq!(none.dsv.keep, None);
+    }
+
+    #[test]
+    fn cubes_have_as_many_tokens_as_the_larger_of_group_and_unit() {
+        let with = |sets: &[&str]| {
+            let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+            Config::from_toml("", "f", Some("0.8b"), &sets).map_err(|e| e.to_string())
+        };
+        let cube = |sets: &[&str]| with(sets).unwrap().first_cube().to_string();
+        assert_eq!((cube(&[]), cube(&["dsv.kv_block=128"])), ("4x4x4".into(), "4x4x8".into()));
+        assert_eq!((cube(&["dsv.cube=2x4x8"]), cube(&["dsv.cube=auto"])), ("2x4x8".into(), "4x4x4".into()));
+        assert_eq!(with(&["dsv.cube=auto"]).unwrap().dsv.cube, Some(CubeChoice::Auto));
+        with(&["dsv.cube=auto", "dsv.attention=full"]).unwrap();
+        let again = with(&["dsv.cube=1x8x8"]).unwrap();
+        assert_eq!(Config::from_toml(&again.documented_toml(), "p", None, &[]).unwrap(), again);
+        let wrong = ["dsv.cube=2x2x2", "data.frames=4", "data.buckets=[[1, 64, 64]]"];
+        insta::assert_snapshot!(with(&wrong).unwrap_err(), @r"
+        the config describes no possible run (2 problems)
+          - dsv.cube is 2x2x2, 8 tokens; allowed: 64 tokens, the largest power of two in query_group and kv_block, such as 4x4x4, 1x8x8, 2x4x8, 8x2x4, 16x2x2, 32x1x2, 64x1x1
+          - dsv.cube is 2x2x2, of which none fits into clips of 1 x 32 x 32 tokens; allowed: sides up to the clip's
+          next: correct the keys above, then dsv-train plan CONFIG.toml
+        ");
+        insta::assert_snapshot!(with(&["dsv.cube=auto", "dsv.attention=wa-m"]).unwrap_err(), @r#"
+        the config describes no possible run (1 problem)
+          - dsv.cube is "auto" and dsv.attention "wa-m", which has no stage 1 to measure in; allowed: "dsv" (or "full", to which the cube is nothing), or a cube such as dsv.cube="4x4x4"
+          next: correct the keys above, then dsv-train plan CONFIG.toml
+        "#);
+        insta::assert_snapshot!(with(&["dsv.cube=4x4"]).unwrap_err(), @r#"
+        f is not a valid config
+          [dsv] cube = "4x4"
+          dsv.cube is "4x4"; allowed: "auto", or frames x rows x columns, powers of two, as in "2x4x8"
+          next: dsv-train plan --preset tiny   (prints every key, its default and its meaning)
+        "#);
     }
 
     #[test]

@@ -13,6 +13,7 @@ pub mod durable;
 pub mod engine;
 pub mod eval;
 pub mod gif;
+pub mod granularity;
 pub mod import;
 pub mod metrics;
 pub mod model;

@@ -9,6 +9,7 @@ use dsv_train::data::{Dataset, prepare};
 use dsv_train::durable::{RealDisk, write_file};
 use dsv_train::engine::{self, DeviceFacts, EngineError, PlannedGpu};
 use dsv_train::eval::{self, EvalResult};
+use dsv_train::granularity::{self, times::Times};
 use dsv_train::model::BlockAttention;
 use dsv_train::recorder::Recorder;
 use dsv_train::report::{self, RunData};
@@ -46,6 +47,8 @@ enum Command {
     Plan(PlanArgs),
     /// Milliseconds a layer, forward and backward: full attention and predicted lists of a fixed share
     Bench(BenchArgs),
+    /// Attention mass that KV lists of every granularity cover in a trained run, against the time of a step over them
+    Granularity(GranularityArgs),
     /// One HTML report of one run or several compared
     Report(ReportArgs),
     /// One pass of the model with random weights, every gradient included, for tests/crosscheck.py to compute again
@@ -160,6 +163,47 @@ struct EvalArgs {
 }
 
 #[derive(Args)]
+struct GranularityArgs {
+    #[command(flatten)]
+    trained: TrainedArgs,
+    /// Samples: held-out clips in turn, each at the next of four timesteps
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
+    samples: u32,
+    /// Query groups looked at in each sample, block and head
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    groups: u32,
+    /// Queries of a group whose mass is measured
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    queries: u32,
+    /// Also measure cubes of other shapes, as many tokens as a query group
+    #[arg(long)]
+    cubes: bool,
+    /// Share of the attention mass that lists must cover
+    #[arg(long, default_value_t = 0.95, value_parser = share)]
+    mass: f64,
+    /// Lengths whose times are told, in tokens, several with commas [default: the run's, 32768, 131072]
+    #[arg(long, value_name = "N,...", value_delimiter = ',')]
+    lengths: Vec<usize>,
+    /// Times of this GPU model's committed table: h100, h200 [default: the table of the GPU that is here]
+    #[arg(long, value_name = "MODEL")]
+    gpu: Option<String>,
+    /// Times of this dispatch table
+    #[arg(long, value_name = "FILE", conflicts_with = "gpu")]
+    table: Option<PathBuf>,
+    /// Times of this run of dsv-autotune on the same GPU (its records.jsonl), on top of the table's; may be repeated
+    #[arg(long, value_name = "FILE")]
+    record: Vec<PathBuf>,
+    /// Folder for granularity.json, .md and .svg [default: the run's, where report finds them]
+    #[arg(long)]
+    to: Option<PathBuf>,
+}
+
+fn share(word: &str) -> Result<f64, String> {
+    let share: Option<f64> = word.parse().ok().filter(|x| *x > 0.0 && *x <= 1.0);
+    share.ok_or_else(|| "allowed: above 0, at most 1, as in 0.95".to_string())
+}
+
+#[derive(Args)]
 struct BenchArgs {
     #[command(flatten)]
     config: ConfigArgs,
@@ -227,6 +271,7 @@ fn main() {
         Command::Eval(args) => evaluate(&args),
         Command::Plan(args) => plan(&args),
         Command::Bench(args) => time_blocks(&args),
+        Command::Granularity(args) => measure_granularity(&args),
         Command::Report(args) => write_report(&args.runs, args.out),
         Command::Crosscheck(args) => write_pass(&args),
     };
@@ -381,6 +426,56 @@ fn evaluate(args: &EvalArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn measure_granularity(args: &GranularityArgs) -> anyhow::Result<()> {
+    let (mut trained, data) = open(&args.trained, Some(1))?;
+    let mut times = Times::default();
+    match (&args.table, &args.gpu) {
+        (Some(path), _) => times.read_table(path)?,
+        (None, Some(label)) => {
+            let gpu = planned(label, false)?;
+            let table = gpu.dispatch_table().with_context(|| {
+                format!("no dispatch table of {label} is committed\n  next: dsv-autotune on one, then --table FILE")
+            })?;
+            times.add_table("the committed dispatch table", table);
+        }
+        (None, None) => {
+            if let Some(table) = trained.engine.dispatch_table() {
+                times.add_table("the dispatch table of the GPU here", table);
+            }
+        }
+    }
+    for path in &args.record {
+        times.read_records(path)?;
+    }
+    let mut lengths = if args.lengths.is_empty() {
+        vec![trained.config.tokens(), 32_768, 131_072]
+    } else {
+        args.lengths.clone()
+    };
+    lengths.dedup();
+    let options = granularity::Options {
+        samples: args.samples as usize,
+        groups: args.groups as usize,
+        queries: args.queries as usize,
+        cubes: args.cubes,
+        mass: args.mass,
+        lengths,
+    };
+    let found = granularity::measure(&mut trained, &data, &options, &times)?;
+    let dir = args.to.as_ref().unwrap_or(&args.trained.out);
+    let written = found.write(dir).with_context(|| format!("cannot write into {}", dir.display()))?;
+    println!("{}", granularity::page::text(&found));
+    written.iter().for_each(|path| println!("{}", path.display()));
+    Ok(())
+}
+
+fn planned(label: &str, deterministic: bool) -> anyhow::Result<PlannedGpu> {
+    let known = || PlannedGpu::known().join(", ");
+    PlannedGpu::new(label, deterministic).with_context(|| {
+        format!("--gpu {label} is not known\n  allowed: {}\n  next: dsv-train plan --gpu h100", known())
+    })
+}
+
 fn read_eval(path: &Path) -> anyhow::Result<EvalResult> {
     let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     serde_json::from_slice(&text).with_context(|| {
@@ -396,13 +491,7 @@ fn plan(args: &PlanArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
     let (name, plan) = match &args.gpu {
         Some(label) => {
-            let known = || PlannedGpu::known().join(", ");
-            let gpu = PlannedGpu::new(label, config.train.deterministic).with_context(|| {
-                format!(
-                    "--gpu {label} is not known\n  allowed: {}\n  next: dsv-train plan --gpu h100",
-                    known()
-                )
-            })?;
+            let gpu = planned(label, config.train.deterministic)?;
             (gpu.name(), dsv_train::plan::plan(&config, &gpu, args.gpus as usize))
         }
         None => {

@@ -2,6 +2,7 @@
 //! progress line.
 
 use crate::durable::{RealDisk, write_file};
+use crate::granularity::ChosenCube;
 use crate::observe::BlockObservation;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -39,6 +40,13 @@ pub enum Record {
         stage: u32,
         /// What ended the stage before.
         reason: String,
+    },
+    /// A cube of tokens was chosen (`dsv.cube = "auto"`).
+    Cube {
+        /// First step it holds for.
+        step: u64,
+        /// Which, and why.
+        choice: ChosenCube,
     },
     /// The profiler looked.
     Profile {
@@ -144,6 +152,7 @@ impl Record {
             Record::Step(s) => s.step,
             Record::Run { step, .. }
             | Record::Stage { step, .. }
+            | Record::Cube { step, .. }
             | Record::Profile { step, .. }
             | Record::Dispatch { step, .. }
             | Record::Eval { step, .. }
@@ -194,6 +203,7 @@ impl Record {
             Record::Eval { loss, .. } => vec![("eval/loss".into(), *loss)],
             Record::Run { .. }
             | Record::Stage { .. }
+            | Record::Cube { .. }
             | Record::Dispatch { .. }
             | Record::Observed { .. }
             | Record::Note { .. } => Vec::new(),
@@ -238,6 +248,16 @@ pub enum MetricsError {
         path: PathBuf,
         /// Why.
         source: io::Error,
+    },
+    /// What was measured of the run's granularity cannot be read.
+    #[error(
+        "{path} is no measurement: {reason}\n  next: measure anew, dsv-train granularity, or delete the file"
+    )]
+    Granularity {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
     },
     /// A line is no record.
     #[error(

@@ -7,17 +7,17 @@
 //! the weights before them, so the products' outputs are not wanted again ([`Engine::gate_grad`]), and the MLP's activation
 //! is made in the pass that takes its gradient. Attention and selection never run twice for one step.
 
-use crate::config::{self, Config, Mlp};
+use crate::config::{Config, Mlp};
 use crate::engine::{
     ArenaPlan, AttnBwd, AttnFwd, AttnShape, Buf, Dims, Engine, EngineError, FlowLoss, FlowPrepare, Gated,
-    GatedGrad, Gemm, GemmLayout, GradNorm, GroupRule, ListShape, Lists, MlpAct, NormMod, PatchShape, QkPrep,
-    TextSelect, View,
+    GatedGrad, Gemm, GemmLayout, GradNorm, ListShape, Lists, MlpAct, NormMod, PatchShape, QkPrep, TextSelect,
+    View,
 };
 use crate::params::{Init, Linear, ParamId, ParamPlan, ParamSet};
 use crate::predictor::{self, PredictorShape, PredictorTask, Predictors};
 use crate::rng::Purpose;
 use dsv_reference::lists::KvListsBuf;
-use dsv_spec::order::Grid;
+use dsv_spec::order::{Cube, Grid, token_order};
 
 /// Width of the sinusoidal timestep embedding.
 pub const TIME_WIDTH: usize = 256;
@@ -45,8 +45,8 @@ pub struct ModelShape {
     pub eps: f32,
     /// Base of the rotary frequencies.
     pub rope_base: f64,
-    /// Token cube side product: tokens that are contiguous.
-    pub cube: usize,
+    /// The cube whose tokens are contiguous.
+    pub cube: Cube,
     /// Predictors, when the run has them.
     pub predictor: Option<PredictorShape>,
     /// Windows, when the run attends within them.
@@ -88,16 +88,13 @@ impl ModelShape {
             patch,
             eps: m.norm_eps as f32,
             rope_base: m.rope_base,
-            cube: d.query_group.max(d.kv_block),
+            cube: config.first_cube(),
             window: None,
             predictor: d.attention.predicts().then(|| PredictorShape {
                 layers: m.layers,
                 d_lr: d.rank,
                 rope: d.predictor_rope,
-                rule: match d.group_rule {
-                    config::GroupRule::Centre => GroupRule::Centre,
-                    config::GroupRule::Mean => GroupRule::Mean,
-                },
+                rule: d.group_rule.into(),
                 theta: d.theta as f32,
                 samples: d.profile_queries.min(patch.tokens()),
                 lists: ListShape {
@@ -132,7 +129,8 @@ impl ModelShape {
         let (order, _) = self.token_order();
         KvListsBuf::window(1, 1, query_group, kv_block, self.grid(), &order, [side; 3])
     }
-    fn grid(&self) -> Grid {
+    /// Tokens along time, height and width.
+    pub fn grid(&self) -> Grid {
         let [t, h, w] = self.patch.grid().map(|x| x as u32);
         Grid { t, h, w }
     }
@@ -178,7 +176,7 @@ impl ModelShape {
     /// Contract order: raster patch index of each token, and (t, h, w) of each token.
     pub fn token_order(&self) -> (Vec<u32>, Vec<[u32; 3]>) {
         let grid = self.grid();
-        let order = dsv_spec::order::token_order(grid, dsv_spec::order::Cube::of_group(self.cube as u32));
+        let order = token_order(grid, self.cube);
         let positions = order
             .iter()
             .map(|&r| {
@@ -693,6 +691,13 @@ impl Model {
             }
         }
         Ok(())
+    }
+
+    /// Puts the tokens into the order of another cube: the order and everything that is written by it. Weights do not know it,
+    /// and neither does noise, which belongs to places of the clip: over all keys the model computes the same as before.
+    pub fn reorder(&mut self, engine: &mut dyn Engine, cube: Cube) -> Result<(), EngineError> {
+        self.shape.cube = cube;
+        self.write_tables(engine)
     }
 
     /// Noised tokens and target from the latents, times and keys in [`Io`].

@@ -110,6 +110,10 @@ impl<'a> Recorder<'a> {
                 self.say(&format!("stage 2 from step {step}: {reason}"));
                 self.write(&Record::Stage { step: *step, stage: 2, reason })
             }
+            Event::Cube { step, choice } => {
+                self.say(&format!("cube from step {step}: {}", choice.why));
+                self.write(&Record::Cube { step: *step, choice: choice.clone() })
+            }
             Event::Decision { step, decision } => {
                 let sparse: Vec<bool> =
                     decision.blocks.iter().map(|b| b.attention != BlockAttention::Dense).collect();
@@ -149,7 +153,9 @@ fn to_io(error: MetricsError) -> io::Error {
         MetricsError::Io { source, path } => {
             io::Error::new(source.kind(), format!("{}: {source}", path.display()))
         }
-        line @ MetricsError::Line { .. } => io::Error::new(io::ErrorKind::InvalidData, line.to_string()),
+        line @ (MetricsError::Line { .. } | MetricsError::Granularity { .. }) => {
+            io::Error::new(io::ErrorKind::InvalidData, line.to_string())
+        }
     }
 }
 

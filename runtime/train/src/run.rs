@@ -8,12 +8,13 @@ use crate::data::{Clip, DataError, DataPosition, Dataset, Video};
 use crate::durable::{RealDisk, write_file};
 use crate::engine::{Engine, EngineError};
 use crate::eval::{self, EvalResult};
+use crate::granularity::MeasureError;
 use crate::import::{self, ImportError, Imported};
 use crate::model::{BlockAttention, Model, ModelShape, Purposes};
 use crate::observe::BlockObservation;
 use crate::sample;
 use crate::tensors::{self, TensorView};
-use crate::train::{self, Event, TrainError, Trainer};
+use crate::train::{self, Attends, Event, TrainError, Trainer};
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -41,6 +42,14 @@ pub enum RunError {
     /// A checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The mass that lists cover.
+    #[error(transparent)]
+    Measure(#[from] MeasureError),
+    /// A measurement on held-out clips, of which there are none.
+    #[error(
+        "no clip is held out: data.validation is 0, as it was when the run began\n  next: train a run that holds some out, --set data.validation=8"
+    )]
+    NothingHeldOut,
     /// A file of the output folder.
     #[error(
         "cannot write {path}: {source}\n  next: free space on that disk or choose another folder (--out DIR), then dsv-train run --resume"
@@ -482,16 +491,18 @@ pub fn open_trained(
     let config = Config::from_toml(&found.state.config, "the checkpoint", None, sets)?;
     check_fingerprint(&config, &found, &out.join("config.toml"))?;
     let mut engine = crate::engine::open(&config.device, config.train.deterministic)?;
-    let (attention, top_k, slots) = train::attention_of(&found)?;
+    let Attends { attention, top_k, list_slots, cube } = train::attention_of(&found)?;
     let mut plan = crate::engine::ArenaPlan::new(engine.precision());
     let purposes = Purposes {
         train: false,
         recompute: true,
         ema: config.train.ema_decay > 0.0,
-        list_slots: slots,
+        list_slots,
         inverse_lists: false,
     };
-    let model = Model::reserve(ModelShape::from_config(&config, batch), purposes, &mut plan);
+    let mut shape = ModelShape::from_config(&config, batch);
+    shape.cube = train::cube_of(&config, cube);
+    let model = Model::reserve(shape, purposes, &mut plan);
     engine.reserve(&plan, &model.shape.dims(model.params.master.len()))?;
     model.initialise(&mut *engine, config.train.seed)?;
     train::load_tensors(&mut *engine, &model, &found)?;

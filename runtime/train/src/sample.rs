@@ -35,15 +35,14 @@ pub fn sample(
     let (shape, io) = (&model.shape, &model.io);
     let batch = shape.patch.batch;
     assert_eq!(texts.len(), batch, "one text for each element of the batch");
-    let per_element = io.target.len() / batch;
     let x = io.target;
     engine.write_f32(io.text, &texts.concat())?;
-    for b in 0..batch {
-        let key = rng::key(seed, Purpose::Sample, b as u64).map(|k| k as i32);
-        let keys = io.keys.slice(2 * b, 2);
-        engine.write_i32(keys, &key)?;
-        engine.normal(keys, x.slice(b * per_element, per_element));
-    }
+    let key = |b: usize| rng::key(seed, Purpose::Sample, b as u64).map(|k| k as i32);
+    engine.write_i32(io.keys, &(0..batch).flat_map(key).collect::<Vec<i32>>())?;
+    // Noise minus clips of zeros, which belongs to places as training's does.
+    engine.fill(io.latents, 0.0);
+    engine.write_f32(io.t, &vec![1.0; batch])?;
+    model.prepare(engine);
     let guidance = config.sample.guidance as f32;
     let velocity = |engine: &mut dyn Engine, t: f64, slot: usize| -> Result<(), EngineError> {
         let out = io.velocity[slot];

@@ -11,6 +11,7 @@ use crate::data::{Clip, DataPosition, Dataset};
 use crate::dispatch::{Decision, ProfileState, Rules};
 use crate::engine::{AdamW, ArenaPlan, Buf, DeviceFacts, Engine, EngineError, GradNorm};
 use crate::eval::{self, EvalResult};
+use crate::granularity::{self, ChosenCube};
 use crate::model::{BlockAttention, Model, ModelShape, Purposes};
 use crate::observe::{self, BlockObservation};
 use crate::params::ParamSet;
@@ -19,6 +20,7 @@ use crate::predictor::{PredictorTask, Predictors};
 use crate::rng::{self, Purpose};
 use crate::stage::{Reason, Stage, Stages};
 use crate::tensors::TensorView;
+use dsv_spec::order::{Cube, Grid};
 use serde::{Deserialize, Serialize};
 
 /// Largest number of steps between two readings of the ring.
@@ -112,6 +114,13 @@ pub enum Event {
         /// The last mean predictor loss read back.
         predictor_loss: Option<f64>,
     },
+    /// A cube of tokens was chosen before this step (`dsv.cube = "auto"`).
+    Cube {
+        /// The step.
+        step: u64,
+        /// Which, and why.
+        choice: ChosenCube,
+    },
     /// The dispatcher decided before this step.
     Decision {
         /// The step.
@@ -151,6 +160,9 @@ struct More {
     skipped_in_a_row: u32,
     good_steps: u64,
     list_slots: usize,
+    /// The cube that was chosen, once it was.
+    #[serde(default)]
+    cube: Option<Cube>,
 }
 
 /// A laid-out, initialised run.
@@ -169,6 +181,8 @@ pub struct Trainer {
     predictor_loss: Option<f64>,
     skipped_in_a_row: u32,
     good_steps: u64,
+    /// The cube that was chosen, once it was.
+    cube: Option<Cube>,
     ring: Buf,
     culprits: Buf,
     pending: Vec<Pending>,
@@ -292,6 +306,8 @@ impl Trainer {
         trainer.predictor_loss = more.predictor_loss;
         trainer.skipped_in_a_row = more.skipped_in_a_row;
         trainer.good_steps = more.good_steps;
+        trainer.cube = more.cube;
+        trainer.reorder(cube_of(&trainer.config, more.cube))?;
         trainer.write_top_k()?;
         Ok(trainer)
     }
@@ -325,6 +341,7 @@ impl Trainer {
             predictor_loss: None,
             skipped_in_a_row: 0,
             good_steps: 0,
+            cube: None,
             ring,
             culprits,
             pending: Vec::new(),
@@ -378,6 +395,31 @@ impl Trainer {
         Ok(())
     }
 
+    /// Puts the tokens of every grid into the order of this cube.
+    fn reorder(&mut self, cube: Cube) -> Result<(), EngineError> {
+        let engine = &mut *self.engine;
+        let others = self.others.iter_mut().map(|(model, _)| model);
+        for model in std::iter::once(&mut self.model).chain(others).filter(|model| model.shape.cube != cube) {
+            model.reorder(engine, cube)?;
+        }
+        Ok(())
+    }
+
+    /// Measures the cubes on the first clips of this step, with full attention, and goes on with the best.
+    fn choose_cube(&mut self, clips: &[Clip]) -> Result<ChosenCube, EngineError> {
+        let model = self.of_grid(self.grid_of(clips)).0.clone();
+        let grids: Vec<Grid> = std::iter::once(&self.model)
+            .chain(self.others.iter().map(|(model, _)| model))
+            .map(|model| model.shape.grid())
+            .collect();
+        let first = self.step * clips.len() as u64;
+        write_clips(&mut *self.engine, &model, &clips[..self.config.data.batch_size], &self.config, first)?;
+        let choice = granularity::choose_cube(&mut *self.engine, &model, self.config.dsv.theta, &grids)?;
+        self.cube = Some(choice.cube);
+        self.reorder(choice.cube)?;
+        Ok(choice)
+    }
+
     /// Decides anew for every grid.
     fn decide(&mut self, choose: fn(&Rules, &ProfileState) -> Decision) -> Result<(), EngineError> {
         let slots = self.slots();
@@ -421,6 +463,10 @@ impl Trainer {
         let dsv = self.config.dsv.clone();
         if let Some(reason) = self.stages.advance(&dsv, step, self.predictor_loss) {
             events.push(Event::Stage { step, reason, predictor_loss: self.predictor_loss });
+            // Only here: in stage 1 no order of the tokens changes what is computed, later lists are of one order.
+            if dsv.cube == Some(config::CubeChoice::Auto) {
+                events.push(Event::Cube { step, choice: self.choose_cube(clips)? });
+            }
         }
         if step == 0 && self.model.shape.window.is_some() {
             events.push(Event::Decision { step, decision: self.decision.clone() });
@@ -677,6 +723,7 @@ impl Trainer {
             skipped_in_a_row: self.skipped_in_a_row,
             good_steps: self.good_steps,
             list_slots: self.slots(),
+            cube: self.cube,
         };
         let state = State {
             step: self.step,
@@ -762,14 +809,37 @@ fn flats(model: &Model) -> Vec<(&'static str, &ParamSet, Buf)> {
     out
 }
 
-/// How a checkpoint's blocks attend, the lists' widths `[layers * heads]`, and the list buffers needed.
-pub(crate) fn attention_of(
-    checkpoint: &Checkpoint,
-) -> Result<(Vec<BlockAttention>, Vec<i32>, usize), TrainError> {
-    let more: More = serde_json::from_value(checkpoint.state.more.clone()).map_err(|e| {
-        TrainError::State { path: checkpoint.path.display().to_string(), problem: e.to_string() }
-    })?;
-    Ok((more.decision.attention(), more.decision.top_k(), more.list_slots))
+/// The cube of a run that has chosen one, or none yet: as configured where lists of another size are asked for now.
+pub(crate) fn cube_of(config: &Config, chosen: Option<Cube>) -> Cube {
+    let first = config.first_cube();
+    match config.dsv.cube {
+        Some(config::CubeChoice::Auto) => {
+            chosen.filter(|cube| cube.tokens() == first.tokens()).unwrap_or(first)
+        }
+        _ => first,
+    }
+}
+
+/// How a checkpoint's model attends.
+pub(crate) struct Attends {
+    /// Each block.
+    pub(crate) attention: Vec<BlockAttention>,
+    /// KV blocks each head keeps, `[layers * heads]`.
+    pub(crate) top_k: Vec<i32>,
+    /// List buffers needed.
+    pub(crate) list_slots: usize,
+    /// The cube that was chosen, once it was.
+    pub(crate) cube: Option<Cube>,
+}
+
+/// How a checkpoint's model attends.
+pub(crate) fn attention_of(checkpoint: &Checkpoint) -> Result<Attends, TrainError> {
+    let More { decision, list_slots, cube, .. } = serde_json::from_value(checkpoint.state.more.clone())
+        .map_err(|e| TrainError::State {
+            path: checkpoint.path.display().to_string(),
+            problem: e.to_string(),
+        })?;
+    Ok(Attends { attention: decision.attention(), top_k: decision.top_k(), list_slots, cube })
 }
 
 /// A run on the host.

@@ -85,7 +85,26 @@ fn train_evaluate_sample_report() {
     assert!(sample.contains("samples/sample.gif") && out.join("samples/sample.gif").exists(), "{sample}");
     let report = dir.path().join("both.html");
     ok(bare(&["report", path(&out), path(&out), "--out", path(&report)]));
-    assert!(report.exists());
+    let before = std::fs::read_to_string(&report).unwrap();
+    assert!(!before.contains("Granularity of the lists"));
+
+    let told = ok(bare(&["granularity", "--out", path(&out), "--samples", "1", "--cubes", "--gpu", "h100"]));
+    for wanted in [
+        "128 x 8  4x4x8",
+        "no kernel serves head_dim 32",
+        "Cubes of tokens",
+        "granularity.svg",
+        "granularity.md",
+    ] {
+        assert!(told.contains(wanted), "{wanted}: {told}");
+    }
+    ok(bare(&["report", path(&out), "--out", path(&report)]));
+    let page = std::fs::read_to_string(&report).unwrap();
+    assert!(page.contains("Granularity of the lists") && page.contains("KV kept against mass covered"));
+    let refused = error(bare(&["granularity", "--out", path(&out), "--gpu", "b200"]));
+    assert!(refused.contains("allowed: h100, h200"), "{refused}");
+    let refused = error(bare(&["granularity", "--out", path(&out), "--record", path(&json)]));
+    assert!(refused.contains("eval.json line 1 is no record"), "{refused}");
 }
 
 #[test]

@@ -5,7 +5,7 @@
 //! of each stored value. `DSV_BUNDLE=DIR` takes kernels from a bundle instead of compiling them.
 
 use dsv_reference::layers::normal;
-use dsv_train::config::{Attention, Config, Switch};
+use dsv_train::config::{Attention, Config, CubeChoice, Switch};
 use dsv_train::data::{DataPosition, Dataset};
 use dsv_train::engine::*;
 use dsv_train::model::{BlockAttention, Model, ModelShape, Purposes};
@@ -918,7 +918,7 @@ fn model_shape((query_group, kv_block): (usize, usize)) -> ModelShape {
         patch,
         eps: 1e-6,
         rope_base: 100.0,
-        cube: query_group.max(kv_block),
+        cube: dsv_spec::order::Cube::of_group(query_group.max(kv_block) as u32),
         window: None,
         predictor: Some(PredictorShape {
             layers: 2,
@@ -1096,7 +1096,8 @@ fn graphs_give_the_same_bits_as_launches() {
     let run = |graphs: bool| {
         let mut config = run_config();
         (config.train.deterministic, config.device.graphs) = (true, graphs);
-        // Profiles, a switch and a decision on the way; two grids.
+        // Profiles, a switch, a choice of cube and a decision on the way; two grids.
+        config.dsv.cube = Some(CubeChoice::Auto);
         (config.dsv.profile_every, config.dsv.profile_every_stage2, config.dsv.switch) =
             (3, 4, Switch::Step(8));
         config.data.buckets = vec![[4, 8, 16]];
@@ -1203,10 +1204,11 @@ fn windows_and_a_fixed_share_train_as_on_the_cpu() {
     }
 }
 
-/// Two stages with fine lists: dense and sparse steps, profiles and decisions as on the CPU.
-fn fine_training(query_group: usize, kv_block: usize, graphs: bool) {
+/// Two stages: dense and sparse steps, profiles and decisions as on the CPU.
+fn two_stages(query_group: usize, kv_block: usize, cube: Option<&str>, graphs: bool) {
     let mut config = run_config();
     (config.dsv.query_group, config.dsv.kv_block) = (query_group, kv_block);
+    config.dsv.cube = cube.map(|cube| CubeChoice::Shape(cube.parse().unwrap()));
     (config.train.deterministic, config.device.graphs) = (false, graphs);
     (config.dsv.profile_every, config.dsv.profile_every_stage2) = (2, 3);
     config.validate().unwrap();
@@ -1234,14 +1236,20 @@ fn fine_training(query_group: usize, kv_block: usize, graphs: bool) {
 fn fine_lists_train_as_on_the_cpu() {
     let _gpu = lock();
     for (query_group, kv_block) in [(64, 8), (64, 1), (128, 8)] {
-        fine_training(query_group, kv_block, false);
+        two_stages(query_group, kv_block, None, false);
     }
+}
+
+#[test]
+fn a_given_cube_trains_as_on_the_cpu() {
+    let _gpu = lock();
+    two_stages(64, 64, Some("2x4x8"), false);
 }
 
 #[test]
 fn fine_lists_train_from_graphs() {
     let _gpu = lock();
-    fine_training(64, 8, true);
+    two_stages(64, 8, None, true);
 }
 
 /// What `dsv-train plan --gpu` says without a GPU is what the engine reserves on it.

@@ -1,6 +1,7 @@
 //! The kernels on a GPU, through the runtime alone: every shipped kernel and every candidate of the tuner.
 
 mod attention;
+mod flow;
 mod harness;
 mod lists;
 mod optimizer;
@@ -59,6 +60,7 @@ fn tests() -> Vec<GpuTest> {
         select::tests(),
         select_fine::tests(),
         predictor::tests(),
+        flow::tests(),
         profile::tests(),
         optimizer::tests(),
     ];

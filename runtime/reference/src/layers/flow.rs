@@ -120,7 +120,8 @@ pub fn unpatchify<T: Math>(dims: PatchDims, order: &[i32], tokens: &[T], latents
 }
 
 /// Noised tokens `x_t = (1 - t) x0 + t noise` and target velocity `noise - x0`, where `x0` are the patches of
-/// `latents` and `noise` is [`normal`] of `keys[b]` over the sequence's tokens.
+/// `latents` and `noise` is [`normal`] of `keys[b]` over the sequence's patches in raster order: the same at every place of a clip
+/// whatever the token order.
 pub fn flow_prepare<T: Math>(
     dims: PatchDims,
     order: &[i32],
@@ -131,14 +132,19 @@ pub fn flow_prepare<T: Math>(
     target: &mut [T],
 ) {
     patchify(dims, order, latents, x_t);
-    let per_sequence = dims.tokens() * dims.width();
+    let width = dims.width();
+    let per_sequence = dims.tokens() * width;
+    let mut noise = vec![T::ZERO; per_sequence];
     for (b, (x_t, target)) in x_t.chunks_mut(per_sequence).zip(target.chunks_mut(per_sequence)).enumerate() {
-        normal(keys[b], target);
+        normal(keys[b], &mut noise);
         let t = t[b];
-        x_t.par_iter_mut().zip(target).for_each(|(x, noise)| {
-            let x0 = *x;
-            *x = (T::ONE - t) * x0 + t * *noise;
-            *noise -= x0;
+        let tokens = x_t.par_chunks_mut(width).zip(target.par_chunks_mut(width)).zip(order);
+        tokens.for_each(|((x_t, target), &raster)| {
+            let noise = &noise[raster as usize * width..][..width];
+            for ((x, target), &noise) in x_t.iter_mut().zip(target).zip(noise) {
+                *target = noise - *x;
+                *x = (T::ONE - t) * *x + t * noise;
+            }
         });
     }
 }

@@ -197,12 +197,16 @@ fn patches_round_trip_and_flow_interpolates() {
     flow_prepare(dims, &order, &latents, &[0.25, 1.0], &[[1, 1], [2, 2]], &mut x_t, &mut target);
     let mut noise = vec![0.0; 64];
     normal([1, 1], &mut noise);
+    // Noise belongs to the patch: token i has that of patch order[i].
     for i in 0..64 {
-        assert!((x_t[i] - (0.75 * tokens[i] + 0.25 * noise[i])).abs() < 1e-12);
-        assert!((target[i] - (noise[i] - tokens[i])).abs() < 1e-12);
+        let noise = noise[8 * order[i / 8] as usize + i % 8];
+        assert!((x_t[i] - (0.75 * tokens[i] + 0.25 * noise)).abs() < 1e-12);
+        assert!((target[i] - (noise - tokens[i])).abs() < 1e-12);
     }
     normal([2, 2], &mut noise);
-    assert_eq!(&x_t[64..], &noise[..]);
+    for (token, &raster) in x_t[64..].chunks(8).zip(&order) {
+        assert_eq!(token, &noise[8 * raster as usize..][..8]);
+    }
 }
 
 #[test]

@@ -137,6 +137,9 @@ impl DeviceFacts for Timed<'_> {
     fn attention_us(&self, shape: &AttnShape, lists: Option<(&ListShape, f64)>) -> Option<f64> {
         self.inner.attention_us(shape, lists)
     }
+    fn dispatch_table(&self) -> Option<&dsv_spec::DispatchTable> {
+        self.inner.dispatch_table()
+    }
 }
 
 impl Engine for Timed<'_> {

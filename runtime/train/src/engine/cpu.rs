@@ -331,6 +331,10 @@ impl<T: CpuReal> DeviceFacts for CpuEngine<T> {
     fn attention_us(&self, _: &AttnShape, _: Option<(&ListShape, f64)>) -> Option<f64> {
         None
     }
+
+    fn dispatch_table(&self) -> Option<&dsv_spec::DispatchTable> {
+        None
+    }
 }
 
 impl<T: CpuReal> Engine for CpuEngine<T> {

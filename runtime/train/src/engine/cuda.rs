@@ -781,6 +781,10 @@ impl DeviceFacts for CudaEngine {
     fn attention_us(&self, shape: &AttnShape, lists: Option<(&ListShape, f64)>) -> Option<f64> {
         planned::attention_us(self.runtime.dispatch(), shape, lists)
     }
+
+    fn dispatch_table(&self) -> Option<&dsv_spec::DispatchTable> {
+        self.runtime.dispatch().table()
+    }
 }
 
 fn sparse_cost(

@@ -471,7 +471,8 @@ impl PatchShape {
 /// `x0` is the patchified latent, `noise` the standard normal below, then
 /// `x_t = (1 - t_b) x0 + t_b noise` and `target = noise - x0`.
 ///
-/// Noise value `e` of batch element `b` (`e = token * width + column`, tokens in contract order):
+/// Noise value `e` of batch element `b` (`e = patch * width + column`, patches in raster order, so that the token order changes
+/// nothing of what a place of the clip gets):
 /// Philox4x32-10 with key `(keys[b,0], keys[b,1])` and counter `(e / 4, 0, 0, 0)` gives
 /// `r0..r3`; with `u(r) = (r + 0.5) * 2^-32` rounded to f32, `e % 4` = 0, 1 take
 /// `sqrt(-2 ln u(r0)) * (cos, sin)(2 pi u(r1))` and 2, 3 the same of `r2, r3`.
@@ -713,6 +714,8 @@ pub trait DeviceFacts {
     /// Microseconds of forward + backward of one self-attention, selection included, from the dispatch table's nearest
     /// line scaled to the shape: dense, or over lists that skip this share of the keys. `None` without a line.
     fn attention_us(&self, shape: &AttnShape, lists: Option<(&ListShape, f64)>) -> Option<f64>;
+    /// The dispatch table in use, if there is one.
+    fn dispatch_table(&self) -> Option<&dsv_spec::DispatchTable>;
 }
 
 /// A device that runs the trainer's ops. See the module's text for the rules.

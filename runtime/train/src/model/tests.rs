@@ -1,4 +1,5 @@
 use super::*;
+use crate::engine::GroupRule;
 use crate::engine::{CpuEngine, Precision, cpu::CpuReal};
 use crate::rng;
 
@@ -23,7 +24,7 @@ fn shape(mlp: MlpAct) -> ModelShape {
         patch,
         eps: 1e-6,
         rope_base: 100.0,
-        cube: 4,
+        cube: dsv_spec::order::Cube::of_group(4),
         window: None,
         predictor: Some(PredictorShape {
             layers: 2,

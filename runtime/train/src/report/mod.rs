@@ -1,9 +1,10 @@
 //! One self-contained HTML file about one run, or several compared: loss, validation, predictors, sparsity,
 //! dispatch, speed, facts, configuration and samples. No script, no font, nothing fetched.
 
-mod plot;
+pub(crate) mod plot;
 
 use crate::durable::{RealDisk, write_file};
+use crate::granularity::{self, COVERED, ChosenCube, Granularity};
 use crate::metrics::{self, EvalTriple, MetricsError, Record, StepMetrics};
 use crate::observe::{BlockObservation, CUBES, EDGES, Ladder, SHARES};
 use crate::stage::LOSS_CRITERION;
@@ -35,6 +36,8 @@ pub struct RunData {
     pub steps: BTreeMap<u64, StepMetrics>,
     /// Changes of stage: step, stage, reason.
     pub stages: Vec<(u64, u32, String)>,
+    /// Choices of a cube of tokens: step and choice.
+    pub cubes: Vec<(u64, ChosenCube)>,
     /// Profiles: step -> sparsity and covered mass, `[layers][heads]`.
     pub profiles: BTreeMap<u64, Profile>,
     /// Decisions, by the first step they hold for.
@@ -43,6 +46,8 @@ pub struct RunData {
     pub evals: BTreeMap<u64, (f64, Vec<EvalTriple>)>,
     /// The attention of every block at the end.
     pub observed: Vec<BlockObservation>,
+    /// What lists of every granularity cover and cost, where that was measured.
+    pub granularity: Option<Granularity>,
     /// Notes.
     pub notes: Vec<(u64, String)>,
     /// GIF files.
@@ -64,12 +69,13 @@ pub struct Dispatch {
 }
 
 impl RunData {
-    /// Reads a run's folder: `metrics.jsonl`, and the GIFs in it and in `samples/`.
+    /// Reads a run's folder: `metrics.jsonl`, what `dsv-train granularity` measured, and the GIFs in it and in `samples/`.
     pub fn load(dir: &Path) -> Result<RunData, MetricsError> {
         let mut run = RunData::from_records(metrics::read(&dir.join(metrics::FILE))?);
         if run.title.is_empty() {
             run.title = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
         }
+        run.granularity = Granularity::load(dir)?;
         for folder in [dir.to_path_buf(), dir.join("samples")] {
             let files = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path());
             run.samples.extend(files.filter(|p| p.extension().is_some_and(|e| e == "gif")));
@@ -92,6 +98,7 @@ impl RunData {
                     run.steps.insert(s.step, s);
                 }
                 Record::Stage { step, stage, reason } => run.stages.push((step, stage, reason)),
+                Record::Cube { step, choice } => run.cubes.push((step, choice)),
                 Record::Profile { step, sparsity, covered } => {
                     run.profiles.insert(step, (sparsity, covered));
                 }
@@ -195,7 +202,7 @@ fn page(runs: &[RunData]) -> String {
         }
     };
     let mut section = |heading: &str, text: &str, y_label: &str, log: bool, range, lines: &[Line]| {
-        if let Some(svg) = (Chart { y_label, log, range, marks: &marks, lines }).svg() {
+        if let Some(svg) = (Chart { x_label: "step", y_label, log, range, marks: &marks, lines }).svg() {
             let _ = write!(body, "<h2>{heading}</h2><p>{text}</p>{svg}");
         }
     };
@@ -277,7 +284,13 @@ fn page(runs: &[RunData]) -> String {
             }
             body += "</table></div>";
         }
+        for (step, choice) in &run.cubes {
+            cubes(&mut body, *step, choice, &of);
+        }
         observed(&mut body, run, &of);
+        if let Some(g) = &run.granularity {
+            granularity(&mut body, g, &of);
+        }
         gifs(&mut body, run, &of);
         if !run.notes.is_empty() {
             let _ = write!(body, "<h2>Notes{of}</h2><table>");
@@ -418,6 +431,56 @@ fn observed(body: &mut String, run: &RunData, of: &str) {
             let values = |l: Ladder| [l.kept, l.keys, l.blocks, l.group, l.lists, l.recall];
             o.ladder.map_or(Vec::new(), |l| values(l).map(percent).to_vec())
         });
+    }
+}
+
+fn cubes(body: &mut String, step: u64, choice: &ChosenCube, of: &str) {
+    let _ = write!(
+        body,
+        "<h2>Cube of tokens{of}</h2><p>Chosen before step {step}. {}.</p><div class=\"wide\"><table><tr><th>cube</th><th class=\"n\">critical keys shared</th><th class=\"n\">KV needed for {:.0} % of the mass</th></tr>",
+        escape(&choice.why),
+        100.0 * COVERED
+    );
+    for shape in &choice.shapes {
+        let _ = write!(
+            body,
+            "<tr><td>{}</td><td class=\"n\">{:.1} %</td><td class=\"n\">{:.1} %</td></tr>",
+            shape.cube,
+            100.0 * shape.overlap,
+            100.0 * shape.needed
+        );
+    }
+    *body += "</table></div>";
+}
+
+fn granularity(body: &mut String, g: &Granularity, of: &str) {
+    let _ = write!(body, "<h2>Granularity of the lists{of}</h2>");
+    for line in granularity::page::about(g) {
+        let _ = write!(body, "<p>{}</p>", escape(&line));
+    }
+    for (title, chart) in granularity::page::charts(g).iter().map(|c| (&c.title, c.chart())) {
+        if let Some(svg) = chart.svg() {
+            let _ = write!(body, "<h3>{}{of}</h3>{svg}", escape(title));
+        }
+    }
+    for table in granularity::page::tables(g) {
+        let _ = write!(
+            body,
+            "<details><summary>{}</summary><div class=\"wide\"><table><tr>",
+            escape(&table.title)
+        );
+        table.header.iter().for_each(|cell| {
+            let _ = write!(body, "<th class=\"n\">{}</th>", escape(cell));
+        });
+        *body += "</tr>";
+        for row in &table.rows {
+            *body += "<tr>";
+            row.iter().for_each(|cell| {
+                let _ = write!(body, "<td class=\"n\">{}</td>", escape(cell));
+            });
+            *body += "</tr>";
+        }
+        let _ = write!(body, "</table></div><p>{}</p></details>", escape(&table.note));
     }
 }
 

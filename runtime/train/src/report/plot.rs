@@ -20,31 +20,33 @@ const SERIES: [RGBColor; 8] = [
 const MAX_POINTS: usize = 500;
 
 /// One line of a chart.
-pub(super) struct Line {
+pub(crate) struct Line {
     /// Name in the legend.
-    pub(super) name: String,
+    pub(crate) name: String,
     /// Index of its colour.
-    pub(super) colour: usize,
+    pub(crate) colour: usize,
     /// x and y; points that are not finite are left out.
-    pub(super) points: Vec<(f64, f64)>,
+    pub(crate) points: Vec<(f64, f64)>,
 }
 
-/// A chart of lines over steps.
-pub(super) struct Chart<'a> {
-    /// Axis label.
-    pub(super) y_label: &'a str,
+/// A chart of lines.
+pub(crate) struct Chart<'a> {
+    /// Label of the horizontal axis.
+    pub(crate) x_label: &'a str,
+    /// Label of the vertical one.
+    pub(crate) y_label: &'a str,
     /// Logarithmic y, where all values are positive.
-    pub(super) log: bool,
+    pub(crate) log: bool,
     /// Fixed range of y.
-    pub(super) range: Option<(f64, f64)>,
+    pub(crate) range: Option<(f64, f64)>,
     /// Steps to mark, each with its series' colour (the change of stage).
-    pub(super) marks: &'a [(f64, usize)],
+    pub(crate) marks: &'a [(f64, usize)],
     /// The lines.
-    pub(super) lines: &'a [Line],
+    pub(crate) lines: &'a [Line],
 }
 
 /// CSS colour of a series.
-pub(super) fn css(colour: usize) -> String {
+pub(crate) fn css(colour: usize) -> String {
     let RGBColor(r, g, b) = SERIES[colour % SERIES.len()];
     format!("#{r:02x}{g:02x}{b:02x}")
 }
@@ -71,7 +73,7 @@ fn adapt(svg: String, width: u32, height: u32) -> String {
 }
 
 /// A number as an axis shows it.
-pub(super) fn number(x: f64) -> String {
+pub(crate) fn number(x: f64) -> String {
     let a = x.abs();
     if x == 0.0 {
         "0".into()
@@ -93,9 +95,30 @@ fn trim(x: f64, digits: usize) -> String {
     if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_string() } else { text }
 }
 
+/// Width and height of a chart.
+const SIZE: (u32, u32) = (720, 250);
+
 impl Chart<'_> {
-    /// The chart as SVG, with its legend; `None` if there is nothing to draw.
-    pub(super) fn svg(&self) -> Option<String> {
+    /// The chart as SVG for a page, with its legend; `None` if there is nothing to draw.
+    pub(crate) fn svg(&self) -> Option<String> {
+        let drawn = self.drawn()?;
+        let named: Vec<&Line> = self.lines.iter().filter(|l| !thin(&l.points).is_empty()).collect();
+        let mut legend = String::new();
+        if named.len() > 1 || !named[0].name.is_empty() {
+            for line in named {
+                legend += &format!(
+                    "<span><i style=\"background:{}\"></i>{}</span>",
+                    css(line.colour),
+                    super::escape(&line.name)
+                );
+            }
+            legend = format!("<div class=\"legend\">{legend}</div>");
+        }
+        Some(format!("{legend}{drawn}"))
+    }
+
+    /// The chart alone.
+    fn drawn(&self) -> Option<String> {
         let lines: Vec<(&Line, Vec<(f64, f64)>)> =
             self.lines.iter().map(|l| (l, thin(&l.points))).filter(|(_, p)| !p.is_empty()).collect();
         let all = || lines.iter().flat_map(|(_, p)| p.iter().copied());
@@ -117,7 +140,6 @@ impl Chart<'_> {
                 (if low >= 0.0 { (low - margin).max(0.0) } else { low - margin }, high + margin)
             }
         });
-        const SIZE: (u32, u32) = (720, 250);
         let mut svg = String::new();
         {
             let root = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
@@ -130,19 +152,46 @@ impl Chart<'_> {
             };
             drawn.and_then(|()| root.present().map_err(|e| e.to_string())).ok()?;
         }
-        let mut legend = String::new();
-        if lines.len() > 1 || !lines[0].0.name.is_empty() {
-            for (line, _) in &lines {
-                legend += &format!(
-                    "<span><i style=\"background:{}\"></i>{}</span>",
-                    css(line.colour),
-                    super::escape(&line.name)
-                );
-            }
-            legend = format!("<div class=\"legend\">{legend}</div>");
-        }
-        Some(format!("{legend}{}", adapt(svg, SIZE.0, SIZE.1)))
+        Some(adapt(svg, SIZE.0, SIZE.1))
     }
+}
+
+/// A file of charts, each under its title and above its legend, in ink that shows on white and on black. Charts without
+/// anything to draw are left out; `None` if all are.
+pub(crate) fn file(charts: &[(String, Chart<'_>)]) -> Option<String> {
+    const COLUMNS: usize = 4;
+    const ROW: usize = 18;
+    let (mut body, mut y) = (String::new(), 0);
+    for (title, chart) in charts {
+        let Some(drawn) = chart.drawn() else { continue };
+        let (width, height) = SIZE;
+        let label = |x: usize, y: usize, text: &str, more: &str| {
+            format!("<text x=\"{x}\" y=\"{y}\" fill=\"currentColor\"{more}>{}</text>\n", super::escape(text))
+        };
+        body += &label(8, y + 20, title, " font-weight=\"600\"");
+        body += &drawn.replacen(
+            "<svg ",
+            &format!("<svg y=\"{}\" width=\"{width}\" height=\"{height}\" ", y + 24),
+            1,
+        );
+        y += 24 + height as usize;
+        for (i, line) in chart.lines.iter().enumerate() {
+            let (x, y) = (64 + i % COLUMNS * 160, y + i / COLUMNS * ROW);
+            body += &format!(
+                "<rect x=\"{x}\" y=\"{}\" width=\"14\" height=\"4\" fill=\"{}\"/>",
+                y + 6,
+                css(line.colour)
+            );
+            body += &label(x + 20, y + 12, &line.name, "");
+        }
+        y += chart.lines.len().div_ceil(COLUMNS) * ROW + 16;
+    }
+    (!body.is_empty()).then(|| {
+        format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {} {y}\" font-family=\"sans-serif\" font-size=\"13\">\n<style>:root{{color:#24292f}}@media(prefers-color-scheme:dark){{:root{{color:#e6edf3}}}}</style>\n{body}</svg>\n",
+            SIZE.0
+        )
+    })
 }
 
 type Drawn<'a, Y> = ChartContext<
@@ -175,7 +224,7 @@ where
         .y_labels(6)
         .x_label_formatter(&|x| number(*x))
         .y_label_formatter(&|y| number(*y))
-        .x_desc("step")
+        .x_desc(what.x_label)
         .y_desc(what.y_label)
         .draw()
         .map_err(|e| text(&e))?;
@@ -196,7 +245,7 @@ where
 }
 
 /// Dark blue over green to yellow, for 0..=1.
-pub(super) fn ramp(x: f64) -> (u8, u8, u8) {
+pub(crate) fn ramp(x: f64) -> (u8, u8, u8) {
     const STOPS: [(f64, f64, f64); 5] = [
         (68.0, 20.0, 90.0),
         (58.0, 82.0, 139.0),
@@ -212,7 +261,7 @@ pub(super) fn ramp(x: f64) -> (u8, u8, u8) {
 }
 
 /// A heat map: `rows[r][c]` in 0..=1, with labels of rows and columns. NaN cells stay empty.
-pub(super) fn heat_map(
+pub(crate) fn heat_map(
     rows: &[Vec<f64>],
     row_labels: &[String],
     column_labels: &[String],
@@ -277,18 +326,42 @@ mod tests {
         let line = Line { name: "a <b>".into(), colour: 1, points };
         let one = [line];
         for log in [false, true] {
-            let chart = Chart { y_label: "loss", log, range: None, marks: &[(500.0, 0)], lines: &one };
+            let chart = Chart {
+                x_label: "step",
+                y_label: "loss",
+                log,
+                range: None,
+                marks: &[(500.0, 0)],
+                lines: &one,
+            };
             let svg = chart.svg().unwrap();
             assert!(svg.contains("<text") && svg.contains("loss") && svg.contains("step"), "{svg}");
             assert!(svg.contains("<polyline") && svg.contains("currentColor") && svg.contains("a &lt;b&gt;"));
             assert!(!svg.contains("#010203") && !svg.contains("fill=\"#FFFFFF\""));
             assert!(svg.len() < 60_000, "{}", svg.len());
         }
+        let chart =
+            |lines| Chart { x_label: "mass", y_label: "ms", log: false, range: None, marks: &[], lines };
+        let svg = file(&[
+            ("one".into(), chart(&one)),
+            ("none".into(), chart(&[])),
+            ("two & three".into(), chart(&one)),
+        ]);
+        let svg = svg.unwrap();
+        for (wanted, times) in
+            [("<svg", 3), ("</svg>", 3), ("a &lt;b&gt;", 2), ("two &amp; three", 1), ("none<", 0)]
+        {
+            assert_eq!(svg.matches(wanted).count(), times, "{wanted}: {svg}");
+        }
+        assert!(
+            svg.contains("viewBox=\"0 0 720 616\"") && file(&[("none".into(), chart(&[]))]).is_none(),
+            "{svg}"
+        );
         let empty = Line { name: String::new(), colour: 0, points: vec![(0.0, f64::NAN)] };
-        let nothing = Chart { y_label: "", log: true, range: None, marks: &[], lines: &[empty] };
+        let nothing = Chart { x_label: "", y_label: "", log: true, range: None, marks: &[], lines: &[empty] };
         assert!(nothing.svg().is_none());
         let single = Line { name: String::new(), colour: 0, points: vec![(3.0, 0.0)] };
-        let chart = Chart { y_label: "", log: true, range: None, marks: &[], lines: &[single] };
+        let chart = Chart { x_label: "", y_label: "", log: true, range: None, marks: &[], lines: &[single] };
         assert!(chart.svg().unwrap().contains("<circle"));
     }
 

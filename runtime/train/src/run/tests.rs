@@ -78,6 +78,27 @@ fn a_whole_run_leaves_checkpoint_and_sample_and_can_be_evaluated() {
 }
 
 #[test]
+fn a_run_that_chooses_its_cube_says_so_and_is_evaluated_in_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path());
+    config.dsv.cube = Some(crate::config::CubeChoice::Auto);
+    let mut recorder = crate::recorder::Recorder::new(&config);
+    run(&config, engine(), Existing::Refuse, &AtomicBool::new(false), &mut recorder).unwrap();
+    let data = crate::report::RunData::load(dir.path()).unwrap();
+    let [(4, choice)] = &data.cubes[..] else { panic!("{:?}", data.cubes) };
+    let page = dir.path().join("page.html");
+    crate::report::write(&page, std::slice::from_ref(&data)).unwrap();
+    let page = std::fs::read_to_string(page).unwrap();
+    assert!(page.contains("Cube of tokens") && page.contains(&choice.why), "{choice:?}");
+    let mut trained = open_trained(dir.path(), None, 2, &[]).unwrap();
+    assert_eq!(trained.model.shape.cube, choice.cube);
+    let set = Dataset::open(&trained.config).unwrap();
+    let (model, config, attention) = (&trained.model, &trained.config, &trained.attention);
+    let again = eval::evaluate(&mut *trained.engine, model, config, &set, attention, 8).unwrap();
+    assert!((again.mean() - data.evals[&8].0).abs() < 1e-6);
+}
+
+#[test]
 fn every_baseline_runs_resumes_and_is_evaluated_as_it_was_trained() {
     use crate::config::Attention;
     for attention in [Attention::Full, Attention::WaM, Attention::WaL, Attention::Fixed] {

@@ -90,6 +90,116 @@ fn resumes(config: Config, cuts: &[u64]) -> Vec<Event> {
     events
 }
 
+/// Cubes of 8 tokens in clips of 4 x 4 x 4.
+fn cube(t: u32, h: u32, w: u32) -> Cube {
+    Cube { t, h, w }
+}
+
+#[test]
+fn over_all_keys_the_order_of_the_tokens_changes_nothing() {
+    let data = Dataset::open(&config()).unwrap();
+    let mut trainers = [None, Some("1x2x4"), None].map(|shape| {
+        let mut config = config();
+        config.dsv.cube = shape.map(|s| config::CubeChoice::Shape(s.parse().unwrap()));
+        Trainer::new(config, engine()).unwrap()
+    });
+    let mut positions = [DataPosition::default(); 3];
+    let mut losses = [Vec::new(), Vec::new(), Vec::new()];
+    for until in [4, 9] {
+        for (i, trainer) in trainers.iter_mut().enumerate() {
+            let events = run(trainer, &data, &mut positions[i], until);
+            losses[i].extend(records(&events).iter().map(|r| (r.loss, r.predictor_loss.unwrap())));
+        }
+        // The third run changes its order on the way.
+        trainers[2].reorder(cube(4, 1, 2)).unwrap();
+    }
+    assert_eq!(trainers[1].model.shape.cube, cube(1, 2, 4));
+    assert_ne!(trainers[0].model.shape.token_order().0, trainers[1].model.shape.token_order().0);
+    for other in 1..3 {
+        for (a, b) in losses[0].iter().zip(&losses[other]) {
+            let off = (a.0 - b.0).abs().max((a.1 - b.1).abs());
+            assert!(off < 2e-5, "run {other}: {losses:?}");
+        }
+    }
+    let evals = trainers.each_mut().map(|t| t.evaluate(&data).unwrap());
+    for other in &evals[1..] {
+        assert!(
+            evals[0].paired(other).unwrap().difference.abs() < 2e-5,
+            "the noise of a triple is that of its places"
+        );
+    }
+}
+
+#[test]
+fn a_run_that_chooses_its_cube_resumes_bit_for_bit() {
+    let mut config = config();
+    config.dsv.cube = Some(config::CubeChoice::Auto);
+    config.validate().unwrap();
+    let events = resumes(config, &[4, 9, 10, 14]);
+    let at = |wanted: fn(&Event) -> bool| events.iter().position(wanted).unwrap();
+    let chosen = at(|e| matches!(e, Event::Cube { .. }));
+    assert_eq!(chosen, at(|e| matches!(e, Event::Stage { .. })) + 1);
+    assert!(chosen < at(|e| matches!(e, Event::Decision { .. })), "lists come after it");
+    assert_eq!(events.iter().filter(|e| matches!(e, Event::Cube { .. })).count(), 1);
+    let Event::Cube { step, choice } = &events[chosen] else { unreachable!() };
+    let shapes: Vec<Cube> = choice.shapes.iter().map(|s| s.cube).collect();
+    assert_eq!((*step, shapes), (9, vec![cube(2, 2, 2), cube(1, 2, 4), cube(4, 1, 2)]));
+    let needed = choice.shapes.iter().find(|s| s.cube == choice.cube).unwrap().needed;
+    assert!(choice.shapes.iter().all(|s| needed <= s.needed / 0.97), "{choice:?}");
+    assert!(choice.shapes.iter().all(|s| s.covered >= granularity::COVERED && s.overlap > 0.0), "{choice:?}");
+}
+
+#[test]
+fn a_chosen_cube_is_in_the_checkpoint() {
+    let mut config = config();
+    config.dsv.cube = Some(config::CubeChoice::Auto);
+    let data = Dataset::open(&config).unwrap();
+    let mut whole = Trainer::new(config.clone(), engine()).unwrap();
+    let mut position = DataPosition::default();
+    run(&mut whole, &data, &mut position, 10);
+    // Whatever it chose: now another.
+    let other = cube(4, 1, 2);
+    whole.cube = Some(other);
+    whole.reorder(other).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let snapshot = whole.snapshot(position, &mut Vec::new()).unwrap();
+    let root = crate::run::checkpoints(dir.path());
+    checkpoint::save(&root, &snapshot.state, &snapshot.tensors(), 0).unwrap();
+    let found = checkpoint::latest(&root).unwrap().checkpoint.unwrap();
+    let mut resumed = Trainer::resume(config.clone(), engine(), &found).unwrap();
+    assert_eq!(resumed.model.shape.cube, other);
+    let mut again = position;
+    run(&mut resumed, &data, &mut again, 13);
+    run(&mut whole, &data, &mut position, 13);
+    assert_eq!(bits(&mut resumed), bits(&mut whole));
+    let trained = crate::run::open_trained(dir.path(), None, 1, &[]).unwrap();
+    assert_eq!(trained.model.shape.cube, other);
+    // A cube of the configuration is another order from here on, and so are lists of another size.
+    let shape = |sets: &[&str]| {
+        let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+        crate::run::open_trained(dir.path(), None, 1, &sets).unwrap().model.shape.cube
+    };
+    assert_eq!(shape(&["dsv.cube=1x2x4"]), cube(1, 2, 4));
+    assert_eq!(shape(&["dsv.query_group=16"]), cube(2, 2, 4));
+}
+
+#[test]
+fn a_step_of_attention_that_is_not_finite_keeps_the_cube() {
+    let mut config = config();
+    config.dsv.cube = Some(config::CubeChoice::Auto);
+    config.dsv.switch = Switch::Step(0);
+    let data = Dataset::open(&config).unwrap();
+    let mut trainer = Trainer::new(config.clone(), engine()).unwrap();
+    let mut clips = data.next_batch(&mut DataPosition::default(), trainer.clips_per_step()).unwrap();
+    clips[0].latents[7] = f32::NAN;
+    let mut events = Vec::new();
+    trainer.step(&clips, &mut events).unwrap();
+    let choice =
+        events.iter().find_map(|e| if let Event::Cube { choice, .. } = e { Some(choice) } else { None });
+    let choice = choice.unwrap();
+    assert!(choice.shapes.is_empty() && choice.why.starts_with("2x2x2 stays"), "{choice:?}");
+}
+
 #[test]
 fn steps_of_several_grids_train_one_model_and_resume_bit_for_bit() {
     let mut config = config();

@@ -149,6 +149,10 @@ impl DeviceFacts for PlannedGpu {
     fn attention_us(&self, shape: &AttnShape, lists: Option<(&ListShape, f64)>) -> Option<f64> {
         attention_us(&self.dispatch, shape, lists)
     }
+
+    fn dispatch_table(&self) -> Option<&dsv_spec::DispatchTable> {
+        self.dispatch.table()
+    }
 }
 
 #[cfg(test)]
