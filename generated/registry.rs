@@ -917,126 +917,126 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "cdd8d9dbe1979b83096f3f46647d08f291b96122873a69bbf7d98b2b8512c2fe",
+        source_hash: "b7c3625f62da79104d915fc24d76570f380ccacc880c0ee1a950b4201d279987",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "48125d90234046d5a049edc1c617fdf8095931cb5dff067d4ed89d650607b1e2",
+        source_hash: "f4de9dd06f92066bfaa2c0353f8e9cf7e4a2685653f1ebd9c0c54fb1e0296504",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "f847eeba2cd324b9cf7eed9cee97451482f6f8deade2b2579dd7ddb882113e5f",
+        source_hash: "cac7840bfee2206cbe780391d47e07b5fe94691de12d8ec63e75be25de977af6",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "7b1e7a2e8db6344bad55c22edf3062b122568377538812d26e90ec406fac31b8",
+        source_hash: "43a1597d096fc506cdbfd104511534d0ab21423a60c8e7ed68bb32fc8b6c04b4",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "ab6c1046c7e9a2455975f8b80cf3ca9495fcdb9b32608fdd74c685a568981722",
+        source_hash: "64c031a5ac373a1f4467f18a2d769ac9aba737990e0aa9ce274e9232b91515a9",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "ab7108c717177b7798ee1077e94a212e1f5e8905bb5601cf6f1e943ff78f41e2",
+        source_hash: "c8f3d60a806fd48b15688d4abfac9bf3f0935a8e297bdaeea19179118b027155",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "f525708048ab377487b3ef13af1b2b18ea688c0d05f3d6bd377cfc5c7d9e76f5",
+        source_hash: "d65e154dbaaa15f3418bc7d2476ce8db958cf146bb45c5d314bbf58262fe9744",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "2bfaedbbf8c6d41d812297077f44e610117e88f0dc657297edfd872183a7ade4",
+        source_hash: "be7e2a0a0a3085ba51fa3aa9c134e117b842198927761271c6163092927e6c46",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "8b7d22417225269de9b7290ee59682c705de250b0cd2366558a0fdb5bb7026fd",
+        source_hash: "5e8c2ad47cf0a3b78d2236b96f23019a6ae30c8d45a9a949995fb0d79e85d67e",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "f269721a6a21b412aaedd3a0b6f909341b1eb3b8fd7b0ca309adbf1416d113a8",
+        source_hash: "116e6404ab03304c940c1cbc7e4f120f0c8673f4c2a7973f27bbdd42cf8cef6e",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "0a7a3c1bfc7dd87fb1af251a0d61dae2f959fac28214712982cea9b6267e62cf",
+        source_hash: "42e0b9216b10f5541476f758fc57067cd36a4dae60b717299af857c6492981b1",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "9b8788f298f633cbb097d9b1092561366c0dc0f34f7973d7352123b16f94f8c0",
+        source_hash: "1061e5fc18d2671d4d4c9a1f05ec6606232d86d07d84ecce86d3d6a1a2a270e3",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "4d4fb0da5ed14e04cc59dbab40b367cd37c47a4aee972cd57147fde53a4215b8",
+        source_hash: "2475bb3206746140cabca72783e137543cf3f0fe681bebefb32b403bd35d71da",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "13e82a0246d0726a5ad4686e40eb82c684cc7b40e0c705ef4b56fb45abfa2749",
+        source_hash: "7ecd9bbe8d1b4ee0479ad685d298f71f596510f99ac4b20c3ecd9c273c666345",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "d5cae7ef3365914913afc8f83abcea1def2bb1973c51d5eee9c4a28e7388f29a",
+        source_hash: "d52306886fbd96ca3e66a7fa3d2feefb14956a72d66bcb420cfac35dad486cd1",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "3758b25a51e04711df48cff6f47ce699f2650812cfe7b4ec7c2464ca85d883de",
+        source_hash: "7b2b099eed44974cedc5f9ff2153460e96308388286ff5b524a5d2dc79596559",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "3990a1c8b2c9b1ba6a26931ea8758f0b86fdc038cd01d0c77f6b551830f87e5e",
+        source_hash: "fdd3b911316f48b5093638b9274da369037b97a541cb6d06f8e6dfcc32991eea",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "a94910f480d217e13af4d4b4055bd25ee0c4bef15a2847d37f7b2d7b93e6fb2f",
+        source_hash: "20c375d5ed322feeda96267c4546cca2f391bf984db001a857599d80e31e4539",
     },
     Kernel {
         name: "kv_validate_sm80",
@@ -1173,6 +1173,10 @@ pub static HEADERS: &[(&str, &str)] = &[
     ("dsv/operand.cuh", include_str!("../templates/include/dsv/operand.cuh")),
     ("dsv/patches.cuh", include_str!("../templates/include/dsv/patches.cuh")),
     ("dsv/philox.cuh", include_str!("../templates/include/dsv/philox.cuh")),
+    (
+        "dsv/select/operand.cuh",
+        include_str!("../templates/include/dsv/select/operand.cuh"),
+    ),
     (
         "dsv/sm80/cp_async.cuh",
         include_str!("../templates/include/dsv/sm80/cp_async.cuh"),

@@ -1060,6 +1060,7 @@ impl<'a> Session<'a> {
         let Case { batch, num_heads, seqlen, max_selected, .. } = *case;
         if spec.op() == SelectOp::Rows {
             let problem = SelectProblem {
+                rank: spec.rank(),
                 query_group,
                 kv_block,
                 group_rule,
@@ -1075,6 +1076,7 @@ impl<'a> Session<'a> {
             };
         }
         let problem = FineProblem {
+            rank: spec.rank(),
             query_group,
             kv_block,
             group_rule,

@@ -6,7 +6,7 @@ use crate::error::Error;
 use crate::kernels::Kernel;
 use crate::layout::{ALIGN_BYTES, Extent, Layout};
 use dsv_spec::params::{KvInvert, KvSelect, KvValidate};
-use dsv_spec::{Dtype, GroupRule, Problem, limits};
+use dsv_spec::{Dtype, GroupRule, KernelSpec, Problem, SelectOp, limits};
 use std::sync::Arc;
 
 /// The sizes of KV lists.
@@ -102,6 +102,8 @@ impl ListShape {
 /// What a selection is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SelectProblem {
+    /// d_lr, columns of the low-rank queries and keys.
+    pub rank: u8,
     /// Tokens sharing one list.
     pub query_group: u16,
     /// Tokens of one selectable KV unit.
@@ -123,8 +125,6 @@ pub struct SelectProblem {
 impl SelectProblem {
     /// Element type of the low-rank queries and keys.
     pub const DTYPE: Dtype = Dtype::Bf16;
-    /// d_lr, columns of the low-rank queries and keys.
-    pub const RANK: u32 = 16;
 
     /// The lists it makes.
     pub fn lists(&self) -> ListShape {
@@ -148,10 +148,10 @@ impl SelectProblem {
     }
 
     fn extent(&self, seqlen: u32) -> Extent {
-        Extent { batch: self.batch, seqlen, heads: self.num_heads, head_dim: Self::RANK, dtype: Self::DTYPE }
+        low_rank_extent(self.batch, seqlen, self.num_heads, self.rank)
     }
 
-    /// Checks sizes and layouts of q_lr [batch, seqlen_q, num_heads, 16] and k_lr [batch, seqlen_kv, num_heads, 16]
+    /// Checks sizes and layouts of q_lr [batch, seqlen_q, num_heads, rank] and k_lr [batch, seqlen_kv, num_heads, rank]
     /// without a GPU; gives the layouts with legal strides for dimensions of size 1.
     ///
     /// # Errors
@@ -178,12 +178,17 @@ impl SelectProblem {
     }
 }
 
+/// A low-rank tensor.
+pub(crate) fn low_rank_extent(batch: u32, seqlen: u32, heads: u32, rank: u8) -> Extent {
+    Extent { batch, seqlen, heads, head_dim: rank as u32, dtype: SelectProblem::DTYPE }
+}
+
 /// Device addresses of one selection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SelectArgs {
-    /// bf16 [batch, seqlen_q, num_heads, 16], aligned to 16 bytes.
+    /// bf16 [batch, seqlen_q, num_heads, rank], aligned to 16 bytes.
     pub q_lr: u64,
-    /// bf16 [batch, seqlen_kv, num_heads, 16], aligned to 16 bytes.
+    /// bf16 [batch, seqlen_kv, num_heads, rank], aligned to 16 bytes.
     pub k_lr: u64,
     /// i32, one a head: KV blocks to keep; clamped to N.
     pub top_k: u64,
@@ -212,8 +217,23 @@ impl SelectPlan {
         kernel: Arc<Kernel>,
     ) -> Result<SelectPlan, Error> {
         let (q_lr, k_lr) = problem.check(q_lr, k_lr)?;
-        room(&kernel, problem.smem_bytes(), "kv_select")?;
-        Ok(SelectPlan { problem: *problem, q_lr, k_lr, kernel })
+        let SelectProblem { rank, query_group, kv_block, group_rule, .. } = *problem;
+        let asked = (SelectOp::Rows, rank, query_group, kv_block, group_rule);
+        match kernel.spec() {
+            KernelSpec::Select(s)
+                if (s.op(), s.rank(), s.query_group(), s.kv_block(), s.group_rule()) == asked =>
+            {
+                room(&kernel, problem.smem_bytes(), "kv_select")?;
+                Ok(SelectPlan { problem: *problem, q_lr, k_lr, kernel })
+            }
+            _ => Err(Error::Plan {
+                what: "kv_select".to_string(),
+                problems: vec![format!(
+                    "kernel {}; allowed: a kv_select of rank {rank}, query_group {query_group}, kv_block {kv_block}, {group_rule}",
+                    kernel.name(),
+                )],
+            }),
+        }
     }
 
     /// The problem.

@@ -166,6 +166,7 @@ fn launch_parameters_have_the_size_the_facts_say() {
 
 fn selection() -> SelectProblem {
     SelectProblem {
+        rank: 16,
         query_group: 64,
         kv_block: 64,
         group_rule: GroupRule::Mean,
@@ -202,6 +203,7 @@ fn selection_sizes_and_limits() {
 #[test]
 fn fine_selection_sizes_and_limits() {
     let p = FineProblem {
+        rank: 16,
         query_group: 64,
         kv_block: 8,
         group_rule: GroupRule::Centre,

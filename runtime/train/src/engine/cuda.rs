@@ -18,7 +18,9 @@ use dsv_runtime::{
     SelectPlan, SelectProblem, Stream, TableSource, decode_error_flag,
 };
 use dsv_spec::params;
-use dsv_spec::{AttnOp, BlockScore, Budget, Deterministic, KernelSpec, PointwiseOp, PointwiseSpec, Problem};
+use dsv_spec::{
+    AttnOp, BlockScore, Budget, Deterministic, KernelSpec, PointwiseOp, PointwiseSpec, Problem, space,
+};
 use half::bf16;
 use matmul::{Matmul, Operands, Product};
 pub use planned::PlannedGpu;
@@ -636,13 +638,15 @@ fn scratch_layout(
     scratch::Layout::new(attention.max(scratch::op_bytes(dims, ctas)))
 }
 
+/// The low-rank width as a kernel's.
+fn served_rank(d_lr: usize) -> Result<u8, EngineError> {
+    let rank = space::SHIPPED_RANKS.into_iter().find(|&rank| usize::from(rank) == d_lr);
+    rank.ok_or_else(|| EngineError::Device(crate::config::rank_not_served(d_lr)))
+}
+
 fn selection_problem(shape: &ListShape, d_lr: usize, rule: GroupRule) -> Result<SelectProblem, EngineError> {
-    if d_lr != RANK {
-        return Err(EngineError::Device(format!(
-            "kv_select with {d_lr} columns a low-rank head; the kernels serve {RANK}: --set dsv.rank={RANK}"
-        )));
-    }
     Ok(SelectProblem {
+        rank: served_rank(d_lr)?,
         query_group: shape.query_group as u16,
         kv_block: shape.kv_block as u16,
         group_rule: rule,
@@ -657,6 +661,7 @@ fn selection_problem(shape: &ListShape, d_lr: usize, rule: GroupRule) -> Result<
 /// The same choice by the kernels that recompute their scores: the largest score of a unit, a number a head.
 fn fine_problem(problem: &SelectProblem) -> FineProblem {
     let SelectProblem {
+        rank,
         query_group,
         kv_block,
         group_rule,
@@ -667,6 +672,7 @@ fn fine_problem(problem: &SelectProblem) -> FineProblem {
         max_selected,
     } = *problem;
     FineProblem {
+        rank,
         query_group,
         kv_block,
         group_rule,
