@@ -873,34 +873,34 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "8b13f8326d213a5f20743bdedb455b060d94fd8289de8cec97b47185a8fa9563",
     },
     Kernel {
-        name: "gram_key_bf16_d128_v1_sm90a",
-        source: include_str!("kernels/gram_key/gram_key_bf16_d128_v1_sm90a.cu"),
-        source_hash: "b361019ac87bf16024048461fbe308dae70ba655218cd67effaf1e6db3c268c8",
+        name: "gram_key_bf16_d128_r16_v1_sm90a",
+        source: include_str!("kernels/gram_key/gram_key_bf16_d128_r16_v1_sm90a.cu"),
+        source_hash: "e19715f4c2c782d3e31230752f4a95062b256eabbd3dd739a3274d372cc8e0e0",
     },
     Kernel {
-        name: "gram_key_bf16_d64_v1_sm90a",
-        source: include_str!("kernels/gram_key/gram_key_bf16_d64_v1_sm90a.cu"),
-        source_hash: "8d2ec12268fd777ef65d6296e268443b50057f23438524f32e25cfa1de33fb6d",
+        name: "gram_key_bf16_d64_r16_v1_sm90a",
+        source: include_str!("kernels/gram_key/gram_key_bf16_d64_r16_v1_sm90a.cu"),
+        source_hash: "5ed52a071d7542634af11ecdd0b01f3b9daa30929dd5497b7b77814e21aa956f",
     },
     Kernel {
-        name: "gram_key_bf16_d96_v1_sm90a",
-        source: include_str!("kernels/gram_key/gram_key_bf16_d96_v1_sm90a.cu"),
-        source_hash: "91993ced9b59a3e4dce440e63ff3d1c1969c419415d6f5e30c52faf49eb786e5",
+        name: "gram_key_bf16_d96_r16_v1_sm90a",
+        source: include_str!("kernels/gram_key/gram_key_bf16_d96_r16_v1_sm90a.cu"),
+        source_hash: "7efd7290f4f66c1b50bdc73f29b2c5ef69f72f8e1b0183cc2c426ab6598835b1",
     },
     Kernel {
-        name: "gram_query_bf16_d128_v1_sm90a",
-        source: include_str!("kernels/gram_query/gram_query_bf16_d128_v1_sm90a.cu"),
-        source_hash: "2506ec049c1eb22d7b9bc446a0df9007c9113715b2f2609a3b73d14a8d3f1e07",
+        name: "gram_query_bf16_d128_r16_v1_sm90a",
+        source: include_str!("kernels/gram_query/gram_query_bf16_d128_r16_v1_sm90a.cu"),
+        source_hash: "2f50364e63b0a67e0b09c0a141bc640c4bbfcd78744491a0ea92ab86862ae9e6",
     },
     Kernel {
-        name: "gram_query_bf16_d64_v1_sm90a",
-        source: include_str!("kernels/gram_query/gram_query_bf16_d64_v1_sm90a.cu"),
-        source_hash: "cf79f4a56b2d5d416de8bfe938d6bf3de7fe62af97a55dd617a2c995235ab5dc",
+        name: "gram_query_bf16_d64_r16_v1_sm90a",
+        source: include_str!("kernels/gram_query/gram_query_bf16_d64_r16_v1_sm90a.cu"),
+        source_hash: "9b2d8ea25512a2d88f0ee41fbffa63ba678ad3ec7dac7e7088b2bd29906eb384",
     },
     Kernel {
-        name: "gram_query_bf16_d96_v1_sm90a",
-        source: include_str!("kernels/gram_query/gram_query_bf16_d96_v1_sm90a.cu"),
-        source_hash: "5660353886c7284b43909c7b3798d9491f59f695591afafb24e3c111252d4e74",
+        name: "gram_query_bf16_d96_r16_v1_sm90a",
+        source: include_str!("kernels/gram_query/gram_query_bf16_d96_r16_v1_sm90a.cu"),
+        source_hash: "dde03e18eb7e844087f5791191932b96d4dd528598f066841fa58e25ead26671",
     },
     Kernel {
         name: "kv_invert_sm80",
@@ -917,126 +917,126 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "b7c3625f62da79104d915fc24d76570f380ccacc880c0ee1a950b4201d279987",
+        source_hash: "db39bcb2f2bbde6b293009d993e311615074c328e74d27de62d53bb11741c171",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "f4de9dd06f92066bfaa2c0353f8e9cf7e4a2685653f1ebd9c0c54fb1e0296504",
+        source_hash: "c035cf31258fc799a5bb909a0a20e3b18058d18783b522655667fc612e144d8a",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "cac7840bfee2206cbe780391d47e07b5fe94691de12d8ec63e75be25de977af6",
+        source_hash: "4c93ef1f69bf7dc50eabcf44108f89ba7eec7ba92029aaccd58fb0034ebdf1af",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "43a1597d096fc506cdbfd104511534d0ab21423a60c8e7ed68bb32fc8b6c04b4",
+        source_hash: "e3e23a1975c4a007452fe2a8385cbdd6eeea86dc734498321f775597720dee72",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "64c031a5ac373a1f4467f18a2d769ac9aba737990e0aa9ce274e9232b91515a9",
+        source_hash: "9e013434452580175f4c34482b51d6d66754eda605ab322f5923dcdf7ac78e2c",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "c8f3d60a806fd48b15688d4abfac9bf3f0935a8e297bdaeea19179118b027155",
+        source_hash: "24b899ec318947ad711ec5475ab8d51701e398c80e9abcd452dfcd0fc0b4344b",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "d65e154dbaaa15f3418bc7d2476ce8db958cf146bb45c5d314bbf58262fe9744",
+        source_hash: "32a840e6eae8d41944df93d66feca9a1395c9f2eb99144a9c6dfa7acdc32e4dd",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "be7e2a0a0a3085ba51fa3aa9c134e117b842198927761271c6163092927e6c46",
+        source_hash: "f80765543450393ee2a63d81086c285296118063ea28f1c30d21aadbcfd569a4",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "5e8c2ad47cf0a3b78d2236b96f23019a6ae30c8d45a9a949995fb0d79e85d67e",
+        source_hash: "b6666828d44b6584f2737cf58edac3b7c82421deb7daf435d9eb2de2a1b3e22f",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "116e6404ab03304c940c1cbc7e4f120f0c8673f4c2a7973f27bbdd42cf8cef6e",
+        source_hash: "fa677dce531c2f4a6e3817e30849dfa016f56e730b75911d58fc7dd670b7a02a",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "42e0b9216b10f5541476f758fc57067cd36a4dae60b717299af857c6492981b1",
+        source_hash: "8a550549a8887a482e6b11a805dad926131aed2e16a4f5b2f737ab1a5a1ee47a",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "1061e5fc18d2671d4d4c9a1f05ec6606232d86d07d84ecce86d3d6a1a2a270e3",
+        source_hash: "dd832655244dba068beb3c810b1574364bc079a916920fb37eb7d5777f687f43",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "2475bb3206746140cabca72783e137543cf3f0fe681bebefb32b403bd35d71da",
+        source_hash: "6bced79004cc00443190a2da82d3127c16038b50a585702edd38dd51722e80da",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "7ecd9bbe8d1b4ee0479ad685d298f71f596510f99ac4b20c3ecd9c273c666345",
+        source_hash: "c5230976a8f7add2d06d8e8a27a0e097618b7b8a9aabf6b3af58456f0a135bed",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "d52306886fbd96ca3e66a7fa3d2feefb14956a72d66bcb420cfac35dad486cd1",
+        source_hash: "44764a403ee8b21d964044339f179aca9f2f0e7519ccfed9935188653ca592a4",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "7b2b099eed44974cedc5f9ff2153460e96308388286ff5b524a5d2dc79596559",
+        source_hash: "b82687e0be306e9f6b2a41268a49f495bcf5704daee995ba77a50a797b1ad20b",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "fdd3b911316f48b5093638b9274da369037b97a541cb6d06f8e6dfcc32991eea",
+        source_hash: "4a6036f3493431b72828218b16d51675fb0a07f7953b22b28f0a88019bd02fc1",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "20c375d5ed322feeda96267c4546cca2f391bf984db001a857599d80e31e4539",
+        source_hash: "567cd92322d9127afa9a6422d7e53cd05e68344381598c2142a1004087375076",
     },
     Kernel {
         name: "kv_validate_sm80",
@@ -1074,30 +1074,19 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "eea233d7f0413f21c4c471a47c25960fa9d406595461d49f887cefd285465a82",
     },
     Kernel {
-        name: "profile_f32_d0_v1_sm90a",
-        source: include_str!("kernels/profile/profile_f32_d0_v1_sm90a.cu"),
-        source_hash: "7516afc633ec6a06719ad06e906fe2786d8c2c9c46064c2b4c36a0d1610b06ce",
+        name: "profile_bf16_d128_v1_sm90a",
+        source: include_str!("kernels/profile/profile_bf16_d128_v1_sm90a.cu"),
+        source_hash: "0f9f2b805f29482ad19d45064c9f40313393a042cb00882482a4170552563519",
     },
     Kernel {
-        name: "profile_logits_bf16_d128_v1_sm90a",
-        source: include_str!(
-            "kernels/profile_logits/profile_logits_bf16_d128_v1_sm90a.cu"
-        ),
-        source_hash: "712c8b95909c69aa9b7de2151a78c1327ab7e56fbd2401b18bc46eaf468b8dbe",
+        name: "profile_bf16_d64_v1_sm90a",
+        source: include_str!("kernels/profile/profile_bf16_d64_v1_sm90a.cu"),
+        source_hash: "a5934868fe1be7165100778d36f22e1c779a3f9acef5632c64a9eecb02a9bca1",
     },
     Kernel {
-        name: "profile_logits_bf16_d64_v1_sm90a",
-        source: include_str!(
-            "kernels/profile_logits/profile_logits_bf16_d64_v1_sm90a.cu"
-        ),
-        source_hash: "3b751fe35f6a0e653b07efdd097feb6385746e863f282190a46381544c08cd67",
-    },
-    Kernel {
-        name: "profile_logits_bf16_d96_v1_sm90a",
-        source: include_str!(
-            "kernels/profile_logits/profile_logits_bf16_d96_v1_sm90a.cu"
-        ),
-        source_hash: "ddb1b8eb48573c1970c8ffed366b801bf9aef0a83d82cd73a8a5fc47b67d9343",
+        name: "profile_bf16_d96_v1_sm90a",
+        source: include_str!("kernels/profile/profile_bf16_d96_v1_sm90a.cu"),
+        source_hash: "c777d040692f13e920ef675e3cae89114420d6afb8e134e131f30c553049709c",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",

@@ -1064,6 +1064,7 @@ impl<'a> Session<'a> {
                 query_group,
                 kv_block,
                 group_rule,
+                keep: Keep::default(),
                 batch,
                 num_heads,
                 seqlen_q: seqlen,

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use dsv_codegen::spec::{
-    Arch, AttnOp, AttnSpec, Budget, Dtype, GroupRule, KernelSpec, Lists, RANKS, SelectSpec, space,
+    Arch, AttnOp, AttnSpec, Budget, Dtype, GroupRule, KernelSpec, Lists, PointwiseOp, PointwiseSpec, RANKS,
+    SelectSpec, space,
 };
 use dsv_codegen::{HEADERS, build_bundle, committed_specs, render, source_hash};
 use dsv_compile::{Bundle, CompileJob, Compiled, Compiler, SpillList, oldest_driver, sass};
@@ -171,14 +172,22 @@ fn backwards_that_are_not_committed_compile() {
     assert_compile_without_spills(specs.into_iter().map(KernelSpec::Attn).collect());
 }
 
-/// The selections that a rank in SHIPPED_RANKS would ship. None may spill, but top_p of rank 64, which keeps five words.
+/// The selections and the predictor's kernels that a rank in SHIPPED_RANKS would ship. None may spill, but top_p of rank 64,
+/// which keeps five words.
 #[test]
-fn selections_of_every_rank_compile() {
+fn kernels_of_every_rank_compile() {
     let specs = RANKS.into_iter().filter(|rank| !space::SHIPPED_RANKS.contains(rank)).flat_map(|rank| {
         let one_rule = |s: &SelectSpec| {
             s.group_rule() == GroupRule::Centre && (s.rank() < 64 || s.budget() == Budget::TopK)
         };
-        space::shipped_selections(rank, Arch::Sm90a).filter(one_rule).map(KernelSpec::Select)
+        let selections =
+            space::shipped_selections(rank, Arch::Sm90a).filter(one_rule).map(KernelSpec::Select);
+        let predictor = [PointwiseOp::GramQuery, PointwiseOp::GramKey].into_iter().flat_map(move |op| {
+            let spec = move |dim| PointwiseSpec::shipped(op, Dtype::Bf16, dim, rank, Arch::Sm90a);
+            space::TRAINER_HEAD_DIMS
+                .map(|dim| KernelSpec::Pointwise(spec(dim).unwrap_or_else(|e| panic!("{e}"))))
+        });
+        selections.chain(predictor)
     });
     assert_compile_without_spills(specs.collect());
 }

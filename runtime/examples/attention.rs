@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use dsv_runtime::{
-    AttnLayouts, BwdArgs, FwdArgs, KeyLists, Layout, ListShape, Options, QueryLists, Runtime, SelectArgs,
-    SelectProblem, decode_error_flag,
+    AttnLayouts, BwdArgs, FwdArgs, Keep, KeyLists, Layout, ListShape, Options, QueryLists, Runtime,
+    SelectArgs, SelectProblem, decode_error_flag,
 };
 use dsv_spec::{AttnOp, Deterministic, Dtype, GroupRule, Lists, Problem};
 use half::bf16;
@@ -54,6 +54,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         query_group: 64,
         kv_block: 64,
         group_rule: GroupRule::Centre,
+        keep: Keep::default(),
         batch: 1,
         num_heads: HEADS,
         seqlen_q: SEQLEN,

@@ -25,13 +25,13 @@ pub use dispatch::{Choice, Dispatch, Explanation, Gpu, TableSource};
 pub use error::{Error, FlagError, decode_error_flag};
 pub use kernels::{Bundle, Kernel, Kernels, Origin};
 pub use layout::Layout;
-pub use lists::{ListPlan, ListShape, SelectArgs, SelectPlan, SelectProblem};
+pub use lists::{Keep, ListPlan, ListShape, SelectArgs, SelectPlan, SelectProblem};
 pub use memory::MemoryNeeded;
 pub use nvml::Clocks;
 pub use optimizer::AdamWPlan;
 pub use registry::{KernelText, Registry};
 pub use report::{Notice, Report, silent};
-pub use select::{FineArgs, FinePlan, FineProblem, Keep};
+pub use select::{FineArgs, FinePlan, FineProblem};
 
 use dsv_spec::{
     Arch, AttnOp, Dtype, KernelSpec, ListOp, ListSpec, PointwiseOp, PointwiseSpec, Problem, space,
@@ -249,7 +249,7 @@ impl Runtime {
     /// # Errors
     /// [`Error::NoKernel`], or why the kernel cannot be loaded.
     pub fn adamw(&self, weight: Dtype) -> Result<AdamWPlan, Error> {
-        let spec = PointwiseSpec::new(PointwiseOp::AdamW, weight, 0, 4, self.arch)
+        let spec = PointwiseSpec::new(PointwiseOp::AdamW, weight, 0, 0, 4, self.arch)
             .map_err(|e| Error::NoKernel(format!("no kernel for adamw, {weight} on {}: {e}", self.arch)))?;
         let kernel = self.kernels.load(&KernelSpec::Pointwise(spec))?;
         Ok(AdamWPlan::new(kernel, self.device.info().multiprocessors))

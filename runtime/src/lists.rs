@@ -99,6 +99,24 @@ impl ListShape {
     }
 }
 
+/// KV units that are listed before all others, whatever their score: it counts as +inf. By a number of units they count
+/// within that number; of more than it, those of the smallest ids are listed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Keep {
+    /// Units with one of the first tokens (text, sinks): how many tokens; 0 to seqlen_kv.
+    pub first: u32,
+    /// Units with a token of the group's own, by position: key token i is query token i.
+    pub own: bool,
+}
+
+impl Keep {
+    pub(crate) fn collect(&self, seqlen_kv: u32, problems: &mut Vec<String>) {
+        if self.first > seqlen_kv {
+            problems.push(format!("keep.first {}; allowed: 0 to {seqlen_kv} (seqlen_kv)", self.first));
+        }
+    }
+}
+
 /// What a selection is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SelectProblem {
@@ -110,6 +128,8 @@ pub struct SelectProblem {
     pub kv_block: u16,
     /// How a group's low-rank queries become one.
     pub group_rule: GroupRule,
+    /// Blocks listed whatever their score.
+    pub keep: Keep,
     /// Sequences.
     pub batch: u32,
     /// Query heads.
@@ -168,6 +188,7 @@ impl SelectProblem {
                 limits::SMEM_BYTES_PER_CTA
             ));
         }
+        self.keep.collect(self.seqlen_kv, &mut problems);
         let q_lr = self.extent(self.seqlen_q).check("q_lr", q_lr, &mut problems);
         let k_lr = self.extent(self.seqlen_kv).check("k_lr", k_lr, &mut problems);
         if problems.is_empty() {
@@ -190,11 +211,12 @@ pub struct SelectArgs {
     pub q_lr: u64,
     /// bf16 [batch, seqlen_kv, num_heads, rank], aligned to 16 bytes.
     pub k_lr: u64,
-    /// i32, one a head: KV blocks to keep; clamped to N.
+    /// i32, one a head: KV blocks to keep, 0 to min(N, max_selected), those of [`Keep`] among them; what is out of range is
+    /// clamped and raises the error flag.
     pub top_k: u64,
     /// The lists, written.
     pub lists: QueryLists,
-    /// f32 [B, H, G, N], written, where wanted.
+    /// f32 [B, H, G, N], written, where wanted; NaN as -inf, kept blocks as +inf.
     pub scores: Option<u64>,
     /// i32, one element: the device error flag.
     pub error_flag: u64,
@@ -281,6 +303,8 @@ impl SelectPlan {
             num_kv_blocks: shape.num_kv_blocks as i32,
             score_stride: p.score_stride() as i32,
             max_selected: p.max_selected as i32,
+            keep_first: p.keep.first as i32,
+            keep_own: p.keep.own as i32,
         };
         let grid = [shape.num_groups.div_ceil(16), p.num_heads, p.batch];
         // SAFETY: the caller's promise; the parameters are those of kv_select.

@@ -5,19 +5,10 @@ use crate::device::Stream;
 use crate::error::Error;
 use crate::kernels::Kernel;
 use crate::layout::{ALIGN_BYTES, Extent, Layout};
-use crate::lists::{ListShape, low_rank_extent};
+use crate::lists::{Keep, ListShape, low_rank_extent};
 use dsv_spec::params::KvSelectFine;
 use dsv_spec::{BlockScore, Budget, GroupRule, KernelSpec, SelectOp};
 use std::sync::Arc;
-
-/// KV units that are listed before all others, whatever their score: it counts as +inf.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Keep {
-    /// Units with one of the first tokens (text, sinks): how many tokens; 0 to seqlen_kv.
-    pub first: u32,
-    /// Units with a token of the group's own, by position: key token i is query token i.
-    pub own: bool,
-}
 
 /// What a fine selection is asked for. A KV unit is `kv_block` consecutive tokens; 1 is the token itself.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -100,12 +91,7 @@ impl FineProblem {
             problems
                 .push(format!("scale {}; allowed: finite and above 0 (1: products are logits)", self.scale));
         }
-        if self.keep.first > self.seqlen_kv {
-            problems.push(format!(
-                "keep.first {}; allowed: 0 to {} (seqlen_kv)",
-                self.keep.first, self.seqlen_kv
-            ));
-        }
+        self.keep.collect(self.seqlen_kv, &mut problems);
         let q_lr = self.extent(self.seqlen_q).check("q_lr", q_lr, &mut problems);
         let k_lr = self.extent(self.seqlen_kv).check("k_lr", k_lr, &mut problems);
         if problems.is_empty() {

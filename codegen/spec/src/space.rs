@@ -297,7 +297,8 @@ pub fn shipped(arch: Arch) -> Vec<KernelSpec> {
         // Of the trainer's kernels, sm80 ships what the runtime itself launches.
         for &op in PointwiseOp::ALL.iter().filter(|&&op| arch != Arch::Sm80 || op == PointwiseOp::AdamW) {
             for dim in TRAINER_HEAD_DIMS {
-                specs.extend(PointwiseSpec::shipped(op, dtype, dim, arch).map(KernelSpec::Pointwise));
+                let spec = |rank| PointwiseSpec::shipped(op, dtype, dim, rank, arch);
+                specs.extend(SHIPPED_RANKS.into_iter().flat_map(spec).map(KernelSpec::Pointwise));
             }
         }
     }

@@ -6,7 +6,7 @@
 // Critical-KV selection, one list per query group g of 64-256 tokens (paper: critical-KV estimation).
 //   proxy(g)    = q_lr of the group's centre token, or the f32 mean of the group's q_lr rounded to the element once
 //   score(g, n) = max over keys j of KV block n of <proxy(g), k_lr(j)>                      (f32, d_lr 16 to 64)
-//   list(g)     = ids of the top_k[h] largest scores, ties to the smaller id, ascending
+//   list(g)     = ids of the top_k[h] largest scores, ties to the smaller id, ascending; kept blocks score +inf
 // Floors for 16 groups and each 16 of d_lr: 32 B of k_lr a key through L2; one m16n8k16 step for 8 keys (tensor cores
 // idle otherwise).
 // Budget: scores of 16 groups x N blocks in shared memory, 64 B a block; under 96 registers a thread.
@@ -27,7 +27,7 @@ constexpr int kWarps = 8;
 constexpr bool kProxyIsCentre = false;
 constexpr int kThreads = 256;
 constexpr int kCtasPerSm = 1;
-constexpr int kParamsBytes = 136;
+constexpr int kParamsBytes = 144;
 // END CONFIG
 
 constexpr int kSteps = kRank / 16;
@@ -55,6 +55,8 @@ struct Params {
     int32 num_kv_blocks;
     int32 score_stride;  // num_kv_blocks rounded up to 32, plus 4: rows 4 banks apart
     int32 max_selected;
+    int32 keep_first;  // blocks with one of the first keep_first tokens score +inf
+    int32 keep_own;    // not 0: blocks with a token of the group's own score +inf
 };
 static_assert(sizeof(Params) == kParamsBytes, "Params differs from dsv_spec::params::KvSelect");
 
@@ -176,6 +178,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_bf1
                 const int row = lane / 4 + 8 * i;
                 const int group = group0 + row;
                 float score = i == 0 ? best.x : best.y;
+                if (is_kept<kQueryGroup, kKvBlock>(block * kKvBlock, group, p.keep_first, p.keep_own, p.seqlen_kv)) {
+                    score = kInf;
+                }
                 if (score != score) {
                     if (group < p.num_groups) errors |= kScoreIsNan;
                     score = -kInf;
@@ -190,11 +195,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_bf1
     __syncthreads();
 
     int k = p.top_k[blockIdx.y];
-    if (k < 0) {
+    if (k < 0 || k > p.num_kv_blocks) {
         errors |= kTopKOutOfRange;
-        k = 0;
+        k = k < 0 ? 0 : p.num_kv_blocks;
     }
-    k = min(k, p.num_kv_blocks);
     if (k > p.max_selected) {
         errors |= kTopKOutOfRange;
         k = p.max_selected;

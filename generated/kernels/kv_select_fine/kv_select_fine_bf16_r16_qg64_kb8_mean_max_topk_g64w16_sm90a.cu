@@ -244,9 +244,7 @@ __device__ __forceinline__ void multiply(const SharedStorage& shared, const Quer
 __device__ __forceinline__ float judged(const Params& p, float score, int key, int group) {
     asm volatile("" : "+r"(group));  // what follows is rare: nothing of it is worth a register all along
     if (key >= p.seqlen_kv) return __uint_as_float(0x7fffffffu);
-    const int own = group * kQueryGroup;
-    const bool is_own = p.keep_own != 0 && key < own + kQueryGroup && min(key + kKvBlock, p.seqlen_kv) > own;
-    return key < p.keep_first || is_own ? kInf : score;
+    return is_kept<kQueryGroup, kKvBlock>(key, group, p.keep_first, p.keep_own, p.seqlen_kv) ? kInf : score;
 }
 
 // The sums below are written rounding by rounding: every pass must find the same bits.

@@ -170,6 +170,7 @@ fn selection() -> SelectProblem {
         query_group: 64,
         kv_block: 64,
         group_rule: GroupRule::Mean,
+        keep: Keep::default(),
         batch: 1,
         num_heads: 16,
         seqlen_q: 32_768,
@@ -198,6 +199,9 @@ fn selection_sizes_and_limits() {
 
     let found = problems(p.check(Layout { seq: 20, ..q }, Layout { head: 8, ..k }).unwrap_err());
     assert_eq!(found.len(), 2, "{found:#?}");
+    let kept = SelectProblem { keep: Keep { first: p.seqlen_kv + 1, own: false }, ..p };
+    let found = problems(kept.check(q, k).unwrap_err());
+    assert_eq!(found, ["keep.first 32769; allowed: 0 to 32768 (seqlen_kv)"]);
 }
 
 #[test]

@@ -188,6 +188,30 @@ impl Predictors {
         Ok(())
     }
 
+    /// Profiles block `l` after [`Predictors::observe`] and the block's attention: by the lists chosen for it, or those in the
+    /// scratch slot where it attends to everything, and has made the LSE that saves a pass.
+    pub fn profile(
+        &self,
+        engine: &mut dyn Engine,
+        l: usize,
+        (q, k): (View, View),
+        lists: Option<Lists>,
+        lse: Buf,
+    ) {
+        let heads = self.shape.lists.heads;
+        let per_head = |buf: Buf| buf.slice(l * heads, heads);
+        engine.profile(&Profile {
+            shape: self.attn,
+            q,
+            k,
+            samples: self.samples,
+            lse: lists.is_none().then_some(lse),
+            theta: self.shape.theta,
+            needed: per_head(self.needed),
+            covered: Some((lists.unwrap_or(self.scratch_slot()), per_head(self.covered))),
+        });
+    }
+
     /// Runs block `l`'s predictor: scores from `hidden [B,S,D]`, then what `task` and `lists` ask for. `q`, `k` are
     /// the block's queries and keys after normalisation and RoPE. Returns the lists attention should use.
     pub fn observe(
@@ -220,26 +244,14 @@ impl Predictors {
         }
         let per_head = |buf: Buf| buf.slice(l * heads, heads);
         if lists.is_some() || task.profile {
-            let target = lists.unwrap_or(self.scratch_slot());
             engine.kv_select(&KvSelect {
                 q_lr: View::packed(self.lowrank, 2, 0, seqlen, heads, d_lr),
                 k_lr: View::packed(self.lowrank, 2, 1, seqlen, heads, d_lr),
                 d_lr,
                 top_k: per_head(self.top_k),
                 rule: self.shape.rule,
-                lists: target,
+                lists: lists.unwrap_or(self.scratch_slot()),
             });
-            if task.profile {
-                engine.profile(&Profile {
-                    shape: self.attn,
-                    q,
-                    k,
-                    samples: self.samples,
-                    theta: self.shape.theta,
-                    needed: per_head(self.needed),
-                    covered: Some((target, per_head(self.covered))),
-                });
-            }
         }
         if task.train {
             engine.gram_loss(&GramLoss {

@@ -7,7 +7,7 @@ use crate::inputs::Placement;
 use dsv_reference::attention::{Layout, View};
 use dsv_reference::lists::ListDims;
 use dsv_reference::rng::SplitMix64;
-use dsv_reference::select::{scores_f64, top_k};
+use dsv_reference::select::{Keep, keep, scores_f64, top_k};
 use dsv_runtime::{QueryLists, SelectArgs, SelectProblem};
 use dsv_spec::params::error_bits;
 use dsv_spec::{Dtype, GroupRule, KernelSpec, SelectSpec, space};
@@ -33,6 +33,20 @@ enum Raises {
     Nan,
 }
 
+/// How many blocks a head keeps.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(untagged)]
+enum Count {
+    Number(i32),
+    Word(All),
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum All {
+    All,
+}
+
 /// One entry of `cases/select.toml`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -42,10 +56,14 @@ struct Case {
     batch: usize,
     seqlen_q: usize,
     seqlen_kv: usize,
-    top_k: Vec<i32>,
+    top_k: Vec<Count>,
     max_selected: usize,
     #[serde(default = "normal")]
     values: Scores,
+    #[serde(default)]
+    keep_first: usize,
+    #[serde(default)]
+    keep_own: bool,
     #[serde(default = "none")]
     raises: Raises,
     #[serde(default = "bshd")]
@@ -120,11 +138,17 @@ fn run(gpu: &mut Gpu, case: &Case, spec: SelectSpec) -> Outcome {
         kv_block: usize::from(kv_block),
         max_selected: case.max_selected,
     };
+    let top_k_of = |&count: &Count| match count {
+        Count::Number(k) => k,
+        Count::Word(All::All) => dims.blocks() as i32,
+    };
+    let asked: Vec<i32> = case.top_k.iter().map(top_k_of).collect();
     let problem = SelectProblem {
         rank: spec.rank(),
         query_group,
         kv_block,
         group_rule: rule,
+        keep: dsv_runtime::Keep { first: case.keep_first as u32, own: case.keep_own },
         batch: case.batch as u32,
         num_heads: heads as u32,
         seqlen_q: case.seqlen_q as u32,
@@ -138,7 +162,7 @@ fn run(gpu: &mut Gpu, case: &Case, spec: SelectSpec) -> Outcome {
     let (q_place, k_place) = (place(0, q_rows), place(1, k_rows));
     let q_lr = Tensor::with_rows(gpu, "q_lr", Dtype::Bf16, q_place, q_rows, &q)?;
     let k_lr = Tensor::with_rows(gpu, "k_lr", Dtype::Bf16, k_place, k_rows, &k)?;
-    let top_k_flat = Flat::of(gpu, "top_k", &case.top_k)?;
+    let top_k_flat = Flat::of(gpu, "top_k", &asked)?;
     let plan =
         gpu.runtime.selection_with(&problem, Tensor::layout(&q_place), Tensor::layout(&k_place), kernel)?;
 
@@ -173,7 +197,7 @@ fn run(gpu: &mut Gpu, case: &Case, spec: SelectSpec) -> Outcome {
     // Scores: products of bf16 are exact in f32, `rank` of them are summed. The mean proxy is rounded to bf16 once,
     // and its f32 sum may fall on the other side of a rounding boundary.
     let view = |data, seqlen| View::new(data, Layout::bshd(seqlen, heads, rank));
-    let exact = scores_f64(
+    let mut exact = scores_f64(
         &dims,
         rank,
         &view(&q[..], case.seqlen_q),
@@ -181,6 +205,7 @@ fn run(gpu: &mut Gpu, case: &Case, spec: SelectSpec) -> Outcome {
         rule,
         Some(Dtype::Bf16),
     )?;
+    keep(&dims, Keep { first: case.keep_first, own: case.keep_own }, &mut exact)?;
     let absolute = |values: &[f32]| values.iter().map(|x| x.abs()).collect::<Vec<f32>>();
     let (q_abs, k_abs) = (absolute(&q), absolute(&k));
     let magnitude = scores_f64(
@@ -213,7 +238,7 @@ fn run(gpu: &mut Gpu, case: &Case, spec: SelectSpec) -> Outcome {
 
     // Lists: exactly the top-k of the scores the kernel has, ties to the smaller id, ascending; nothing else written.
     let budgets: Vec<i32> =
-        case.top_k.iter().map(|&k| k.clamp(0, dims.blocks() as i32).min(dims.max_selected as i32)).collect();
+        asked.iter().map(|&k| k.clamp(0, dims.blocks() as i32).min(dims.max_selected as i32)).collect();
     let wanted = top_k(&dims, scores, &budgets)?;
     same("q2k_count", count, &wanted.count)?;
     same("q2k_index", index, &wanted.index)?;

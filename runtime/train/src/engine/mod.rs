@@ -570,6 +570,8 @@ pub struct Profile {
     pub k: View,
     /// Token ids of the sampled queries, `I32`; every sample serves every batch element and head.
     pub samples: Buf,
+    /// `[B,H,S]` `F32`: LSE of full attention of these q and k, where it has just been made: it saves a pass over the keys.
+    pub lse: Option<Buf>,
     /// Share of the softmax mass that counts as critical (0.9).
     pub theta: f32,
     /// `[H]` `F32`, overwritten: mean share of the keys needed to hold `theta` of the mass.

@@ -77,6 +77,15 @@ __device__ __forceinline__ void load_key(uint2 (&key)[kSteps], const Element* ro
     }
 }
 
+// Whether a unit is listed before all others, its score +inf: it has one of the first `first` tokens, or one of the group's own
+// (where `own` is not 0; key token i is query token i). `key` is its first key and exists.
+template <int kQueryGroup, int kKvBlock>
+__device__ __forceinline__ bool is_kept(int key, int group, int first, int own, int seqlen_kv) {
+    const int own_first = group * kQueryGroup;
+    const bool is_own = own != 0 && key < own_first + kQueryGroup && min(key + kKvBlock, seqlen_kv) > own_first;
+    return key < first || is_own;
+}
+
 // A score as an integer of the same order; equal scores, the two zeros included, become equal integers.
 __device__ __forceinline__ uint32 ordered(float score) {
     const uint32 bits = __float_as_uint(score + 0.0f);
