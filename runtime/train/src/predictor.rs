@@ -4,7 +4,7 @@
 
 use crate::engine::{
     ArenaPlan, AttnShape, Buf, Engine, EngineError, Gemm, GemmLayout, GramLoss, GroupRule, KvSelect,
-    ListShape, Lists, Profile, Rope, View,
+    ListShape, Lists, Profile, ProfiledLists, Rope, View,
 };
 use crate::params::{Init, ParamId, ParamPlan, ParamSet};
 
@@ -32,7 +32,7 @@ pub struct PredictorShape {
 pub struct PredictorTask {
     /// Compute the loss and add to the predictors' gradients.
     pub train: bool,
-    /// Measure needed share and covered mass.
+    /// Measure needed share, covered mass and recall.
     pub profile: bool,
 }
 
@@ -49,6 +49,8 @@ pub struct Predictors {
     pub needed: Buf,
     /// Mass held by the predicted lists, `[L,H]` `F32`.
     pub covered: Buf,
+    /// Share of the critical keys that its lists hold, `[layers * H]`, like `covered`.
+    pub recall: Buf,
     /// Profiled tokens, `I32`.
     pub samples: Buf,
     /// KV blocks to keep, `[L,H]` `I32`.
@@ -72,6 +74,7 @@ pub struct Shared {
     loss: Buf,
     needed: Buf,
     covered: Buf,
+    recall: Buf,
 }
 
 /// Buffers of predictors that one grid of a run keeps from step to step.
@@ -111,6 +114,7 @@ impl Predictors {
             loss: plan.f32("predictors/loss", per_head),
             needed: plan.f32("predictors/needed", per_head),
             covered: plan.f32("predictors/covered", per_head),
+            recall: plan.f32("predictors/recall", per_head),
         }
     }
 
@@ -141,7 +145,7 @@ impl Predictors {
     ) -> Predictors {
         let ListShape { batch, heads, seqlen, .. } = shape.lists;
         let lowrank = batch * seqlen * 2 * heads * shape.d_lr;
-        let Shared { params, weights, loss, needed, covered } = shared;
+        let Shared { params, weights, loss, needed, covered, recall } = shared;
         let Kept { samples, top_k, rope_tables } = kept;
         Predictors {
             params,
@@ -149,6 +153,7 @@ impl Predictors {
             loss,
             needed,
             covered,
+            recall,
             samples,
             top_k,
             rope_tables,
@@ -208,7 +213,11 @@ impl Predictors {
             lse: lists.is_none().then_some(lse),
             theta: self.shape.theta,
             needed: per_head(self.needed),
-            covered: Some((lists.unwrap_or(self.scratch_slot()), per_head(self.covered))),
+            lists: Some(ProfiledLists {
+                lists: lists.unwrap_or(self.scratch_slot()),
+                covered: per_head(self.covered),
+                recall: per_head(self.recall),
+            }),
         });
     }
 

@@ -798,6 +798,7 @@ fn predictor_loss_and_profile() {
                 p.i32("count", batch * heads * groups),
                 p.act("out", len),
                 p.f32("lse", batch * heads * seqlen),
+                p.f32("recall", heads),
             ]
         });
         let view = move |buf: Buf| View::bshd(buf, seqlen, heads, head_dim);
@@ -830,12 +831,14 @@ fn predictor_loss_and_profile() {
                     lse: has_lse.then_some(b[11]),
                     theta: 0.9,
                     needed: b[6],
-                    covered: Some((lists, b[7])),
+                    lists: Some(ProfiledLists { lists, covered: b[7], recall: b[12] }),
                 });
             });
             // What the kernel is asked for: 1/512 of the keys.
             pair.same("needed", 6, Tolerance { rel: 0.0, abs: 0.0, floor: 1.0 / 512.0 });
             pair.same("covered", 7, Tolerance { rel: 1e-4, abs: 0.0, floor: 0.0 });
+            // The few keys of the bin at the threshold, among hundreds of critical ones, are shared out.
+            pair.same("recall", 12, Tolerance { rel: 0.0, abs: 0.0, floor: 1.0 / 128.0 });
         }
     }
 }

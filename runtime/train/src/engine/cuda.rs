@@ -1498,9 +1498,11 @@ impl Engine for CudaEngine {
         }
         assert!(seqlen_kv <= 1 << 22, "profile of {seqlen_kv} keys; the kernel counts up to 4,194,304");
         let rows = batch * samples;
-        let Some([needed, covered]) = self.take("profile", [4 * rows * heads; 2]) else { return };
-        let (index, count, lists) = match &args.covered {
-            Some((lists, _)) => (self.i32(lists.q2k_index), self.i32(lists.q2k_count), Some(lists.shape)),
+        let Some([needed, covered, recall]) = self.take("profile", [4 * rows * heads; 3]) else { return };
+        let (index, count, lists) = match &args.lists {
+            Some(ProfiledLists { lists, .. }) => {
+                (self.i32(lists.q2k_index), self.i32(lists.q2k_count), Some(lists.shape))
+            }
             None => (0, 0, None),
         };
         let row_params = params::Profile {
@@ -1512,7 +1514,7 @@ impl Engine for CudaEngine {
             q2k_count: count,
             needed,
             covered: if lists.is_some() { covered } else { 0 },
-            recall: 0,
+            recall: if lists.is_some() { recall } else { 0 },
             error_flag: self.flag(),
             num_samples: samples as i32,
             num_heads: heads as i32,
@@ -1529,9 +1531,11 @@ impl Engine for CudaEngine {
         let factor = (1.0 / rows as f64) as f32;
         let dst = self.f32(args.needed);
         self.reduce_partials(needed, [1, rows, heads, heads], dst, 0, false, factor);
-        if let Some((_, buf)) = args.covered {
-            let dst = self.f32(buf);
-            self.reduce_partials(covered, [1, rows, heads, heads], dst, 0, false, factor);
+        if let Some(ProfiledLists { covered: to_covered, recall: to_recall, .. }) = args.lists {
+            for (from, to) in [(covered, to_covered), (recall, to_recall)] {
+                let dst = self.f32(to);
+                self.reduce_partials(from, [1, rows, heads, heads], dst, 0, false, factor);
+            }
         }
     }
 

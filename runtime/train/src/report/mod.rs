@@ -92,7 +92,7 @@ impl RunData {
                     run.steps.insert(s.step, s);
                 }
                 Record::Stage { step, stage, reason } => run.stages.push((step, stage, reason)),
-                Record::Profile { step, sparsity, covered } => {
+                Record::Profile { step, sparsity, covered, .. } => {
                     run.profiles.insert(step, (sparsity, covered));
                 }
                 Record::Dispatch { step, sparse, skipped, why } => {
@@ -587,6 +587,7 @@ mod tests {
                     step,
                     sparsity: rows(0.5 + step as f64 / 200.0),
                     covered: rows(0.9),
+                    recall: rows(0.6),
                 });
             }
         }

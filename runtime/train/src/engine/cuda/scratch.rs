@@ -87,9 +87,9 @@ pub(super) fn gram_bytes(batch: usize, heads: usize, seqlen: usize, head_dim: us
     ])
 }
 
-/// The profiler's numbers of each sample and head: needed share and covered mass.
+/// The profiler's numbers of each sample and head: needed share, covered mass and recall.
 fn profile_bytes(batch: usize, heads: usize, samples: usize) -> usize {
-    floats(&[batch * samples * heads; 2])
+    floats(&[batch * samples * heads; 3])
 }
 
 /// The most any op but attention needs for a run whose largest problem is `dims`, on a GPU that fills with `ctas`
