@@ -908,34 +908,34 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "8b13f8326d213a5f20743bdedb455b060d94fd8289de8cec97b47185a8fa9563",
     },
     Kernel {
-        name: "gram_key_bf16_d128_v1_sm90a",
-        source: include_str!("kernels/gram_key/gram_key_bf16_d128_v1_sm90a.cu"),
-        source_hash: "b361019ac87bf16024048461fbe308dae70ba655218cd67effaf1e6db3c268c8",
+        name: "gram_key_bf16_d128_r16_v1_sm90a",
+        source: include_str!("kernels/gram_key/gram_key_bf16_d128_r16_v1_sm90a.cu"),
+        source_hash: "e19715f4c2c782d3e31230752f4a95062b256eabbd3dd739a3274d372cc8e0e0",
     },
     Kernel {
-        name: "gram_key_bf16_d64_v1_sm90a",
-        source: include_str!("kernels/gram_key/gram_key_bf16_d64_v1_sm90a.cu"),
-        source_hash: "8d2ec12268fd777ef65d6296e268443b50057f23438524f32e25cfa1de33fb6d",
+        name: "gram_key_bf16_d64_r16_v1_sm90a",
+        source: include_str!("kernels/gram_key/gram_key_bf16_d64_r16_v1_sm90a.cu"),
+        source_hash: "5ed52a071d7542634af11ecdd0b01f3b9daa30929dd5497b7b77814e21aa956f",
     },
     Kernel {
-        name: "gram_key_bf16_d96_v1_sm90a",
-        source: include_str!("kernels/gram_key/gram_key_bf16_d96_v1_sm90a.cu"),
-        source_hash: "91993ced9b59a3e4dce440e63ff3d1c1969c419415d6f5e30c52faf49eb786e5",
+        name: "gram_key_bf16_d96_r16_v1_sm90a",
+        source: include_str!("kernels/gram_key/gram_key_bf16_d96_r16_v1_sm90a.cu"),
+        source_hash: "7efd7290f4f66c1b50bdc73f29b2c5ef69f72f8e1b0183cc2c426ab6598835b1",
     },
     Kernel {
-        name: "gram_query_bf16_d128_v1_sm90a",
-        source: include_str!("kernels/gram_query/gram_query_bf16_d128_v1_sm90a.cu"),
-        source_hash: "2506ec049c1eb22d7b9bc446a0df9007c9113715b2f2609a3b73d14a8d3f1e07",
+        name: "gram_query_bf16_d128_r16_v1_sm90a",
+        source: include_str!("kernels/gram_query/gram_query_bf16_d128_r16_v1_sm90a.cu"),
+        source_hash: "2f50364e63b0a67e0b09c0a141bc640c4bbfcd78744491a0ea92ab86862ae9e6",
     },
     Kernel {
-        name: "gram_query_bf16_d64_v1_sm90a",
-        source: include_str!("kernels/gram_query/gram_query_bf16_d64_v1_sm90a.cu"),
-        source_hash: "cf79f4a56b2d5d416de8bfe938d6bf3de7fe62af97a55dd617a2c995235ab5dc",
+        name: "gram_query_bf16_d64_r16_v1_sm90a",
+        source: include_str!("kernels/gram_query/gram_query_bf16_d64_r16_v1_sm90a.cu"),
+        source_hash: "9b2d8ea25512a2d88f0ee41fbffa63ba678ad3ec7dac7e7088b2bd29906eb384",
     },
     Kernel {
-        name: "gram_query_bf16_d96_v1_sm90a",
-        source: include_str!("kernels/gram_query/gram_query_bf16_d96_v1_sm90a.cu"),
-        source_hash: "5660353886c7284b43909c7b3798d9491f59f695591afafb24e3c111252d4e74",
+        name: "gram_query_bf16_d96_r16_v1_sm90a",
+        source: include_str!("kernels/gram_query/gram_query_bf16_d96_r16_v1_sm90a.cu"),
+        source_hash: "dde03e18eb7e844087f5791191932b96d4dd528598f066841fa58e25ead26671",
     },
     Kernel {
         name: "kv_invert_sm80",
@@ -952,126 +952,126 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "cdd8d9dbe1979b83096f3f46647d08f291b96122873a69bbf7d98b2b8512c2fe",
+        source_hash: "db39bcb2f2bbde6b293009d993e311615074c328e74d27de62d53bb11741c171",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "48125d90234046d5a049edc1c617fdf8095931cb5dff067d4ed89d650607b1e2",
+        source_hash: "c035cf31258fc799a5bb909a0a20e3b18058d18783b522655667fc612e144d8a",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "f847eeba2cd324b9cf7eed9cee97451482f6f8deade2b2579dd7ddb882113e5f",
+        source_hash: "4c93ef1f69bf7dc50eabcf44108f89ba7eec7ba92029aaccd58fb0034ebdf1af",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "7b1e7a2e8db6344bad55c22edf3062b122568377538812d26e90ec406fac31b8",
+        source_hash: "e3e23a1975c4a007452fe2a8385cbdd6eeea86dc734498321f775597720dee72",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "ab6c1046c7e9a2455975f8b80cf3ca9495fcdb9b32608fdd74c685a568981722",
+        source_hash: "9e013434452580175f4c34482b51d6d66754eda605ab322f5923dcdf7ac78e2c",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "ab7108c717177b7798ee1077e94a212e1f5e8905bb5601cf6f1e943ff78f41e2",
+        source_hash: "24b899ec318947ad711ec5475ab8d51701e398c80e9abcd452dfcd0fc0b4344b",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "f525708048ab377487b3ef13af1b2b18ea688c0d05f3d6bd377cfc5c7d9e76f5",
+        source_hash: "32a840e6eae8d41944df93d66feca9a1395c9f2eb99144a9c6dfa7acdc32e4dd",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "2bfaedbbf8c6d41d812297077f44e610117e88f0dc657297edfd872183a7ade4",
+        source_hash: "f80765543450393ee2a63d81086c285296118063ea28f1c30d21aadbcfd569a4",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "8b7d22417225269de9b7290ee59682c705de250b0cd2366558a0fdb5bb7026fd",
+        source_hash: "b6666828d44b6584f2737cf58edac3b7c82421deb7daf435d9eb2de2a1b3e22f",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "f269721a6a21b412aaedd3a0b6f909341b1eb3b8fd7b0ca309adbf1416d113a8",
+        source_hash: "fa677dce531c2f4a6e3817e30849dfa016f56e730b75911d58fc7dd670b7a02a",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "0a7a3c1bfc7dd87fb1af251a0d61dae2f959fac28214712982cea9b6267e62cf",
+        source_hash: "8a550549a8887a482e6b11a805dad926131aed2e16a4f5b2f737ab1a5a1ee47a",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "9b8788f298f633cbb097d9b1092561366c0dc0f34f7973d7352123b16f94f8c0",
+        source_hash: "dd832655244dba068beb3c810b1574364bc079a916920fb37eb7d5777f687f43",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "4d4fb0da5ed14e04cc59dbab40b367cd37c47a4aee972cd57147fde53a4215b8",
+        source_hash: "6bced79004cc00443190a2da82d3127c16038b50a585702edd38dd51722e80da",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "13e82a0246d0726a5ad4686e40eb82c684cc7b40e0c705ef4b56fb45abfa2749",
+        source_hash: "c5230976a8f7add2d06d8e8a27a0e097618b7b8a9aabf6b3af58456f0a135bed",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "d5cae7ef3365914913afc8f83abcea1def2bb1973c51d5eee9c4a28e7388f29a",
+        source_hash: "44764a403ee8b21d964044339f179aca9f2f0e7519ccfed9935188653ca592a4",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "3758b25a51e04711df48cff6f47ce699f2650812cfe7b4ec7c2464ca85d883de",
+        source_hash: "b82687e0be306e9f6b2a41268a49f495bcf5704daee995ba77a50a797b1ad20b",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "3990a1c8b2c9b1ba6a26931ea8758f0b86fdc038cd01d0c77f6b551830f87e5e",
+        source_hash: "4a6036f3493431b72828218b16d51675fb0a07f7953b22b28f0a88019bd02fc1",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "a94910f480d217e13af4d4b4055bd25ee0c4bef15a2847d37f7b2d7b93e6fb2f",
+        source_hash: "567cd92322d9127afa9a6422d7e53cd05e68344381598c2142a1004087375076",
     },
     Kernel {
         name: "kv_validate_sm80",
@@ -1109,30 +1109,19 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "eea233d7f0413f21c4c471a47c25960fa9d406595461d49f887cefd285465a82",
     },
     Kernel {
-        name: "profile_f32_d0_v1_sm90a",
-        source: include_str!("kernels/profile/profile_f32_d0_v1_sm90a.cu"),
-        source_hash: "7516afc633ec6a06719ad06e906fe2786d8c2c9c46064c2b4c36a0d1610b06ce",
+        name: "profile_bf16_d128_v1_sm90a",
+        source: include_str!("kernels/profile/profile_bf16_d128_v1_sm90a.cu"),
+        source_hash: "0f9f2b805f29482ad19d45064c9f40313393a042cb00882482a4170552563519",
     },
     Kernel {
-        name: "profile_logits_bf16_d128_v1_sm90a",
-        source: include_str!(
-            "kernels/profile_logits/profile_logits_bf16_d128_v1_sm90a.cu"
-        ),
-        source_hash: "712c8b95909c69aa9b7de2151a78c1327ab7e56fbd2401b18bc46eaf468b8dbe",
+        name: "profile_bf16_d64_v1_sm90a",
+        source: include_str!("kernels/profile/profile_bf16_d64_v1_sm90a.cu"),
+        source_hash: "a5934868fe1be7165100778d36f22e1c779a3f9acef5632c64a9eecb02a9bca1",
     },
     Kernel {
-        name: "profile_logits_bf16_d64_v1_sm90a",
-        source: include_str!(
-            "kernels/profile_logits/profile_logits_bf16_d64_v1_sm90a.cu"
-        ),
-        source_hash: "3b751fe35f6a0e653b07efdd097feb6385746e863f282190a46381544c08cd67",
-    },
-    Kernel {
-        name: "profile_logits_bf16_d96_v1_sm90a",
-        source: include_str!(
-            "kernels/profile_logits/profile_logits_bf16_d96_v1_sm90a.cu"
-        ),
-        source_hash: "ddb1b8eb48573c1970c8ffed366b801bf9aef0a83d82cd73a8a5fc47b67d9343",
+        name: "profile_bf16_d96_v1_sm90a",
+        source: include_str!("kernels/profile/profile_bf16_d96_v1_sm90a.cu"),
+        source_hash: "c777d040692f13e920ef675e3cae89114420d6afb8e134e131f30c553049709c",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
@@ -1208,6 +1197,10 @@ pub static HEADERS: &[(&str, &str)] = &[
     ("dsv/operand.cuh", include_str!("../templates/include/dsv/operand.cuh")),
     ("dsv/patches.cuh", include_str!("../templates/include/dsv/patches.cuh")),
     ("dsv/philox.cuh", include_str!("../templates/include/dsv/philox.cuh")),
+    (
+        "dsv/select/operand.cuh",
+        include_str!("../templates/include/dsv/select/operand.cuh"),
+    ),
     (
         "dsv/sm80/cp_async.cuh",
         include_str!("../templates/include/dsv/sm80/cp_async.cuh"),

@@ -13,8 +13,8 @@ use half::bf16;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-/// Columns of the low-rank queries and keys.
-pub(crate) const RANK: usize = dsv_runtime::SelectProblem::RANK as usize;
+/// Columns of the low-rank queries and keys that are measured.
+pub(crate) const RANK: usize = space::SHIPPED_RANKS[0] as usize;
 /// Predicted logits over low-rank products, where masses are taken: of products of normal numbers a tenth of the keys then
 /// holds about nine tenths of the mass.
 pub(crate) const SCALE: f32 = 0.64;
@@ -35,9 +35,9 @@ impl Selection {
     pub fn kernels(&self, arch: Arch) -> Vec<SelectSpec> {
         let (query_group, kv_block) = self.case.lists.block_size();
         let score = if self.rule == GroupRule::Mass4 { BlockScore::Mass } else { BlockScore::Max };
-        let rows = space::default_select(query_group, kv_block, self.rule, arch)
+        let rows = space::default_select(RANK as u8, query_group, kv_block, self.rule, arch)
             .filter(|_| self.budget == Budget::TopK);
-        let fine = space::select_fine(query_group, kv_block, self.rule, score, self.budget, arch);
+        let fine = space::select_fine(RANK as u8, query_group, kv_block, self.rule, score, self.budget, arch);
         rows.into_iter().chain(fine).collect()
     }
 }
@@ -50,7 +50,8 @@ pub fn of_lists(case: &Case, arch: Arch) -> Option<SelectSpec> {
 
 /// Whether a kernel is [`of_lists`] of its block size; times of the others count for no row of attention.
 pub fn is_of_lists(spec: &SelectSpec) -> bool {
-    let rows = space::default_select(spec.query_group(), spec.kv_block(), spec.group_rule(), spec.arch());
+    let (query_group, kv_block) = (spec.query_group(), spec.kv_block());
+    let rows = space::default_select(spec.rank(), query_group, kv_block, spec.group_rule(), spec.arch());
     (spec.group_rule(), spec.budget(), spec.block_score())
         == (GroupRule::Centre, Budget::TopK, BlockScore::Max)
         && (spec.op() == SelectOp::Rows || rows.is_none())

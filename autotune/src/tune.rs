@@ -1060,9 +1060,11 @@ impl<'a> Session<'a> {
         let Case { batch, num_heads, seqlen, max_selected, .. } = *case;
         if spec.op() == SelectOp::Rows {
             let problem = SelectProblem {
+                rank: spec.rank(),
                 query_group,
                 kv_block,
                 group_rule,
+                keep: Keep::default(),
                 batch,
                 num_heads,
                 seqlen_q: seqlen,
@@ -1075,6 +1077,7 @@ impl<'a> Session<'a> {
             };
         }
         let problem = FineProblem {
+            rank: spec.rank(),
             query_group,
             kv_block,
             group_rule,

@@ -77,6 +77,7 @@ pub(crate) fn variables(spec: &KernelSpec) -> Variables {
         KernelSpec::Pointwise(s) => {
             v.insert("dtype_type", element(s.dtype).into());
             v.insert("dim", s.dim.to_string());
+            v.insert("rank", s.rank.to_string());
             v.insert("vector", s.vector.to_string());
         }
     }
@@ -128,7 +129,8 @@ pub(crate) fn describe(spec: &KernelSpec) -> String {
         KernelSpec::Pointwise(s) => match s.dim {
             0 => format!("{}, {}, vector {}, {}", s.op, s.dtype, s.vector, s.arch),
             dim => {
-                format!("{}, {}, rows of {dim}, vector {}, {}", s.op, s.dtype, s.vector, s.arch)
+                let rank = if s.op.bakes_rank() { format!(", rank {}", s.rank) } else { String::new() };
+                format!("{}, {}, rows of {dim}{rank}, vector {}, {}", s.op, s.dtype, s.vector, s.arch)
             }
         },
     }

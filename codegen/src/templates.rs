@@ -95,8 +95,8 @@ pub fn render(spec: &KernelSpec) -> Result<String, CodegenError> {
 }
 
 /// blake3, in hex, of a kernel's text and the headers it may include: what the registry, the dispatch table and the
-/// bundle call the source hash. A changed template makes exactly its own kernels stale, and a changed header of one
-/// architecture (`dsv/sm80/`) exactly those that include from its folder.
+/// bundle call the source hash. A changed template makes exactly its own kernels stale, and a changed header in a folder
+/// (`dsv/sm80/`) exactly those that include from it.
 pub fn source_hash(source: &str) -> String {
     let folder = |name: &str| name.rfind('/').map_or(0, |at| at + 1);
     let included = |name: &str| {
@@ -201,7 +201,7 @@ mod tests {
         let by_hand = |source: &str| {
             let mut plain = blake3::Hasher::new();
             for (name, text) in [("", source)].iter().chain(HEADERS) {
-                if ["sm80", "gather"]
+                if ["sm80", "gather", "select"]
                     .iter()
                     .any(|f| name.starts_with(&format!("dsv/{f}/")) && !source.contains(f))
                 {
@@ -214,7 +214,9 @@ mod tests {
             }
             plain.finalize().to_hex().to_string()
         };
-        for source in ["types", "sm80/cp_async", "gather/load"].map(|h| format!("#include \"dsv/{h}.cuh\"")) {
+        for source in ["types", "sm80/cp_async", "gather/load", "select/operand"]
+            .map(|h| format!("#include \"dsv/{h}.cuh\""))
+        {
             assert_eq!(source_hash(&source), by_hand(&source), "{source}");
         }
         assert!(HEADERS.iter().any(|(name, _)| name.starts_with("dsv/sm80/")));

@@ -5,7 +5,10 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use dsv_codegen::spec::{Arch, AttnOp, AttnSpec, Dtype, KernelSpec, Lists, space};
+use dsv_codegen::spec::{
+    Arch, AttnOp, AttnSpec, Budget, Dtype, GroupRule, KernelSpec, Lists, PointwiseOp, PointwiseSpec, RANKS,
+    SelectSpec, space,
+};
 use dsv_codegen::{HEADERS, build_bundle, committed_specs, render, source_hash};
 use dsv_compile::{Bundle, CompileJob, Compiled, Compiler, SpillList, oldest_driver, sass};
 
@@ -143,7 +146,7 @@ fn forwards_that_are_not_committed_compile() {
             }
         }
     }
-    assert_compile_without_spills(specs);
+    assert_compile_without_spills(specs.into_iter().map(KernelSpec::Attn).collect());
 }
 
 /// The backward's candidates for shapes that no committed kernel has: every tile of dense attention, and the first guess
@@ -166,11 +169,30 @@ fn backwards_that_are_not_committed_compile() {
         }
         specs.push(candidates(Dtype::F16, 128, Lists::Dense)[0]);
     }
-    assert_compile_without_spills(specs);
+    assert_compile_without_spills(specs.into_iter().map(KernelSpec::Attn).collect());
 }
 
-fn assert_compile_without_spills(specs: Vec<AttnSpec>) {
-    let specs: Vec<KernelSpec> = specs.into_iter().map(KernelSpec::Attn).collect();
+/// The selections and the predictor's kernels that a rank in SHIPPED_RANKS would ship. None may spill, but top_p of rank 64,
+/// which keeps five words.
+#[test]
+fn kernels_of_every_rank_compile() {
+    let specs = RANKS.into_iter().filter(|rank| !space::SHIPPED_RANKS.contains(rank)).flat_map(|rank| {
+        let one_rule = |s: &SelectSpec| {
+            s.group_rule() == GroupRule::Centre && (s.rank() < 64 || s.budget() == Budget::TopK)
+        };
+        let selections =
+            space::shipped_selections(rank, Arch::Sm90a).filter(one_rule).map(KernelSpec::Select);
+        let predictor = [PointwiseOp::GramQuery, PointwiseOp::GramKey].into_iter().flat_map(move |op| {
+            let spec = move |dim| PointwiseSpec::shipped(op, Dtype::Bf16, dim, rank, Arch::Sm90a);
+            space::TRAINER_HEAD_DIMS
+                .map(|dim| KernelSpec::Pointwise(spec(dim).unwrap_or_else(|e| panic!("{e}"))))
+        });
+        selections.chain(predictor)
+    });
+    assert_compile_without_spills(specs.collect());
+}
+
+fn assert_compile_without_spills(specs: Vec<KernelSpec>) {
     let texts: Vec<(String, String)> =
         specs.iter().map(|spec| (spec.name(), render(spec).unwrap_or_else(|e| panic!("{e}")))).collect();
     let jobs: Vec<CompileJob<'_>> = texts

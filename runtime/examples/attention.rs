@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use dsv_runtime::{
-    AttnLayouts, BwdArgs, FwdArgs, KeyLists, Layout, ListShape, Options, QueryLists, Runtime, SelectArgs,
-    SelectProblem, decode_error_flag,
+    AttnLayouts, BwdArgs, FwdArgs, Keep, KeyLists, Layout, ListShape, Options, QueryLists, Runtime,
+    SelectArgs, SelectProblem, decode_error_flag,
 };
 use dsv_spec::{AttnOp, Deterministic, Dtype, GroupRule, Lists, Problem};
 use half::bf16;
@@ -15,6 +15,7 @@ use half::bf16;
 const SEQLEN: u32 = 8192;
 const HEADS: u32 = 8;
 const HEAD_DIM: u16 = 128;
+const RANK: u8 = 16;
 const KEPT_BLOCKS: u32 = 13; // of 128: 10 %
 
 fn main() -> ExitCode {
@@ -49,9 +50,11 @@ fn run() -> Result<(), Box<dyn Error>> {
         deterministic: Deterministic::No,
     };
     let selected = SelectProblem {
+        rank: RANK,
         query_group: 64,
         kv_block: 64,
         group_rule: GroupRule::Centre,
+        keep: Keep::default(),
         batch: 1,
         num_heads: HEADS,
         seqlen_q: SEQLEN,
@@ -59,7 +62,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         max_selected: KEPT_BLOCKS,
     };
     println!("{}", runtime.explain(&problem)?);
-    let low_rank = Layout::bshd(SEQLEN, HEADS, SelectProblem::RANK);
+    let low_rank = Layout::bshd(SEQLEN, HEADS, u32::from(RANK));
     let selection = runtime.selection(&selected, low_rank, low_rank)?;
     let shape = ListShape::of(&problem);
     let inversion = runtime.lists(&shape)?;
@@ -70,7 +73,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     let mut seed = 1;
     let mut random = |columns: usize| device.upload(&stream, &normal(SEQLEN as usize * columns, &mut seed));
     let (q, k, v, d_out) = (random(columns)?, random(columns)?, random(columns)?, random(columns)?);
-    let low_rank_columns = HEADS as usize * SelectProblem::RANK as usize;
+    let low_rank_columns = HEADS as usize * usize::from(RANK);
     let (q_lr, k_lr) = (random(low_rank_columns)?, random(low_rank_columns)?);
     let tensor = || device.alloc(SEQLEN as usize * columns * size_of::<bf16>());
     let (out, dq, dk, dv) = (tensor()?, tensor()?, tensor()?, tensor()?);

@@ -10,6 +10,8 @@ use dsv_spec::{BlockScore, Budget, GroupRule, space};
 use half::bf16;
 
 const RUNS: u32 = 20;
+/// Columns of the low-rank queries and keys.
+const RANK: u8 = 16;
 
 fn main() -> ExitCode {
     match run() {
@@ -38,8 +40,8 @@ fn run() -> Result<(), Box<dyn Error>> {
     let runtime = Runtime::open(options)?;
     let device = runtime.device();
     let stream = device.new_stream()?;
-    let layout = Layout::bshd(seqlen, heads, 16);
-    let elements = seqlen as usize * heads as usize * 16;
+    let layout = Layout::bshd(seqlen, heads, u32::from(RANK));
+    let elements = seqlen as usize * heads as usize * usize::from(RANK);
     let q_lr = device.upload(&stream, &normals(elements, 1))?;
     let k_lr = device.upload(&stream, &normals(elements, 2))?;
     let flag = device.upload(&stream, &[0i32])?;
@@ -49,6 +51,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         for group_rule in GroupRule::PROXIES {
             let kept = seqlen.div_ceil(kv_block as u32).div_ceil(10);
             let problem = FineProblem {
+                rank: RANK,
                 query_group,
                 kv_block,
                 group_rule,

@@ -184,11 +184,11 @@ pub fn decode_error_flag(flag: i32) -> Result<(), FlagError> {
         ),
         (
             error_bits::SCORE_IS_NAN,
-            "a selection score is NaN; it ranked last; look for NaN in the low-rank queries and keys",
+            "a selection score, or a logit of a profiled query, is NaN; in a selection it ranked last; look for NaN in the (low-rank) queries and keys",
         ),
         (
             error_bits::TOP_K_OUT_OF_RANGE,
-            "a top-k budget is negative or larger than max_selected; kernels clamped it; allowed: 0 to max_selected",
+            "a top-k or top-p budget is out of range; kernels clamped it; allowed: 0 to the smaller of max_selected and the number of KV units, or a share of 0 to 1",
         ),
     ];
     if flag == 0 {

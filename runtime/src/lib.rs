@@ -25,16 +25,16 @@ pub use dispatch::{Choice, Dispatch, Explanation, Gpu, TableSource};
 pub use error::{Error, FlagError, decode_error_flag};
 pub use kernels::{Bundle, Kernel, Kernels, Origin};
 pub use layout::Layout;
-pub use lists::{ListPlan, ListShape, SelectArgs, SelectPlan, SelectProblem};
+pub use lists::{Keep, ListPlan, ListShape, SelectArgs, SelectPlan, SelectProblem};
 pub use memory::MemoryNeeded;
 pub use nvml::Clocks;
 pub use optimizer::AdamWPlan;
 pub use registry::{KernelText, Registry};
 pub use report::{Notice, Report, silent};
-pub use select::{FineArgs, FinePlan, FineProblem, Keep};
+pub use select::{FineArgs, FinePlan, FineProblem};
 
 use dsv_spec::{
-    Arch, AttnOp, Dtype, GroupRule, KernelSpec, ListOp, ListSpec, PointwiseOp, PointwiseSpec, Problem, space,
+    Arch, AttnOp, Dtype, KernelSpec, ListOp, ListSpec, PointwiseOp, PointwiseSpec, Problem, space,
 };
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -165,10 +165,29 @@ impl Runtime {
         q_lr: Layout,
         k_lr: Layout,
     ) -> Result<SelectPlan, Error> {
-        let SelectProblem { query_group, kv_block, group_rule, .. } = *problem;
-        let spec = space::default_select(query_group, kv_block, group_rule, self.arch)
-            .ok_or_else(|| no_selection(query_group, kv_block, group_rule, self.arch))?;
+        let SelectProblem { rank, query_group, kv_block, group_rule, .. } = *problem;
+        let spec =
+            space::default_select(rank, query_group, kv_block, group_rule, self.arch).ok_or_else(|| {
+                let what = format!(
+                    "kv_select, rank {rank}, query_group {query_group}, kv_block {kv_block}, {group_rule}"
+                );
+                no_selection(what, &space::SHIPPED_BLOCK_SIZES, "SHIPPED_BLOCK_SIZES", self.arch)
+            })?;
         SelectPlan::new(problem, q_lr, k_lr, self.kernels.load(&KernelSpec::Select(spec))?)
+    }
+
+    /// As [`Runtime::selection`], with the caller's own `kv_select`.
+    ///
+    /// # Errors
+    /// As [`Runtime::selection`]; also a kernel that does not serve the problem.
+    pub fn selection_with(
+        &self,
+        problem: &SelectProblem,
+        q_lr: Layout,
+        k_lr: Layout,
+        kernel: Arc<Kernel>,
+    ) -> Result<SelectPlan, Error> {
+        SelectPlan::new(problem, q_lr, k_lr, kernel)
     }
 
     /// A plan for selecting KV lists of any granularity, single tokens included.
@@ -181,9 +200,23 @@ impl Runtime {
         q_lr: Layout,
         k_lr: Layout,
     ) -> Result<FinePlan, Error> {
-        let FineProblem { query_group, kv_block, group_rule, block_score, budget, .. } = *problem;
-        let spec = space::select_fine(query_group, kv_block, group_rule, block_score, budget, self.arch)
-            .ok_or_else(|| no_fine_selection(problem, self.arch))?;
+        let FineProblem { rank, query_group, kv_block, group_rule, block_score, budget, .. } = *problem;
+        let spec = space::select_fine(
+            rank,
+            query_group,
+            kv_block,
+            group_rule,
+            block_score,
+            budget,
+            self.arch,
+        )
+        .ok_or_else(|| {
+            let what = format!(
+                "kv_select_fine, rank {rank}, query_group {query_group}, kv_block {kv_block}, {group_rule}, \
+                     {block_score}, {budget}"
+            );
+            no_selection(what, &space::SHIPPED_GRANULARITIES, "SHIPPED_GRANULARITIES", self.arch)
+        })?;
         FinePlan::new(problem, q_lr, k_lr, self.kernels.load(&KernelSpec::Select(spec))?)
     }
 
@@ -216,29 +249,18 @@ impl Runtime {
     /// # Errors
     /// [`Error::NoKernel`], or why the kernel cannot be loaded.
     pub fn adamw(&self, weight: Dtype) -> Result<AdamWPlan, Error> {
-        let spec = PointwiseSpec::new(PointwiseOp::AdamW, weight, 0, 4, self.arch)
+        let spec = PointwiseSpec::new(PointwiseOp::AdamW, weight, 0, 0, 4, self.arch)
             .map_err(|e| Error::NoKernel(format!("no kernel for adamw, {weight} on {}: {e}", self.arch)))?;
         let kernel = self.kernels.load(&KernelSpec::Pointwise(spec))?;
         Ok(AdamWPlan::new(kernel, self.device.info().multiprocessors))
     }
 }
 
-fn no_fine_selection(problem: &FineProblem, arch: Arch) -> Error {
-    let FineProblem { query_group, kv_block, group_rule, block_score, budget, .. } = *problem;
+/// No spec is what was asked: `what` says it, `sizes` and `constant` which (query_group, kv_block) are shipped.
+fn no_selection(what: String, sizes: &[(u16, u16)], constant: &str, arch: Arch) -> Error {
     Error::NoKernel(format!(
-        "no kernel for kv_select_fine, query_group {query_group}, kv_block {kv_block}, {group_rule}, {block_score}, {budget} on \
-         {arch}\n  (query_group, \
-         kv_block) available: {:?}\n  to add it: put ({query_group}, {kv_block}) in SHIPPED_GRANULARITIES \
-         (codegen/spec/src/space.rs), then dsv-codegen --arch {arch}",
-        space::SHIPPED_GRANULARITIES
-    ))
-}
-
-fn no_selection(query_group: u16, kv_block: u16, rule: GroupRule, arch: Arch) -> Error {
-    Error::NoKernel(format!(
-        "no kernel for kv_select, query_group {query_group}, kv_block {kv_block}, {rule} on {arch}\n  (query_group, \
-         kv_block) available: {:?}\n  to add it: put ({query_group}, {kv_block}) in SHIPPED_BLOCK_SIZES \
-         (codegen/spec/src/space.rs), then dsv-codegen --arch {arch}",
-        space::SHIPPED_BLOCK_SIZES
+        "no kernel for {what} on {arch}\n  rank available: {:?}; (query_group, kv_block) available: {sizes:?}\n  to add one: \
+         SHIPPED_RANKS and {constant} (codegen/spec/src/space.rs), then dsv-codegen --arch {arch}",
+        space::SHIPPED_RANKS
     ))
 }

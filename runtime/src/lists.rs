@@ -6,7 +6,7 @@ use crate::error::Error;
 use crate::kernels::Kernel;
 use crate::layout::{ALIGN_BYTES, Extent, Layout};
 use dsv_spec::params::{KvInvert, KvSelect, KvValidate};
-use dsv_spec::{Dtype, GroupRule, Problem, limits};
+use dsv_spec::{Dtype, GroupRule, KernelSpec, Problem, SelectOp, limits};
 use std::sync::Arc;
 
 /// The sizes of KV lists.
@@ -99,15 +99,37 @@ impl ListShape {
     }
 }
 
+/// KV units that are listed before all others, whatever their score: it counts as +inf. By a number of units they count
+/// within that number; of more than it, those of the smallest ids are listed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Keep {
+    /// Units with one of the first tokens (text, sinks): how many tokens; 0 to seqlen_kv.
+    pub first: u32,
+    /// Units with a token of the group's own, by position: key token i is query token i.
+    pub own: bool,
+}
+
+impl Keep {
+    pub(crate) fn collect(&self, seqlen_kv: u32, problems: &mut Vec<String>) {
+        if self.first > seqlen_kv {
+            problems.push(format!("keep.first {}; allowed: 0 to {seqlen_kv} (seqlen_kv)", self.first));
+        }
+    }
+}
+
 /// What a selection is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SelectProblem {
+    /// d_lr, columns of the low-rank queries and keys.
+    pub rank: u8,
     /// Tokens sharing one list.
     pub query_group: u16,
     /// Tokens of one selectable KV unit.
     pub kv_block: u16,
     /// How a group's low-rank queries become one.
     pub group_rule: GroupRule,
+    /// Blocks listed whatever their score.
+    pub keep: Keep,
     /// Sequences.
     pub batch: u32,
     /// Query heads.
@@ -123,8 +145,6 @@ pub struct SelectProblem {
 impl SelectProblem {
     /// Element type of the low-rank queries and keys.
     pub const DTYPE: Dtype = Dtype::Bf16;
-    /// d_lr, columns of the low-rank queries and keys.
-    pub const RANK: u32 = 16;
 
     /// The lists it makes.
     pub fn lists(&self) -> ListShape {
@@ -148,10 +168,10 @@ impl SelectProblem {
     }
 
     fn extent(&self, seqlen: u32) -> Extent {
-        Extent { batch: self.batch, seqlen, heads: self.num_heads, head_dim: Self::RANK, dtype: Self::DTYPE }
+        low_rank_extent(self.batch, seqlen, self.num_heads, self.rank)
     }
 
-    /// Checks sizes and layouts of q_lr [batch, seqlen_q, num_heads, 16] and k_lr [batch, seqlen_kv, num_heads, 16]
+    /// Checks sizes and layouts of q_lr [batch, seqlen_q, num_heads, rank] and k_lr [batch, seqlen_kv, num_heads, rank]
     /// without a GPU; gives the layouts with legal strides for dimensions of size 1.
     ///
     /// # Errors
@@ -168,6 +188,7 @@ impl SelectProblem {
                 limits::SMEM_BYTES_PER_CTA
             ));
         }
+        self.keep.collect(self.seqlen_kv, &mut problems);
         let q_lr = self.extent(self.seqlen_q).check("q_lr", q_lr, &mut problems);
         let k_lr = self.extent(self.seqlen_kv).check("k_lr", k_lr, &mut problems);
         if problems.is_empty() {
@@ -178,18 +199,24 @@ impl SelectProblem {
     }
 }
 
+/// A low-rank tensor.
+pub(crate) fn low_rank_extent(batch: u32, seqlen: u32, heads: u32, rank: u8) -> Extent {
+    Extent { batch, seqlen, heads, head_dim: rank as u32, dtype: SelectProblem::DTYPE }
+}
+
 /// Device addresses of one selection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SelectArgs {
-    /// bf16 [batch, seqlen_q, num_heads, 16], aligned to 16 bytes.
+    /// bf16 [batch, seqlen_q, num_heads, rank], aligned to 16 bytes.
     pub q_lr: u64,
-    /// bf16 [batch, seqlen_kv, num_heads, 16], aligned to 16 bytes.
+    /// bf16 [batch, seqlen_kv, num_heads, rank], aligned to 16 bytes.
     pub k_lr: u64,
-    /// i32, one a head: KV blocks to keep; clamped to N.
+    /// i32, one a head: KV blocks to keep, 0 to min(N, max_selected), those of [`Keep`] among them; what is out of range is
+    /// clamped and raises the error flag.
     pub top_k: u64,
     /// The lists, written.
     pub lists: QueryLists,
-    /// f32 [B, H, G, N], written, where wanted.
+    /// f32 [B, H, G, N], written, where wanted; NaN as -inf, kept blocks as +inf.
     pub scores: Option<u64>,
     /// i32, one element: the device error flag.
     pub error_flag: u64,
@@ -212,8 +239,23 @@ impl SelectPlan {
         kernel: Arc<Kernel>,
     ) -> Result<SelectPlan, Error> {
         let (q_lr, k_lr) = problem.check(q_lr, k_lr)?;
-        room(&kernel, problem.smem_bytes(), "kv_select")?;
-        Ok(SelectPlan { problem: *problem, q_lr, k_lr, kernel })
+        let SelectProblem { rank, query_group, kv_block, group_rule, .. } = *problem;
+        let asked = (SelectOp::Rows, rank, query_group, kv_block, group_rule);
+        match kernel.spec() {
+            KernelSpec::Select(s)
+                if (s.op(), s.rank(), s.query_group(), s.kv_block(), s.group_rule()) == asked =>
+            {
+                room(&kernel, problem.smem_bytes(), "kv_select")?;
+                Ok(SelectPlan { problem: *problem, q_lr, k_lr, kernel })
+            }
+            _ => Err(Error::Plan {
+                what: "kv_select".to_string(),
+                problems: vec![format!(
+                    "kernel {}; allowed: a kv_select of rank {rank}, query_group {query_group}, kv_block {kv_block}, {group_rule}",
+                    kernel.name(),
+                )],
+            }),
+        }
     }
 
     /// The problem.
@@ -261,6 +303,8 @@ impl SelectPlan {
             num_kv_blocks: shape.num_kv_blocks as i32,
             score_stride: p.score_stride() as i32,
             max_selected: p.max_selected as i32,
+            keep_first: p.keep.first as i32,
+            keep_own: p.keep.own as i32,
         };
         let grid = [shape.num_groups.div_ceil(16), p.num_heads, p.batch];
         // SAFETY: the caller's promise; the parameters are those of kv_select.

@@ -5,23 +5,16 @@ use crate::device::Stream;
 use crate::error::Error;
 use crate::kernels::Kernel;
 use crate::layout::{ALIGN_BYTES, Extent, Layout};
-use crate::lists::{ListShape, SelectProblem};
+use crate::lists::{Keep, ListShape, low_rank_extent};
 use dsv_spec::params::KvSelectFine;
 use dsv_spec::{BlockScore, Budget, GroupRule, KernelSpec, SelectOp};
 use std::sync::Arc;
 
-/// KV units that are listed before all others, whatever their score: it counts as +inf.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Keep {
-    /// Units with one of the first tokens (text, sinks): how many tokens; 0 to seqlen_kv.
-    pub first: u32,
-    /// Units with a token of the group's own, by position: key token i is query token i.
-    pub own: bool,
-}
-
 /// What a fine selection is asked for. A KV unit is `kv_block` consecutive tokens; 1 is the token itself.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct FineProblem {
+    /// d_lr, columns of the low-rank queries and keys.
+    pub rank: u8,
     /// Tokens sharing one list.
     pub query_group: u16,
     /// Tokens of one selectable KV unit.
@@ -71,11 +64,10 @@ impl FineProblem {
     }
 
     fn extent(&self, seqlen: u32) -> Extent {
-        let (head_dim, dtype) = (SelectProblem::RANK, SelectProblem::DTYPE);
-        Extent { batch: self.batch, seqlen, heads: self.num_heads, head_dim, dtype }
+        low_rank_extent(self.batch, seqlen, self.num_heads, self.rank)
     }
 
-    /// Checks sizes and layouts of q_lr [batch, seqlen_q, num_heads, 16] and k_lr [batch, seqlen_kv, num_heads, 16]
+    /// Checks sizes and layouts of q_lr [batch, seqlen_q, num_heads, rank] and k_lr [batch, seqlen_kv, num_heads, rank]
     /// without a GPU; gives the layouts with legal strides for dimensions of size 1.
     ///
     /// # Errors
@@ -99,12 +91,7 @@ impl FineProblem {
             problems
                 .push(format!("scale {}; allowed: finite and above 0 (1: products are logits)", self.scale));
         }
-        if self.keep.first > self.seqlen_kv {
-            problems.push(format!(
-                "keep.first {}; allowed: 0 to {} (seqlen_kv)",
-                self.keep.first, self.seqlen_kv
-            ));
-        }
+        self.keep.collect(self.seqlen_kv, &mut problems);
         let q_lr = self.extent(self.seqlen_q).check("q_lr", q_lr, &mut problems);
         let k_lr = self.extent(self.seqlen_kv).check("k_lr", k_lr, &mut problems);
         if problems.is_empty() {
@@ -118,9 +105,9 @@ impl FineProblem {
 /// Device addresses of one fine selection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FineArgs {
-    /// bf16 [batch, seqlen_q, num_heads, 16], aligned to 16 bytes.
+    /// bf16 [batch, seqlen_q, num_heads, rank], aligned to 16 bytes.
     pub q_lr: u64,
-    /// bf16 [batch, seqlen_kv, num_heads, 16], aligned to 16 bytes.
+    /// bf16 [batch, seqlen_kv, num_heads, rank], aligned to 16 bytes.
     pub k_lr: u64,
     /// One number a head; what is out of range is clamped and raises the error flag. [`Budget::TopK`]: i32, KV units to
     /// keep, 0 to min(N, max_selected). [`Budget::TopP`]: f32, share of the predicted softmax mass over all units that the
@@ -159,13 +146,19 @@ impl FinePlan {
         kernel: Arc<Kernel>,
     ) -> Result<FinePlan, Error> {
         let (q_lr, k_lr) = problem.check(q_lr, k_lr)?;
-        let FineProblem { query_group, kv_block, group_rule, block_score, budget, .. } = *problem;
-        let asked = (query_group, kv_block, group_rule, block_score, budget);
+        let FineProblem { rank, query_group, kv_block, group_rule, block_score, budget, .. } = *problem;
+        let asked = (rank, query_group, kv_block, group_rule, block_score, budget);
         match kernel.spec() {
             KernelSpec::Select(s)
                 if s.op() == SelectOp::Fine
-                    && (s.query_group(), s.kv_block(), s.group_rule(), s.block_score(), s.budget())
-                        == asked =>
+                    && (
+                        s.rank(),
+                        s.query_group(),
+                        s.kv_block(),
+                        s.group_rule(),
+                        s.block_score(),
+                        s.budget(),
+                    ) == asked =>
             {
                 let groups_per_cta = s.tile().groups as u32;
                 Ok(FinePlan { problem: *problem, q_lr, k_lr, groups_per_cta, kernel })
@@ -173,7 +166,7 @@ impl FinePlan {
             _ => Err(Error::Plan {
                 what: "kv_select_fine".to_string(),
                 problems: vec![format!(
-                    "kernel {}; allowed: a kv_select_fine of query_group {query_group}, kv_block {kv_block}, \
+                    "kernel {}; allowed: a kv_select_fine of rank {rank}, query_group {query_group}, kv_block {kv_block}, \
                      {group_rule}, {block_score}, {budget}",
                     kernel.name(),
                 )],

@@ -62,8 +62,8 @@ impl Facts {
             },
             KernelSpec::Pointwise(s) => Facts {
                 threads: 256,
-                ctas_per_sm: s.op.ctas_per_sm(),
-                smem_bytes: s.op.smem_bytes(s.dim),
+                ctas_per_sm: s.ctas_per_sm(),
+                smem_bytes: s.smem_bytes(),
                 params_bytes: s.op.params_bytes(),
                 consumer_registers: 0,
                 producer_registers: 0,

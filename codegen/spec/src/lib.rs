@@ -25,7 +25,7 @@ pub use lists::{ListOp, ListSpec};
 pub use pointwise::{PointwiseOp, PointwiseSpec};
 pub use problem::{Bucket, Problem, SEQLEN_BUCKETS, SPARSITY_BUCKETS};
 pub use record::{Outcome, Timing, TuneRecord};
-pub use select::{BlockScore, Budget, GroupRule, SelectOp, SelectSpec, SelectTile};
+pub use select::{BlockScore, Budget, GroupRule, RANKS, SelectOp, SelectSpec, SelectTile};
 pub use table::{Crossover, DispatchTable, Found, SCHEMA, TableEntry, TableMeta};
 pub use types::{Arch, Deterministic, Dtype};
 

@@ -35,7 +35,11 @@ impl fmt::Display for KernelSpec {
             }
             KernelSpec::List(s) => write!(f, "{}_{}", s.op, s.arch),
             KernelSpec::Pointwise(s) => {
-                write!(f, "{}_{}_d{}_v{}_{}", s.op, s.dtype, s.dim, s.vector, s.arch)
+                write!(f, "{}_{}_d{}", s.op, s.dtype, s.dim)?;
+                if s.op.bakes_rank() {
+                    write!(f, "_r{}", s.rank)?;
+                }
+                write!(f, "_v{}_{}", s.vector, s.arch)
             }
         }
     }
@@ -129,11 +133,11 @@ impl FromStr for KernelSpec {
         } else if let Some(op) = PointwiseOp::from_name(op) {
             let dtype = fields.token("dtype", Dtype::from_name)?;
             let [dim] = fields.numbers("dim", ["d"])?;
+            let [rank] = if op.bakes_rank() { fields.numbers("rank", ["r"])? } else { [0] };
             let [vector] = fields.numbers("vector", ["v"])?;
             let arch = fields.arch()?;
-            KernelSpec::Pointwise(
-                PointwiseSpec::new(op, dtype, dim, vector.min(255) as u8, arch).map_err(infeasible)?,
-            )
+            let (rank, vector) = (rank.min(255) as u8, vector.min(255) as u8);
+            KernelSpec::Pointwise(PointwiseSpec::new(op, dtype, dim, rank, vector, arch).map_err(infeasible)?)
         } else if let Some(op) = SelectOp::from_name(op) {
             let dtype = fields.token("dtype", Dtype::from_name)?;
             let [rank] = fields.numbers("rank", ["r"])?;

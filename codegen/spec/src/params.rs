@@ -339,7 +339,7 @@ pub struct KvSelect {
     pub q_lr: TensorView,
     /// Low-rank keys [B, seqlen_kv, H, rank].
     pub k_lr: TensorView,
-    /// i32 [H]: KV blocks to keep per head; clamped to N.
+    /// i32 [H]: KV blocks to keep per head, 0 to min(N, max_selected).
     pub top_k: u64,
     /// i32 [B, H, G, max_selected] out.
     pub q2k_index: u64,
@@ -365,6 +365,10 @@ pub struct KvSelect {
     pub score_stride: i32,
     /// Width of the lists.
     pub max_selected: i32,
+    /// KV blocks with one of the first `keep_first` tokens score +inf.
+    pub keep_first: i32,
+    /// Not 0: KV blocks with a token of the group's own score +inf.
+    pub keep_own: i32,
 }
 
 /// Launch parameters of `kv_select_fine`. Grid: (ceil(G / groups of a CTA), H, B).

@@ -1,5 +1,6 @@
 use crate::error::SpecError;
 use crate::params;
+use crate::select::check_rank;
 use crate::space::TRAINER_HEAD_DIMS;
 use crate::types::{Arch, Dtype, tokens};
 
@@ -62,9 +63,7 @@ tokens! {
         GramQuery = "gram_query",
         /// Gradient of the low-rank keys.
         GramKey = "gram_key",
-        /// Logits of sampled queries.
-        ProfileLogits = "profile_logits",
-        /// Share of keys that hold most of the mass, and covered mass.
+        /// Of sampled queries: share of keys that hold most of the mass, covered mass and recall.
         Profile = "profile",
     }
 }
@@ -73,13 +72,18 @@ impl PointwiseOp {
     /// Whether the text works on f32 alone; its specs have dtype f32.
     pub const fn is_f32_only(self) -> bool {
         use PointwiseOp::*;
-        matches!(self, Ema | Unpatchify | Normal | GradNorm | GradClip | Profile)
+        matches!(self, Ema | Unpatchify | Normal | GradNorm | GradClip)
     }
 
     /// Whether the row length (the head dim) is baked in: operands live in registers.
     pub const fn bakes_dim(self) -> bool {
         use PointwiseOp::*;
-        matches!(self, GramQuery | GramKey | ProfileLogits)
+        matches!(self, GramQuery | GramKey | Profile)
+    }
+
+    /// Whether the rank of the low-rank rows is baked in.
+    pub const fn bakes_rank(self) -> bool {
+        matches!(self, PointwiseOp::GramQuery | PointwiseOp::GramKey)
     }
 
     /// Elements a thread of the shipped kernel moves at once.
@@ -88,7 +92,7 @@ impl PointwiseOp {
         match self {
             AdamW | SumRows => 4,
             QkPrepFwd | QkPrepBwd | Rope | TimeEmbed | FlowPrepare | Unpatchify | Normal | GradClip
-            | GramQuery | GramKey | ProfileLogits | Profile => 1,
+            | GramQuery | GramKey | Profile => 1,
             _ => 8,
         }
     }
@@ -125,32 +129,9 @@ impl PointwiseOp {
             GradClip => size_of::<params::GradClip>(),
             GramQuery => size_of::<params::GramQuery>(),
             GramKey => size_of::<params::GramKey>(),
-            ProfileLogits => size_of::<params::ProfileLogits>(),
             Profile => size_of::<params::Profile>(),
         };
         bytes as u32
-    }
-
-    /// CTAs meant to share a multiprocessor.
-    pub(crate) const fn ctas_per_sm(self) -> u32 {
-        match self {
-            PointwiseOp::GramQuery => 2,
-            _ => 1,
-        }
-    }
-
-    /// Dynamic shared memory of a CTA in bytes.
-    pub(crate) const fn smem_bytes(self, dim: u16) -> u32 {
-        match self {
-            // The centred Gram matrices in two 16-bit parts: D and 16 rows of D elements, or D + 32 where D is a
-            // multiple of 64, 16 rows of 24; then one f32 a warp.
-            PointwiseOp::GramQuery => {
-                let dim = dim as u32;
-                let stride = if dim.is_multiple_of(64) { dim + 32 } else { dim };
-                2 * 2 * ((dim + 16) * stride + 16 * 24) + 8 * 4
-            }
-            _ => 0,
-        }
     }
 }
 
@@ -163,6 +144,8 @@ pub struct PointwiseSpec {
     pub dtype: Dtype,
     /// Row length baked in; 0 when it is a launch parameter.
     pub dim: u16,
+    /// Columns of the low-rank rows (d_lr) baked in; 0 where the op has none.
+    pub rank: u8,
     /// Elements a thread moves at once.
     pub vector: u8,
     /// The architecture.
@@ -174,8 +157,15 @@ impl PointwiseSpec {
     ///
     /// # Errors
     /// A vector that is not 1, 2, 4 or 8; a dtype the op has no text for; a row length where the op takes it as a
-    /// launch parameter, or none where it is baked in.
-    pub fn new(op: PointwiseOp, dtype: Dtype, dim: u16, vector: u8, arch: Arch) -> Result<Self, SpecError> {
+    /// launch parameter, or none where it is baked in; the same of a rank.
+    pub fn new(
+        op: PointwiseOp,
+        dtype: Dtype,
+        dim: u16,
+        rank: u8,
+        vector: u8,
+        arch: Arch,
+    ) -> Result<Self, SpecError> {
         if !matches!(vector, 1 | 2 | 4 | 8) {
             return Err(SpecError::new("vector", vector, "1, 2, 4 or 8 elements"));
         }
@@ -190,10 +180,14 @@ impl PointwiseSpec {
             let allowed = if op.is_f32_only() { "f32" } else { "bf16 or f16" };
             return Err(SpecError::new("dtype", dtype, format!("{allowed} for {op}")));
         }
+        match op.bakes_rank() {
+            true => check_rank(rank)?,
+            false if rank != 0 => return Err(SpecError::new("rank", rank, format!("0: {op} has none"))),
+            false => {}
+        }
+        let spec = PointwiseSpec { op, dtype, dim, rank, vector, arch };
         match (op.bakes_dim(), dim) {
-            (true, dim) if TRAINER_HEAD_DIMS.contains(&dim) => {
-                Ok(PointwiseSpec { op, dtype, dim, vector, arch })
-            }
+            (true, dim) if TRAINER_HEAD_DIMS.contains(&dim) => Ok(spec),
             (true, _) => {
                 let allowed = TRAINER_HEAD_DIMS.map(|d| d.to_string()).join(", ");
                 Err(SpecError::new(
@@ -202,18 +196,45 @@ impl PointwiseSpec {
                     format!("{allowed}: the head dims whose Gram matrices fit shared memory"),
                 ))
             }
-            (false, 0) => Ok(PointwiseSpec { op, dtype, dim, vector, arch }),
+            (false, 0) => Ok(spec),
             (false, _) => Err(SpecError::new("dim", dim, format!("0: {op} takes it as a launch parameter"))),
         }
     }
 
-    /// The shipped kernel of an op; `dim` is used only where the op bakes it in, `dtype` only where it has one.
+    /// The shipped kernel of an op; `dim` and `rank` are used only where the op bakes them in, `dtype` only where it has one.
     ///
     /// # Errors
     /// As [`PointwiseSpec::new`].
-    pub fn shipped(op: PointwiseOp, dtype: Dtype, dim: u16, arch: Arch) -> Result<Self, SpecError> {
+    pub fn shipped(op: PointwiseOp, dtype: Dtype, dim: u16, rank: u8, arch: Arch) -> Result<Self, SpecError> {
         let dtype = if op.is_f32_only() { Dtype::F32 } else { dtype };
         let dim = if op.bakes_dim() { dim } else { 0 };
-        PointwiseSpec::new(op, dtype, dim, op.shipped_vector(), arch)
+        let rank = if op.bakes_rank() { rank } else { 0 };
+        PointwiseSpec::new(op, dtype, dim, rank, op.shipped_vector(), arch)
+    }
+
+    /// Dynamic shared memory of a CTA in bytes.
+    pub(crate) fn smem_bytes(&self) -> u32 {
+        let (dim, rank) = (self.dim as u32, self.rank as u32);
+        // Rows of D elements, or D + 32 where D is a multiple of 64, and of R + 8; all in two 16-bit parts.
+        let stride = if dim.is_multiple_of(64) { dim + 32 } else { dim };
+        let rows = |long: u32| 2 * 2 * (long * stride + rank * (rank + 8));
+        match self.op {
+            // The centred Gram matrices, of D + R rows and R; then one f32 a warp.
+            PointwiseOp::GramQuery => rows(dim + rank) + 8 * 4,
+            // W and M, then one f32 a row.
+            PointwiseOp::GramKey => rows(rank) + rank * 4,
+            // Eight queries; of each three words in each of 2336 bins, a bit for each of 1024 keys, and 17 f32.
+            PointwiseOp::Profile => 8 * (stride * 2 + 3 * 2336 * 4 + 1024 / 8 + 17 * 4),
+            _ => 0,
+        }
+    }
+
+    /// CTAs meant to share a multiprocessor.
+    pub(crate) fn ctas_per_sm(&self) -> u32 {
+        match self.op {
+            // Results of more than 16 columns beside a query of more than 64 take over 128 registers.
+            PointwiseOp::GramQuery if self.rank == 16 || self.dim == 64 => 2,
+            _ => 1,
+        }
     }
 }

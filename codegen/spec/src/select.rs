@@ -1,6 +1,18 @@
 use crate::error::SpecError;
 use crate::types::{Arch, Dtype, tokens};
 
+/// Ranks (d_lr, columns of the low-rank queries and keys) a selection or the predictor's loss may have: 16 columns are a
+/// step of the tensor cores.
+pub const RANKS: [u8; 4] = [16, 32, 48, 64];
+
+/// Refuses a rank outside [`RANKS`].
+pub(crate) fn check_rank(rank: u8) -> Result<(), SpecError> {
+    if RANKS.contains(&rank) {
+        return Ok(());
+    }
+    Err(SpecError::new("rank", rank, "16, 32, 48 or 64: 16 columns are a step of the tensor cores"))
+}
+
 tokens! {
     /// Which kernel selects.
     SelectOp {
@@ -106,9 +118,7 @@ impl SelectSpec {
         if dtype == Dtype::F32 {
             return Err(SpecError::new("dtype", dtype, "bf16 or f16"));
         }
-        if rank != 16 {
-            return Err(SpecError::new("rank", rank, "16: one tensor-core step of the low-rank product"));
-        }
+        check_rank(rank)?;
         if ![64, 128, 256].contains(&query_group) {
             return Err(SpecError::new("query_group", query_group, "64, 128 or 256"));
         }

@@ -22,6 +22,8 @@ pub const SHIPPED_GATHER_HEAD_DIMS: [u16; 3] = [64, 96, 128];
 pub const SHIPPED_GRANULARITIES: [(u16, u16); 4] = [(64, 1), (64, 8), (128, 1), (128, 8)];
 /// Those of them that are shipped with the budget `top_p`, too, by the centre query.
 pub const SHIPPED_TOP_P: [(u16, u16); 2] = [(64, 8), (128, 8)];
+/// Ranks (d_lr) of the shipped selection kernels and of the predictor's, of [`crate::RANKS`]. Others are rendered on demand.
+pub const SHIPPED_RANKS: [u8; 1] = [16];
 /// Dtypes the shipped attention kernels serve.
 pub const SHIPPED_DTYPES: [Dtype; 1] = [Dtype::Bf16];
 
@@ -205,8 +207,9 @@ pub fn default_attn(
     candidates.into_iter().find(|spec| spec.deterministic() >= deterministic)
 }
 
-/// The shipped selection kernel of a block size.
+/// The selection kernel of a rank and block size.
 pub fn default_select(
+    rank: u8,
     query_group: u16,
     kv_block: u16,
     group_rule: GroupRule,
@@ -216,7 +219,7 @@ pub fn default_select(
     SelectSpec::new(
         SelectOp::Rows,
         Dtype::Bf16,
-        16,
+        rank,
         query_group,
         kv_block,
         group_rule,
@@ -228,18 +231,22 @@ pub fn default_select(
     .ok()
 }
 
-/// The selection kernel of a granularity that recomputes its scores, with the largest score of a block and a number a head.
+/// The selection kernel of a rank and granularity that recomputes its scores, with the largest score of a block and a number a
+/// head.
 pub fn default_select_fine(
+    rank: u8,
     query_group: u16,
     kv_block: u16,
     group_rule: GroupRule,
     arch: Arch,
 ) -> Option<SelectSpec> {
-    select_fine(query_group, kv_block, group_rule, BlockScore::Max, Budget::TopK, arch)
+    select_fine(rank, query_group, kv_block, group_rule, BlockScore::Max, Budget::TopK, arch)
 }
 
-/// The selection kernel of a granularity, block score and budget that recomputes its scores; None where no such spec exists.
+/// The selection kernel of a rank, granularity, block score and budget that recomputes its scores; None where no such spec
+/// exists.
 pub fn select_fine(
+    rank: u8,
     query_group: u16,
     kv_block: u16,
     group_rule: GroupRule,
@@ -251,7 +258,7 @@ pub fn select_fine(
     SelectSpec::new(
         SelectOp::Fine,
         Dtype::Bf16,
-        16,
+        rank,
         query_group,
         kv_block,
         group_rule,
@@ -290,28 +297,32 @@ pub fn shipped(arch: Arch) -> Vec<KernelSpec> {
         // Of the trainer's kernels, sm80 ships what the runtime itself launches.
         for &op in PointwiseOp::ALL.iter().filter(|&&op| arch != Arch::Sm80 || op == PointwiseOp::AdamW) {
             for dim in TRAINER_HEAD_DIMS {
-                specs.extend(PointwiseSpec::shipped(op, dtype, dim, arch).map(KernelSpec::Pointwise));
+                let spec = |rank| PointwiseSpec::shipped(op, dtype, dim, rank, arch);
+                specs.extend(SHIPPED_RANKS.into_iter().flat_map(spec).map(KernelSpec::Pointwise));
             }
         }
     }
-    for (query_group, kv_block) in SHIPPED_BLOCK_SIZES {
-        for rule in GroupRule::PROXIES {
-            specs.extend(default_select(query_group, kv_block, rule, arch).map(KernelSpec::Select));
-        }
-    }
-    // Their shared memory is Hopper's: GPUs of sm80 with 100 KB an SM cannot hold it, so there they are rendered on demand.
-    for (query_group, kv_block) in SHIPPED_GRANULARITIES.into_iter().filter(|_| arch != Arch::Sm80) {
-        for rule in GroupRule::PROXIES {
-            specs.extend(default_select_fine(query_group, kv_block, rule, arch).map(KernelSpec::Select));
-        }
-    }
-    for (query_group, kv_block) in SHIPPED_TOP_P.into_iter().filter(|_| arch != Arch::Sm80) {
-        let (rule, score) = (GroupRule::Centre, BlockScore::Max);
-        let spec = select_fine(query_group, kv_block, rule, score, Budget::TopP, arch);
-        specs.extend(spec.map(KernelSpec::Select));
+    for rank in SHIPPED_RANKS {
+        specs.extend(shipped_selections(rank, arch).map(KernelSpec::Select));
     }
     specs.extend(ListOp::ALL.iter().map(|&op| KernelSpec::List(ListSpec { op, arch })));
     specs.sort_by_key(|s| s.to_string());
     specs.dedup();
     specs
+}
+
+/// The shipped selection kernels of a rank.
+pub fn shipped_selections(rank: u8, arch: Arch) -> impl Iterator<Item = SelectSpec> {
+    let by_proxy = |sizes: &'static [(u16, u16)]| {
+        sizes.iter().flat_map(|&(group, block)| GroupRule::PROXIES.map(|rule| (group, block, rule)))
+    };
+    let rows = by_proxy(&SHIPPED_BLOCK_SIZES)
+        .filter_map(move |(group, block, rule)| default_select(rank, group, block, rule, arch));
+    // Their shared memory is Hopper's: GPUs of sm80 with 100 KB an SM cannot hold it, so there they are rendered on demand.
+    let fine = by_proxy(&SHIPPED_GRANULARITIES)
+        .filter_map(move |(group, block, rule)| default_select_fine(rank, group, block, rule, arch));
+    let top_p = SHIPPED_TOP_P.into_iter().filter_map(move |(group, block)| {
+        select_fine(rank, group, block, GroupRule::Centre, BlockScore::Max, Budget::TopP, arch)
+    });
+    rows.chain(fine.chain(top_p).filter(move |_| arch != Arch::Sm80))
 }

@@ -61,6 +61,28 @@ fn an_infeasible_name_says_why() {
 }
 
 #[test]
+fn selections_have_a_rank_of_whole_steps() {
+    for rank in RANKS {
+        for name in [
+            format!("kv_select_bf16_r{rank}_qg64_kb64_centre_max_g16w8_sm90a"),
+            format!("kv_select_fine_bf16_r{rank}_qg64_kb1_mean_max_topk_g64w16_sm90a"),
+        ] {
+            assert_eq!(name.parse::<KernelSpec>().map(|spec| spec.to_string()), Ok(name));
+        }
+        // A step more is two bytes a column for each of the 64 queries of a fine selection.
+        let fine = space::default_select_fine(rank, 64, 8, GroupRule::Centre, Arch::Sm90a).unwrap();
+        let of_16 = space::default_select_fine(16, 64, 8, GroupRule::Centre, Arch::Sm90a).unwrap();
+        let bytes = |spec| KernelSpec::Select(spec).facts().smem_bytes;
+        assert_eq!(bytes(fine) - bytes(of_16), 64 * 2 * (u32::from(rank) - 16));
+    }
+    for rank in [0, 8, 40, 80] {
+        let name = format!("kv_select_bf16_r{rank}_qg64_kb64_centre_max_g16w8_sm90a");
+        let error = name.parse::<KernelSpec>().unwrap_err().to_string();
+        assert!(error.contains(&format!("rank {rank} is not possible: 16, 32, 48 or 64")), "{error}");
+    }
+}
+
+#[test]
 fn a_backward_of_three_consumers_cannot_split_dq() {
     let name = "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n192_g1c3s2x1_grid_nondet_sm90a";
     let error = name.parse::<KernelSpec>().unwrap_err().to_string();

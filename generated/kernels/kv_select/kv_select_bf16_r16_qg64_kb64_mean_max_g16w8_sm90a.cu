@@ -5,11 +5,13 @@
 
 // Critical-KV selection, one list per query group g of 64-256 tokens (paper: critical-KV estimation).
 //   proxy(g)    = q_lr of the group's centre token, or the f32 mean of the group's q_lr rounded to the element once
-//   score(g, n) = max over keys j of KV block n of <proxy(g), k_lr(j)>                      (f32, d_lr = 16)
-//   list(g)     = ids of the top_k[h] largest scores, ties to the smaller id, ascending
-// Floors for 16 groups: 32 B of k_lr a key through L2; one m16n8k16 step for 8 keys (tensor cores idle otherwise).
+//   score(g, n) = max over keys j of KV block n of <proxy(g), k_lr(j)>                      (f32, d_lr 16 to 64)
+//   list(g)     = ids of the top_k[h] largest scores, ties to the smaller id, ascending; kept blocks score +inf
+// Floors for 16 groups and each 16 of d_lr: 32 B of k_lr a key through L2; one m16n8k16 step for 8 keys (tensor cores
+// idle otherwise).
 // Budget: scores of 16 groups x N blocks in shared memory, 64 B a block; under 96 registers a thread.
 #include "dsv/mma.cuh"
+#include "dsv/select/operand.cuh"
 #include "dsv/types.cuh"
 #include "dsv/warp.cuh"
 
@@ -25,17 +27,21 @@ constexpr int kWarps = 8;
 constexpr bool kProxyIsCentre = false;
 constexpr int kThreads = 256;
 constexpr int kCtasPerSm = 1;
-constexpr int kParamsBytes = 136;
+constexpr int kParamsBytes = 144;
 // END CONFIG
 
-static_assert(kRank == 16, "one k16 step holds the whole low-rank product");
+constexpr int kSteps = kRank / 16;
+// Columns of 8 keys whose operands a lane holds at once: at most 32 registers.
+constexpr int kColumns = kSteps == 1 ? kKvBlock / 8 : kSteps == 2 ? 8 : 4;
+
+static_assert(kRank % 16 == 0 && kRank <= 64, "one to four k16 steps");
 static_assert(kGroupsPerCta == 16, "the rows of one mma.sync product");
 static_assert(kKvBlock % 8 == 0, "whole mma.sync column tiles");
 static_assert(kThreads == 32 * kWarps, "every warp scores KV blocks");
 
 struct Params {
-    TensorView q_lr;    // [B, seqlen_q, H, 16]; pointer and strides multiples of 8 elements
-    TensorView k_lr;    // [B, seqlen_kv, H, 16]; the same
+    TensorView q_lr;    // [B, seqlen_q, H, d_lr]; pointer and strides multiples of 8 elements
+    TensorView k_lr;    // [B, seqlen_kv, H, d_lr]; the same
     const int32* top_k;  // [H]
     int32* q2k_index;   // [B, H, G, max_selected], written up to the count
     int32* q2k_count;   // [B, H, G], written
@@ -49,95 +55,45 @@ struct Params {
     int32 num_kv_blocks;
     int32 score_stride;  // num_kv_blocks rounded up to 32, plus 4: rows 4 banks apart
     int32 max_selected;
+    int32 keep_first;  // blocks with one of the first keep_first tokens score +inf
+    int32 keep_own;    // not 0: blocks with a token of the group's own score +inf
 };
 static_assert(sizeof(Params) == kParamsBytes, "Params differs from dsv_spec::params::KvSelect");
 
 struct SharedStorage {
-    // Columns permuted like the keys: see load_keys.
-    alignas(16) Element proxy[kGroupsPerCta][kRank];
+    alignas(16) QueryOperand<kRank> proxies;
 };
-
-// A score as an integer of the same order; equal scores, the two zeros included, become equal integers.
-__device__ __forceinline__ uint32 ordered(float score) {
-    const uint32 bits = __float_as_uint(score + 0.0f);
-    return bits ^ (static_cast<uint32>(static_cast<int32>(bits) >> 31) | 0x80000000u);
-}
-
-// NaN wins, so that one NaN key marks its block.
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-    float y;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-    return y;
-}
-
-// One warp writes the proxy of group `group` to shared memory; groups past the end get zeros.
-__device__ __forceinline__ void write_proxy(const Params& p, Element* proxy, int group) {
-    const int lane = lane_index();
-    const int half = lane % 2;  // which 8 of the 16 columns
-    const int first = group * kQueryGroup;
-    const int len = min(kQueryGroup, p.seqlen_q - first);
-    float sum[8] = {};
-    if (len > 0) {
-        const auto add = [&](int token) {
-            const Element* row = p.q_lr.at<const Element>(blockIdx.z, first + token, blockIdx.y);
-            const uint4 columns = *reinterpret_cast<const uint4*>(row + 8 * half);
-            const uint32 pairs[4] = {columns.x, columns.y, columns.z, columns.w};
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                sum[2 * i] += unpack_low<Element>(pairs[i]);
-                sum[2 * i + 1] += unpack_high<Element>(pairs[i]);
-            }
-        };
-        if constexpr (kProxyIsCentre) {
-            add(len / 2);
-        } else {
-            for (int token = lane / 2; token < len; token += 16) add(token);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-#pragma unroll
-                for (int offset = 2; offset < 32; offset *= 2) sum[i] += __shfl_xor_sync(kFullWarp, sum[i], offset);
-                sum[i] /= static_cast<float>(len);
-            }
-        }
-    }
-    if (lane < 2) {
-        uint4 columns;
-        columns.x = pack2<Element>(sum[0], sum[1]);
-        columns.y = pack2<Element>(sum[2], sum[3]);
-        columns.z = pack2<Element>(sum[4], sum[5]);
-        columns.w = pack2<Element>(sum[6], sum[7]);
-        *reinterpret_cast<uint4*>(proxy + 8 * half) = columns;
-    }
-}
 
 // Scores KV block `block` for all groups of the CTA; the result sits in lanes with lane % 4 == 0, for groups
 // lane / 4 and lane / 4 + 8.
-__device__ __forceinline__ float2 score_block(const Params& p, const uint32 (&proxies)[4], int block) {
-    constexpr int kTiles = kKvBlock / 8;
+__device__ __forceinline__ float2 score_block(const Params& p, const uint32 (&proxies)[kSteps][4], int block) {
     const int lane = lane_index();
-    const int first = block * kKvBlock;
-    // Lane l reads columns 4 (l % 4) .. + 3 of key l / 4: four lanes take a key's 32 bytes in one instruction. As
-    // operand B those columns stand at inner indices c, c + 1, c + 8, c + 9; the proxies are read the same way.
-    uint2 keys[kTiles];
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-        const int key = min(first + 8 * tile + lane / 4, p.seqlen_kv - 1);
-        const Element* row = p.k_lr.at<const Element>(blockIdx.z, key, blockIdx.y);
-        keys[tile] = __ldg(reinterpret_cast<const uint2*>(row + 4 * (lane % 4)));
-    }
     float2 best = {-kInf, -kInf};
-    const int valid = p.seqlen_kv - first;
+#pragma unroll 1
+    for (int chunk = 0; chunk < kKvBlock / 8 / kColumns; ++chunk) {
+        const int first = block * kKvBlock + 8 * kColumns * chunk;
+        uint2 keys[kColumns][kSteps];
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-        float d[4] = {};
-        mma_16x8x16<Element>(d, proxies, keys[tile].x, keys[tile].y);
-        if (valid < kKvBlock) {
-            const int column = 8 * tile + 2 * (lane % 4);
-            if (column >= valid) d[0] = d[2] = -kInf;
-            if (column + 1 >= valid) d[1] = d[3] = -kInf;
+        for (int i = 0; i < kColumns; ++i) {
+            const int key = min(first + 8 * i + lane / 4, p.seqlen_kv - 1);
+            load_key(keys[i], p.k_lr.at<const Element>(blockIdx.z, key, blockIdx.y));
         }
-        best.x = max_or_nan(best.x, max_or_nan(d[0], d[1]));
-        best.y = max_or_nan(best.y, max_or_nan(d[2], d[3]));
+        const int valid = p.seqlen_kv - first;
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+            float d[4] = {};
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) {
+                mma_16x8x16<Element>(d, proxies[step], keys[i][step].x, keys[i][step].y);
+            }
+            if (valid < 8 * kColumns) {
+                const int column = 8 * i + 2 * (lane % 4);
+                if (column >= valid) d[0] = d[2] = -kInf;
+                if (column + 1 >= valid) d[1] = d[3] = -kInf;
+            }
+            best.x = max_or_nan(best.x, max_or_nan(d[0], d[1]));
+            best.y = max_or_nan(best.y, max_or_nan(d[2], d[3]));
+        }
     }
 #pragma unroll
     for (int offset = 1; offset < 4; offset *= 2) {
@@ -204,18 +160,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_bf1
     const int head = blockIdx.z * p.num_heads + blockIdx.y;
     int32 errors = 0;
 
-    for (int i = warp; i < kGroupsPerCta; i += kWarps) write_proxy(p, shared.proxy[i], group0 + i);
+    for (int i = warp; i < kGroupsPerCta; i += kWarps) {
+        const int first = (group0 + i) * kQueryGroup;
+        const int len = min(kQueryGroup, p.seqlen_q - first);
+        write_query<Element, !kProxyIsCentre>(shared.proxies, i, p.q_lr, first, len, len / 2);
+    }
     __syncthreads();
 
-    uint32 proxies[4];
-    {
-        const uint2 low = *reinterpret_cast<const uint2*>(&shared.proxy[lane / 4][4 * (lane % 4)]);
-        const uint2 high = *reinterpret_cast<const uint2*>(&shared.proxy[lane / 4 + 8][4 * (lane % 4)]);
-        proxies[0] = low.x;
-        proxies[1] = high.x;
-        proxies[2] = low.y;
-        proxies[3] = high.y;
-    }
+    uint32 proxies[kSteps][4];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) read_operand(shared.proxies, step, proxies[step]);
     for (int block = warp; block < p.num_kv_blocks; block += kWarps) {
         const float2 best = score_block(p, proxies, block);
         if (lane % 4 == 0) {
@@ -224,6 +178,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_bf1
                 const int row = lane / 4 + 8 * i;
                 const int group = group0 + row;
                 float score = i == 0 ? best.x : best.y;
+                if (is_kept<kQueryGroup, kKvBlock>(block * kKvBlock, group, p.keep_first, p.keep_own, p.seqlen_kv)) {
+                    score = kInf;
+                }
                 if (score != score) {
                     if (group < p.num_groups) errors |= kScoreIsNan;
                     score = -kInf;
@@ -238,11 +195,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_bf1
     __syncthreads();
 
     int k = p.top_k[blockIdx.y];
-    if (k < 0) {
+    if (k < 0 || k > p.num_kv_blocks) {
         errors |= kTopKOutOfRange;
-        k = 0;
+        k = k < 0 ? 0 : p.num_kv_blocks;
     }
-    k = min(k, p.num_kv_blocks);
     if (k > p.max_selected) {
         errors |= kTopKOutOfRange;
         k = p.max_selected;

@@ -4,18 +4,19 @@
 // groups per CTA 64, warps 16
 
 // Critical-KV selection at any granularity: one list of KV units (tokens or blocks of 8 to 128) a query group.
-//   s_i(j)      = <proxy_i(g), k_lr(j)> for the queries i of the rule and the keys j of unit n   (f32, d_lr = 16)
+//   s_i(j)      = <proxy_i(g), k_lr(j)> for the queries i of the rule and the keys j of unit n   (f32, d_lr 16 to 64)
 //   score(g, n) = max over i and j of s_i(j)
 //   or, block score mass    = ln(sum over j of exp(scale max over i of s_i(j))) / scale
 //   or, rule mass4          = ln(sum over i and j of exp(scale s_i(j)) / sum over all keys j' of exp(scale s_i(j'))) / scale
 //   list(g)     = ids of the top_k[h] largest scores, ties to the smaller id, ascending; NaN ranks last
 //   or, by top_p = ids of the fewest largest whose masses w(n) = 2^31 exp(scale (score(n) - largest)), rounded to integers,
 //                 hold the share top_p[h] of all units' mass; at most max_selected
-// Floors for 268M scores (H=16, S=32,768, groups of 64) on 132 SMs at 1.7 GHz: a pass 15 us of mma.sync, 18 us of max
-// where units are blocks, 20 us of k_lr through L2; tokens' ids 36 us of stores. Estimates in kv.md.
-// Budget: 512 threads, one CTA an SM, under 128 registers; 133 KB of shared memory, most of it bins.
+// Floors for 268M scores (H=16, S=32,768, groups of 64) on 132 SMs at 1.7 GHz: a pass 15 us of mma.sync and 20 us of k_lr
+// through L2 for each 16 of d_lr, 18 us of max where units are blocks; tokens' ids 36 us of stores. Estimates in kv.md.
+// Budget: 512 threads, one CTA an SM, under 128 registers; 133 to 140 KB of shared memory, most of it bins.
 #include "dsv/math.cuh"
 #include "dsv/mma.cuh"
+#include "dsv/select/operand.cuh"
 #include "dsv/types.cuh"
 #include "dsv/warp.cuh"
 
@@ -51,10 +52,13 @@ constexpr int kGroupTiles = kTiles / kQueries;
 constexpr int kLaneKeys = kKvBlock < 8 ? 8 : kKvBlock;
 constexpr int kChunks = kLaneKeys / 8;
 constexpr int kLaneUnits = kLaneKeys / kKvBlock;
+constexpr int kSteps = kRank / 16;  // of a product
 // Where much arithmetic makes one score, a row's bounds are loaded for it: registers are dearer.
-constexpr bool kBoundsInShared = kLaneUnits == 1 && (kChunks > 1 || kBlockMass || kTopP);
-// Where exponentials take the time and the registers, other warps hide a load.
-constexpr bool kPrefetches = !kBlockMass;
+constexpr bool kBoundsInShared = kLaneUnits == 1 && (kChunks > 1 || kBlockMass || kTopP || kSteps > 3);
+// Queries of one step stay in registers; of more they are read from shared memory for each product.
+constexpr bool kHoldsQueries = kSteps == 1;
+// Where exponentials or keys take the registers, other warps hide a load.
+constexpr bool kPrefetches = !kBlockMass && kSteps == 1;
 constexpr int kStepKeys = 4 * kLaneKeys;
 constexpr int kStepUnits = 4 * kLaneUnits;
 // Steps that fill a word of 32 units; a tile of the last pass is two words a warp.
@@ -82,7 +86,7 @@ constexpr int32 kAllTies = 0x7fffffff;
 constexpr int32 kDone = -1;
 constexpr uint32 kLowest = 0x007fffffu;  // ordered(-inf)
 
-static_assert(kRank == 16, "one k16 step holds the whole low-rank product");
+static_assert(kRank % 16 == 0 && kRank <= 64, "one to four k16 steps");
 static_assert(kGroups == 16 * kGroupTiles, "every score row belongs to a group");
 static_assert(kKvBlock == 1 || kKvBlock % 8 == 0, "a lane owns whole units");
 static_assert(kTileWords == 2 * kWarps && kThreads == 32 * kWarps, "two words a warp fill a tile");
@@ -90,8 +94,8 @@ static_assert(!kQueryMass || kBlockMass, "masses of queries are summed over keys
 static_assert(kGroups % kWarps == 0, "a row of bins belongs to one warp");
 
 struct Params {
-    TensorView q_lr;     // [B, seqlen_q, H, 16]; pointer and strides multiples of 8 elements
-    TensorView k_lr;     // [B, seqlen_kv, H, 16]; the same
+    TensorView q_lr;     // [B, seqlen_q, H, d_lr]; pointer and strides multiples of 8 elements
+    TensorView k_lr;     // [B, seqlen_kv, H, d_lr]; the same
     const int32* top_k;  // [H]; of the budget top_k
     const float* top_p;  // [H]; of the budget top_p
     int32* q2k_index;    // [B, H, G, max_selected], written up to the count, unless null
@@ -164,16 +168,9 @@ struct SharedStorage {
     float waiting[kWaitingWarps][kWaiting][32];
     // Of each query over all keys: the largest finite product, and LSE less its logit, in base 2.
     float2 lse[kQueryMass ? 16 * kTiles : 1];
-    // Columns permuted like the keys: see load_keys.
-    alignas(16) Element proxy[16 * kTiles][kRank];
+    alignas(16) QueryOperand<kRank> queries[kTiles];
 };
 static_assert(sizeof(SharedStorage) == kSmemBytes, "SharedStorage differs from Facts");
-
-// A score as an integer of the same order; equal scores, the two zeros included, become equal integers.
-__device__ __forceinline__ uint32 ordered(float score) {
-    const uint32 bits = __float_as_uint(score + 0.0f);
-    return bits ^ (static_cast<uint32>(static_cast<int32>(bits) >> 31) | 0x80000000u);
-}
 
 // The float whose integer this is. No score has the integer of -0, 0x7fffffff.
 __device__ __forceinline__ float unordered(uint32 value) {
@@ -184,13 +181,6 @@ __device__ __forceinline__ float unordered(uint32 value) {
 __device__ __forceinline__ float below(uint32 value) {
     const uint32 less = value - 1;
     return unordered(less == 0x7fffffffu ? less - 1 : less);
-}
-
-// NaN wins, so that one NaN key marks its unit.
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-    float y;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-    return y;
 }
 
 // Shifts `score > bound` into the lowest bit. The sign of a difference decides, exactly; NaN is larger than nothing
@@ -208,59 +198,44 @@ __device__ __forceinline__ uint32 place(uint32 bits) {
     return ((bits | bits << 3) & 0x11111111u) << (lane_index() % 4);
 }
 
-// One warp writes score row `row`'s query to shared memory; groups past the end get zeros.
-__device__ __forceinline__ void write_proxy(const Params& p, Element* proxy, int group0, int row) {
-    const int lane = lane_index();
-    const int half = lane % 2;  // which 8 of the 16 columns
-    const int group = group0 + row / (16 * kQueries) * 16 + row % 16;
-    const int first = group * kQueryGroup;
-    const int len = min(kQueryGroup, p.seqlen_q - first);
-    float sum[8] = {};
-    if (len > 0) {
-        const auto add = [&](int token) {
-            const Element* source = p.q_lr.at<const Element>(blockIdx.z, first + token, blockIdx.y);
-            const uint4 columns = *reinterpret_cast<const uint4*>(source + 8 * half);
-            const uint32 pairs[4] = {columns.x, columns.y, columns.z, columns.w};
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                sum[2 * i] += unpack_low<Element>(pairs[i]);
-                sum[2 * i + 1] += unpack_high<Element>(pairs[i]);
-            }
-        };
-        if constexpr (kProxyIsMean) {
-            for (int token = lane / 2; token < len; token += 16) add(token);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-#pragma unroll
-                for (int offset = 2; offset < 32; offset *= 2) sum[i] += __shfl_xor_sync(kFullWarp, sum[i], offset);
-                sum[i] /= static_cast<float>(len);
-            }
-        } else {
-            const int query = row / 16 % kQueries;
-            add(len * (2 * query + 1) / (2 * kQueries));
-        }
-    }
-    if (lane < 2) {
-        uint4 columns;
-        columns.x = pack2<Element>(sum[0], sum[1]);
-        columns.y = pack2<Element>(sum[2], sum[3]);
-        columns.z = pack2<Element>(sum[4], sum[5]);
-        columns.w = pack2<Element>(sum[6], sum[7]);
-        *reinterpret_cast<uint4*>(proxy + 8 * half) = columns;
-    }
-}
+// The queries of score rows, where they are held: registers of each tile's operand.
+struct Queries {
+    uint32 held[kHoldsQueries ? kTiles : 1][4];
+};
 
 // Operand B of four products: columns 2c and 2c + 1 of tile j hold keys 2j and 2j + 1 of the chunk of quad lane c, so
-// that each lane's scores are of consecutive keys. Lane l reads columns 4 (l % 4) .. + 3 of its key: four lanes take a
-// key's 32 bytes; as inner indices those columns stand at c, c + 1, c + 8, c + 9, and the proxies are read the same way.
-__device__ __forceinline__ void load_keys(const Params& p, int step, int chunk, int stride, uint2 (&keys)[4]) {
+// that each lane's scores are of consecutive keys.
+__device__ __forceinline__ void load_keys(const Params& p, int step, int chunk, int stride, uint2 (&keys)[4][kSteps]) {
     const int column = lane_index() / 4;
     const int first = step * kStepKeys + column / 2 * kLaneKeys + 8 * chunk + column % 2;
-    const Element* head = p.k_lr.at<const Element>(blockIdx.z, 0, blockIdx.y) + 4 * (lane_index() % 4);
+    const Element* head = p.k_lr.at<const Element>(blockIdx.z, 0, blockIdx.y);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         const int64 key = min((first + 2 * j) * stride, p.seqlen_kv - 1);
-        keys[j] = __ldg(reinterpret_cast<const uint2*>(head + key * p.k_lr.stride_seq));
+        load_key(keys[j], head + key * p.k_lr.stride_seq);
+    }
+}
+
+// Products of the 16 score rows of `tile` with tiles of keys.
+template <int kColumns>
+__device__ __forceinline__ void multiply(const SharedStorage& shared, const Queries& queries, int tile,
+                                         const uint2 (*keys)[kSteps], float (&products)[kColumns][4]) {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) products[j][i] = 0.0f;
+    }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+        uint32 query[4];
+        if constexpr (kHoldsQueries) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) query[i] = queries.held[tile][i];
+        } else {
+            read_operand(shared.queries[tile], step, query);
+        }
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) mma_16x8x16<Element>(products[j], query, keys[j][step].x, keys[j][step].y);
     }
 }
 
@@ -269,9 +244,7 @@ __device__ __forceinline__ void load_keys(const Params& p, int step, int chunk, 
 __device__ __forceinline__ float judged(const Params& p, float score, int key, int group) {
     asm volatile("" : "+r"(group));  // what follows is rare: nothing of it is worth a register all along
     if (key >= p.seqlen_kv) return __uint_as_float(0x7fffffffu);
-    const int own = group * kQueryGroup;
-    const bool is_own = p.keep_own != 0 && key < own + kQueryGroup && min(key + kKvBlock, p.seqlen_kv) > own;
-    return key < p.keep_first || is_own ? kInf : score;
+    return is_kept<kQueryGroup, kKvBlock>(key, group, p.keep_first, p.keep_own, p.seqlen_kv) ? kInf : score;
 }
 
 // The sums below are written rounding by rounding: every pass must find the same bits.
@@ -335,12 +308,12 @@ __device__ __forceinline__ float score_of_queries(const Params& p, const float (
 // `turns` steps of a warp, those past the end included.
 template <int kRun, class Visit, class After>
 __device__ __forceinline__ void walk(
-    const Params& p, const SharedStorage& shared, const uint32 (&proxies)[kTiles][4], int group0, int stride, int turns,
+    const Params& p, const SharedStorage& shared, const Queries& queries, int group0, int stride, int turns,
     Visit visit, After after) {
     const int lane = lane_index();
     const int warp = warp_index();
     const auto step_of = [&](int turn) { return (turn / kRun * kWarps + warp) * kRun + turn % kRun; };
-    uint2 keys[4];
+    uint2 keys[4][kSteps];
     if constexpr (kPrefetches) load_keys(p, step_of(0), 0, stride, keys);
 #pragma unroll 1
     for (int turn = 0; turn < turns; ++turn) {
@@ -371,7 +344,7 @@ __device__ __forceinline__ void walk(
             };
 #pragma unroll 1
             for (int chunk = 0; chunk < kChunks; ++chunk) {
-                uint2 next[4];
+                uint2 next[4][kSteps];
                 const bool more = chunk + 1 < kChunks;
                 if constexpr (kPrefetches) {
                     load_keys(p, more ? step : next_step, more ? chunk + 1 : 0, stride, next);
@@ -387,12 +360,12 @@ __device__ __forceinline__ void walk(
                             float masses[4][kQueries];
 #pragma unroll
                             for (int query = 0; query < kQueries; ++query) {
-                                float d[4] = {};
-                                mma_16x8x16<Element>(d, proxies[tile * kQueries + query], keys[j].x, keys[j].y);
+                                float d[1][4];
+                                multiply(shared, queries, tile * kQueries + query, &keys[j], d);
 #pragma unroll
                                 for (int i = 0; i < 4; ++i) {
                                     const int row = 16 * query + lane / 4 + i / 2 * 8;
-                                    masses[i][query] = mass_log2(p, shared, d[i], row);
+                                    masses[i][query] = mass_log2(p, shared, d[0][i], row);
                                 }
                             }
 #pragma unroll
@@ -403,18 +376,18 @@ __device__ __forceinline__ void walk(
                     } else {
 #pragma unroll
                         for (int query = 0; query < kQueries; ++query) {
+                            float d[4][4];
+                            multiply(shared, queries, tile * kQueries + query, keys, d);
 #pragma unroll
                             for (int j = 0; j < 4; ++j) {
-                                float d[4] = {};
-                                mma_16x8x16<Element>(d, proxies[tile * kQueries + query], keys[j].x, keys[j].y);
 #pragma unroll
                                 for (int i = 0; i < 4; ++i) {
                                     float& score = scores[i / 2][2 * j + i % 2];
                                     if constexpr (kQueryMass) {
                                         const int row = 16 * query + lane / 4 + i / 2 * 8;
-                                        score = mass_log2(p, shared, d[i], row);
+                                        score = mass_log2(p, shared, d[j][i], row);
                                     } else {
-                                        score = query == 0 ? d[i] : max_or_nan(score, d[i]);
+                                        score = query == 0 ? d[j][i] : max_or_nan(score, d[j][i]);
                                     }
                                 }
                             }
@@ -454,7 +427,7 @@ __device__ __forceinline__ void walk(
                 }
                 if constexpr (kPrefetches) {
 #pragma unroll
-                    for (int j = 0; j < 4; ++j) keys[j] = next[j];
+                    for (int j = 0; j < 4; ++j) keys[j][0] = next[j][0];
                 }
             }
             if constexpr (kLaneUnits == 1) {
@@ -477,7 +450,7 @@ __device__ __forceinline__ void walk(
 
 // LSE of every query over all finite logits, by the largest product.
 __device__ __forceinline__ void find_lse(
-    const Params& p, SharedStorage& shared, const uint32 (&proxies)[kTiles][4]) {
+    const Params& p, SharedStorage& shared, const Queries& queries) {
     const int lane = lane_index();
     const int warp = warp_index();
     float largest[kTiles][2];
@@ -490,21 +463,21 @@ __device__ __forceinline__ void find_lse(
 #pragma unroll 1
         for (int chunk = 0; chunk < kChunks; ++chunk) {
             const int step = i / kChunks;
-            uint2 keys[4];
+            uint2 keys[4][kSteps];
             load_keys(p, step, chunk, 1, keys);
             const int key = step * kStepKeys + lane % 4 * kLaneKeys + 8 * chunk;
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
+                float d[4][4];
+                multiply(shared, queries, tile, keys, d);
                 float products[2][8];
                 float most[2] = {largest[tile][0], largest[tile][1]};
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
-                    float d[4] = {};
-                    mma_16x8x16<Element>(d, proxies[tile], keys[j].x, keys[j].y);
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
-                        const bool counts = d[n] < kInf && key + 2 * j + n % 2 < p.seqlen_kv;
-                        const float product = counts ? d[n] : -kInf;
+                        const bool counts = d[j][n] < kInf && key + 2 * j + n % 2 < p.seqlen_kv;
+                        const float product = counts ? d[j][n] : -kInf;
                         products[n / 2][2 * j + n % 2] = product;
                         most[n / 2] = fmaxf(most[n / 2], product);
                     }
@@ -565,7 +538,7 @@ __device__ __forceinline__ void find_lse(
 
 // Adds the scores inside each row's range to its bins.
 __device__ __forceinline__ void fill_bins(
-    const Params& p, SharedStorage& shared, const uint32 (&proxies)[kTiles][4], int group0, int stride) {
+    const Params& p, SharedStorage& shared, const Queries& queries, int group0, int stride) {
     const int lane = lane_index();
     float low[kGroupTiles][2];
     float last[kGroupTiles][2];
@@ -588,7 +561,7 @@ __device__ __forceinline__ void fill_bins(
     uint32* lane_bins = shared.bins[lane / 4];
     const int steps = ((p.seqlen_kv + stride - 1) / stride + kStepKeys - 1) / kStepKeys;
     walk<1>(
-        p, shared, proxies, group0, stride, (steps + kWarps - 1) / kWarps,
+        p, shared, queries, group0, stride, (steps + kWarps - 1) / kWarps,
         [&](int tile, int half, const float(&scores)[kLaneUnits], int) {
             uint32* row_bins = lane_bins + (16 * tile + 8 * half) * kBinStride;
             if constexpr (kBoundsInShared) {
@@ -647,7 +620,7 @@ __device__ __forceinline__ void count_waiting(const float (&waiting)[kWaiting][3
 // Counts the scores of every row's bracket in its bins, and those at or above its first bin in shared.above. A score costs
 // the same wherever it lies: what falls into the bracket waits in shared memory until a lane has no room.
 __device__ __forceinline__ void fill_bracket(
-    const Params& p, SharedStorage& shared, const uint32 (&proxies)[kTiles][4], int group0) {
+    const Params& p, SharedStorage& shared, const Queries& queries, int group0) {
     const int lane = lane_index();
     float slope[kGroupTiles][2];
     float offset[kGroupTiles][2];
@@ -667,7 +640,7 @@ __device__ __forceinline__ void fill_bracket(
     uint32 top = floor;
     const int steps = (p.seqlen_kv + kStepKeys - 1) / kStepKeys;
     walk<1>(
-        p, shared, proxies, group0, 1, (steps + kWarps - 1) / kWarps,
+        p, shared, queries, group0, 1, (steps + kWarps - 1) / kWarps,
         [&](int tile, int half, const float(&scores)[kLaneUnits], int) {
             const float first = kFirstPlace + static_cast<float>((2 * tile + half) * kLanePlaces);
             const float last = first + static_cast<float>(kBins - 1);
@@ -710,7 +683,7 @@ __device__ __forceinline__ void fill_bracket(
 
 // Collects, as ordered integers in the bins' room, the scores of each row's bin; shared.above counts them.
 __device__ __forceinline__ void collect(
-    const Params& p, SharedStorage& shared, const uint32 (&proxies)[kTiles][4], int group0) {
+    const Params& p, SharedStorage& shared, const Queries& queries, int group0) {
     const int lane = lane_index();
     float slope[kGroupTiles][2];
     float offset[kGroupTiles][2];
@@ -727,7 +700,7 @@ __device__ __forceinline__ void collect(
     }
     const int steps = (p.seqlen_kv + kStepKeys - 1) / kStepKeys;
     walk<1>(
-        p, shared, proxies, group0, 1, (steps + kWarps - 1) / kWarps,
+        p, shared, queries, group0, 1, (steps + kWarps - 1) / kWarps,
         [&](int tile, int half, const float(&scores)[kLaneUnits], int) {
             bool any = false;
 #pragma unroll
@@ -906,14 +879,14 @@ __device__ __forceinline__ uint32 mass_of(float d) { return __float2uint_rn(exp2
 
 // The largest finite score of every group.
 __device__ __forceinline__ void find_largest(
-    const Params& p, SharedStorage& shared, const uint32 (&proxies)[kTiles][4], int group0) {
+    const Params& p, SharedStorage& shared, const Queries& queries, int group0) {
     const int lane = lane_index();
     float largest[kGroupTiles][2];
 #pragma unroll
     for (int tile = 0; tile < kGroupTiles; ++tile) largest[tile][0] = largest[tile][1] = -kInf;
     const int steps = (p.seqlen_kv + kStepKeys - 1) / kStepKeys;
     walk<1>(
-        p, shared, proxies, group0, 1, (steps + kWarps - 1) / kWarps,
+        p, shared, queries, group0, 1, (steps + kWarps - 1) / kWarps,
         [&](int tile, int half, const float(&scores)[kLaneUnits], int) {
 #pragma unroll
             for (int i = 0; i < kLaneUnits; ++i) {
@@ -938,10 +911,10 @@ __device__ __forceinline__ void find_largest(
 
 // Adds the masses of the scores inside each row's range to its bins: the low words, then the high ones.
 __device__ __forceinline__ void fill_masses(
-    const Params& p, SharedStorage& shared, const uint32 (&proxies)[kTiles][4], int group0) {
+    const Params& p, SharedStorage& shared, const Queries& queries, int group0) {
     const int steps = (p.seqlen_kv + kStepKeys - 1) / kStepKeys;
     walk<1>(
-        p, shared, proxies, group0, 1, (steps + kWarps - 1) / kWarps,
+        p, shared, queries, group0, 1, (steps + kWarps - 1) / kWarps,
         [&](int tile, int half, const float(&scores)[kLaneUnits], int) {
             const int row = 16 * tile + 8 * half + lane_index() / 4;
             const Mass& mass = shared.masses[row % (kTopP ? kGroups : 1)];
@@ -1018,12 +991,12 @@ __device__ __forceinline__ Mass mass_narrowed(const Params& p, Mass mass, const 
 // Collects, as ordered integers in the bins' room, the scores of each row's range, and counts those above it. shared.above
 // says how many were in the range, if there was room or not.
 __device__ __forceinline__ void collect_range(
-    const Params& p, SharedStorage& shared, const uint32 (&proxies)[kTiles][4], int group0) {
+    const Params& p, SharedStorage& shared, const Queries& queries, int group0) {
     const int lane = lane_index();
     int above[kGroupTiles][2] = {};
     const int steps = (p.seqlen_kv + kStepKeys - 1) / kStepKeys;
     walk<1>(
-        p, shared, proxies, group0, 1, (steps + kWarps - 1) / kWarps,
+        p, shared, queries, group0, 1, (steps + kWarps - 1) / kWarps,
         [&](int tile, int half, const float(&scores)[kLaneUnits], int) {
             const int row = 16 * tile + 8 * half + lane / 4;
             const Mass& mass = shared.masses[row % (kTopP ? kGroups : 1)];
@@ -1168,7 +1141,7 @@ __device__ __forceinline__ void emit_tile(const Params& p, SharedStorage& shared
 
 // The last pass: two bits a unit, turned into ids tile by tile. Gives error bits.
 __device__ __forceinline__ int32 emit(
-    const Params& p, SharedStorage& shared, const uint32 (&proxies)[kTiles][4], int group0) {
+    const Params& p, SharedStorage& shared, const Queries& queries, int group0) {
     const int lane = lane_index();
     const int warp = warp_index();
     float reach_bound[kGroupTiles][2];
@@ -1188,7 +1161,7 @@ __device__ __forceinline__ int32 emit(
     const int words = (p.num_kv_blocks + 31) / 32;
     const int tiles = (words + kTileWords - 1) / kTileWords;
     walk<kWordSteps>(
-        p, shared, proxies, group0, 1, tiles * 2 * kWordSteps,
+        p, shared, queries, group0, 1, tiles * 2 * kWordSteps,
         [&](int tile, int half, const float(&scores)[kLaneUnits], int unit) {
             const float bound = kBoundsInShared ? below(shared.rows[16 * tile + 8 * half + lane / 4].low) : reach_bound[tile][half];
             float probe = 0.0f;
@@ -1309,28 +1282,29 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_fin
         shared.above[i] = 0;
         shared.lines[i] = no_line();
     }
-    for (int i = warp; i < 16 * kTiles; i += kWarps) write_proxy(p, shared.proxy[i], group0, i);
+    for (int i = warp; i < 16 * kTiles; i += kWarps) {
+        // Tile i / 16 is of query i / 16 % kQueries of 16 groups.
+        const int first = (group0 + i / (16 * kQueries) * 16 + i % 16) * kQueryGroup;
+        const int len = min(kQueryGroup, p.seqlen_q - first);
+        const int centre = len * (2 * (i / 16 % kQueries) + 1) / (2 * kQueries);
+        write_query<Element, kProxyIsMean>(shared.queries[i / 16], i % 16, p.q_lr, first, len, centre);
+    }
     __syncthreads();
 
-    uint32 proxies[kTiles][4];
+    Queries queries;
+    if constexpr (kHoldsQueries) {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-        const uint2 low = *reinterpret_cast<const uint2*>(&shared.proxy[16 * tile + lane / 4][4 * (lane % 4)]);
-        const uint2 high = *reinterpret_cast<const uint2*>(&shared.proxy[16 * tile + lane / 4 + 8][4 * (lane % 4)]);
-        proxies[tile][0] = low.x;
-        proxies[tile][1] = high.x;
-        proxies[tile][2] = low.y;
-        proxies[tile][3] = high.y;
+        for (int tile = 0; tile < kTiles; ++tile) read_operand(shared.queries[tile], 0, queries.held[tile]);
     }
 
-    if constexpr (kQueryMass) find_lse(p, shared, proxies);
+    if constexpr (kQueryMass) find_lse(p, shared, queries);
     uint32* all_bins = &shared.bins[0][0];
     for (int i = threadIdx.x; i < kGroups * kBinStride; i += kThreads) all_bins[i] = 0;
     __syncthreads();
 
     bool searches = k > 0 && k < units;
     if constexpr (kTopP) if (by_mass) {
-        find_largest(p, shared, proxies, group0);
+        find_largest(p, shared, queries, group0);
         __syncthreads();
         for (int i = threadIdx.x; i < kGroups; i += kThreads) {
             Mass& mass = shared.masses[i];
@@ -1341,7 +1315,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_fin
         bool is_open = true;
 #pragma unroll 1
         while (is_open) {
-            fill_masses(p, shared, proxies, group0);
+            fill_masses(p, shared, queries, group0);
             __syncthreads();
             is_open = false;
             each_open_row(shared, [&](Row row, int i) {
@@ -1357,7 +1331,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_fin
             is_open = __syncthreads_or(is_open) != 0;
             is_first = false;
         }
-        collect_range(p, shared, proxies, group0);
+        collect_range(p, shared, queries, group0);
         __syncthreads();
         searches = each_open_row(shared, [&](Row row, int i) {
             return mass_resolved(p, row, shared.bins[i], shared.above[i], shared.masses[i]);
@@ -1367,7 +1341,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_fin
         const int samples = (units + kSampleStride - 1) / kSampleStride;
 #pragma unroll 1
         for (int round = 0; round < 2; ++round) {
-            fill_bins(p, shared, proxies, group0, kSampleStride);
+            fill_bins(p, shared, queries, group0, kSampleStride);
             __syncthreads();
             each_open_row(shared, [&](Row row, int i) { return bracketed(row, shared.bins[i], samples, units); });
         }
@@ -1376,7 +1350,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_fin
             if (lane == 0) shared.lines[i] = line;
             return row;
         });
-        fill_bracket(p, shared, proxies, group0);
+        fill_bracket(p, shared, queries, group0);
         __syncthreads();
         each_open_row(shared, [&](Row row, int i) {
             const Line line = located(shared.lines[i], shared.bins[i], shared.above[i], row.k, i);
@@ -1387,7 +1361,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_fin
             }
             return row;
         });
-        collect(p, shared, proxies, group0);
+        collect(p, shared, queries, group0);
         __syncthreads();
         searches = each_open_row(shared, [&](Row row, int i) {
             const Line line = shared.lines[i];
@@ -1397,12 +1371,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_fin
     }
     // What is still open. Where nothing is searched, no round is needed.
     while (searches) {
-        fill_bins(p, shared, proxies, group0, 1);
+        fill_bins(p, shared, queries, group0, 1);
         __syncthreads();
         searches = each_open_row(shared, [&](Row row, int i) { return narrowed(row, shared.bins[i], units); });
     }
 
-    errors = emit(p, shared, proxies, group0);
+    errors = emit(p, shared, queries, group0);
     __syncthreads();
     for (int i = threadIdx.x; i < kGroups && group0 + i < p.num_groups; i += kThreads) {
         p.q2k_count[first_list(p) + i] = min(shared.rows[i].emitted, p.max_selected);

@@ -44,7 +44,8 @@ pub struct RowProfile {
     pub critical_share: f64,
     /// Softmax mass on the listed keys; None without lists.
     pub covered_mass: Option<f64>,
-    /// Share of the critical keys that are listed; None without lists.
+    /// Share of the critical keys that are listed; None without lists. Of keys that tie for the last critical places any
+    /// could be critical: the listed ones count in proportion.
     pub recall: Option<f64>,
 }
 
@@ -94,9 +95,7 @@ pub fn profile_rows<T: Element>(
                 row,
                 critical_share: critical.len() as f64 / weights.len() as f64,
                 covered_mass: listed.as_ref().map(|listed| listed.iter().map(|&j| weights[j]).sum()),
-                recall: listed
-                    .as_ref()
-                    .map(|listed| shared(&critical, listed) as f64 / critical.len() as f64),
+                recall: listed.as_ref().map(|listed| recall(&weights, &critical, listed)),
             }
         })
         .collect())
@@ -172,6 +171,15 @@ pub fn critical_keys(weights: &[f64], theta: f64) -> Vec<usize> {
     order.truncate(enough.map_or(order.len(), |last| last + 1));
     order.sort_unstable();
     order
+}
+
+/// [`RowProfile::recall`] of a row's critical keys and listed ones.
+fn recall(weights: &[f64], critical: &[usize], listed: &[usize]) -> f64 {
+    let last = critical.iter().map(|&j| weights[j]).fold(f64::INFINITY, f64::min);
+    let tying = |keys: &[usize]| keys.iter().filter(|&&j| weights[j] == last).count() as f64;
+    let larger = listed.iter().filter(|&&j| weights[j] > last).count() as f64;
+    let ties = weights.iter().filter(|&&weight| weight == last).count() as f64;
+    (larger + tying(listed) * tying(critical) / ties) / critical.len() as f64
 }
 
 /// The mass on the ceil(share * n) largest of n weights.
@@ -304,6 +312,9 @@ mod tests {
         assert_eq!(heads[3].recall, Some(0.5), "heads 2 and 3 read KV head 1, where key 3 alone is critical");
         let without = profile_rows(&shape, &q, &k, &[5], 0.9, None).unwrap();
         assert_eq!(summarise(&without, 4)[1].covered_mass, None);
+        // Four of eight equal keys are critical, any of them: of two listed ones, one is.
+        assert_eq!(recall(&[0.125; 8], &[0, 1, 2, 3], &[6, 7]), 0.25);
+        assert_eq!(recall(&[0.1, 0.5, 0.1, 0.1, 0.1, 0.1], &[0, 1, 2], &[1, 5]), (1.0 + 2.0 / 5.0) / 3.0);
         // Dense lists cover all of it.
         let dense = KvListsBuf::dense(dims);
         let rows = profile_rows(&shape, &q, &k, &[7], 0.9, Some(&dense.view())).unwrap();

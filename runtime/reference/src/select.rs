@@ -38,10 +38,10 @@ pub enum SelectError {
         /// Query heads.
         num_heads: usize,
     },
-    /// A top-k is negative or, after clamping to the number of blocks, wider than the lists.
+    /// A top-k is negative or wider than the lists.
     #[error(
-        "top_k of head {head} is {top_k}\n  allowed: 0..={max_selected} (max_selected; more only where a sequence \
-         has fewer blocks)\n  next: widen max_selected or lower top_k"
+        "top_k of head {head} is {top_k}\n  allowed: 0..={max_selected} (max_selected)\n  \
+         next: widen max_selected or lower top_k"
     )]
     TopK {
         /// Query head.
@@ -351,22 +351,6 @@ pub fn keep(dims: &ListDims, keep: Keep, scores: &mut [f64]) -> Result<(), Selec
     Ok(())
 }
 
-/// Exactly as [`top_k`], but a budget above the number of blocks is refused and not clamped, as `kv_select_fine` does.
-///
-/// # Errors
-/// As [`top_k`], and [`SelectError::TopKAboveBlocks`].
-pub fn top_k_strict<T: PartialOrd + Copy + Sync>(
-    dims: &ListDims,
-    scores: &[T],
-    budgets: &[i32],
-) -> Result<KvListsBuf, SelectError> {
-    let blocks = dims.blocks();
-    if let Some(head) = budgets.iter().position(|&k| k > 0 && k as usize > blocks) {
-        return Err(SelectError::TopKAboveBlocks { head, top_k: budgets[head], blocks });
-    }
-    top_k(dims, scores, budgets)
-}
-
 /// Lists of a budget `top_p`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TopP {
@@ -467,7 +451,10 @@ pub fn top_k<T: PartialOrd + Copy + Sync>(
         return Err(SelectError::TopKLength { found: top_k.len(), num_heads: dims.num_heads });
     }
     for (head, &top_k) in top_k.iter().enumerate() {
-        if top_k < 0 || (top_k as usize).min(blocks) > dims.max_selected {
+        if top_k > 0 && top_k as usize > blocks {
+            return Err(SelectError::TopKAboveBlocks { head, top_k, blocks });
+        }
+        if top_k < 0 || top_k as usize > dims.max_selected {
             return Err(SelectError::TopK { head, top_k, max_selected: dims.max_selected });
         }
     }
@@ -632,9 +619,11 @@ mod tests {
         giant[3] = f32::INFINITY;
         assert_eq!(select(&giant, 2), [3, 9]);
         assert!(select(&giant, 0).is_empty());
-        // k is clamped to the blocks there are before it is compared with the width.
+        // All there are, and one more.
         let narrow = ListDims { seqlen_kv: 130, ..d };
-        assert_eq!(top_k(&narrow, &[2.0, 1.0, 3.0], &[100]).unwrap().count, [3]);
+        assert_eq!(top_k(&narrow, &[2.0, 1.0, 3.0], &[3]).unwrap().view().blocks_of(0), [0, 1, 2]);
+        let error = top_k(&narrow, &[2.0, 1.0, 3.0], &[4]).unwrap_err();
+        assert_eq!(error, SelectError::TopKAboveBlocks { head: 0, top_k: 4, blocks: 3 });
     }
 
     #[test]
@@ -655,11 +644,11 @@ mod tests {
             assert_eq!(largest, coarse);
         }
         // Everything, nothing, and one more than there are.
-        let all = top_k_strict(&tokens, &fine, &[1100, 0, 1]).unwrap();
+        let all = top_k(&tokens, &fine, &[1100, 0, 1]).unwrap();
         assert_eq!(all.view().blocks_of(3), (0..1100).collect::<Vec<i32>>());
         assert!(all.view().blocks_of(5).is_empty());
         assert_eq!(
-            top_k_strict(&tokens, &fine, &[1, 1101, 1]).unwrap_err(),
+            top_k(&tokens, &fine, &[1, 1101, 1]).unwrap_err(),
             SelectError::TopKAboveBlocks { head: 1, top_k: 1101, blocks: 1100 }
         );
         let bits = bitmap(&all);
@@ -684,12 +673,12 @@ mod tests {
         let mut scores: Vec<f64> = (0..3 * 8).map(|n| f64::from(n % 8)).collect();
         scores[8] = f64::NAN; // Block 0 of group 1 is kept: its score is not looked at.
         keep(&d, Keep { first: 9, own: true }, &mut scores).unwrap();
-        let lists = top_k_strict(&d, &scores, &[5]).unwrap();
+        let lists = top_k(&d, &scores, &[5]).unwrap();
         assert_eq!(lists.view().blocks_of(0), [0, 1, 5, 6, 7], "text is the group's own cube here");
         assert_eq!(lists.view().blocks_of(1), [0, 1, 2, 3, 7]);
         assert_eq!(lists.view().blocks_of(2), [0, 1, 4, 5, 7], "the last group, of eight queries");
         // Fewer than are kept: ties by the smaller id.
-        assert_eq!(top_k_strict(&d, &scores, &[3]).unwrap().view().blocks_of(2), [0, 1, 4]);
+        assert_eq!(top_k(&d, &scores, &[3]).unwrap().view().blocks_of(2), [0, 1, 4]);
         let mut none = scores.clone();
         keep(&d, Keep::default(), &mut none).unwrap();
         assert_eq!(none, scores);

@@ -166,9 +166,11 @@ fn launch_parameters_have_the_size_the_facts_say() {
 
 fn selection() -> SelectProblem {
     SelectProblem {
+        rank: 16,
         query_group: 64,
         kv_block: 64,
         group_rule: GroupRule::Mean,
+        keep: Keep::default(),
         batch: 1,
         num_heads: 16,
         seqlen_q: 32_768,
@@ -197,11 +199,15 @@ fn selection_sizes_and_limits() {
 
     let found = problems(p.check(Layout { seq: 20, ..q }, Layout { head: 8, ..k }).unwrap_err());
     assert_eq!(found.len(), 2, "{found:#?}");
+    let kept = SelectProblem { keep: Keep { first: p.seqlen_kv + 1, own: false }, ..p };
+    let found = problems(kept.check(q, k).unwrap_err());
+    assert_eq!(found, ["keep.first 32769; allowed: 0 to 32768 (seqlen_kv)"]);
 }
 
 #[test]
 fn fine_selection_sizes_and_limits() {
     let p = FineProblem {
+        rank: 16,
         query_group: 64,
         kv_block: 8,
         group_rule: GroupRule::Centre,

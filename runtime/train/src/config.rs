@@ -6,7 +6,9 @@
 //! its value and meaning.
 
 use dsv_spec::order::{Cube, Grid};
-use dsv_spec::space::{SHIPPED_BLOCK_SIZES, SHIPPED_GATHER, SHIPPED_GATHER_HEAD_DIMS, TRAINER_HEAD_DIMS};
+use dsv_spec::space::{
+    SHIPPED_BLOCK_SIZES, SHIPPED_GATHER, SHIPPED_GATHER_HEAD_DIMS, SHIPPED_RANKS, TRAINER_HEAD_DIMS,
+};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -1075,7 +1077,8 @@ impl Config {
                 served("dsv.query_group x dsv.kv_block", format!("{g} x {n}"), sizes);
             }
             if dsv.attention.predicts() {
-                served("dsv.rank", dsv.rank.to_string(), vec!["16".into()]);
+                let shipped = SHIPPED_RANKS.iter().any(|&rank| usize::from(rank) == dsv.rank);
+                bad.extend((!shipped).then(|| rank_not_served(dsv.rank)));
             }
             let gathered = SHIPPED_GATHER.iter().any(|&(a, b)| (usize::from(a), usize::from(b)) == (g, n));
             if dsv.attention != Attention::Full && train.deterministic && gathered {
@@ -1214,6 +1217,17 @@ impl Config {
 pub(crate) fn no_deterministic_gather(kv_block: usize) -> String {
     format!(
         "train.deterministic is true and dsv.kv_block {kv_block}; on a GPU, dK and dV over units below 64 tokens differ in the last bits between runs: --set train.deterministic=false, or dsv.kv_block=64 or 128"
+    )
+}
+
+/// Why a low-rank width is refused on a GPU.
+pub(crate) fn rank_not_served(rank: usize) -> String {
+    let list = |ranks: &[u8]| ranks.iter().map(u8::to_string).collect::<Vec<_>>().join(", ");
+    format!(
+        "dsv.rank is {rank}, which no kernel serves on cuda; available: {} (any on cpu); to add one of {}: put it in \
+         SHIPPED_RANKS (codegen/spec/src/space.rs), then dsv-codegen --arch sm90",
+        list(&SHIPPED_RANKS),
+        list(&dsv_spec::RANKS)
     )
 }
 

@@ -16,6 +16,9 @@ pub struct ProfileState {
     pub needed: Vec<Vec<f64>>,
     /// Mass covered by the predicted lists at the last profile, `[layers][heads]`.
     pub covered: Vec<Vec<f64>>,
+    /// Share of the critical keys that they hold, of the same form; empty in checkpoints that had none.
+    #[serde(default)]
+    pub recall: Vec<Vec<f64>>,
     /// Profiles taken.
     pub count: u64,
 }
@@ -23,12 +26,12 @@ pub struct ProfileState {
 impl ProfileState {
     /// Nothing observed yet.
     pub fn new() -> ProfileState {
-        ProfileState { needed: Vec::new(), covered: Vec::new(), count: 0 }
+        ProfileState { needed: Vec::new(), covered: Vec::new(), recall: Vec::new(), count: 0 }
     }
 
-    /// Takes an observation of all blocks, flat `[layers * heads]` each. The critical share is smoothed; the covered
-    /// mass is the last one seen, since it follows the predictors, which learn faster than attention changes.
-    pub fn observe(&mut self, heads: usize, needed: &[f32], covered: &[f32]) {
+    /// Takes an observation of all blocks, flat `[layers * heads]` each. The critical share is smoothed; covered
+    /// mass and recall are the last ones seen, since they follow the predictors, which learn faster than attention changes.
+    pub fn observe(&mut self, heads: usize, needed: &[f32], covered: &[f32], recall: &[f32]) {
         let rows = |flat: &[f32]| -> Vec<Vec<f64>> {
             flat.chunks(heads).map(|row| row.iter().map(|&x| f64::from(x)).collect()).collect()
         };
@@ -43,6 +46,7 @@ impl ProfileState {
             }
         }
         self.covered = rows(covered);
+        self.recall = rows(recall);
         self.count += 1;
     }
 
@@ -248,7 +252,7 @@ mod tests {
     /// Blocks needing 5, 40, 10 and 20 % of the keys.
     fn profile() -> ProfileState {
         let mut p = ProfileState::new();
-        p.observe(2, &[0.05, 0.05, 0.4, 0.4, 0.1, 0.1, 0.2, 0.2], &[0.9; 8]);
+        p.observe(2, &[0.05, 0.05, 0.4, 0.4, 0.1, 0.1, 0.2, 0.2], &[0.9; 8], &[0.7; 8]);
         p
     }
 
@@ -310,9 +314,9 @@ mod tests {
     #[test]
     fn needs_are_smoothed_and_coverage_is_the_last_seen() {
         let mut p = profile();
-        p.observe(2, &[0.15; 8], &[0.8; 8]);
+        p.observe(2, &[0.15; 8], &[0.8; 8], &[0.6; 8]);
         assert!((p.needed[0][0] - (0.9 * 0.05 + 0.1 * 0.15)).abs() < 1e-7);
-        assert!((p.covered[3][1] - 0.8).abs() < 1e-7);
+        assert!((p.covered[3][1] - 0.8).abs() < 1e-7 && (p.recall[3][1] - 0.6).abs() < 1e-7);
         assert!((p.sparsity(1) - (1.0 - 0.375)).abs() < 1e-7);
         assert_eq!(p.count, 2);
     }

@@ -56,6 +56,9 @@ pub enum Record {
         sparsity: Vec<Vec<f64>>,
         /// Attention mass that the predicted lists cover, `[layers][heads]`.
         covered: Vec<Vec<f64>>,
+        /// Share of the critical KV that the predicted lists hold, `[layers][heads]`; empty in records that had none.
+        #[serde(default)]
+        recall: Vec<Vec<f64>>,
     },
     /// The dispatcher decided.
     Dispatch {
@@ -193,11 +196,15 @@ impl Record {
                 out.extend(blocks.map(|(b, x)| (format!("predictor_loss/block_{b:02}"), *x)));
                 out
             }
-            Record::Profile { sparsity, covered, .. } => {
+            Record::Profile { sparsity, covered, recall, .. } => {
                 let mut out =
                     vec![("dsv/sparsity".into(), mean(sparsity)), ("dsv/covered_mass".into(), mean(covered))];
                 out.extend(by_block("sparsity", sparsity));
                 out.extend(by_block("covered_mass", covered));
+                if !recall.is_empty() {
+                    out.push(("dsv/recall".into(), mean(recall)));
+                    out.extend(by_block("recall", recall));
+                }
                 out
             }
             Record::Eval { loss, .. } => vec![("eval/loss".into(), *loss)],
@@ -577,12 +584,14 @@ mod tests {
             step: 3,
             sparsity: vec![vec![0.5, 0.7], vec![0.9, 0.9]],
             covered: vec![vec![1.0, 1.0], vec![0.8, 0.6]],
+            recall: vec![vec![0.9, 0.7], vec![0.6, 0.2]],
         };
         let scalars = profile.scalars();
         let get = |tag: &str| scalars.iter().find(|s| s.0 == tag).unwrap().1;
         assert!(
             (get("dsv/sparsity") - 0.75).abs() < 1e-12 && (get("covered_mass/block_01") - 0.7).abs() < 1e-12
         );
+        assert!((get("dsv/recall") - 0.6).abs() < 1e-12 && (get("recall/block_01") - 0.4).abs() < 1e-12);
         assert!(step(0).scalars().iter().any(|s| s.0 == "predictor_loss/block_01" && s.1 == 0.6));
     }
 

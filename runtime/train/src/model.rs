@@ -1151,11 +1151,14 @@ impl Model {
         e.qk_prep_fwd(&self.qk_prep(l, w), w.q, w.k);
         if let Some((mode, task)) = run {
             let mut lists = self.lists_of(mode);
+            let qk = (self.heads_view(w.q), self.heads_view(w.k));
             if let Some(predictors) = &self.predictors {
-                let qk = (self.heads_view(w.q), self.heads_view(w.k));
                 lists = predictors.observe(e, l, w.n1, qk, task, lists);
             }
             e.attn_fwd(&self.self_attention(w, saved, lists));
+            if let Some(predictors) = self.predictors.as_ref().filter(|_| task.profile) {
+                predictors.profile(e, l, qk, lists, saved.lse);
+            }
         }
         self.gated_residual(e, p.o, (w.modulation, 2), [x, saved.attn, w.x1]);
         self.linear(e, p.cq, rows, w.x1, w.cq);

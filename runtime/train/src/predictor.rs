@@ -4,7 +4,7 @@
 
 use crate::engine::{
     ArenaPlan, AttnShape, Buf, Engine, EngineError, Gemm, GemmLayout, GramLoss, GroupRule, KvSelect,
-    ListShape, Lists, Profile, Rope, View,
+    ListShape, Lists, Profile, ProfiledLists, Rope, View,
 };
 use crate::params::{Init, ParamId, ParamPlan, ParamSet};
 
@@ -32,7 +32,7 @@ pub struct PredictorShape {
 pub struct PredictorTask {
     /// Compute the loss and add to the predictors' gradients.
     pub train: bool,
-    /// Measure needed share and covered mass.
+    /// Measure needed share, covered mass and recall.
     pub profile: bool,
 }
 
@@ -49,6 +49,8 @@ pub struct Predictors {
     pub needed: Buf,
     /// Mass held by the predicted lists, `[L,H]` `F32`.
     pub covered: Buf,
+    /// Share of the critical keys that its lists hold, `[layers * H]`, like `covered`.
+    pub recall: Buf,
     /// Profiled tokens, `I32`.
     pub samples: Buf,
     /// KV blocks to keep, `[L,H]` `I32`.
@@ -72,6 +74,7 @@ pub struct Shared {
     loss: Buf,
     needed: Buf,
     covered: Buf,
+    recall: Buf,
 }
 
 /// Buffers of predictors that one grid of a run keeps from step to step.
@@ -111,6 +114,7 @@ impl Predictors {
             loss: plan.f32("predictors/loss", per_head),
             needed: plan.f32("predictors/needed", per_head),
             covered: plan.f32("predictors/covered", per_head),
+            recall: plan.f32("predictors/recall", per_head),
         }
     }
 
@@ -141,7 +145,7 @@ impl Predictors {
     ) -> Predictors {
         let ListShape { batch, heads, seqlen, .. } = shape.lists;
         let lowrank = batch * seqlen * 2 * heads * shape.d_lr;
-        let Shared { params, weights, loss, needed, covered } = shared;
+        let Shared { params, weights, loss, needed, covered, recall } = shared;
         let Kept { samples, top_k, rope_tables } = kept;
         Predictors {
             params,
@@ -149,6 +153,7 @@ impl Predictors {
             loss,
             needed,
             covered,
+            recall,
             samples,
             top_k,
             rope_tables,
@@ -188,6 +193,34 @@ impl Predictors {
         Ok(())
     }
 
+    /// Profiles block `l` after [`Predictors::observe`] and the block's attention: by the lists chosen for it, or those in the
+    /// scratch slot where it attends to everything, and has made the LSE that saves a pass.
+    pub fn profile(
+        &self,
+        engine: &mut dyn Engine,
+        l: usize,
+        (q, k): (View, View),
+        lists: Option<Lists>,
+        lse: Buf,
+    ) {
+        let heads = self.shape.lists.heads;
+        let per_head = |buf: Buf| buf.slice(l * heads, heads);
+        engine.profile(&Profile {
+            shape: self.attn,
+            q,
+            k,
+            samples: self.samples,
+            lse: lists.is_none().then_some(lse),
+            theta: self.shape.theta,
+            needed: per_head(self.needed),
+            lists: Some(ProfiledLists {
+                lists: lists.unwrap_or(self.scratch_slot()),
+                covered: per_head(self.covered),
+                recall: per_head(self.recall),
+            }),
+        });
+    }
+
     /// Runs block `l`'s predictor: scores from `hidden [B,S,D]`, then what `task` and `lists` ask for. `q`, `k` are
     /// the block's queries and keys after normalisation and RoPE. Returns the lists attention should use.
     pub fn observe(
@@ -220,26 +253,14 @@ impl Predictors {
         }
         let per_head = |buf: Buf| buf.slice(l * heads, heads);
         if lists.is_some() || task.profile {
-            let target = lists.unwrap_or(self.scratch_slot());
             engine.kv_select(&KvSelect {
                 q_lr: View::packed(self.lowrank, 2, 0, seqlen, heads, d_lr),
                 k_lr: View::packed(self.lowrank, 2, 1, seqlen, heads, d_lr),
                 d_lr,
                 top_k: per_head(self.top_k),
                 rule: self.shape.rule,
-                lists: target,
+                lists: lists.unwrap_or(self.scratch_slot()),
             });
-            if task.profile {
-                engine.profile(&Profile {
-                    shape: self.attn,
-                    q,
-                    k,
-                    samples: self.samples,
-                    theta: self.shape.theta,
-                    needed: per_head(self.needed),
-                    covered: Some((target, per_head(self.covered))),
-                });
-            }
         }
         if task.train {
             engine.gram_loss(&GramLoss {

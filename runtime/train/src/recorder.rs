@@ -131,7 +131,8 @@ impl<'a> Recorder<'a> {
             }
             Event::Profile { step, profile } => {
                 let sparsity = profile.needed.iter().map(|h| h.iter().map(|n| 1.0 - n).collect()).collect();
-                self.write(&Record::Profile { step: *step, sparsity, covered: profile.covered.clone() })
+                let (covered, recall) = (profile.covered.clone(), profile.recall.clone());
+                self.write(&Record::Profile { step: *step, sparsity, covered, recall })
             }
         }
     }

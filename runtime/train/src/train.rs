@@ -696,8 +696,9 @@ impl Trainer {
         let Some(predictors) = &self.model.predictors else { return Ok(()) };
         let needed = self.engine.read_f32(predictors.needed)?;
         let covered = self.engine.read_f32(predictors.covered)?;
-        if needed.iter().chain(&covered).all(|x| x.is_finite()) {
-            self.profile.observe(self.model.shape.heads, &needed, &covered);
+        let recall = self.engine.read_f32(predictors.recall)?;
+        if needed.iter().chain(&covered).chain(&recall).all(|x| x.is_finite()) {
+            self.profile.observe(self.model.shape.heads, &needed, &covered, &recall);
         }
         if self.stages.stage() == Stage::Dense {
             self.decide(Decision::dense)?;

@@ -5,6 +5,7 @@
 //! of each stored value. `DSV_BUNDLE=DIR` takes kernels from a bundle instead of compiling them.
 
 use dsv_reference::layers::normal;
+use dsv_spec::space;
 use dsv_train::config::{Attention, Config, CubeChoice, Switch};
 use dsv_train::data::{DataPosition, Dataset};
 use dsv_train::engine::*;
@@ -751,7 +752,9 @@ fn selected(head_dim: usize, query_group: usize, kv_block: usize) {
 #[test]
 fn predictor_loss_and_profile() {
     let _gpu = lock();
-    for (head_dim, seqlen) in [(64, 700), (96, 600), (128, 515)] {
+    let shapes = [(64, 700), (96, 600), (128, 515)];
+    let ranks = space::SHIPPED_RANKS.map(usize::from);
+    for ((head_dim, seqlen), rank) in shapes.into_iter().flat_map(|shape| ranks.map(|rank| (shape, rank))) {
         let (batch, heads) = (2, 2);
         let width = heads * head_dim;
         let shape = AttnShape {
@@ -763,7 +766,7 @@ fn predictor_loss_and_profile() {
             scale: (head_dim as f32).powf(-0.5),
         };
         let len = batch * seqlen * width;
-        let low = batch * seqlen * 2 * heads * 16;
+        let low = batch * seqlen * 2 * heads * rank;
         let list_shape = ListShape { batch, heads, seqlen, query_group: 64, kv_block: 64, max_selected: 3 };
         let groups = list_shape.groups();
         let lists: Vec<i32> =
@@ -780,7 +783,7 @@ fn predictor_loss_and_profile() {
             Input::Ints(8, lists),
             Input::Ints(9, vec![3; batch * heads * groups]),
         ];
-        let dims = Dims { heads, head_dim, dim: width, seqlen, batch, samples: 19, ..dims() };
+        let dims = Dims { heads, head_dim, dim: width, seqlen, batch, d_lr: rank, samples: 19, ..dims() };
         let mut pair = Pair::new(&dims, &inputs, |p| {
             vec![
                 p.act("q", len),
@@ -793,13 +796,16 @@ fn predictor_loss_and_profile() {
                 p.f32("covered", heads),
                 p.i32("index", batch * heads * groups * 3),
                 p.i32("count", batch * heads * groups),
+                p.act("out", len),
+                p.f32("lse", batch * heads * seqlen),
+                p.f32("recall", heads),
             ]
         });
         let view = move |buf: Buf| View::bshd(buf, seqlen, heads, head_dim);
         pair.run(|e, b| {
             e.gram_loss(&GramLoss {
                 shape,
-                d_lr: 16,
+                d_lr: rank,
                 q: view(b[0]),
                 k: view(b[1]),
                 lowrank: b[2],
@@ -810,21 +816,30 @@ fn predictor_loss_and_profile() {
         });
         pair.same("predictor loss", 3, Tolerance { rel: 1e-3, abs: 0.0, floor: 0.0 });
         pair.same("predictor gradient", 4, VIA_BF16);
-        pair.run(|e, b| {
-            let lists = Lists { shape: list_shape, q2k_index: b[8], q2k_count: b[9], inverse: None };
-            e.profile(&Profile {
-                shape,
-                q: view(b[0]),
-                k: view(b[1]),
-                samples: b[5],
-                theta: 0.9,
-                needed: b[6],
-                covered: Some((lists, b[7])),
+        // With the LSE of full attention, and in two passes.
+        for has_lse in [true, false] {
+            pair.run(|e, b| {
+                let lists = Lists { shape: list_shape, q2k_index: b[8], q2k_count: b[9], inverse: None };
+                let (q, k) = (view(b[0]), view(b[1]));
+                let out = view(b[10]);
+                e.attn_fwd(&AttnFwd { shape, q, k, v: k, lists: None, out, lse: b[11] });
+                e.profile(&Profile {
+                    shape,
+                    q,
+                    k,
+                    samples: b[5],
+                    lse: has_lse.then_some(b[11]),
+                    theta: 0.9,
+                    needed: b[6],
+                    lists: Some(ProfiledLists { lists, covered: b[7], recall: b[12] }),
+                });
             });
-        });
-        // A key more or less at the threshold of one of 38 rows.
-        pair.same("needed", 6, Tolerance { rel: 2e-4, abs: 1.0 / seqlen as f64 / 4.0, floor: 0.0 });
-        pair.same("covered", 7, Tolerance { rel: 1e-4, abs: 0.0, floor: 0.0 });
+            // What the kernel is asked for: 1/512 of the keys.
+            pair.same("needed", 6, Tolerance { rel: 0.0, abs: 0.0, floor: 1.0 / 512.0 });
+            pair.same("covered", 7, Tolerance { rel: 1e-4, abs: 0.0, floor: 0.0 });
+            // The few keys of the bin at the threshold, among hundreds of critical ones, are shared out.
+            pair.same("recall", 12, Tolerance { rel: 0.0, abs: 0.0, floor: 1.0 / 128.0 });
+        }
     }
 }
 

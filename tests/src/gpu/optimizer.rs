@@ -11,7 +11,7 @@ use half::bf16;
 
 /// Counts around the vector width, and one with more work than threads.
 pub(super) fn tests() -> Vec<GpuTest> {
-    let spec = PointwiseSpec::new(PointwiseOp::AdamW, Dtype::Bf16, 0, 4, ARCH).map(KernelSpec::Pointwise);
+    let spec = PointwiseSpec::new(PointwiseOp::AdamW, Dtype::Bf16, 0, 0, 4, ARCH).map(KernelSpec::Pointwise);
     [1usize, 3, 4, 1023, 100_003, 3_000_001]
         .into_iter()
         .map(|count| {

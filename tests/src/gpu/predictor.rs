@@ -13,24 +13,28 @@ use dsv_spec::params::{GramKey, GramQuery, TensorView};
 use dsv_spec::{Dtype, KernelSpec, PointwiseOp, PointwiseSpec, space};
 use half::bf16;
 
-const RANK: usize = 16;
+/// Kernels of other ranks than those shipped: head_dim and rank.
+const OTHER_RANKS: [(u16, u8); 4] = [(64, 64), (96, 32), (128, 48), (128, 64)];
 /// Tokens of a CTA.
 const CTA_ROWS: usize = 512;
 const HEADS: usize = 2;
 const BATCH: usize = 2;
 
-/// One for each head_dim the trainer serves: two CTAs, the second short of whole tiles.
+/// One for each head_dim the trainer serves, and with every rank: two CTAs, the second short of whole tiles.
 pub(super) fn tests() -> Vec<GpuTest> {
-    space::TRAINER_HEAD_DIMS
+    let shipped = space::TRAINER_HEAD_DIMS
         .into_iter()
-        .map(|head_dim| {
+        .flat_map(|head_dim| space::SHIPPED_RANKS.map(|rank| (head_dim, rank)));
+    shipped
+        .chain(OTHER_RANKS)
+        .map(|(head_dim, rank)| {
             let spec = |op| {
-                let spec = PointwiseSpec::shipped(op, Dtype::Bf16, head_dim, ARCH);
-                KernelSpec::Pointwise(spec.unwrap_or_else(|e| panic!("no {op} of {head_dim}: {e}")))
+                let spec = PointwiseSpec::shipped(op, Dtype::Bf16, head_dim, rank, ARCH);
+                KernelSpec::Pointwise(spec.unwrap_or_else(|e| panic!("no {op} of {head_dim}, {rank}: {e}")))
             };
             let specs = [PointwiseOp::GramQuery, PointwiseOp::GramKey].map(spec);
-            GpuTest::new(format!("predictor/d{head_dim}"), specs.to_vec(), move |gpu| {
-                run(gpu, usize::from(head_dim), 611, specs)
+            GpuTest::new(format!("predictor/d{head_dim}_r{rank}"), specs.to_vec(), move |gpu| {
+                run(gpu, usize::from(head_dim), usize::from(rank), 611, specs)
             })
         })
         .collect()
@@ -48,7 +52,7 @@ fn token_sums(a: &[f32], m: usize, b: &[f32], n: usize, seqlen: usize) -> Vec<f3
     sums.into_iter().map(|sum| sum as f32).collect()
 }
 
-fn run(gpu: &mut Gpu, head_dim: usize, seqlen: usize, specs: [KernelSpec; 2]) -> Outcome {
+fn run(gpu: &mut Gpu, head_dim: usize, rank: usize, seqlen: usize, specs: [KernelSpec; 2]) -> Outcome {
     let (query_kernel, key_kernel) = (gpu.kernel(&specs[0])?, gpu.kernel(&specs[1])?);
     let gpu = &*gpu;
     let shape = AttnShape::new(BATCH, seqlen, HEADS, head_dim);
@@ -60,16 +64,16 @@ fn run(gpu: &mut Gpu, head_dim: usize, seqlen: usize, specs: [KernelSpec; 2]) ->
     };
     // Keys with a mean: the centring must matter.
     let (q, k) = (numbers(head_dim, 1.0, 0.0), numbers(head_dim, 1.0, 0.2));
-    let (q_lr, k_lr) = (numbers(RANK, 0.7, 0.0), numbers(RANK, 0.7, 0.1));
+    let (q_lr, k_lr) = (numbers(rank, 0.7, 0.0), numbers(rank, 0.7, 0.1));
 
     let place = |columns| Placement::of(LayoutKind::Padded, 0, BATCH, seqlen, HEADS, columns);
     let rows = |columns| [BATCH, seqlen, HEADS, columns];
     let given = |name, columns, data: &[f32]| {
         Tensor::with_rows(gpu, name, Dtype::Bf16, place(columns), rows(columns), data)
     };
-    let made = |name| Tensor::poisoned(gpu, name, Dtype::Bf16, place(RANK), rows(RANK), 0xFF);
+    let made = |name| Tensor::poisoned(gpu, name, Dtype::Bf16, place(rank), rows(rank), 0xFF);
     let (q_rows, k_rows) = (given("q", head_dim, &q)?, given("k", head_dim, &k)?);
-    let (q_lr_rows, k_lr_rows) = (given("q_lr", RANK, &q_lr)?, given("k_lr", RANK, &k_lr)?);
+    let (q_lr_rows, k_lr_rows) = (given("q_lr", rank, &q_lr)?, given("k_lr", rank, &k_lr)?);
     let (d_q_lr, d_k_lr) = (made("d_q_lr")?, made("d_k_lr")?);
     let (by_ab, by_aa) = (made("by_ab_rows")?, made("by_aa_rows")?);
     let view = |tensor: &Tensor, columns| {
@@ -79,19 +83,19 @@ fn run(gpu: &mut Gpu, head_dim: usize, seqlen: usize, specs: [KernelSpec; 2]) ->
     let sums = |name, a: &[f32], m, b: &[f32], n| Flat::of(gpu, name, &token_sums(a, m, b, n, seqlen));
     let ones = vec![1.0f32; BATCH * seqlen * HEADS];
     let gram_kk = sums("gram_kk", &k, head_dim, &k, head_dim)?;
-    let gram_lk = sums("gram_lk", &k_lr, RANK, &k, head_dim)?;
-    let gram_ll = sums("gram_ll", &k_lr, RANK, &k_lr, RANK)?;
+    let gram_lk = sums("gram_lk", &k_lr, rank, &k, head_dim)?;
+    let gram_ll = sums("gram_ll", &k_lr, rank, &k_lr, rank)?;
     let sum_k = sums("sum_k", &ones, 1, &k, head_dim)?;
-    let sum_l = sums("sum_l", &ones, 1, &k_lr, RANK)?;
+    let sum_l = sums("sum_l", &ones, 1, &k_lr, rank)?;
     let ctas = seqlen.div_ceil(CTA_ROWS);
     let loss = Flat::poisoned(gpu, "loss", 4 * BATCH * ctas * HEADS, 0xFF)?;
     let grid = [ctas as u32, HEADS as u32, BATCH as u32];
     let params = GramQuery {
         q: view(&q_rows, head_dim),
-        q_lr: view(&q_lr_rows, RANK),
-        d_q_lr: view(&d_q_lr, RANK),
-        by_ab_rows: view(&by_ab, RANK),
-        by_aa_rows: view(&by_aa, RANK),
+        q_lr: view(&q_lr_rows, rank),
+        d_q_lr: view(&d_q_lr, rank),
+        by_ab_rows: view(&by_ab, rank),
+        by_aa_rows: view(&by_aa, rank),
         gram_kk: gram_kk.address(),
         gram_lk: gram_lk.address(),
         gram_ll: gram_ll.address(),
@@ -108,12 +112,12 @@ fn run(gpu: &mut Gpu, head_dim: usize, seqlen: usize, specs: [KernelSpec; 2]) ->
     // SAFETY: the parameters are the kernel's; every buffer has the size they say and lives past the wait.
     unsafe { query_kernel.launch(&gpu.stream, grid, specs[0].facts().smem_bytes, &params)? };
     gpu.wait()?;
-    let weight_k = sums("weight_k", &by_ab.rows(gpu)?, RANK, &q, head_dim)?;
-    let weight_l = sums("weight_l", &by_aa.rows(gpu)?, RANK, &q_lr, RANK)?;
+    let weight_k = sums("weight_k", &by_ab.rows(gpu)?, rank, &q, head_dim)?;
+    let weight_l = sums("weight_l", &by_aa.rows(gpu)?, rank, &q_lr, rank)?;
     let params = GramKey {
         k: view(&k_rows, head_dim),
-        k_lr: view(&k_lr_rows, RANK),
-        d_k_lr: view(&d_k_lr, RANK),
+        k_lr: view(&k_lr_rows, rank),
+        d_k_lr: view(&d_k_lr, rank),
         weight_k: weight_k.address(),
         weight_l: weight_l.address(),
         sum_k: sum_k.address(),
@@ -127,14 +131,14 @@ fn run(gpu: &mut Gpu, head_dim: usize, seqlen: usize, specs: [KernelSpec; 2]) ->
     unsafe { key_kernel.launch(&gpu.stream, grid, specs[1].facts().smem_bytes, &params)? };
     gpu.wait()?;
 
-    let low = |data| View::new(data, Rows::bshd(seqlen, HEADS, RANK));
+    let low = |data| View::new(data, Rows::bshd(seqlen, HEADS, rank));
     let inputs = PredictorInputs {
         q_lr: low(&q_lr[..]),
         k_lr: low(&k_lr[..]),
         q: View::new(&q[..], shape.q_layout()),
         k: View::new(&k[..], shape.kv_layout()),
     };
-    let exact = definition(&shape, RANK, &inputs)?;
+    let exact = definition(&shape, rank, &inputs)?;
     let mut worst = [0.0f64; 3];
     let found = loss.read::<f32>(gpu)?.iter().map(|&x| f64::from(x)).sum::<f64>();
     worst[0] = (found / (BATCH * HEADS * seqlen) as f64 / exact.loss - 1.0).abs();

@@ -7,10 +7,10 @@ use crate::inputs::Placement;
 use dsv_reference::attention::{Layout, View};
 use dsv_reference::lists::ListDims;
 use dsv_reference::rng::SplitMix64;
-use dsv_reference::select::{scores_f64, top_k};
+use dsv_reference::select::{Keep, keep, scores_f64, top_k};
 use dsv_runtime::{QueryLists, SelectArgs, SelectProblem};
 use dsv_spec::params::error_bits;
-use dsv_spec::{Dtype, GroupRule, KernelSpec, space};
+use dsv_spec::{Dtype, GroupRule, KernelSpec, SelectSpec, space};
 use half::bf16;
 use serde::Deserialize;
 
@@ -33,6 +33,20 @@ enum Raises {
     Nan,
 }
 
+/// How many blocks a head keeps.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(untagged)]
+enum Count {
+    Number(i32),
+    Word(All),
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum All {
+    All,
+}
+
 /// One entry of `cases/select.toml`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -42,10 +56,14 @@ struct Case {
     batch: usize,
     seqlen_q: usize,
     seqlen_kv: usize,
-    top_k: Vec<i32>,
+    top_k: Vec<Count>,
     max_selected: usize,
     #[serde(default = "normal")]
     values: Scores,
+    #[serde(default)]
+    keep_first: usize,
+    #[serde(default)]
+    keep_own: bool,
     #[serde(default = "none")]
     raises: Raises,
     #[serde(default = "bshd")]
@@ -66,9 +84,11 @@ fn bshd() -> LayoutKind {
     LayoutKind::Bshd
 }
 
-const RANK: usize = SelectProblem::RANK as usize;
+/// Kernels of other ranks than those shipped: rank, query_group, kv_block and group rule.
+const OTHER_RANKS: [(u8, u16, u16, GroupRule); 3] =
+    [(32, 64, 64, GroupRule::Centre), (48, 128, 128, GroupRule::Mean), (64, 64, 64, GroupRule::Mean)];
 
-/// Each case with each block size and group rule.
+/// Each case with each block size and group rule, and with every rank.
 pub(super) fn tests() -> Vec<GpuTest> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
@@ -77,25 +97,37 @@ pub(super) fn tests() -> Vec<GpuTest> {
     }
     let file: File = toml::from_str(include_str!("../../cases/select.toml"))
         .unwrap_or_else(|e| panic!("cases/select.toml: {e}"));
+    let shipped = space::SHIPPED_RANKS.into_iter().flat_map(|rank| {
+        space::SHIPPED_BLOCK_SIZES.into_iter().flat_map(move |(query_group, kv_block)| {
+            GroupRule::PROXIES.map(|rule| (rank, query_group, kv_block, rule))
+        })
+    });
+    let kernels: Vec<SelectSpec> = shipped
+        .chain(OTHER_RANKS)
+        .map(|(rank, query_group, kv_block, rule)| {
+            space::default_select(rank, query_group, kv_block, rule, ARCH)
+                .unwrap_or_else(|| panic!("no kv_select of rank {rank}, ({query_group}, {kv_block}), {rule}"))
+        })
+        .collect();
     let mut tests = Vec::new();
-    for case in file.case {
-        for (query_group, kv_block) in space::SHIPPED_BLOCK_SIZES {
-            for rule in GroupRule::PROXIES {
-                let Some(spec) = space::default_select(query_group, kv_block, rule, ARCH) else { continue };
-                let case = case.clone();
-                tests.push(GpuTest::new(
-                    format!("kv_select/{}/{}", case.name, KernelSpec::Select(spec)),
-                    vec![KernelSpec::Select(spec)],
-                    move |gpu| run(gpu, &case, query_group, kv_block, rule),
-                ));
-            }
+    for case in &file.case {
+        for &spec in &kernels {
+            let case = case.clone();
+            tests.push(GpuTest::new(
+                format!("kv_select/{}/{}", case.name, KernelSpec::Select(spec)),
+                vec![KernelSpec::Select(spec)],
+                move |gpu| run(gpu, &case, spec),
+            ));
         }
     }
     tests
 }
 
-fn run(gpu: &mut Gpu, case: &Case, query_group: u16, kv_block: u16, rule: GroupRule) -> Outcome {
+fn run(gpu: &mut Gpu, case: &Case, spec: SelectSpec) -> Outcome {
+    let kernel = gpu.kernel(&KernelSpec::Select(spec))?;
     let gpu = &*gpu;
+    let (query_group, kv_block, rule) = (spec.query_group(), spec.kv_block(), spec.group_rule());
+    let rank = usize::from(spec.rank());
     let heads = case.top_k.len();
     let dims = ListDims {
         batch: case.batch,
@@ -106,25 +138,33 @@ fn run(gpu: &mut Gpu, case: &Case, query_group: u16, kv_block: u16, rule: GroupR
         kv_block: usize::from(kv_block),
         max_selected: case.max_selected,
     };
+    let top_k_of = |&count: &Count| match count {
+        Count::Number(k) => k,
+        Count::Word(All::All) => dims.blocks() as i32,
+    };
+    let asked: Vec<i32> = case.top_k.iter().map(top_k_of).collect();
     let problem = SelectProblem {
+        rank: spec.rank(),
         query_group,
         kv_block,
         group_rule: rule,
+        keep: dsv_runtime::Keep { first: case.keep_first as u32, own: case.keep_own },
         batch: case.batch as u32,
         num_heads: heads as u32,
         seqlen_q: case.seqlen_q as u32,
         seqlen_kv: case.seqlen_kv as u32,
         max_selected: case.max_selected as u32,
     };
-    let (q, k) = numbers(case);
+    let (q, k) = numbers(case, rank);
     let (q_rows, k_rows) =
-        ([case.batch, case.seqlen_q, heads, RANK], [case.batch, case.seqlen_kv, heads, RANK]);
+        ([case.batch, case.seqlen_q, heads, rank], [case.batch, case.seqlen_kv, heads, rank]);
     let place = |n, d: [usize; 4]| Placement::of(case.layout, n, d[0], d[1], d[2], d[3]);
     let (q_place, k_place) = (place(0, q_rows), place(1, k_rows));
     let q_lr = Tensor::with_rows(gpu, "q_lr", Dtype::Bf16, q_place, q_rows, &q)?;
     let k_lr = Tensor::with_rows(gpu, "k_lr", Dtype::Bf16, k_place, k_rows, &k)?;
-    let top_k_flat = Flat::of(gpu, "top_k", &case.top_k)?;
-    let plan = gpu.runtime.selection(&problem, Tensor::layout(&q_place), Tensor::layout(&k_place))?;
+    let top_k_flat = Flat::of(gpu, "top_k", &asked)?;
+    let plan =
+        gpu.runtime.selection_with(&problem, Tensor::layout(&q_place), Tensor::layout(&k_place), kernel)?;
 
     let mut runs = Vec::new();
     for dump in [true, false] {
@@ -154,28 +194,29 @@ fn run(gpu: &mut Gpu, case: &Case, query_group: u16, kv_block: u16, rule: GroupR
     }
     let (index, count, scores) = &runs[0];
 
-    // Scores: products of bf16 are exact in f32, sixteen of them are summed. The mean proxy is rounded to bf16 once,
+    // Scores: products of bf16 are exact in f32, `rank` of them are summed. The mean proxy is rounded to bf16 once,
     // and its f32 sum may fall on the other side of a rounding boundary.
-    let view = |data, seqlen| View::new(data, Layout::bshd(seqlen, heads, RANK));
-    let exact = scores_f64(
+    let view = |data, seqlen| View::new(data, Layout::bshd(seqlen, heads, rank));
+    let mut exact = scores_f64(
         &dims,
-        RANK,
+        rank,
         &view(&q[..], case.seqlen_q),
         &view(&k[..], case.seqlen_kv),
         rule,
         Some(Dtype::Bf16),
     )?;
+    keep(&dims, Keep { first: case.keep_first, own: case.keep_own }, &mut exact)?;
     let absolute = |values: &[f32]| values.iter().map(|x| x.abs()).collect::<Vec<f32>>();
     let (q_abs, k_abs) = (absolute(&q), absolute(&k));
     let magnitude = scores_f64(
         &dims,
-        RANK,
+        rank,
         &view(&q_abs[..], case.seqlen_q),
         &view(&k_abs[..], case.seqlen_kv),
         rule,
         None,
     )?;
-    let share = if rule == GroupRule::Centre { 2f64.powi(-19) } else { 2f64.powi(-7) };
+    let share = if rule == GroupRule::Centre { rank as f64 * 2f64.powi(-23) } else { 2f64.powi(-7) };
     let mut worst = 0.0f64;
     for (i, &score) in scores.iter().enumerate() {
         // A NaN ranks last.
@@ -197,7 +238,7 @@ fn run(gpu: &mut Gpu, case: &Case, query_group: u16, kv_block: u16, rule: GroupR
 
     // Lists: exactly the top-k of the scores the kernel has, ties to the smaller id, ascending; nothing else written.
     let budgets: Vec<i32> =
-        case.top_k.iter().map(|&k| k.clamp(0, dims.blocks() as i32).min(dims.max_selected as i32)).collect();
+        asked.iter().map(|&k| k.clamp(0, dims.blocks() as i32).min(dims.max_selected as i32)).collect();
     let wanted = top_k(&dims, scores, &budgets)?;
     same("q2k_count", count, &wanted.count)?;
     same("q2k_index", index, &wanted.index)?;
@@ -212,19 +253,19 @@ fn run(gpu: &mut Gpu, case: &Case, query_group: u16, kv_block: u16, rule: GroupR
 }
 
 /// q_lr and k_lr, packed, of bf16 values.
-fn numbers(case: &Case) -> (Vec<f32>, Vec<f32>) {
+fn numbers(case: &Case, rank: usize) -> (Vec<f32>, Vec<f32>) {
     let heads = case.top_k.len();
     let mut rng = SplitMix64::new(case.seed);
-    let mut q = rng.normals(case.batch * case.seqlen_q * heads * RANK, 1.0);
-    let mut k = rng.normals(case.batch * case.seqlen_kv * heads * RANK, 1.0);
+    let mut q = rng.normals(case.batch * case.seqlen_q * heads * rank, 1.0);
+    let mut k = rng.normals(case.batch * case.seqlen_kv * heads * rank, 1.0);
     // Row (0, some key, every head).
     let key = 5 * case.seqlen_kv / 7;
-    let row = key * heads * RANK..(key + 1) * heads * RANK;
+    let row = key * heads * rank..(key + 1) * heads * rank;
     match case.values {
         Scores::Normal => {}
         Scores::Equal => {
-            q.chunks_exact_mut(RANK).for_each(|row| row.fill(0.5));
-            k.chunks_exact_mut(RANK).for_each(|row| row.fill(0.25));
+            q.chunks_exact_mut(rank).for_each(|row| row.fill(0.5));
+            k.chunks_exact_mut(rank).for_each(|row| row.fill(0.25));
         }
         Scores::Giant => {
             q.iter_mut().for_each(|x| *x = x.abs());
@@ -238,7 +279,7 @@ fn numbers(case: &Case) -> (Vec<f32>, Vec<f32>) {
         }
         Scores::ZeroSigns => {
             q.fill(1.0);
-            for (i, row) in k.chunks_exact_mut(RANK).enumerate() {
+            for (i, row) in k.chunks_exact_mut(rank).enumerate() {
                 row.fill(if (i / heads / 128).is_multiple_of(2) { -0.0 } else { 0.0 });
             }
         }

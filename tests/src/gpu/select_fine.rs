@@ -8,7 +8,7 @@ use dsv_reference::attention::{Layout, View};
 use dsv_reference::lists::ListDims;
 use dsv_reference::rng::SplitMix64;
 use dsv_reference::select::{Keep, bitmap, block_scores_f64, keep, needed_for, top_of_each};
-use dsv_runtime::{FineArgs, FineProblem, SelectProblem};
+use dsv_runtime::{FineArgs, FineProblem};
 use dsv_spec::params::error_bits;
 use dsv_spec::{BlockScore, Budget, Dtype, GroupRule, KernelSpec, space};
 use half::bf16;
@@ -73,43 +73,48 @@ fn bshd() -> LayoutKind {
     LayoutKind::Bshd
 }
 
-const RANK: usize = SelectProblem::RANK as usize;
-
-/// Every kernel body: tokens, one block a lane, several chunks a block; each rule, block score and budget.
-const GRANULARITIES: [Granularity; 24] = {
+/// Every kernel body: tokens, one block a lane, several chunks a block; each rule, block score and budget; queries in
+/// registers (rank 16) and in shared memory.
+const GRANULARITIES: [Granularity; 30] = {
     use BlockScore::{Mass, Max};
     use Budget::{TopK, TopP};
     use GroupRule::{Centre, Mass4, Max4, Mean};
     [
-        (64, 1, Centre, Max, TopK),
-        (64, 1, Mean, Max, TopK),
-        (64, 1, Max4, Max, TopK),
-        (64, 1, Mass4, Mass, TopK),
-        (64, 8, Centre, Max, TopK),
-        (64, 8, Mean, Max, TopK),
-        (64, 8, Max4, Max, TopK),
-        (64, 8, Centre, Mass, TopK),
-        (64, 8, Max4, Mass, TopK),
-        (64, 8, Mass4, Mass, TopK),
-        (64, 16, Centre, Max, TopK),
-        (64, 16, Max4, Max, TopK),
-        (64, 64, Mean, Max, TopK),
-        (64, 64, Centre, Mass, TopK),
-        (128, 1, Mean, Max, TopK),
-        (128, 8, Centre, Max, TopK),
-        (128, 128, Centre, Max, TopK),
-        (128, 128, Max4, Max, TopK),
-        (64, 1, Centre, Max, TopP),
-        (64, 1, Mass4, Mass, TopP),
-        (64, 8, Mean, Max, TopP),
-        (64, 8, Centre, Mass, TopP),
-        (64, 64, Centre, Max, TopP),
-        (128, 16, Mass4, Mass, TopP),
+        (16, 64, 1, Centre, Max, TopK),
+        (16, 64, 1, Mean, Max, TopK),
+        (16, 64, 1, Max4, Max, TopK),
+        (16, 64, 1, Mass4, Mass, TopK),
+        (16, 64, 8, Centre, Max, TopK),
+        (16, 64, 8, Mean, Max, TopK),
+        (16, 64, 8, Max4, Max, TopK),
+        (16, 64, 8, Centre, Mass, TopK),
+        (16, 64, 8, Max4, Mass, TopK),
+        (16, 64, 8, Mass4, Mass, TopK),
+        (16, 64, 16, Centre, Max, TopK),
+        (16, 64, 16, Max4, Max, TopK),
+        (16, 64, 64, Mean, Max, TopK),
+        (16, 64, 64, Centre, Mass, TopK),
+        (16, 128, 1, Mean, Max, TopK),
+        (16, 128, 8, Centre, Max, TopK),
+        (16, 128, 128, Centre, Max, TopK),
+        (16, 128, 128, Max4, Max, TopK),
+        (16, 64, 1, Centre, Max, TopP),
+        (16, 64, 1, Mass4, Mass, TopP),
+        (16, 64, 8, Mean, Max, TopP),
+        (16, 64, 8, Centre, Mass, TopP),
+        (16, 64, 64, Centre, Max, TopP),
+        (16, 128, 16, Mass4, Mass, TopP),
+        (32, 64, 1, Centre, Max, TopK),
+        (32, 128, 8, Centre, Max, TopP),
+        (48, 64, 8, Mean, Max, TopK),
+        (48, 64, 1, Mass4, Mass, TopP),
+        (64, 64, 1, Mean, Max, TopK),
+        (64, 64, 64, Max4, Mass, TopK),
     ]
 };
 
-/// query_group, kv_block, and how a unit is scored and chosen.
-type Granularity = (u16, u16, GroupRule, BlockScore, Budget);
+/// rank, query_group, kv_block, and how a unit is scored and chosen.
+type Granularity = (u8, u16, u16, GroupRule, BlockScore, Budget);
 
 /// Predicted logits over low-rank products: a few units must not hold everything, nor all of them weigh the same.
 const SCALE: f32 = 0.75;
@@ -130,8 +135,8 @@ pub(super) fn tests() -> Vec<GpuTest> {
     let mut tests = Vec::new();
     for case in cases() {
         for granularity in GRANULARITIES {
-            let (query_group, kv_block, rule, block_score, budget) = granularity;
-            let spec = space::select_fine(query_group, kv_block, rule, block_score, budget, ARCH)
+            let (rank, query_group, kv_block, rule, block_score, budget) = granularity;
+            let spec = space::select_fine(rank, query_group, kv_block, rule, block_score, budget, ARCH)
                 .unwrap_or_else(|| panic!("no kv_select_fine of {granularity:?}"));
             let (case, spec) = (case.clone(), KernelSpec::Select(spec));
             tests.push(GpuTest::new(
@@ -148,7 +153,7 @@ fn run(
     gpu: &mut Gpu,
     case: &Case,
     spec: KernelSpec,
-    (query_group, kv_block, rule, block_score, budget): Granularity,
+    (rank, query_group, kv_block, rule, block_score, budget): Granularity,
 ) -> Outcome {
     let kernel = gpu.kernel(&spec)?;
     let gpu = &*gpu;
@@ -167,6 +172,7 @@ fn run(
     // A share of the units to keep is as good a share of the mass.
     let shares: Vec<f32> = case.shares.iter().map(|&share| share as f32).collect();
     let problem = FineProblem {
+        rank,
         query_group,
         kv_block,
         group_rule: rule,
@@ -180,9 +186,10 @@ fn run(
         seqlen_kv: case.seqlen_kv as u32,
         max_selected: dims.max_selected as u32,
     };
-    let (q, k) = numbers(case);
+    let rank = usize::from(rank);
+    let (q, k) = numbers(case, rank);
     let (q_rows, k_rows) =
-        ([case.batch, case.seqlen_q, heads, RANK], [case.batch, case.seqlen_kv, heads, RANK]);
+        ([case.batch, case.seqlen_q, heads, rank], [case.batch, case.seqlen_kv, heads, rank]);
     let place = |n, d: [usize; 4]| Placement::of(case.layout, n, d[0], d[1], d[2], d[3]);
     let (q_place, k_place) = (place(0, q_rows), place(1, k_rows));
     let q_lr = Tensor::with_rows(gpu, "q_lr", Dtype::Bf16, q_place, q_rows, &q)?;
@@ -242,12 +249,12 @@ fn run(
     }
     let (index, count, bits, scores) = &runs[0];
 
-    // Scores: products of bf16 are exact in f32, sixteen of them are summed. The mean proxy is rounded to bf16 once,
+    // Scores: products of bf16 are exact in f32, `rank` of them are summed. The mean proxy is rounded to bf16 once,
     // and its f32 sum may fall on the other side of a rounding boundary.
-    let view = |data, seqlen| View::new(data, Layout::bshd(seqlen, heads, RANK));
+    let view = |data, seqlen| View::new(data, Layout::bshd(seqlen, heads, rank));
     let of = |q, k, rule, block_score, rounding| {
         let (q, k) = (view(q, case.seqlen_q), view(k, case.seqlen_kv));
-        block_scores_f64(&dims, RANK, &q, &k, rule, block_score, f64::from(SCALE), rounding)
+        block_scores_f64(&dims, rank, &q, &k, rule, block_score, f64::from(SCALE), rounding)
     };
     let mut exact = of(&q[..], &k[..], rule, block_score, Some(Dtype::Bf16))?;
     keep(&dims, Keep { first: case.keep_first, own: case.keep_own }, &mut exact)?;
@@ -255,7 +262,8 @@ fn run(
     // The largest product, rather than a mass, bounds what rounding moves.
     let largest = if rule == GroupRule::Mass4 { GroupRule::Max4 } else { rule };
     let magnitude = of(&absolute(&q)[..], &absolute(&k)[..], largest, BlockScore::Max, None)?;
-    let share = if rule == GroupRule::Mean { 2f64.powi(-7) } else { 2f64.powi(-19) };
+    let sum = rank as f64 * 2f64.powi(-23);
+    let share = if rule == GroupRule::Mean { 2f64.powi(-7) } else { sum };
     // A mass is a sum of exponentials of approximate base-2 powers, 2^-22 each, in arguments that f32 holds to 2^-24 of
     // themselves; its logarithm is approximate to 2^-22 of itself. Normalised, it has the rounding of the largest product of
     // all, too.
@@ -270,7 +278,7 @@ fn run(
             bound += 2f64.powi(-17) / f64::from(SCALE) + 2f64.powi(-20) * wanted.abs().min(1e30);
         }
         if rule == GroupRule::Mass4 {
-            bound += 2f64.powi(-19) * all_heads[i / dims.blocks()];
+            bound += sum * all_heads[i / dims.blocks()];
         }
         let near = (f64::from(score) - wanted).abs() <= bound;
         if !(near || f64::from(score) == wanted) {
@@ -357,18 +365,18 @@ fn run(
 }
 
 /// q_lr and k_lr, packed, of bf16 values.
-fn numbers(case: &Case) -> (Vec<f32>, Vec<f32>) {
+fn numbers(case: &Case, rank: usize) -> (Vec<f32>, Vec<f32>) {
     let heads = case.shares.len();
     let mut rng = SplitMix64::new(case.seed);
-    let mut q = rng.normals(case.batch * case.seqlen_q * heads * RANK, 1.0);
-    let mut k = rng.normals(case.batch * case.seqlen_kv * heads * RANK, 1.0);
+    let mut q = rng.normals(case.batch * case.seqlen_q * heads * rank, 1.0);
+    let mut k = rng.normals(case.batch * case.seqlen_kv * heads * rank, 1.0);
     // Row (0, some key, every head).
     let key = 5 * case.seqlen_kv / 7;
-    let row = key * heads * RANK..(key + 1) * heads * RANK;
+    let row = key * heads * rank..(key + 1) * heads * rank;
     // Keys with their position in the sequence.
     let seqlen_kv = case.seqlen_kv;
     let keys = |k: &mut Vec<f32>, change: &dyn Fn(usize, &mut [f32])| {
-        for (i, row) in k.chunks_exact_mut(heads * RANK).enumerate() {
+        for (i, row) in k.chunks_exact_mut(heads * rank).enumerate() {
             change(i % seqlen_kv, row);
         }
     };

@@ -544,29 +544,30 @@ pub struct GradClip {
     pub max_norm: f32,
 }
 
-/// Launch parameters of `gram_query`. Grid: (ceil(S / 512), H, B); dynamic shared memory from `Facts`.
+/// Launch parameters of `gram_query`, of low-rank rows of R columns. Grid: (ceil(S / 512), H, B); dynamic shared memory from
+/// `Facts`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct GramQuery {
     /// Element [B, S, H, D].
     pub q: TensorView,
-    /// Element [B, S, H, 16].
+    /// Element [B, S, H, R].
     pub q_lr: TensorView,
-    /// Element [B, S, H, 16] out: gradient of the low-rank queries.
+    /// Element [B, S, H, R] out: gradient of the low-rank queries.
     pub d_q_lr: TensorView,
-    /// Element [B, S, H, 16] out: low-rank queries times the loss's derivative by a.b and the scale.
+    /// Element [B, S, H, R] out: low-rank queries times the loss's derivative by a.b and the scale.
     pub by_ab_rows: TensorView,
-    /// Element [B, S, H, 16] out: low-rank queries times twice the derivative by a.a.
+    /// Element [B, S, H, R] out: low-rank queries times twice the derivative by a.a.
     pub by_aa_rows: TensorView,
     /// f32 [B, H, D, D]: K^T K.
     pub gram_kk: u64,
-    /// f32 [B, H, 16, D]: K_lr^T K.
+    /// f32 [B, H, R, D]: K_lr^T K.
     pub gram_lk: u64,
-    /// f32 [B, H, 16, 16]: K_lr^T K_lr.
+    /// f32 [B, H, R, R]: K_lr^T K_lr.
     pub gram_ll: u64,
     /// f32 [B, H, D]: column sums of K.
     pub sum_k: u64,
-    /// f32 [B, H, 16]: column sums of K_lr.
+    /// f32 [B, H, R]: column sums of K_lr.
     pub sum_l: u64,
     /// f32 [B, gridDim.x, H] out: sums over the CTA's queries.
     pub loss: u64,
@@ -584,23 +585,24 @@ pub struct GramQuery {
     pub reserved: i32,
 }
 
-/// Launch parameters of `gram_key`. Grid: (ceil(S / 512), H, B).
+/// Launch parameters of `gram_key`, of low-rank rows of R columns. Grid: (ceil(S / 512), H, B); dynamic shared memory from
+/// `Facts`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct GramKey {
     /// Element [B, S, H, D].
     pub k: TensorView,
-    /// Element [B, S, H, 16].
+    /// Element [B, S, H, R].
     pub k_lr: TensorView,
-    /// Element [B, S, H, 16] out: gradient of the low-rank keys.
+    /// Element [B, S, H, R] out: gradient of the low-rank keys.
     pub d_k_lr: TensorView,
-    /// f32 [B, H, 16, D]: by_ab_rows^T q.
+    /// f32 [B, H, R, D]: by_ab_rows^T q.
     pub weight_k: u64,
-    /// f32 [B, H, 16, 16]: by_aa_rows^T q_lr.
+    /// f32 [B, H, R, R]: by_aa_rows^T q_lr.
     pub weight_l: u64,
     /// f32 [B, H, D]: column sums of K.
     pub sum_k: u64,
-    /// f32 [B, H, 16]: column sums of K_lr.
+    /// f32 [B, H, R]: column sums of K_lr.
     pub sum_l: u64,
     /// Sequences.
     pub batch: i32,
@@ -612,45 +614,24 @@ pub struct GramKey {
     pub reserved: i32,
 }
 
-/// Launch parameters of `profile_logits`, one sequence. Grid: (ceil(samples / 16), ceil(seqlen_kv / 1024), heads).
+/// Launch parameters of `profile`. Grid: (ceil(samples / 8), H, B); dynamic shared memory from `Facts`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct ProfileLogits {
+pub struct Profile {
     /// Element [B, S, H, D].
     pub q: TensorView,
     /// Element [B, S, H, D].
     pub k: TensorView,
     /// i32 [samples]: token ids.
     pub samples: u64,
-    /// f32 [gridDim.z, samples, seqlen_kv] out: in base 2.
-    pub logits: u64,
-    /// The sequence.
-    pub batch_index: i32,
-    /// First head.
-    pub head0: i32,
-    /// Samples.
-    pub num_samples: i32,
-    /// Query tokens.
-    pub seqlen_q: i32,
-    /// KV tokens.
-    pub seqlen_kv: i32,
-    /// scale * log2(e).
-    pub scale_log2: f32,
-}
-
-/// Launch parameters of `profile`, one sequence. Grid: (samples, heads).
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Profile {
-    /// f32 [gridDim.y, samples, seqlen_kv] of `profile_logits`.
-    pub logits: u64,
-    /// i32 [samples]: token ids.
-    pub samples: u64,
+    /// f32 [B, H, seqlen_q]: natural logarithm of the sum of exponentials over all keys, of full attention; 0 where it is
+    /// not at hand: a pass over the keys finds it then.
+    pub lse: u64,
     /// i32 [B, H, G, max_selected]; 0 for no lists.
     pub q2k_index: u64,
     /// i32 [B, H, G]; 0 for no lists.
     pub q2k_count: u64,
-    /// f32 [B, samples, H] out: share of the keys that hold `theta` of the mass.
+    /// f32 [B, samples, H] out: share of the keys that hold `theta` of the mass, within 1/512 for theta up to 0.99.
     pub needed: u64,
     /// f32 [B, samples, H] out: mass of the listed keys; 0 for no lists.
     pub covered: u64,
@@ -658,15 +639,13 @@ pub struct Profile {
     pub recall: u64,
     /// i32 [1]: OR of [`super::error_bits`].
     pub error_flag: u64,
-    /// The sequence.
-    pub batch_index: i32,
-    /// First head.
-    pub head0: i32,
     /// Samples.
     pub num_samples: i32,
     /// Heads H.
     pub num_heads: i32,
-    /// KV tokens.
+    /// Query tokens.
+    pub seqlen_q: i32,
+    /// KV tokens, at most 2^22.
     pub seqlen_kv: i32,
     /// G.
     pub num_groups: i32,
@@ -676,6 +655,8 @@ pub struct Profile {
     pub kv_block: i32,
     /// Width of the lists.
     pub max_selected: i32,
+    /// scale * log2(e).
+    pub scale_log2: f32,
     /// Share of the mass that counts.
     pub theta: f32,
 }

@@ -8,7 +8,7 @@ use dsv_reference::layers::{
 };
 use dsv_reference::lists::{KvListsBuf, ListDims};
 use dsv_reference::predictor::{PredictorInputs, gram};
-use dsv_reference::profile::{profile_rows, summarise};
+use dsv_reference::profile::{HeadProfile, profile_rows, summarise};
 use dsv_reference::select;
 
 /// A number the CPU engine can compute in.
@@ -660,17 +660,19 @@ impl<T: CpuReal> Engine for CpuEngine<T> {
     fn profile(&mut self, args: &Profile) {
         let s = &args.shape;
         let rows: Vec<usize> = self.ints(args.samples).iter().map(|&i| i as usize).collect();
-        let lists = args.covered.as_ref().map(|(lists, _)| self.lists(lists));
+        let lists = args.lists.as_ref().map(|l| self.lists(&l.lists));
         let (q, k) = (self.view(&args.q), self.view(&args.k));
         match profile_rows(&attn_shape(s), &q, &k, &rows, f64::from(args.theta), lists.as_ref()) {
             Ok(rows) => {
                 let heads = summarise(&rows, s.heads);
                 let needed: Vec<T> = heads.iter().map(|h| T::from_f64(1.0 - h.sparsity)).collect();
                 self.write(args.needed).copy_from_slice(&needed);
-                if let Some((_, covered)) = args.covered {
-                    let mass: Vec<T> =
-                        heads.iter().map(|h| T::from_f64(h.covered_mass.unwrap_or(0.0))).collect();
-                    self.write(covered).copy_from_slice(&mass);
+                if let Some(ProfiledLists { covered, recall, .. }) = args.lists {
+                    let of = |value: &dyn Fn(&HeadProfile) -> Option<f64>| -> Vec<T> {
+                        heads.iter().map(|h| T::from_f64(value(h).unwrap_or(0.0))).collect()
+                    };
+                    self.write(covered).copy_from_slice(&of(&|h| h.covered_mass));
+                    self.write(recall).copy_from_slice(&of(&|h| h.recall));
                 }
             }
             Err(reason) => self.fail("profile", reason.to_string()),

@@ -18,11 +18,13 @@ use dsv_runtime::{
     SelectPlan, SelectProblem, Stream, TableSource, decode_error_flag,
 };
 use dsv_spec::params;
-use dsv_spec::{AttnOp, BlockScore, Budget, Deterministic, KernelSpec, PointwiseOp, PointwiseSpec, Problem};
+use dsv_spec::{
+    AttnOp, BlockScore, Budget, Deterministic, KernelSpec, PointwiseOp, PointwiseSpec, Problem, space,
+};
 use half::bf16;
 use matmul::{Matmul, Operands, Product};
 pub use planned::PlannedGpu;
-use scratch::{Bump, GRAM_ROWS, RANK};
+use scratch::{Bump, GRAM_ROWS};
 use staging::Staging;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -563,8 +565,10 @@ impl CudaEngine {
             self.load_list_kernels(lists, dims.d_lr)?;
         }
         let arch = self.device().arch().map_err(device_error)?;
-        for &op in PointwiseOp::ALL {
-            let spec = PointwiseSpec::shipped(op, dsv_spec::Dtype::Bf16, dims.head_dim as u16, arch)
+        // Without predictors a run has no rank.
+        let rank = if dims.d_lr > 0 { served_rank(dims.d_lr)? } else { 0 };
+        for &op in PointwiseOp::ALL.iter().filter(|op| rank > 0 || !op.bakes_rank()) {
+            let spec = PointwiseSpec::shipped(op, dsv_spec::Dtype::Bf16, dims.head_dim as u16, rank, arch)
                 .map_err(|e| EngineError::Device(format!("no kernel for {op}: {e}")))?;
             if self.kernels.iter().any(|(_, k)| *k.spec() == KernelSpec::Pointwise(spec)) {
                 continue;
@@ -636,16 +640,19 @@ fn scratch_layout(
     scratch::Layout::new(attention.max(scratch::op_bytes(dims, ctas)))
 }
 
+/// The low-rank width as a kernel's.
+fn served_rank(d_lr: usize) -> Result<u8, EngineError> {
+    let rank = space::SHIPPED_RANKS.into_iter().find(|&rank| usize::from(rank) == d_lr);
+    rank.ok_or_else(|| EngineError::Device(crate::config::rank_not_served(d_lr)))
+}
+
 fn selection_problem(shape: &ListShape, d_lr: usize, rule: GroupRule) -> Result<SelectProblem, EngineError> {
-    if d_lr != RANK {
-        return Err(EngineError::Device(format!(
-            "kv_select with {d_lr} columns a low-rank head; the kernels serve {RANK}: --set dsv.rank={RANK}"
-        )));
-    }
     Ok(SelectProblem {
+        rank: served_rank(d_lr)?,
         query_group: shape.query_group as u16,
         kv_block: shape.kv_block as u16,
         group_rule: rule,
+        keep: Keep::default(),
         batch: shape.batch as u32,
         num_heads: shape.heads as u32,
         seqlen_q: shape.seqlen as u32,
@@ -657,9 +664,11 @@ fn selection_problem(shape: &ListShape, d_lr: usize, rule: GroupRule) -> Result<
 /// The same choice by the kernels that recompute their scores: the largest score of a unit, a number a head.
 fn fine_problem(problem: &SelectProblem) -> FineProblem {
     let SelectProblem {
+        rank,
         query_group,
         kv_block,
         group_rule,
+        keep,
         batch,
         num_heads,
         seqlen_q,
@@ -667,13 +676,14 @@ fn fine_problem(problem: &SelectProblem) -> FineProblem {
         max_selected,
     } = *problem;
     FineProblem {
+        rank,
         query_group,
         kv_block,
         group_rule,
         block_score: BlockScore::Max,
         budget: Budget::TopK,
         scale: 1.0,
-        keep: Keep::default(),
+        keep,
         batch,
         num_heads,
         seqlen_q,
@@ -1368,20 +1378,21 @@ impl Engine for CudaEngine {
 
     fn gram_loss(&mut self, args: &GramLoss) {
         let AttnShape { batch, heads, seqlen_q: seqlen, head_dim, scale, .. } = args.shape;
-        assert_eq!((args.shape.seqlen_kv, args.d_lr), (seqlen, RANK), "{args:?}");
+        let rank = args.d_lr;
+        assert_eq!(args.shape.seqlen_kv, seqlen, "{args:?}");
         for view in [&args.q, &args.k] {
             assert_eq!(view.head_stride, head_dim, "gram_loss reads heads side by side: {view:?}");
         }
         let slabs = batch * heads;
         let ctas = seqlen.div_ceil(GRAM_ROWS);
-        let (kk, lk, ll) = (head_dim * head_dim, RANK * head_dim, RANK * RANK);
-        let rows_bytes = 2 * slabs * seqlen * RANK;
+        let (kk, lk, ll) = (head_dim * head_dim, rank * head_dim, rank * rank);
+        let rows_bytes = 2 * slabs * seqlen * rank;
         let bytes = [
             4 * slabs * kk,
             4 * slabs * lk,
             4 * slabs * ll,
             4 * slabs * head_dim,
-            4 * slabs * RANK,
+            4 * slabs * rank,
             4 * slabs * lk,
             4 * slabs * ll,
             rows_bytes,
@@ -1391,9 +1402,9 @@ impl Engine for CudaEngine {
         let Some(taken) = self.take("gram_loss", bytes) else { return };
         let [gram_kk, gram_lk, gram_ll, sum_k, sum_l, weight_k, weight_l, by_ab, by_aa, loss] = taken;
 
-        let low = |buf: Buf, part: usize| View::packed(buf, 2, part, seqlen, heads, RANK);
+        let low = |buf: Buf, part: usize| View::packed(buf, 2, part, seqlen, heads, rank);
         let (q_lr, k_lr) = (low(args.lowrank, 0), low(args.lowrank, 1));
-        for (view, columns, dst) in [(&args.k, heads * head_dim, sum_k), (&k_lr, heads * RANK, sum_l)] {
+        for (view, columns, dst) in [(&args.k, heads * head_dim, sum_k), (&k_lr, heads * rank, sum_l)] {
             let to = params::SumRows {
                 src: params::Flat { ptr: self.act(view.buf), is_f32: 0, reserved: 0 },
                 dst,
@@ -1407,8 +1418,8 @@ impl Engine for CudaEngine {
             };
             self.reduce(batch, to);
         }
-        // The weighted rows are packed [B, S, H, 16] in scratch.
-        let rows = View { batch_stride: seqlen * heads * RANK, seq_stride: heads * RANK, ..k_lr };
+        // The weighted rows are packed [B, S, H, R] in scratch.
+        let rows = View { batch_stride: seqlen * heads * rank, seq_stride: heads * rank, ..k_lr };
         let start =
             |engine: &Self, view: &View, b: usize| engine.act(view.buf) + (2 * b * view.batch_stride) as u64;
         for b in 0..batch {
@@ -1416,8 +1427,8 @@ impl Engine for CudaEngine {
             let at = |base: u64, each: usize| base + (4 * b * heads * each) as u64;
             let sums = [
                 (&args.k, head_dim, k, &args.k, head_dim, k, at(gram_kk, kk)),
-                (&k_lr, RANK, l, &args.k, head_dim, k, at(gram_lk, lk)),
-                (&k_lr, RANK, l, &k_lr, RANK, l, at(gram_ll, ll)),
+                (&k_lr, rank, l, &args.k, head_dim, k, at(gram_lk, lk)),
+                (&k_lr, rank, l, &k_lr, rank, l, at(gram_ll, ll)),
             ];
             for (a_view, m, a, b_view, n, b, c) in sums {
                 let product = token_sum(seqlen, heads, (a_view, m), (b_view, n));
@@ -1428,7 +1439,7 @@ impl Engine for CudaEngine {
             ptr: address,
             stride_batch: rows.batch_stride as i64,
             stride_seq: rows.seq_stride as i64,
-            stride_head: RANK as i64,
+            stride_head: rank as i64,
         };
         let query = params::GramQuery {
             q: self.view(&args.q),
@@ -1456,10 +1467,10 @@ impl Engine for CudaEngine {
             let (q, l) = (start(self, &args.q, b), start(self, &q_lr, b));
             let sums = [
                 (by_ab + weighted, &args.q, head_dim, q, at(weight_k, lk)),
-                (by_aa + weighted, &q_lr, RANK, l, at(weight_l, ll)),
+                (by_aa + weighted, &q_lr, rank, l, at(weight_l, ll)),
             ];
             for (a, b_view, n, b, c) in sums {
-                let product = token_sum(seqlen, heads, (&rows, RANK), (b_view, n));
+                let product = token_sum(seqlen, heads, (&rows, rank), (b_view, n));
                 self.multiply(&product, &Operands { a, b, c, add: None, bias: None });
             }
         }
@@ -1489,61 +1500,46 @@ impl Engine for CudaEngine {
         if samples == 0 {
             return;
         }
-        let at_once = scratch::profile_heads(shape, samples);
+        assert!(seqlen_kv <= 1 << 22, "profile of {seqlen_kv} keys; the kernel counts up to 4,194,304");
         let rows = batch * samples;
-        let bytes = [4 * at_once * samples * seqlen_kv, 4 * rows * heads, 4 * rows * heads];
-        let Some([logits, needed, covered]) = self.take("profile", bytes) else { return };
-        let token_ids = self.i32(args.samples);
-        let (index, count, lists) = match &args.covered {
-            Some((lists, _)) => (self.i32(lists.q2k_index), self.i32(lists.q2k_count), Some(lists.shape)),
+        let Some([needed, covered, recall]) = self.take("profile", [4 * rows * heads; 3]) else { return };
+        let (index, count, lists) = match &args.lists {
+            Some(ProfiledLists { lists, .. }) => {
+                (self.i32(lists.q2k_index), self.i32(lists.q2k_count), Some(lists.shape))
+            }
             None => (0, 0, None),
         };
-        for b in 0..batch {
-            for head0 in (0..heads).step_by(at_once) {
-                let now = at_once.min(heads - head0);
-                let logit_params = params::ProfileLogits {
-                    q: self.view(&args.q),
-                    k: self.view(&args.k),
-                    samples: token_ids,
-                    logits,
-                    batch_index: b as i32,
-                    head0: head0 as i32,
-                    num_samples: samples as i32,
-                    seqlen_q: seqlen_q as i32,
-                    seqlen_kv: seqlen_kv as i32,
-                    scale_log2: (f64::from(scale) * std::f64::consts::LOG2_E) as f32,
-                };
-                let grid = [samples.div_ceil(16), seqlen_kv.div_ceil(1024), now];
-                self.launch_with(PointwiseOp::ProfileLogits, grid, &logit_params);
-                let row_params = params::Profile {
-                    logits,
-                    samples: token_ids,
-                    q2k_index: index,
-                    q2k_count: count,
-                    needed,
-                    covered: if lists.is_some() { covered } else { 0 },
-                    recall: 0,
-                    error_flag: self.flag(),
-                    batch_index: b as i32,
-                    head0: head0 as i32,
-                    num_samples: samples as i32,
-                    num_heads: heads as i32,
-                    seqlen_kv: seqlen_kv as i32,
-                    num_groups: lists.map_or(0, |l| l.groups() as i32),
-                    query_group: lists.map_or(0, |l| l.query_group as i32),
-                    kv_block: lists.map_or(0, |l| l.kv_block as i32),
-                    max_selected: lists.map_or(0, |l| l.max_selected as i32),
-                    theta: args.theta,
-                };
-                self.launch_with(PointwiseOp::Profile, [samples, now, 1], &row_params);
-            }
-        }
+        let row_params = params::Profile {
+            q: self.view(&args.q),
+            k: self.view(&args.k),
+            samples: self.i32(args.samples),
+            lse: args.lse.map_or(0, |lse| self.f32(lse)),
+            q2k_index: index,
+            q2k_count: count,
+            needed,
+            covered: if lists.is_some() { covered } else { 0 },
+            recall: if lists.is_some() { recall } else { 0 },
+            error_flag: self.flag(),
+            num_samples: samples as i32,
+            num_heads: heads as i32,
+            seqlen_q: seqlen_q as i32,
+            seqlen_kv: seqlen_kv as i32,
+            num_groups: lists.map_or(0, |l| l.groups() as i32),
+            query_group: lists.map_or(0, |l| l.query_group as i32),
+            kv_block: lists.map_or(0, |l| l.kv_block as i32),
+            max_selected: lists.map_or(0, |l| l.max_selected as i32),
+            scale_log2: (f64::from(scale) * std::f64::consts::LOG2_E) as f32,
+            theta: args.theta,
+        };
+        self.launch_with(PointwiseOp::Profile, [samples.div_ceil(8), heads, batch], &row_params);
         let factor = (1.0 / rows as f64) as f32;
         let dst = self.f32(args.needed);
         self.reduce_partials(needed, [1, rows, heads, heads], dst, 0, false, factor);
-        if let Some((_, buf)) = args.covered {
-            let dst = self.f32(buf);
-            self.reduce_partials(covered, [1, rows, heads, heads], dst, 0, false, factor);
+        if let Some(ProfiledLists { covered: to_covered, recall: to_recall, .. }) = args.lists {
+            for (from, to) in [(covered, to_covered), (recall, to_recall)] {
+                let dst = self.f32(to);
+                self.reduce_partials(from, [1, rows, heads, heads], dst, 0, false, factor);
+            }
         }
     }
 
@@ -1643,6 +1639,6 @@ mod tests {
         let shape =
             ListShape { batch: 1, heads: 1, seqlen: 64, query_group: 64, kv_block: 64, max_selected: 1 };
         let error = selection_problem(&shape, 8, GroupRule::Centre).unwrap_err().to_string();
-        assert!(error.contains("dsv.rank=16"), "{error}");
+        assert!(error.contains("dsv.rank is 8") && error.contains("SHIPPED_RANKS"), "{error}");
     }
 }

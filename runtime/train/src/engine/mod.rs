@@ -571,13 +571,25 @@ pub struct Profile {
     pub k: View,
     /// Token ids of the sampled queries, `I32`; every sample serves every batch element and head.
     pub samples: Buf,
+    /// `[B,H,S]` `F32`: LSE of full attention of these q and k, where it has just been made: it saves a pass over the keys.
+    pub lse: Option<Buf>,
     /// Share of the softmax mass that counts as critical (0.9).
     pub theta: f32,
     /// `[H]` `F32`, overwritten: mean share of the keys needed to hold `theta` of the mass.
     pub needed: Buf,
-    /// Lists whose covered mass is wanted, and `[H]` `F32`, overwritten: mean over samples of the
-    /// mass that the sample's list holds.
-    pub covered: Option<(Lists, Buf)>,
+    /// How good lists are, where that is wanted.
+    pub lists: Option<ProfiledLists>,
+}
+
+/// What a profile says of lists.
+#[derive(Copy, Clone, Debug)]
+pub struct ProfiledLists {
+    /// The lists.
+    pub lists: Lists,
+    /// `[H]` `F32`, overwritten: mean over samples of the mass that the sample's list holds.
+    pub covered: Buf,
+    /// `[H]` `F32`, overwritten: mean over samples of the share of the critical keys that are listed.
+    pub recall: Buf,
 }
 
 /// AdamW over flat arrays; `p *= 1 - lr * weight_decay` before the step, bias-corrected.

@@ -334,7 +334,8 @@ mod tests {
     }
 
     fn select(rule: GroupRule, budget: Budget, block: Block, max_selected: u32, us: f64) -> TuneRecord {
-        let spec = space::select_fine(block.0, block.1, rule, score_of(rule), budget, Arch::Sm90a).unwrap();
+        let spec =
+            space::select_fine(16, block.0, block.1, rule, score_of(rule), budget, Arch::Sm90a).unwrap();
         record(KernelSpec::Select(spec), AttnOp::Fwd, block, max_selected, us)
     }
 

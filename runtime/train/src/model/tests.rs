@@ -171,11 +171,12 @@ fn recomputing_changes_no_bit() {
             read(predictors.loss),
             read(predictors.needed),
             read(predictors.covered),
+            read(predictors.recall),
         ]
     };
     let (kept, recomputed) = (run(false), run(true));
     assert_eq!(kept, recomputed);
-    assert!(kept[1].iter().any(|&x| x != 0) && kept[4].iter().all(|&x| f32::from_bits(x) > 0.0));
+    assert!(kept[1].iter().any(|&x| x != 0) && kept[4..].iter().flatten().all(|&x| f32::from_bits(x) > 0.0));
 }
 
 #[test]

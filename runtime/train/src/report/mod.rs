@@ -99,7 +99,7 @@ impl RunData {
                 }
                 Record::Stage { step, stage, reason } => run.stages.push((step, stage, reason)),
                 Record::Cube { step, choice } => run.cubes.push((step, choice)),
-                Record::Profile { step, sparsity, covered } => {
+                Record::Profile { step, sparsity, covered, .. } => {
                     run.profiles.insert(step, (sparsity, covered));
                 }
                 Record::Dispatch { step, sparse, skipped, why } => {
@@ -650,6 +650,7 @@ mod tests {
                     step,
                     sparsity: rows(0.5 + step as f64 / 200.0),
                     covered: rows(0.9),
+                    recall: rows(0.6),
                 });
             }
         }

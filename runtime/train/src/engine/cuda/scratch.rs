@@ -4,17 +4,13 @@
 //! Ops run in stream order, so every op may use all of it. cublasLt's workspace and the partial sums of a two-step
 //! reduction lie apart, for ops use them while they hold scratch of their own.
 
-use super::super::{AttnShape, Dims};
+use super::super::Dims;
 use super::matmul;
 
 /// f32 partial sums a two-step column sum may use.
 pub(super) const PARTIAL_SUMS: usize = 1 << 22;
-/// Bytes of logits one launch of the profiler may use (at least one head's are always possible).
-const PROFILE_BYTES: usize = 128 << 20;
 /// Queries or keys one CTA of the predictor's kernels walks.
 pub(super) const GRAM_ROWS: usize = 512;
-/// Columns of the low-rank queries and keys.
-pub(super) const RANK: usize = 16;
 
 /// Ranges begin at multiples of this many bytes.
 const ALIGN: usize = 256;
@@ -50,11 +46,6 @@ pub(super) fn chunks(rows: usize, ctas: usize) -> (usize, usize) {
     (rows_per_chunk, rows.div_ceil(rows_per_chunk))
 }
 
-/// Heads whose logits one launch of the profiler holds.
-pub(super) fn profile_heads(shape: &AttnShape, samples: usize) -> usize {
-    (PROFILE_BYTES / (4 * samples * shape.seqlen_kv).max(1)).clamp(1, shape.heads)
-}
-
 /// Ranges of f32 (or wider, counted in f32) that an op takes, padded as [`Bump`] pads them.
 fn floats(ranges: &[usize]) -> usize {
     ranges.iter().map(|n| (4 * n).next_multiple_of(ALIGN)).sum()
@@ -80,33 +71,31 @@ fn mlp_bytes(rows: usize, hidden: usize, width: usize, ctas: usize) -> usize {
 }
 
 /// The predictor's Gram matrices, column sums, weighted rows and losses.
-pub(super) fn gram_bytes(batch: usize, heads: usize, seqlen: usize, head_dim: usize) -> usize {
+pub(super) fn gram_bytes(batch: usize, heads: usize, seqlen: usize, head_dim: usize, rank: usize) -> usize {
     let slabs = batch * heads;
     floats(&[
         slabs * head_dim * head_dim,
-        slabs * RANK * head_dim,
-        slabs * RANK * RANK,
+        slabs * rank * head_dim,
+        slabs * rank * rank,
         slabs * head_dim,
-        slabs * RANK,
-        slabs * RANK * head_dim,
-        slabs * RANK * RANK,
-        (slabs * seqlen * RANK).div_ceil(2),
-        (slabs * seqlen * RANK).div_ceil(2),
+        slabs * rank,
+        slabs * rank * head_dim,
+        slabs * rank * rank,
+        (slabs * seqlen * rank).div_ceil(2),
+        (slabs * seqlen * rank).div_ceil(2),
         slabs * seqlen.div_ceil(GRAM_ROWS),
     ])
 }
 
-/// The profiler's logits and one number a sample and head, twice.
-pub(super) fn profile_bytes(shape: &AttnShape, samples: usize) -> usize {
-    let rows = shape.batch * samples * shape.heads;
-    floats(&[profile_heads(shape, samples) * samples * shape.seqlen_kv, rows, rows])
+/// The profiler's numbers of each sample and head: needed share, covered mass and recall.
+fn profile_bytes(batch: usize, heads: usize, samples: usize) -> usize {
+    floats(&[batch * samples * heads; 3])
 }
 
 /// The most any op but attention needs for a run whose largest problem is `dims`, on a GPU that fills with `ctas`
 /// CTAs.
 pub(super) fn op_bytes(dims: &Dims, ctas: usize) -> usize {
-    let Dims { batch, seqlen, dim, heads, head_dim, samples, .. } = *dims;
-    let shape = AttnShape { batch, heads, seqlen_q: seqlen, seqlen_kv: seqlen, head_dim, scale: 1.0 };
+    let Dims { batch, seqlen, dim, heads, head_dim, d_lr, samples, .. } = *dims;
     // Smaller batches make longer chunks, never more of them in all.
     let modulation = (1..=batch).map(|b| modulation_bytes(b, seqlen, dim, ctas)).max().unwrap_or(0);
     // The MLP with either activation, and the text's; fewer rows never make more chunks than there may be.
@@ -122,8 +111,8 @@ pub(super) fn op_bytes(dims: &Dims, ctas: usize) -> usize {
     let weights = floats(&[chunks(batch * seqlen, ctas).1 * 2 * head_dim]);
     // One f32 (loss) or f64 and i32 (norm) a CTA.
     let scalars = floats(&[batch * 8 * ctas, 2 * 8 * ctas, 8 * ctas]);
-    let predictor = if dims.d_lr > 0 { gram_bytes(batch, heads, seqlen, head_dim) } else { 0 };
-    let profile = if samples > 0 { profile_bytes(&shape, samples) } else { 0 };
+    let predictor = if d_lr > 0 { gram_bytes(batch, heads, seqlen, head_dim, d_lr) } else { 0 };
+    let profile = if samples > 0 { profile_bytes(batch, heads, samples) } else { 0 };
     [modulation, mlp, weights, scalars, predictor, profile].into_iter().max().unwrap_or(0)
 }
 
