@@ -9,7 +9,7 @@ mod timed;
 use crate::config::{Attention, Config, ConfigError, Switch};
 use crate::data::Clip;
 use crate::dispatch::{Decision, ProfileState};
-use crate::engine::{Engine, EngineError};
+use crate::engine::{Engine, EngineError, Space};
 use crate::model::{BlockAttention, Model};
 use crate::plan::MemoryError;
 use crate::predictor::PredictorTask;
@@ -246,7 +246,8 @@ impl<'a> Bench<'a> {
         let memory_bytes = layout.total_bytes();
         if let Some(free_bytes) = self.free.filter(|&free| free < memory_bytes) {
             let advice = vec!["--layers 1, or fewer --tokens".to_string()];
-            return Err(MemoryError { needed_bytes: memory_bytes, free_bytes, advice }.into());
+            let space = Space::Device;
+            return Err(MemoryError { space, needed_bytes: memory_bytes, free_bytes, advice }.into());
         }
         let model = layout.model.clone();
         let e = &mut *self.engine;

@@ -5,7 +5,9 @@
 //! then `--set section.key=value`. Unknown keys are errors. [`Config::documented_toml`] prints every key with
 //! its value and meaning.
 
+use crate::engine::Space;
 use dsv_spec::space::{SHIPPED_BLOCK_SIZES, SHIPPED_GATHER, SHIPPED_GATHER_HEAD_DIMS, TRAINER_HEAD_DIMS};
+
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -70,6 +72,10 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
             ("betas", "AdamW's two decay rates"),
             ("eps", "AdamW's epsilon"),
             ("ema_decay", "decay of the averaged weights that eval and sample use; 0 = off"),
+            (
+                "ema_on",
+                "where the averaged weights lie: \"device\", or \"host\": page-locked host memory, updated beside the next step, same bits",
+            ),
             ("caption_dropout", "share of clips trained with the empty caption"),
             ("seed", "seed of weights, timesteps, noise and caption drop-out"),
             (
@@ -291,6 +297,8 @@ pub struct Train {
     pub eps: f64,
     /// Decay of the averaged weights; 0 = off.
     pub ema_decay: f64,
+    /// Where the averaged weights lie.
+    pub ema_on: EmaOn,
     /// Share of clips trained with the empty caption.
     pub caption_dropout: f64,
     /// Seed of weights, timesteps, noise and caption drop-out.
@@ -313,6 +321,16 @@ pub struct Train {
     pub log_every: u64,
     /// Recompute blocks in the backward.
     pub recompute: bool,
+}
+
+/// Where averaged weights lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EmaOn {
+    /// Device memory, 4 bytes a parameter.
+    Device,
+    /// Page-locked host memory.
+    Host,
 }
 
 /// Learning rate after the warm-up.
@@ -644,6 +662,7 @@ impl Config {
                 betas: [0.9, 0.99],
                 eps: 1e-8,
                 ema_decay: 0.0,
+                ema_on: EmaOn::Device,
                 caption_dropout: 0.1,
                 seed: 1,
                 init_weights: None,
@@ -1005,6 +1024,14 @@ impl Config {
             }
         }
         if bad.is_empty() { Ok(()) } else { Err(ConfigError::Impossible(bad)) }
+    }
+
+    /// Where the run keeps averaged weights; `None` where it keeps none.
+    pub fn ema_space(&self) -> Option<Space> {
+        (self.train.ema_decay > 0.0).then_some(match self.train.ema_on {
+            EmaOn::Device => Space::Device,
+            EmaOn::Host => Space::Host,
+        })
     }
 
     /// Width of the model: `heads * head_dim`.

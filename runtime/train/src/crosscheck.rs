@@ -69,9 +69,9 @@ pub fn pass(config: &Config, engine: &mut dyn Engine) -> Result<Pass, EngineErro
     let purposes = Purposes {
         train: true,
         recompute: config.train.recompute,
-        ema: false,
         list_slots: layers,
         inverse_lists: engine.needs_inverse_lists(),
+        ..Purposes::INFERENCE
     };
     let model = Model::reserve(shape, purposes, &mut plan);
     engine.reserve(&plan, &model.shape.dims(model.params.master.len()))?;

@@ -11,7 +11,7 @@ use crate::config::{self, Config, Mlp};
 use crate::engine::{
     ArenaPlan, AttnBwd, AttnFwd, AttnShape, Buf, Dims, Engine, EngineError, FlowLoss, FlowPrepare, Gated,
     GatedGrad, Gemm, GemmLayout, GradNorm, GroupRule, ListShape, Lists, MlpAct, NormMod, PatchShape, QkPrep,
-    TextSelect, View,
+    Space, TextSelect, View,
 };
 use crate::params::{Init, Linear, ParamId, ParamPlan, ParamSet};
 use crate::predictor::{self, PredictorShape, PredictorTask, Predictors};
@@ -411,12 +411,18 @@ pub struct Purposes {
     pub train: bool,
     /// Recompute block intermediates rather than keeping them.
     pub recompute: bool,
-    /// Averaged weights.
-    pub ema: bool,
+    /// Where averaged weights lie, when the run keeps them.
+    pub ema: Option<Space>,
     /// Blocks that can be sparse at one time.
     pub list_slots: usize,
     /// Whether lists need their inverse ([`crate::engine::DeviceFacts::needs_inverse_lists`]).
     pub inverse_lists: bool,
+}
+
+impl Purposes {
+    /// Forward passes of weights that are given.
+    pub const INFERENCE: Purposes =
+        Purposes { train: false, recompute: true, ema: None, list_slots: 0, inverse_lists: false };
 }
 
 /// The laid-out model: handles only, no memory.

@@ -271,8 +271,7 @@ mod tests {
 
     fn tiny() -> Model {
         let config = Config::preset("tiny").unwrap();
-        let purposes =
-            Purposes { train: false, recompute: true, ema: false, list_slots: 0, inverse_lists: false };
+        let purposes = Purposes::INFERENCE;
         Model::reserve(ModelShape::from_config(&config, 1), purposes, &mut ArenaPlan::new(Precision::F32))
     }
 

@@ -1,7 +1,8 @@
 //! Parameters: names, shapes, initial values, and their place in flat master, gradient, moment and
 //! compute buffers.
 
-use crate::engine::{ArenaPlan, Buf, Engine, EngineError, PARAM_ALIGN};
+use crate::engine::{ArenaPlan, Buf, Done, Dtype, Engine, EngineError, PARAM_ALIGN, Space};
+use crate::offload::Ring;
 use crate::rng::{self, Purpose};
 
 /// How a parameter begins.
@@ -70,8 +71,9 @@ impl ParamPlan {
     pub fn specs(&self) -> &[ParamSpec] {
         &self.specs
     }
-    /// Reserves the flat buffers: decayed tensors first, each at a multiple of [`PARAM_ALIGN`] elements.
-    pub fn reserve(self, plan: &mut ArenaPlan, label: &str, optimizer: bool, ema: bool) -> ParamSet {
+    /// Reserves the flat buffers: decayed tensors first, each at a multiple of [`PARAM_ALIGN`] elements. Averaged weights
+    /// are kept where `ema` says.
+    pub fn reserve(self, plan: &mut ArenaPlan, label: &str, optimizer: bool, ema: Option<Space>) -> ParamSet {
         let mut order: Vec<usize> = (0..self.specs.len()).collect();
         order.sort_by_key(|&i| !self.specs[i].decay);
         let mut offsets = vec![0; self.specs.len()];
@@ -93,7 +95,9 @@ impl ParamPlan {
                 v: flat(plan, "second moment"),
                 segments: plan.i32(&format!("{label}/segments"), order.len() + 1),
             }),
-            ema: ema.then(|| flat(plan, "averaged weights")),
+            ema: ema.map(|space| plan.alloc_in(space, &format!("{label}/averaged weights"), Dtype::F32, end)),
+            ema_ring: (ema == Some(Space::Host))
+                .then(|| Ring::reserve(plan, "staging/averaged weights", 1, end)),
             keys: plan.i32(&format!("{label}/init key"), 2),
             specs: self.specs,
             offsets,
@@ -140,6 +144,8 @@ pub struct ParamSet {
     pub optimizer: Option<OptimizerState>,
     /// Averaged weights, `F32`, when the run keeps them.
     pub ema: Option<Buf>,
+    /// Through which they pass where they lie on the host.
+    ema_ring: Option<Ring>,
     keys: Buf,
     specs: Vec<ParamSpec>,
     offsets: Vec<usize>,
@@ -206,10 +212,47 @@ impl ParamSet {
             engine.fill(state.m, 0.0);
             engine.fill(state.v, 0.0);
         }
-        if let Some(ema) = self.ema {
-            engine.copy(self.master, ema);
-        }
+        self.restart_averages(engine);
         self.refresh(engine)
+    }
+    /// Makes the averaged weights, where the run keeps them, the present ones.
+    pub fn restart_averages(&self, engine: &mut dyn Engine) {
+        match self.ema {
+            Some(ema) if ema.space() == Space::Host => {
+                let copied = engine.offload(self.master, ema);
+                engine.after(&copied);
+            }
+            Some(ema) => engine.copy(self.master, ema),
+            None => {}
+        }
+    }
+    /// Averages the weights of a step in. Where the averages lie on the host that runs beside what follows: the weights
+    /// must not be written before it is done.
+    pub fn average(&self, engine: &mut dyn Engine, decay: f32) -> Done {
+        match (self.ema, &self.ema_ring) {
+            (Some(ema), Some(ring)) => engine.beside(&mut |engine| {
+                ring.pass(engine, &[ema], 0..ema.len(), true, &mut |engine, at, staged| {
+                    engine.ema(decay, self.master.slice(at.start, at.len()), staged[0]);
+                });
+            }),
+            (Some(ema), None) => {
+                engine.ema(decay, self.master, ema);
+                Done::default()
+            }
+            (None, _) => Done::default(),
+        }
+    }
+    /// Puts the averaged weights, where the run keeps them, in place of the compute copy.
+    pub fn copy_averages(&self, engine: &mut dyn Engine) {
+        match (self.ema, &self.ema_ring) {
+            (Some(ema), Some(ring)) => {
+                ring.pass(engine, &[ema], 0..ema.len(), false, &mut |engine, at, staged| {
+                    engine.copy(staged[0], self.copy.slice(at.start, at.len()));
+                });
+            }
+            (Some(ema), None) => engine.copy(ema, self.copy),
+            (None, _) => {}
+        }
     }
     /// Rewrites what follows from the master weights and from the layout: compute copy and segment table. Needed
     /// after a checkpoint was loaded.
@@ -236,7 +279,7 @@ mod tests {
         let bias = params.add("b".into(), &[3], Init::Constant(0.0), false);
         let linear = params.linear("w", 5, 30, 0.1);
         let mut arena = ArenaPlan::new(Precision::Bf16);
-        let set = params.reserve(&mut arena, "model", true, false);
+        let set = params.reserve(&mut arena, "model", true, None);
         assert_eq!(set.decayed(), 192, "150 elements, padded to 64");
         assert_eq!(set.segment_name(0), "w.weight");
         let all: Vec<Buf> = set.slices(set.master).map(|(_, buf)| buf).collect();

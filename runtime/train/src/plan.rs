@@ -1,8 +1,8 @@
 //! Memory, arithmetic and time of a run, component by component, before anything is allocated; and which setting to
 //! change where it does not fit.
 
-use crate::config::{Attention, Config};
-use crate::engine::{ArenaPlan, DeviceFacts};
+use crate::config::{Attention, Config, EmaOn};
+use crate::engine::{ArenaPlan, DeviceFacts, Space};
 use crate::model::ModelShape;
 use crate::train::Layout;
 use std::fmt;
@@ -16,12 +16,16 @@ pub struct RunPlan {
     pub predictor_params: usize,
     /// Video tokens of a clip of the first grid, of which arithmetic and time are; the memory is that of the largest.
     pub tokens: usize,
-    /// Bytes of the arena by component.
+    /// Bytes of the device's arena by component.
     pub memory: Vec<Component>,
+    /// Bytes of the host's.
+    pub host: Vec<Component>,
     /// Bytes of the engine's workspace.
     pub scratch_bytes: usize,
     /// Bytes the device has free, where known.
     pub free_bytes: Option<usize>,
+    /// Bytes the host has free, where known.
+    pub host_free_bytes: Option<usize>,
     /// List buffers, and bytes of one.
     pub lists: (usize, usize),
     /// FLOP of one optimizer step by component: name, dense, at `keep` of the KV.
@@ -50,17 +54,19 @@ pub struct Component {
     pub per_gpu: usize,
 }
 
-/// The run does not fit on the device.
+/// The run does not fit on the device, or its host part not on the host.
 #[derive(Clone, Debug, thiserror::Error, PartialEq)]
 #[error(
-    "the run does not fit: it needs {:.2} GiB, {:.2} GiB are free{}\n  see every component: dsv-train plan",
-    gib(*.needed_bytes), gib(*.free_bytes),
-    .advice.iter().map(|a| format!("\n  {a}")).collect::<String>()
+    "the run does not fit: it needs {:.2} GiB{}, {:.2} GiB are free{}\n  see every component: dsv-train plan",
+    gib(*.needed_bytes), if *.space == Space::Host { " of page-locked host memory" } else { "" },
+    gib(*.free_bytes), .advice.iter().map(|a| format!("\n  {a}")).collect::<String>()
 )]
 pub struct MemoryError {
+    /// Where it does not fit.
+    pub space: Space,
     /// Bytes of arena and workspace.
     pub needed_bytes: usize,
-    /// Bytes the device has.
+    /// Bytes that are free there.
     pub free_bytes: usize,
     /// Settings that would make it fit.
     pub advice: Vec<String>,
@@ -68,21 +74,54 @@ pub struct MemoryError {
 
 /// Refuses a laid-out run that the device has no memory for, before anything is allocated.
 pub fn check(config: &Config, layout: &Layout, device: &dyn DeviceFacts) -> Result<(), MemoryError> {
-    let needed_bytes = layout.total_bytes();
-    match device.free_bytes() {
-        Some(free_bytes) if free_bytes < needed_bytes => {
-            let advice = advice(config, device, free_bytes);
-            Err(MemoryError { needed_bytes, free_bytes, advice })
+    let room = Room::of(device);
+    let [on_device, on_host] = Room::needed(layout);
+    for (space, needed_bytes, free) in
+        [(Space::Device, on_device, room.device), (Space::Host, on_host, room.host)]
+    {
+        if let Some(free_bytes) = free.filter(|free| *free < needed_bytes) {
+            return Err(MemoryError {
+                space,
+                needed_bytes,
+                free_bytes,
+                advice: advice(config, device, &room),
+            });
         }
-        _ => Ok(()),
+    }
+    Ok(())
+}
+
+/// Free bytes, where they are known.
+struct Room {
+    device: Option<usize>,
+    host: Option<usize>,
+}
+
+impl Room {
+    fn of(device: &dyn DeviceFacts) -> Room {
+        Room { device: device.free_bytes(), host: device.host_free_bytes() }
+    }
+
+    /// Bytes that a layout needs of the device, and of the host.
+    fn needed(layout: &Layout) -> [usize; 2] {
+        [layout.total_bytes(), layout.arena.host_bytes()]
+    }
+
+    fn holds(&self, [device, host]: [usize; 2]) -> bool {
+        self.device.is_none_or(|free| device <= free) && self.host.is_none_or(|free| host <= free)
     }
 }
 
-/// Settings that make a run fit into `free` bytes: each alone where one is enough, else together, cheapest first.
-fn advice(config: &Config, device: &dyn DeviceFacts, free: usize) -> Vec<String> {
+/// Settings that make a run fit: each alone where one is enough, else together, cheapest first.
+fn advice(config: &Config, device: &dyn DeviceFacts, room: &Room) -> Vec<String> {
     type Change = (fn(&Config) -> bool, fn(&mut Config), fn(&Config) -> String);
-    let changes: [Change; 7] = [
+    let changes: [Change; 8] = [
         (|c| !c.train.recompute, |c| c.train.recompute = true, |_| "train.recompute=true".into()),
+        (
+            |c| c.ema_space() == Some(Space::Device),
+            |c| c.train.ema_on = EmaOn::Host,
+            |_| "train.ema_on=host".into(),
+        ),
         (|c| c.train.ema_decay > 0.0, |c| c.train.ema_decay = 0.0, |_| "train.ema_decay=0".into()),
         (
             |c| c.data.batch_size > 1,
@@ -117,21 +156,23 @@ fn advice(config: &Config, device: &dyn DeviceFacts, free: usize) -> Vec<String>
             |c| format!("model.layers={}", c.model.layers),
         ),
     ];
-    let needs = |c: &Config| Layout::new(c, device, None).total_bytes();
-    let line = |sets: &str, needed: usize| {
-        let verdict = if needed <= free { "fits" } else { "still does not fit" };
-        format!("--set {sets}: {:.2} GiB, {verdict}", gib(needed))
+    let needs = |c: &Config| Room::needed(&Layout::new(c, device, None));
+    let fits = |c: &Config| room.holds(needs(c));
+    let line = |sets: &str, needed: [usize; 2]| {
+        let verdict = if room.holds(needed) { "fits" } else { "still does not fit" };
+        let [on_device, on_host] = needed.map(gib);
+        let host = if on_host > 0.0 { format!(" and {on_host:.2} GiB of the host's") } else { String::new() };
+        format!("--set {sets}: {on_device:.2} GiB{host}, {verdict}")
     };
     let mut alone = Vec::new();
     for (applies, change, name) in changes.iter().filter(|(applies, ..)| applies(config)) {
         let mut one = config.clone();
         // Halving may have to go on.
-        while applies(&one) && needs(&one) > free {
+        while applies(&one) && !fits(&one) {
             change(&mut one);
         }
-        let needed = needs(&one);
-        if needed <= free {
-            alone.push(line(&name(&one), needed));
+        if fits(&one) {
+            alone.push(line(&name(&one), needs(&one)));
         }
     }
     if !alone.is_empty() {
@@ -140,7 +181,7 @@ fn advice(config: &Config, device: &dyn DeviceFacts, free: usize) -> Vec<String>
     let (mut all, mut sets) = (config.clone(), Vec::new());
     for (applies, change, name) in &changes {
         let mut changed = false;
-        while applies(&all) && needs(&all) > free {
+        while applies(&all) && !fits(&all) {
             change(&mut all);
             changed = true;
         }
@@ -166,23 +207,25 @@ pub fn plan(config: &Config, device: &dyn DeviceFacts, gpus: usize) -> RunPlan {
         None => config.dsv.keep.unwrap_or(config.dsv.max_keep),
     };
     let flop = flop(shape, config, keep);
-    let free_bytes = device.free_bytes();
-    let too_much = free_bytes.filter(|&free| free < layout.total_bytes());
+    let room = Room::of(device);
+    let advice = if room.holds(Room::needed(&layout)) { Vec::new() } else { advice(config, device, &room) };
     let (time_ms, attention_measured) = time(shape, config, device, keep, &flop, params.count());
     RunPlan {
         params: params.count(),
         predictor_params: predictor,
         tokens: shape.patch.tokens(),
-        memory: components(&layout.arena, gpus, shape.layers),
+        memory: components(&layout.arena, Space::Device, gpus, shape.layers),
+        host: components(&layout.arena, Space::Host, gpus, shape.layers),
         scratch_bytes: layout.scratch_bytes,
-        free_bytes,
+        free_bytes: room.device,
+        host_free_bytes: room.host,
         lists: (layout.list_slots, layout.list_bytes),
         flop,
         time_ms,
         attention_measured,
         keep,
         gpus,
-        advice: too_much.map_or(Vec::new(), |free| advice(config, device, free)),
+        advice,
     }
 }
 
@@ -218,6 +261,7 @@ fn component(label: &str) -> (String, Spread) {
         }
         ("kept per block", _) => ("kept per block: log-sum-exp".into(), Spread::Tokens),
         ("lists", _) => ("KV lists".into(), Spread::Tokens),
+        ("staging", _) => ("staging of what lies on the host".into(), Spread::Whole),
         ("block work", "mlp up" | "mlp act") => ("activations of a block: MLP".into(), Spread::Tokens),
         ("block work", name) if name.starts_with("cross") => {
             ("activations of a block: cross-attention".into(), Spread::Tokens)
@@ -228,9 +272,9 @@ fn component(label: &str) -> (String, Spread) {
     }
 }
 
-fn components(arena: &ArenaPlan, gpus: usize, layers: usize) -> Vec<Component> {
+fn components(arena: &ArenaPlan, space: Space, gpus: usize, layers: usize) -> Vec<Component> {
     let mut out: Vec<Component> = Vec::new();
-    for allocation in arena.allocations() {
+    for allocation in arena.allocations().iter().filter(|a| a.space == space) {
         let (name, spread) = component(&allocation.label);
         let bytes = allocation.bytes;
         let part = bytes.div_ceil(gpus);
@@ -357,6 +401,17 @@ impl RunPlan {
         self.memory.iter().map(|c| c.bytes).sum::<usize>() + self.scratch_bytes
     }
 
+    /// Bytes of page-locked host memory.
+    pub fn host_bytes(&self) -> usize {
+        self.host.iter().map(|c| c.bytes).sum()
+    }
+
+    /// Whether device and host have room for it, as far as that is known.
+    pub fn fits(&self) -> bool {
+        let room = Room { device: self.free_bytes, host: self.host_free_bytes };
+        room.holds([self.total_bytes(), self.host_bytes()])
+    }
+
     /// The same on each of [`RunPlan::gpus`].
     pub fn total_per_gpu(&self) -> usize {
         self.memory.iter().map(|c| c.per_gpu).sum::<usize>() + self.scratch_bytes.div_ceil(self.gpus)
@@ -402,6 +457,21 @@ impl fmt::Display for RunPlan {
             }
             Some(free) => writeln!(f, "   of {:.2} GiB free", gib(free))?,
             None => writeln!(f)?,
+        }
+        if !self.host.is_empty() {
+            writeln!(f, "page-locked host memory, GiB")?;
+            for c in &self.host {
+                line(f, &c.name, c.bytes, c.per_gpu)?;
+                writeln!(f)?;
+            }
+            line(f, "total", self.host_bytes(), self.host.iter().map(|c| c.per_gpu).sum())?;
+            match self.host_free_bytes {
+                Some(free) if free < self.host_bytes() => {
+                    writeln!(f, "   more than the {:.2} GiB that are free", gib(free))?;
+                }
+                Some(free) => writeln!(f, "   of {:.2} GiB free", gib(free))?,
+                None => writeln!(f, "   (what the host has is not known here)")?,
+            }
         }
         for advice in &self.advice {
             writeln!(f, "  {advice}")?;

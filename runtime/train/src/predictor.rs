@@ -106,7 +106,7 @@ impl Predictors {
         let (params, weights) = Self::params(shape, dim);
         let per_head = shape.layers * shape.lists.heads;
         Shared {
-            params: params.reserve(plan, "predictors", train, false),
+            params: params.reserve(plan, "predictors", train, None),
             weights,
             loss: plan.f32("predictors/loss", per_head),
             needed: plan.f32("predictors/needed", per_head),

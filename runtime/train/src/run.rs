@@ -6,7 +6,7 @@ use crate::config::{Config, ConfigError};
 use crate::data::ahead::ahead;
 use crate::data::{Clip, DataError, DataPosition, Dataset, Video};
 use crate::durable::{RealDisk, write_file};
-use crate::engine::{Engine, EngineError};
+use crate::engine::{Engine, EngineError, Space};
 use crate::eval::{self, EvalResult};
 use crate::import::{self, ImportError, Imported};
 use crate::model::{BlockAttention, Model, ModelShape, Purposes};
@@ -484,13 +484,8 @@ pub fn open_trained(
     let mut engine = crate::engine::open(&config.device, config.train.deterministic)?;
     let (attention, top_k, slots) = train::attention_of(&found)?;
     let mut plan = crate::engine::ArenaPlan::new(engine.precision());
-    let purposes = Purposes {
-        train: false,
-        recompute: true,
-        ema: config.train.ema_decay > 0.0,
-        list_slots: slots,
-        inverse_lists: false,
-    };
+    let ema = (config.train.ema_decay > 0.0).then_some(Space::Device);
+    let purposes = Purposes { ema, list_slots: slots, ..Purposes::INFERENCE };
     let model = Model::reserve(ModelShape::from_config(&config, batch), purposes, &mut plan);
     engine.reserve(&plan, &model.shape.dims(model.params.master.len()))?;
     model.initialise(&mut *engine, config.train.seed)?;

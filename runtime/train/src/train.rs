@@ -9,7 +9,7 @@ use crate::checkpoint::{Checkpoint, State};
 use crate::config::{self, Attention, Config};
 use crate::data::{Clip, DataPosition, Dataset};
 use crate::dispatch::{Decision, ProfileState, Rules};
-use crate::engine::{AdamW, ArenaPlan, Buf, DeviceFacts, Engine, EngineError, GradNorm};
+use crate::engine::{AdamW, ArenaPlan, Buf, DeviceFacts, Done, Engine, EngineError, GradNorm};
 use crate::eval::{self, EvalResult};
 use crate::model::{BlockAttention, Model, ModelShape, Purposes};
 use crate::observe::{self, BlockObservation};
@@ -172,6 +172,8 @@ pub struct Trainer {
     ring: Buf,
     culprits: Buf,
     pending: Vec<Pending>,
+    /// The last step's averages, which may still be made from its weights.
+    averaged: Done,
     /// Which grid the last step had.
     last_grid: usize,
 }
@@ -211,7 +213,7 @@ impl Layout {
             let purposes = Purposes {
                 train: true,
                 recompute: config.train.recompute,
-                ema: config.train.ema_decay > 0.0,
+                ema: config.ema_space(),
                 list_slots: slots,
                 inverse_lists: engine.needs_inverse_lists(),
             };
@@ -328,6 +330,7 @@ impl Trainer {
             ring,
             culprits,
             pending: Vec::new(),
+            averaged: Done::default(),
         };
         trainer.write_top_k()?;
         Ok(trainer)
@@ -536,11 +539,10 @@ impl Trainer {
             e.axpy(0.0, predictor_factor, factor);
             e.axpy(0.0, factor, predictor_factor);
         }
+        e.after(&self.averaged);
         adamw(e, set, (0, set.decayed()), lr, t.weight_decay as f32, clip);
         adamw(e, set, (set.decayed(), set.master.len()), lr, 0.0, clip);
-        if let Some(ema) = set.ema {
-            e.ema(t.ema_decay as f32, set.master, ema);
-        }
+        self.averaged = set.average(e, t.ema_decay as f32);
         if let Some(predictors) = &self.model.predictors {
             let set = &predictors.params;
             adamw(e, set, (0, set.master.len()), predictor_lr, 0.0, predictor_clip);

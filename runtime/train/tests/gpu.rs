@@ -947,10 +947,9 @@ fn step(engine: &mut dyn Engine, sizes: (usize, usize), attention: &[BlockAttent
     let mut plan = ArenaPlan::new(engine.precision());
     let purposes = Purposes {
         train: true,
-        recompute: true,
-        ema: false,
         list_slots: 2,
         inverse_lists: engine.needs_inverse_lists(),
+        ..Purposes::INFERENCE
     };
     let model = Model::reserve(model_shape(sizes), purposes, &mut plan);
     engine.reserve(&plan, &model.shape.dims(model.params.master.len())).unwrap();
@@ -1111,6 +1110,39 @@ fn graphs_give_the_same_bits_as_launches() {
     let (launched, replayed) = (run(false), run(true));
     assert_eq!(launched.0, replayed.0);
     assert!(launched.1 == replayed.1, "weights differ");
+}
+
+/// What a run does with memory changes neither its losses nor a bit of its state.
+#[test]
+fn state_on_the_host_gives_the_same_bits() {
+    let _gpu = lock();
+    let run = |sets: &[&str]| {
+        let mut text = run_config();
+        (text.train.ema_decay, text.train.deterministic) = (0.9, true);
+        let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+        let config = Config::from_toml(&text.documented_toml(), "the test", None, &sets).unwrap();
+        let data = Dataset::open(&config).unwrap();
+        let mut trainer = Trainer::new(config, Box::new(open(true))).unwrap();
+        let mut position = DataPosition::default();
+        let records = steps(&mut trainer, &data, &mut position, 4, |_| ());
+        let losses: Vec<f64> = trainer.evaluate(&data).unwrap().triples.iter().map(|t| t.loss).collect();
+        let moved = trainer.engine().transfers();
+        let snapshot = trainer.snapshot(position, &mut Vec::new()).unwrap();
+        let bytes: Vec<(String, Vec<u8>)> =
+            snapshot.tensors().iter().map(|t| (t.name.clone(), t.data.to_vec())).collect();
+        (records, losses, bytes, moved)
+    };
+    let there = run(&[]);
+    assert_eq!((there.3.to_host_bytes, there.3.overlap()), (0, None));
+    for sets in [["train.ema_on=host"].as_slice()] {
+        let here = run(sets);
+        assert_eq!(here.0, there.0, "{sets:?}");
+        assert_eq!(here.1, there.1, "{sets:?}: validation");
+        let differs = here.2.iter().zip(&there.2).find(|(a, b)| a != b).map(|(a, _)| &a.0);
+        assert_eq!(differs, None, "{sets:?}");
+        assert!(here.3.to_host_bytes > 0 && here.3.to_device_bytes > 0, "{sets:?}: {:?}", here.3);
+        assert!(here.3.copy_ms > 0.0 && here.3.waited_ms >= 0.0, "{sets:?}: {:?}", here.3);
+    }
 }
 
 /// Steps of a run on the GPU; `poison` may spoil each step's clips.

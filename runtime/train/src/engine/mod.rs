@@ -1,9 +1,12 @@
 //! The operations a layer may use, and nothing else: one trait, implemented once per device.
 //!
 //! Rules every engine keeps:
-//! * **Handles.** A [`Buf`] names a range of one arena. Ops take handles, return nothing, and may
+//! * **Handles.** A [`Buf`] names a range of an arena. Ops take handles, return nothing, and may
 //!   run asynchronously in the order they were issued. Only `write_*`, `read_*` and
 //!   [`Engine::sync`] wait for the device.
+//! * **Beside the ops** run copies to and from host memory ([`Engine::offload`], [`Engine::fetch`]) and what is queued by
+//!   [`Engine::beside`]: from when they were issued until an [`Engine::after`] of their [`Done`]. Until then ops must not
+//!   write what they read, nor touch what they write.
 //! * **No allocation.** After [`Engine::reserve`] nothing is allocated. What an engine needs beside
 //!   the buffers it is given comes from its own scratch range, whose size it states in
 //!   [`DeviceFacts::scratch_bytes`] for the largest problem of the run.
@@ -21,7 +24,7 @@ pub mod arena;
 pub mod cpu;
 pub mod cuda;
 
-pub use arena::{Allocation, ArenaPlan, Buf, Dtype, Precision};
+pub use arena::{Allocation, ArenaPlan, Buf, Dtype, Precision, Space};
 pub use cpu::CpuEngine;
 pub use cuda::{CudaEngine, CudaOptions, PlannedGpu};
 pub use dsv_spec::GroupRule;
@@ -58,6 +61,13 @@ pub fn open(device: &crate::config::Device, deterministic: bool) -> Result<Box<d
     }
 }
 
+/// Bytes of memory that the host can give without swapping; `None` where the system does not say.
+fn host_free_bytes() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().trim_end_matches("kB").trim().parse::<usize>().ok()? * 1024)
+}
+
 /// What can go wrong on a device.
 #[derive(Debug, Error)]
 pub enum EngineError {
@@ -76,6 +86,16 @@ pub enum EngineError {
         "cannot reserve an arena of {needed_bytes} bytes: {reason}\n  smaller: --set data.batch_size=1, or fewer tokens (data.frames, data.height, data.width)\n  see every component: dsv-train plan"
     )]
     Reserve {
+        /// Bytes asked for.
+        needed_bytes: usize,
+        /// What the device said.
+        reason: String,
+    },
+    /// The host's part of the run does not fit.
+    #[error(
+        "cannot reserve {needed_bytes} bytes of page-locked host memory: {reason}\n  on the device instead: --set train.moments=8bit, train.ema_on=device, train.kept_budget_gb=0\n  see every component: dsv-train plan"
+    )]
+    ReserveHost {
         /// Bytes asked for.
         needed_bytes: usize,
         /// What the device said.
@@ -706,6 +726,8 @@ pub trait DeviceFacts {
     fn scratch_bytes(&self, dims: &Dims) -> usize;
     /// Bytes the device has free for [`Engine::reserve`], `None` when not known.
     fn free_bytes(&self) -> Option<usize>;
+    /// Bytes the host has free for [`Space::Host`], `None` when not known.
+    fn host_free_bytes(&self) -> Option<usize>;
     /// What the engine knows of sparse against dense attention for this shape and block size.
     fn sparse_cost(&self, shape: &AttnShape, query_group: usize, kv_block: usize) -> Option<SparseCost>;
     /// Speeds to estimate with, where they are known.
@@ -715,9 +737,44 @@ pub trait DeviceFacts {
     fn attention_us(&self, shape: &AttnShape, lists: Option<(&ListShape, f64)>) -> Option<f64>;
 }
 
+/// The end of something that runs beside the ops; see [`Engine::after`].
+#[derive(Clone, Default)]
+pub struct Done(DoneAt);
+
+#[derive(Clone, Default)]
+enum DoneAt {
+    /// It is over.
+    #[default]
+    Over,
+    /// The CPU engine's copies up to this one.
+    Copies(u64),
+    /// A point in a stream.
+    Event(std::sync::Arc<dsv_runtime::device::Event>),
+}
+
+/// Copies between device and host since they were last asked for.
+#[derive(Copy, Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Transfers {
+    /// Bytes copied to the host.
+    pub to_host_bytes: u64,
+    /// Bytes copied to the device.
+    pub to_device_bytes: u64,
+    /// Milliseconds that the copies took, each by itself.
+    pub copy_ms: f64,
+    /// Milliseconds of them for which ops had to wait.
+    pub waited_ms: f64,
+}
+
+impl Transfers {
+    /// Share of the copies' time that ran beside ops; `None` where nothing was copied.
+    pub fn overlap(&self) -> Option<f64> {
+        (self.copy_ms > 0.0).then(|| (1.0 - self.waited_ms / self.copy_ms).max(0.0))
+    }
+}
+
 /// A device that runs the trainer's ops. See the module's text for the rules.
 pub trait Engine: DeviceFacts {
-    /// Allocates the arena (zeroed) and the scratch, as much as `dims` and the plan ask for; validates that every kernel
+    /// Allocates both arenas (zeroed) and the scratch, as much as `dims` and the plan ask for; validates that every kernel
     /// the run needs exists. Called once, before any op.
     fn reserve(&mut self, plan: &ArenaPlan, dims: &Dims) -> Result<(), EngineError>;
 
@@ -735,6 +792,20 @@ pub trait Engine: DeviceFacts {
     fn read_f32(&mut self, buf: Buf) -> Result<Vec<f32>, EngineError>;
     /// Waits, then copies an `I32` buffer to the host.
     fn read_i32(&mut self, buf: Buf) -> Result<Vec<i32>, EngineError>;
+
+    /// Copies a device buffer to a host buffer of the same length and dtype, beside the ops that follow: after every op
+    /// queued so far, and after the copies to the host before it.
+    fn offload(&mut self, from: Buf, to: Buf) -> Done;
+    /// Copies a host buffer to a device buffer of the same length and dtype, beside the ops that follow: after every op and
+    /// every copy to the host queued so far, and after the copies to the device before it.
+    fn fetch(&mut self, from: Buf, to: Buf) -> Done;
+    /// Ops queued from now on come after this.
+    fn after(&mut self, done: &Done);
+    /// Queues ops (`ema`, `copy` of one dtype, copies; none that needs scratch) which run in their own order beside those
+    /// queued after this call, and after those before it. Within `work`, "queued so far" means its own.
+    fn beside(&mut self, work: &mut dyn FnMut(&mut dyn Engine)) -> Done;
+    /// Copies that have ended since this was last called.
+    fn transfers(&mut self) -> Transfers;
 
     /// Every element becomes `value` (any dtype; converted).
     fn fill(&mut self, dst: Buf, value: f32);

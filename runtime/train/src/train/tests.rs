@@ -1,6 +1,6 @@
 use super::*;
 use crate::checkpoint;
-use crate::config::{Attention, Decay, Switch};
+use crate::config::{Attention, Decay, EmaOn, Switch};
 use crate::data::Dataset;
 use crate::engine::CpuEngine;
 
@@ -38,8 +38,11 @@ fn run(trainer: &mut Trainer, data: &Dataset, position: &mut DataPosition, until
     events
 }
 
+/// Tensors by name.
+type Bits = Vec<(String, Vec<u32>)>;
+
 /// Every tensor of a run, bit for bit.
-fn bits(trainer: &mut Trainer) -> Vec<(String, Vec<u32>)> {
+fn bits(trainer: &mut Trainer) -> Bits {
     let snapshot = trainer.snapshot(DataPosition::default(), &mut Vec::new()).unwrap();
     let bits = |x: &Vec<f32>| x.iter().map(|x| x.to_bits()).collect();
     snapshot.tensors.iter().map(|(name, _, x)| (name.clone(), bits(x))).collect()
@@ -61,6 +64,29 @@ fn a_run_over_single_tokens_resumes_bit_for_bit() {
     // Each group keeps 26 of 64 tokens.
     assert_eq!((config.kv_blocks(), config.max_selected()), (64, 32));
     resumes(config, &[11]);
+}
+
+/// What a run of so many steps ends with: its losses and every tensor, and its validation losses.
+fn end_of(config: &Config, steps: u64) -> (Vec<StepRecord>, Bits, EvalResult) {
+    let data = Dataset::open(config).unwrap();
+    let mut trainer = Trainer::new(config.clone(), engine()).unwrap();
+    let events = run(&mut trainer, &data, &mut DataPosition::default(), steps);
+    let eval = trainer.evaluate(&data).unwrap();
+    (records(&events).into_iter().cloned().collect(), bits(&mut trainer), eval)
+}
+
+#[test]
+fn averages_on_the_host_are_those_on_the_device_bit_for_bit() {
+    let mut config = config();
+    let on_device = end_of(&config, 12);
+    config.train.ema_on = EmaOn::Host;
+    let on_host = end_of(&config, 12);
+    assert!(on_device == on_host);
+    let of = |prefix: &str| {
+        on_host.1.iter().filter(|(n, _)| n.starts_with(prefix)).map(|x| &x.1).collect::<Vec<_>>()
+    };
+    assert!(of("ema.").len() > 20 && of("ema.") != of("weight.")[..of("ema.").len()], "averages lag behind");
+    resumes(config, &[7]);
 }
 
 /// A run cut at each of these steps and resumed is the whole one; the events of the whole one.
@@ -267,7 +293,7 @@ fn a_window_of_the_whole_clip_is_full_attention() {
     let window = shape.window.as_mut().unwrap();
     (window.side, window.lists.max_selected) = (1.0, 8);
     let mut plan = ArenaPlan::new(crate::engine::Precision::F32);
-    let purposes = Purposes { train: true, recompute: true, ema: false, list_slots: 0, inverse_lists: true };
+    let purposes = Purposes { train: true, inverse_lists: true, ..Purposes::INFERENCE };
     let model = Model::reserve(shape, purposes, &mut plan);
     let mut e = CpuEngine::<f32>::new();
     e.reserve(&plan, &model.shape.dims(0)).unwrap();
@@ -304,8 +330,7 @@ fn a_poisoned_step_changes_nothing_and_names_a_tensor() {
     let record = records(&events)[0].clone();
     // The bad clip is of the first of two micro-batches: the second overwrote its latents, the gradients tell.
     assert_eq!(record.skipped.as_deref(), Some("the loss"), "{record:?}");
-    let weights =
-        |b: Vec<(String, Vec<u32>)>| b.into_iter().filter(|(n, _)| !n.starts_with("ema")).collect::<Vec<_>>();
+    let weights = |b: Bits| b.into_iter().filter(|(n, _)| !n.starts_with("ema")).collect::<Bits>();
     assert_eq!(weights(bits(&mut trainer)), weights(before));
     let clips = data.next_batch(&mut position, trainer.clips_per_step()).unwrap();
     trainer.step(&clips, &mut events).unwrap();
