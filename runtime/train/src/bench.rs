@@ -382,7 +382,7 @@ impl Pass<'_> {
         train::norm(e, set, f32::INFINITY, clip, self.layout.culprits.slice(0, 1));
         // As every first step: the bias corrections of later ones are no other arithmetic.
         let lr = self.config.dsv.predictor_lr as f32;
-        train::adamw(e, &self.config.train, set, (0, set.master.len()), [lr, 0.0], 1, clip);
+        train::adamw(e, &self.config.train, set, 0..set.master.len(), [lr, 0.0], 1, clip);
     }
 
     /// Milliseconds of forward, backward and update, all layers.

@@ -73,6 +73,10 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
             ("eps", "AdamW's epsilon"),
             ("ema_decay", "decay of the averaged weights that eval and sample use; 0 = off"),
             (
+                "moments",
+                "AdamW's moments: \"device\" (f32, 8 bytes a parameter), \"8bit\" (on the device, 2.06 bytes: relative to the largest of 128 neighbours), or \"host\" (f32 in page-locked host memory, passed through the device every step, same bits as \"device\")",
+            ),
+            (
                 "ema_on",
                 "where the averaged weights lie: \"device\", or \"host\": page-locked host memory, updated beside the next step, same bits",
             ),
@@ -297,6 +301,8 @@ pub struct Train {
     pub eps: f64,
     /// Decay of the averaged weights; 0 = off.
     pub ema_decay: f64,
+    /// How AdamW's moments are kept.
+    pub moments: Moments,
     /// Where the averaged weights lie.
     pub ema_on: EmaOn,
     /// Share of clips trained with the empty caption.
@@ -321,6 +327,19 @@ pub struct Train {
     pub log_every: u64,
     /// Recompute blocks in the backward.
     pub recompute: bool,
+}
+
+/// How AdamW's moments are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Moments {
+    /// f32 in device memory.
+    Device,
+    /// Eight bits in device memory.
+    #[serde(rename = "8bit")]
+    Coded,
+    /// f32 in page-locked host memory.
+    Host,
 }
 
 /// Where averaged weights lie.
@@ -662,6 +681,7 @@ impl Config {
                 betas: [0.9, 0.99],
                 eps: 1e-8,
                 ema_decay: 0.0,
+                moments: Moments::Device,
                 ema_on: EmaOn::Device,
                 caption_dropout: 0.1,
                 seed: 1,

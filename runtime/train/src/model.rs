@@ -13,7 +13,7 @@ use crate::engine::{
     GatedGrad, Gemm, GemmLayout, GradNorm, GroupRule, ListShape, Lists, MlpAct, NormMod, PatchShape, QkPrep,
     Space, TextSelect, View,
 };
-use crate::params::{Init, Linear, ParamId, ParamPlan, ParamSet};
+use crate::params::{Init, Keeps, Linear, ParamId, ParamPlan, ParamSet};
 use crate::predictor::{self, PredictorShape, PredictorTask, Predictors};
 use crate::rng::Purpose;
 use dsv_reference::lists::KvListsBuf;
@@ -411,6 +411,8 @@ pub struct Purposes {
     pub train: bool,
     /// Recompute block intermediates rather than keeping them.
     pub recompute: bool,
+    /// What AdamW's moments of the weights are kept as, when they are trained.
+    pub moments: config::Moments,
     /// Where averaged weights lie, when the run keeps them.
     pub ema: Option<Space>,
     /// Blocks that can be sparse at one time.
@@ -421,8 +423,14 @@ pub struct Purposes {
 
 impl Purposes {
     /// Forward passes of weights that are given.
-    pub const INFERENCE: Purposes =
-        Purposes { train: false, recompute: true, ema: None, list_slots: 0, inverse_lists: false };
+    pub const INFERENCE: Purposes = Purposes {
+        train: false,
+        recompute: true,
+        moments: config::Moments::Device,
+        ema: None,
+        list_slots: 0,
+        inverse_lists: false,
+    };
 }
 
 /// The laid-out model: handles only, no memory.
@@ -487,7 +495,8 @@ impl Model {
     /// If there is no shape.
     pub fn reserve_grids(shapes: Vec<ModelShape>, purposes: Purposes, plan: &mut ArenaPlan) -> Vec<Model> {
         let (params, weights) = shapes[0].params();
-        let params = params.reserve(plan, "model", purposes.train, purposes.ema);
+        let keeps = Keeps { moments: purposes.train.then_some(purposes.moments), ema: purposes.ema };
+        let params = params.reserve(plan, "model", keeps);
         let shared = shapes[0]
             .predictor
             .map(|p| Predictors::reserve_shared(&p, shapes[0].dim(), purposes.train, plan));

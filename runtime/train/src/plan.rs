@@ -1,7 +1,7 @@
 //! Memory, arithmetic and time of a run, component by component, before anything is allocated; and which setting to
 //! change where it does not fit.
 
-use crate::config::{Attention, Config, EmaOn};
+use crate::config::{Attention, Config, EmaOn, Moments};
 use crate::engine::{ArenaPlan, DeviceFacts, Space};
 use crate::model::ModelShape;
 use crate::train::Layout;
@@ -115,12 +115,22 @@ impl Room {
 /// Settings that make a run fit: each alone where one is enough, else together, cheapest first.
 fn advice(config: &Config, device: &dyn DeviceFacts, room: &Room) -> Vec<String> {
     type Change = (fn(&Config) -> bool, fn(&mut Config), fn(&Config) -> String);
-    let changes: [Change; 8] = [
+    let changes: [Change; 10] = [
         (|c| !c.train.recompute, |c| c.train.recompute = true, |_| "train.recompute=true".into()),
         (
             |c| c.ema_space() == Some(Space::Device),
             |c| c.train.ema_on = EmaOn::Host,
             |_| "train.ema_on=host".into(),
+        ),
+        (
+            |c| c.train.moments == Moments::Device,
+            |c| c.train.moments = Moments::Host,
+            |_| "train.moments=host".into(),
+        ),
+        (
+            |c| c.train.moments == Moments::Device,
+            |c| c.train.moments = Moments::Coded,
+            |_| "train.moments=8bit".into(),
         ),
         (|c| c.train.ema_decay > 0.0, |c| c.train.ema_decay = 0.0, |_| "train.ema_decay=0".into()),
         (
@@ -182,8 +192,12 @@ fn advice(config: &Config, device: &dyn DeviceFacts, room: &Room) -> Vec<String>
     for (applies, change, name) in &changes {
         let mut changed = false;
         while applies(&all) && !fits(&all) {
-            change(&mut all);
-            changed = true;
+            let mut next = all.clone();
+            change(&mut next);
+            if room.host.is_some_and(|free| needs(&next)[1] > free) {
+                break;
+            }
+            (all, changed) = (next, true);
         }
         if changed {
             sets.push(name(&all));
@@ -590,6 +604,20 @@ mod tests {
                 "{name}: {} bytes a parameter",
                 of(name) / params
             );
+        }
+        // Moments elsewhere, or of eight bits and a scale each 128.
+        for (moments, on_device, on_host) in [(Moments::Host, 0.0, 8.0), (Moments::Coded, 2.0625, 0.0)] {
+            let mut config = config.clone();
+            config.train.moments = moments;
+            let p = plan(&config, &gpu, 1);
+            let each = |components: &[Component]| {
+                components.iter().find(|c| c.name == "moments").map_or(0.0, |c| c.bytes as f64) / params
+            };
+            assert!(
+                (each(&p.memory) - on_device).abs() < 0.01 && (each(&p.host) - on_host).abs() < 0.01,
+                "{p}"
+            );
+            assert!(moments != Moments::Host || p.to_string().contains("page-locked host memory"), "{p}");
         }
         // 32 blocks and the last output, 32,768 tokens of 2,048 channels, bf16.
         assert_eq!(of("kept per block: inputs") as usize, 33 * 32_768 * 2_048 * 2);

@@ -20,6 +20,7 @@ use crate::rng::{self, Purpose};
 use crate::stage::{Reason, Stage, Stages};
 use crate::tensors::TensorView;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 /// Largest number of steps between two readings of the ring.
 const MAX_RING: u64 = 64;
@@ -213,6 +214,7 @@ impl Layout {
             let purposes = Purposes {
                 train: true,
                 recompute: config.train.recompute,
+                moments: config.train.moments,
                 ema: config.ema_space(),
                 list_slots: slots,
                 inverse_lists: engine.needs_inverse_lists(),
@@ -523,7 +525,7 @@ impl Trainer {
         let step = self.step + 1;
         let e = &mut *self.engine;
         let adamw =
-            |e: &mut dyn Engine, set: &ParamSet, range: (usize, usize), lr: f32, decay: f32, clip: Buf| {
+            |e: &mut dyn Engine, set: &ParamSet, range: Range<usize>, lr: f32, decay: f32, clip: Buf| {
                 adamw(e, t, set, range, [lr, decay], step, clip);
             };
         let set = &self.model.params;
@@ -540,12 +542,12 @@ impl Trainer {
             e.axpy(0.0, factor, predictor_factor);
         }
         e.after(&self.averaged);
-        adamw(e, set, (0, set.decayed()), lr, t.weight_decay as f32, clip);
-        adamw(e, set, (set.decayed(), set.master.len()), lr, 0.0, clip);
+        adamw(e, set, 0..set.decayed(), lr, t.weight_decay as f32, clip);
+        adamw(e, set, set.decayed()..set.master.len(), lr, 0.0, clip);
         self.averaged = set.average(e, t.ema_decay as f32);
         if let Some(predictors) = &self.model.predictors {
             let set = &predictors.params;
-            adamw(e, set, (0, set.master.len()), predictor_lr, 0.0, predictor_clip);
+            adamw(e, set, 0..set.master.len(), predictor_lr, 0.0, predictor_clip);
         }
         if let Some((from, to)) = losses {
             e.copy(from, to);
@@ -689,10 +691,12 @@ impl Trainer {
             more: serde_json::to_value(more).expect("finite numbers and names have a JSON form"),
         };
         let mut tensors = Vec::new();
-        for (prefix, set, flat) in flats(&self.model) {
-            for (spec, buf) in set.slices(flat) {
-                let name = format!("{prefix}.{}", spec.name);
-                tensors.push((name, spec.shape.clone(), self.engine.read_f32(buf)?));
+        for set in sets(&self.model) {
+            for (prefix, flat) in set.flats() {
+                for (id, spec) in set.specs() {
+                    let values = set.read(&mut *self.engine, flat, id)?;
+                    tensors.push((format!("{prefix}.{}", spec.name), spec.shape.clone(), values));
+                }
             }
         }
         Ok(Snapshot { state, tensors })
@@ -730,38 +734,30 @@ pub fn load_tensors(
     checkpoint: &Checkpoint,
 ) -> Result<(), TrainError> {
     let path = checkpoint.path.display().to_string();
-    for (prefix, set, flat) in flats(model) {
-        for (spec, buf) in set.slices(flat) {
-            let name = format!("{prefix}.{}", spec.name);
-            let problem =
-                |problem: String| TrainError::Tensor { path: path.clone(), name: name.clone(), problem };
-            let view = checkpoint.tensors.get(&name).ok_or_else(|| problem("is missing".into()))?;
-            if view.shape != spec.shape {
-                return Err(problem(format!("has shape {:?}, this run needs {:?}", view.shape, spec.shape)));
+    for set in sets(model) {
+        for (prefix, flat) in set.flats() {
+            for (id, spec) in set.specs() {
+                let name = format!("{prefix}.{}", spec.name);
+                let problem =
+                    |problem: String| TrainError::Tensor { path: path.clone(), name: name.clone(), problem };
+                let view = checkpoint.tensors.get(&name).ok_or_else(|| problem("is missing".into()))?;
+                if view.shape != spec.shape {
+                    let shapes = format!("has shape {:?}, this run needs {:?}", view.shape, spec.shape);
+                    return Err(problem(shapes));
+                }
+                let values =
+                    view.to_f32().map_err(|dtype| problem(format!("has dtype {dtype:?}, not F32")))?;
+                set.write(engine, flat, id, &values)?;
             }
-            let values = view.to_f32().map_err(|dtype| problem(format!("has dtype {dtype:?}, not F32")))?;
-            engine.write_f32(buf, &values)?;
         }
         set.refresh(engine)?;
     }
     Ok(())
 }
 
-/// Every flat buffer of a run, by the prefix of its tensors' names.
-fn flats(model: &Model) -> Vec<(&'static str, &ParamSet, Buf)> {
-    let mut out = Vec::new();
-    let sets = [Some(&model.params), model.predictors.as_ref().map(|p| &p.params)];
-    for set in sets.into_iter().flatten() {
-        out.push(("weight", set, set.master));
-        if let Some(state) = set.optimizer {
-            out.push(("adam_m", set, state.m));
-            out.push(("adam_v", set, state.v));
-        }
-        if let Some(ema) = set.ema {
-            out.push(("ema", set, ema));
-        }
-    }
-    out
+/// The parameters of a run: the model's, then the predictors'.
+fn sets(model: &Model) -> impl Iterator<Item = &ParamSet> {
+    [Some(&model.params), model.predictors.as_ref().map(|p| &p.params)].into_iter().flatten()
 }
 
 /// How a checkpoint's blocks attend, the lists' widths `[layers * heads]`, and the list buffers needed.
@@ -854,27 +850,29 @@ pub(crate) fn adamw(
     e: &mut dyn Engine,
     t: &config::Train,
     set: &ParamSet,
-    range: (usize, usize),
+    range: Range<usize>,
     [lr, weight_decay]: [f32; 2],
     step: u64,
     clip: Buf,
 ) {
-    let state = set.state();
-    let part = |buf: Buf| buf.slice(range.0, range.1 - range.0);
+    let grad = set.state().grad;
     let [beta1, beta2] = t.betas.map(|b| b as f32);
-    e.adamw(&AdamW {
-        master: part(set.master),
-        grad: part(state.grad),
-        m: part(state.m),
-        v: part(state.v),
-        copy: part(set.copy),
-        lr,
-        beta1,
-        beta2,
-        eps: t.eps as f32,
-        weight_decay,
-        step,
-        clip,
+    set.with_moments(e, range, &mut |e, at, moments| {
+        let part = |buf: Buf| buf.slice(at.start, at.len());
+        e.adamw(&AdamW {
+            master: part(set.master),
+            grad: part(grad),
+            moments,
+            first: at.start,
+            copy: part(set.copy),
+            lr,
+            beta1,
+            beta2,
+            eps: t.eps as f32,
+            weight_decay,
+            step,
+            clip,
+        });
     });
 }
 

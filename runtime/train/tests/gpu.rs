@@ -864,8 +864,8 @@ fn optimizer() {
     let step = move |b: &[Buf]| AdamW {
         master: b[0],
         grad: b[1],
-        m: b[2],
-        v: b[3],
+        moments: Moments::Full { m: b[2], v: b[3] },
+        first: 0,
         copy: b[4],
         lr: 1e-2,
         beta1: 0.9,
@@ -884,8 +884,8 @@ fn optimizer() {
 
     // Two bad values: the first tensor is named, and the step leaves everything as it is.
     let mut grad = noise(2, n, 2.0);
-    grad[64 * 350 + 3] = f32::NAN;
-    grad[64 * 10] = f32::NEG_INFINITY;
+    grad[PARAM_ALIGN * 175 + 3] = f32::NAN;
+    grad[PARAM_ALIGN * 5] = f32::NEG_INFINITY;
     pair.write(1, &grad);
     let before = pair.gpu.read_f32(pair.gpu_bufs[0]).unwrap();
     pair.run(|e, b| e.grad_norm(&norm(b, 1.0))).same_ints("culprit", 7);
@@ -895,6 +895,50 @@ fn optimizer() {
     let bufs = pair.gpu_bufs.clone();
     pair.gpu.adamw(&step(&bufs));
     assert_eq!(pair.gpu.read_f32(bufs[0]).unwrap(), before, "a step with a bad gradient is skipped");
+}
+
+/// Moments of eight bits: codes, scales and weights in the same bits as on the CPU.
+#[test]
+fn eight_bit_moments_are_the_references() {
+    let _gpu = lock();
+    let n = PARAM_ALIGN * 300;
+    let inputs = [
+        Input::Floats(0, noise(1, n, 1.0)),
+        Input::Floats(1, noise(2, n, 0.02)),
+        Input::Floats(6, vec![1.0, 0.37]),
+    ];
+    let mut pair = Pair::new(&dims(), &inputs, |p| {
+        let mut bufs = vec![p.f32("master", n), p.f32("grad", n)];
+        for moment in ["m", "v"] {
+            bufs.extend([p.i32(moment, n / 4), p.f32(moment, n / PARAM_ALIGN)]);
+        }
+        bufs.extend([p.f32("clip", 2), p.act("copy", n)]);
+        bufs
+    });
+    for step in 1..=4 {
+        pair.write(1, &noise(10 + step, n, 0.02));
+        pair.run(|e, b| {
+            e.adamw(&AdamW {
+                master: b[0],
+                grad: b[1],
+                moments: Moments::Coded {
+                    m: Coded { codes: b[2], scales: b[3] },
+                    v: Coded { codes: b[4], scales: b[5] },
+                },
+                first: 2 * PARAM_ALIGN,
+                copy: b[7],
+                lr: 1e-2,
+                beta1: 0.9,
+                beta2: 0.99,
+                eps: 1e-8,
+                weight_decay: 0.1,
+                step: u64::from(step),
+                clip: b[6],
+            });
+        });
+    }
+    pair.same("master", 0, EXACT).same_ints("m", 2).same("m", 3, EXACT).same_ints("v", 4).same("v", 5, EXACT);
+    pair.same("copy", 7, ROUNDED);
 }
 
 fn model_shape((query_group, kv_block): (usize, usize)) -> ModelShape {
@@ -1134,7 +1178,9 @@ fn state_on_the_host_gives_the_same_bits() {
     };
     let there = run(&[]);
     assert_eq!((there.3.to_host_bytes, there.3.overlap()), (0, None));
-    for sets in [["train.ema_on=host"].as_slice()] {
+    for sets in
+        [&["train.ema_on=host"][..], &["train.moments=host"], &["train.moments=host", "train.ema_on=host"]]
+    {
         let here = run(sets);
         assert_eq!(here.0, there.0, "{sets:?}");
         assert_eq!(here.1, there.1, "{sets:?}: validation");
@@ -1181,8 +1227,9 @@ fn poisoned(kv_block: usize) {
     assert!(good.iter().all(|r| r.skipped.is_none() && r.loss.is_finite()), "{good:?}");
     let params = trainer.model.params.clone();
     let predictors = trainer.model.predictors.as_ref().unwrap().params.clone();
+    let Moments::Full { m, v } = params.state().moments else { panic!("f32 moments are the default") };
     let weights = |trainer: &mut Trainer| {
-        [params.master, params.state().m, params.state().v, params.copy, predictors.master].map(|buf| {
+        [params.master, m, v, params.copy, predictors.master].map(|buf| {
             trainer.engine().read_f32(buf).unwrap().iter().map(|x| x.to_bits()).collect::<Vec<_>>()
         })
     };

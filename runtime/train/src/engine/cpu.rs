@@ -3,6 +3,7 @@
 
 use super::*;
 use dsv_reference::attention::{self, AttnGrads, AttnInputs, AttnOutput, KvLists, Layout};
+use dsv_reference::layers::eight_bits;
 use dsv_reference::layers::{
     self, GateInputs, Math, MlpForm, ModDims, PatchDims, QkDims, QkInputs, Transpose,
 };
@@ -814,10 +815,32 @@ impl<T: CpuReal> Engine for CpuEngine<T> {
             weight_decay: f64::from(args.weight_decay),
             step: args.step,
         };
-        let ([grad, clip], [master, m, v, copy]) =
-            self.memory.split::<T, 2, 4>([args.grad, args.clip], [args.master, args.m, args.v, args.copy]);
-        layers::adamw(&step, clip[1], master, grad, m, v);
-        copy.copy_from_slice(master);
+        match args.moments {
+            Moments::Full { m, v } => {
+                let ([grad, clip], [master, m, v, copy]) =
+                    self.memory.split::<T, 2, 4>([args.grad, args.clip], [args.master, m, v, args.copy]);
+                layers::adamw(&step, clip[1], master, grad, m, v);
+                copy.copy_from_slice(master);
+            }
+            Moments::Coded { m, v } => {
+                // In f32 whatever the engine computes in: codes have three bits of mantissa.
+                let numbers = eight_bits::Numbers::from(&step);
+                let narrow = |values: &[T]| values.iter().map(|x| x.to_f32()).collect::<Vec<f32>>();
+                let factor = self.values(args.clip)[1].to_f32();
+                let (mut master, grad) = (narrow(self.values(args.master)), narrow(self.values(args.grad)));
+                let mut state = [m, v].map(|c| (codes_of(self.ints(c.codes)), narrow(self.values(c.scales))));
+                let [(m_codes, m_scales), (v_codes, v_scales)] = &mut state;
+                let (coded_m, coded_v) =
+                    ((&mut m_codes[..], &mut m_scales[..]), (&mut v_codes[..], &mut v_scales[..]));
+                eight_bits::adamw(&numbers, factor, args.first as u64, &mut master, &grad, coded_m, coded_v);
+                for (to, (codes, scales)) in [m, v].into_iter().zip(&state) {
+                    self.write_ints(to.codes, &words_of(codes));
+                    self.write(to.scales).iter_mut().zip(scales).for_each(|(o, &x)| *o = exact(x));
+                }
+                self.write(args.master).iter_mut().zip(&master).for_each(|(o, &x)| *o = exact(x));
+                self.write(args.copy).iter_mut().zip(&master).for_each(|(o, &x)| *o = exact(x));
+            }
+        }
     }
 
     fn ema(&mut self, decay: f32, master: Buf, ema: Buf) {

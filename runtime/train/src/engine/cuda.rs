@@ -12,6 +12,8 @@ mod scratch;
 mod staging;
 
 use super::*;
+use dsv_reference::layers::AdamWStep;
+use dsv_reference::layers::eight_bits::Numbers;
 use dsv_runtime::device::{Event, Graph, PinnedBuffer, Plain};
 use dsv_runtime::{
     AttnLayouts, AttnPlan, BwdArgs, Device, DeviceBuffer, Dispatch, FineArgs, FinePlan, FineProblem, FwdArgs,
@@ -531,6 +533,43 @@ impl CudaEngine {
         };
         // SAFETY: buffers of the arena with the plan's sizes and layouts, and scratch of the plan's workspace size.
         unsafe { self.attention[at].1.backward(&self.stream, &launch) }.map_err(device_error)
+    }
+
+    fn adamw_coded(&mut self, args: &AdamW, m: Coded, v: Coded) {
+        let count = args.master.len();
+        assert!(count.is_multiple_of(PARAM_ALIGN), "{count} elements: {args:?}");
+        for c in [m, v] {
+            assert_eq!((c.codes.len() * 4, c.scales.len() * PARAM_ALIGN), (count, count), "{args:?}");
+        }
+        let Numbers { keep, size, root, beta1, beta2, eps, seed } = Numbers::from(&AdamWStep {
+            lr: f64::from(args.lr),
+            beta1: f64::from(args.beta1),
+            beta2: f64::from(args.beta2),
+            eps: f64::from(args.eps),
+            weight_decay: f64::from(args.weight_decay),
+            step: args.step,
+        });
+        let params = params::AdamW8 {
+            master: self.f32(args.master),
+            codes1: self.i32(m.codes),
+            scales1: self.f32(m.scales),
+            codes2: self.i32(v.codes),
+            scales2: self.f32(v.scales),
+            grad: self.f32(args.grad),
+            weight: self.act(args.copy),
+            grad_factor: self.f32(args.clip) + 4,
+            count: count as i64,
+            first: args.first as i64,
+            keep,
+            size,
+            root,
+            beta1,
+            beta2,
+            eps,
+            seed,
+            reserved: 0,
+        };
+        self.launch(PointwiseOp::AdamW8, count, &params);
     }
 
     fn run_selection(&mut self, args: &KvSelect) -> Result<(), EngineError> {
@@ -1674,14 +1713,18 @@ impl Engine for CudaEngine {
 
     fn adamw(&mut self, args: &AdamW) {
         let count = args.master.len();
-        let lens = [args.grad.len(), args.m.len(), args.v.len(), args.copy.len()];
-        assert!(lens.iter().all(|&n| n == count), "adamw of different lengths: {args:?}");
+        assert_eq!([args.grad.len(), args.copy.len()], [count; 2], "adamw of different lengths: {args:?}");
+        let (m, v) = match args.moments {
+            Moments::Full { m, v } => (m, v),
+            Moments::Coded { m, v } => return self.adamw_coded(args, m, v),
+        };
+        assert_eq!([m.len(), v.len()], [count; 2], "adamw of different lengths: {args:?}");
         let power = i32::try_from(args.step).unwrap_or(i32::MAX);
         let correction = |beta: f32| (1.0 - f64::from(beta).powi(power)) as f32;
         let params = params::AdamW {
             master: self.f32(args.master),
-            moment1: self.f32(args.m),
-            moment2: self.f32(args.v),
+            moment1: self.f32(m),
+            moment2: self.f32(v),
             grad: self.f32(args.grad),
             weight: self.act(args.copy),
             grad_factor: self.f32(args.clip) + 4,

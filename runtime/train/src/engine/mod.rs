@@ -599,6 +599,65 @@ pub struct Profile {
     pub covered: Option<(Lists, Buf)>,
 }
 
+/// AdamW's two moments of a flat array.
+#[derive(Copy, Clone, Debug)]
+pub enum Moments {
+    /// As `F32`.
+    Full {
+        /// First moment.
+        m: Buf,
+        /// Second moment.
+        v: Buf,
+    },
+    /// In eight bits (`dsv_reference::layers::eight_bits`), for multiples of [`PARAM_ALIGN`] elements.
+    Coded {
+        /// First moment.
+        m: Coded,
+        /// Second moment.
+        v: Coded,
+    },
+}
+
+impl Moments {
+    /// Those of the elements `start..start + len`.
+    pub fn slice(self, start: usize, len: usize) -> Moments {
+        match self {
+            Moments::Full { m, v } => Moments::Full { m: m.slice(start, len), v: v.slice(start, len) },
+            Moments::Coded { m, v } => Moments::Coded { m: m.slice(start, len), v: v.slice(start, len) },
+        }
+    }
+}
+
+/// Values in eight bits with a scale for each [`PARAM_ALIGN`] of them.
+#[derive(Copy, Clone, Debug)]
+pub struct Coded {
+    /// Codes, four to an `I32`, the first in its lowest byte.
+    pub codes: Buf,
+    /// Scales, `F32`.
+    pub scales: Buf,
+}
+
+/// The codes in an `I32` buffer's values.
+pub(crate) fn codes_of(words: &[i32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+/// Codes, a multiple of four, as the values of an `I32` buffer.
+pub(crate) fn words_of(codes: &[u8]) -> Vec<i32> {
+    codes.chunks_exact(4).map(|c| i32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect()
+}
+
+impl Coded {
+    /// Those of the elements `start..start + len`, multiples of [`PARAM_ALIGN`].
+    pub fn slice(self, start: usize, len: usize) -> Coded {
+        assert!(start.is_multiple_of(PARAM_ALIGN) && len.is_multiple_of(PARAM_ALIGN), "{start}, {len}");
+        Coded {
+            codes: self.codes.slice(start / 4, len / 4),
+            scales: self.scales.slice(start / PARAM_ALIGN, len / PARAM_ALIGN),
+        }
+    }
+}
+
 /// AdamW over flat arrays; `p *= 1 - lr * weight_decay` before the step, bias-corrected.
 #[derive(Copy, Clone, Debug)]
 pub struct AdamW {
@@ -606,10 +665,10 @@ pub struct AdamW {
     pub master: Buf,
     /// Gradients, `F32`.
     pub grad: Buf,
-    /// First moment, `F32`, updated in place.
-    pub m: Buf,
-    /// Second moment, `F32`, updated in place.
-    pub v: Buf,
+    /// First and second moment, updated in place.
+    pub moments: Moments,
+    /// Number of the first element in its set; matters where [`Moments`] are coded.
+    pub first: usize,
     /// Compute copy, `Act`: overwritten with the rounded master weights.
     pub copy: Buf,
     /// Learning rate.
@@ -629,8 +688,8 @@ pub struct AdamW {
     pub clip: Buf,
 }
 
-/// Tensors of a flat parameter buffer begin at multiples of this many elements.
-pub const PARAM_ALIGN: usize = 64;
+/// Tensors of a flat parameter buffer begin at multiples of this many elements: none shares a scale of [`Coded`].
+pub const PARAM_ALIGN: usize = dsv_reference::layers::eight_bits::BLOCK;
 
 /// Norm of a flat gradient, the clip factor, and the first tensor that is not finite.
 #[derive(Copy, Clone, Debug)]
@@ -638,7 +697,7 @@ pub struct GradNorm {
     /// Flat gradients, `F32`.
     pub grad: Buf,
     /// `I32 [n + 1]`, ascending, in units of [`PARAM_ALIGN`] elements: tensor `i` is
-    /// `grad[64 * segments[i]..64 * segments[i + 1]]` (models beyond 2^31 parameters fit).
+    /// `grad[128 * segments[i]..128 * segments[i + 1]]` (models beyond 2^31 parameters fit).
     pub segments: Buf,
     /// Largest norm allowed; infinite for no clipping.
     pub max_norm: f32,

@@ -1,8 +1,9 @@
 use super::*;
 use crate::checkpoint;
-use crate::config::{Attention, Decay, EmaOn, Switch};
+use crate::config::{Attention, Decay, EmaOn, Moments, Switch};
 use crate::data::Dataset;
 use crate::engine::CpuEngine;
+use dsv_reference::layers::eight_bits::{self, Moment};
 
 /// A run of seconds: 2 blocks, 64 tokens.
 fn config() -> Config {
@@ -89,6 +90,60 @@ fn averages_on_the_host_are_those_on_the_device_bit_for_bit() {
     resumes(config, &[7]);
 }
 
+#[test]
+fn moments_on_the_host_are_those_on_the_device_bit_for_bit() {
+    let mut config = config();
+    let on_device = end_of(&config, 12);
+    (config.train.moments, config.train.ema_on) = (Moments::Host, EmaOn::Host);
+    assert!(on_device == end_of(&config, 12));
+    resumes(config.clone(), &[7]);
+    // A checkpoint does not depend on where its run kept what.
+    let data = Dataset::open(&config).unwrap();
+    let mut first = Trainer::new(config.clone(), engine()).unwrap();
+    let mut position = DataPosition::default();
+    run(&mut first, &data, &mut position, 5);
+    let found = saved(&mut first, position);
+    config.train.moments = Moments::Device;
+    let mut second = Trainer::resume(config, engine(), &found.0).unwrap();
+    run(&mut second, &data, &mut position, 12);
+    assert!(bits(&mut second) == on_device.1);
+}
+
+/// The trainer's checkpoint, and the folder it lies in.
+fn saved(trainer: &mut Trainer, position: DataPosition) -> (Checkpoint, tempfile::TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let snapshot = trainer.snapshot(position, &mut Vec::new()).unwrap();
+    checkpoint::save(dir.path(), &snapshot.state, &snapshot.tensors(), 0).unwrap();
+    (checkpoint::latest(dir.path()).unwrap().checkpoint.unwrap(), dir)
+}
+
+#[test]
+fn moments_of_eight_bits_train_as_f32_ones_and_resume_bit_for_bit() {
+    let mut config = config();
+    config.train.steps = 60;
+    let (exact, ..) = end_of(&config, 60);
+    config.train.moments = Moments::Coded;
+    let (coded, tensors, _) = end_of(&config, 60);
+    let mean = |r: &[StepRecord]| r[40..].iter().map(|r| r.loss).sum::<f64>() / 20.0;
+    let (a, b) = (mean(&exact), mean(&coded));
+    assert!(
+        (a / b - 1.0).abs() < 0.01 && exact[59].loss != coded[59].loss,
+        "loss {a} with f32, {b} with 8 bits"
+    );
+    // A moment is at most 2 x 120 + 1 multiples of its block's scale.
+    let values = |prefix: &str| {
+        let tensor = tensors.iter().find(|(n, _)| n == &format!("{prefix}.block.0.up.weight")).unwrap();
+        tensor.1[..128].iter().map(|bits| f32::from_bits(*bits)).collect::<Vec<_>>()
+    };
+    for (prefix, moment) in [("adam_m", Moment::First), ("adam_v", Moment::Second)] {
+        let values = values(prefix);
+        let (codes, scales) = eight_bits::encode(moment, &values);
+        assert_eq!(eight_bits::decode(moment, &codes, &scales), values);
+        assert!(scales[0] > 0.0);
+    }
+    resumes(config, &[7, 13]);
+}
+
 /// A run cut at each of these steps and resumed is the whole one; the events of the whole one.
 fn resumes(config: Config, cuts: &[u64]) -> Vec<Event> {
     let data = Dataset::open(&config).unwrap();
@@ -98,14 +153,11 @@ fn resumes(config: Config, cuts: &[u64]) -> Vec<Event> {
     let expected = bits(&mut whole);
     // Stops at steps drawn at random, in both stages and between readings of the ring.
     for &cut in cuts {
-        let dir = tempfile::tempdir().unwrap();
         let mut first = Trainer::new(config.clone(), engine()).unwrap();
         let mut position = DataPosition::default();
         run(&mut first, &data, &mut position, cut);
-        let snapshot = first.snapshot(position, &mut Vec::new()).unwrap();
-        checkpoint::save(dir.path(), &snapshot.state, &snapshot.tensors(), 0).unwrap();
+        let (found, _dir) = saved(&mut first, position);
         drop(first);
-        let found = checkpoint::latest(dir.path()).unwrap().checkpoint.unwrap();
         let mut second = Trainer::resume(config.clone(), engine(), &found).unwrap();
         let mut position = found.state.position;
         let resumed = run(&mut second, &data, &mut position, 18);
