@@ -285,7 +285,7 @@ impl<'a> Bench<'a> {
             false => (0.0, 0),
         };
         let share = if profile_every > 0 { profile_ms / profile_every as f64 } else { 0.0 };
-        let lists = model.lists_of(attention[0]).map(|l| (l.shape.query_group, l.shape.kv_block));
+        let lists = model.lists_of(0, attention[0]).map(|l| (l.shape.query_group, l.shape.kv_block));
         let kept = if lists.is_some() { 1.0 - decision.blocks[0].skipped } else { 1.0 };
         let ops = pass.ops(e, kept)?;
         Ok(BlockTime {

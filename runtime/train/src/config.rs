@@ -73,6 +73,10 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
             ("eps", "AdamW's epsilon"),
             ("ema_decay", "decay of the averaged weights that eval and sample use; 0 = off"),
             (
+                "kept_budget_gb",
+                "device memory, in GiB, for what blocks keep for their backward (attention outputs, predicted lists); what is beyond goes to page-locked host memory in the forward and comes back ahead of the backward, same bits; 0 = no limit",
+            ),
+            (
                 "moments",
                 "AdamW's moments: \"device\" (f32, 8 bytes a parameter), \"8bit\" (on the device, 2.06 bytes: relative to the largest of 128 neighbours), or \"host\" (f32 in page-locked host memory, passed through the device every step, same bits as \"device\")",
             ),
@@ -301,6 +305,8 @@ pub struct Train {
     pub eps: f64,
     /// Decay of the averaged weights; 0 = off.
     pub ema_decay: f64,
+    /// GiB of device memory for what blocks keep; 0 = no limit.
+    pub kept_budget_gb: f64,
     /// How AdamW's moments are kept.
     pub moments: Moments,
     /// Where the averaged weights lie.
@@ -681,6 +687,7 @@ impl Config {
                 betas: [0.9, 0.99],
                 eps: 1e-8,
                 ema_decay: 0.0,
+                kept_budget_gb: 0.0,
                 moments: Moments::Device,
                 ema_on: EmaOn::Device,
                 caption_dropout: 0.1,
@@ -995,6 +1002,12 @@ impl Config {
             "0 (what is free) and more",
             dsv.memory_budget_gb >= 0.0,
         );
+        range(
+            "train.kept_budget_gb",
+            train.kept_budget_gb,
+            "0 (no limit) and more",
+            train.kept_budget_gb >= 0.0,
+        );
         if let Some(f) = dsv.force_sparse {
             range("dsv.force_sparse", f, "0 to 1, or absent", (0.0..=1.0).contains(&f));
         }
@@ -1007,6 +1020,12 @@ impl Config {
                 "dsv.keep is absent, but dsv.attention is \"fixed\"; allowed: more than 0, up to dsv.max_keep"
                     .to_string(),
             );
+        }
+        if device.graphs && train.kept_budget_gb > 0.0 {
+            bad.push(format!(
+                "device.graphs is true and train.kept_budget_gb {}; copies to the host are not recorded in graphs: --set device.graphs=false, or train.kept_budget_gb=0",
+                train.kept_budget_gb
+            ));
         }
         if train.init_map.is_some() && train.init_weights.is_none() {
             bad.push("train.init_map is set, but not train.init_weights, whose tensors it names".to_string());

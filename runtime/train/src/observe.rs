@@ -100,7 +100,7 @@ pub fn observe(
         let lists = match (attention[found.len()], &model.predictors) {
             (BlockAttention::Dense, None) => None,
             (BlockAttention::Dense, Some(predictors)) => Some(predictors.scratch_slot()),
-            (mode, _) => model.lists_of(mode),
+            (mode, _) => model.lists_of(found.len(), mode),
         };
         let mut read = || {
             let (q, k) = (engine.read_f32(q)?, engine.read_f32(k)?);

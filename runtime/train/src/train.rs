@@ -9,7 +9,7 @@ use crate::checkpoint::{Checkpoint, State};
 use crate::config::{self, Attention, Config};
 use crate::data::{Clip, DataPosition, Dataset};
 use crate::dispatch::{Decision, ProfileState, Rules};
-use crate::engine::{AdamW, ArenaPlan, Buf, DeviceFacts, Done, Engine, EngineError, GradNorm};
+use crate::engine::{AdamW, ArenaPlan, Buf, DeviceFacts, Done, Engine, EngineError, GradNorm, Transfers};
 use crate::eval::{self, EvalResult};
 use crate::model::{BlockAttention, Model, ModelShape, Purposes};
 use crate::observe::{self, BlockObservation};
@@ -120,6 +120,15 @@ pub enum Event {
         /// What.
         decision: Decision,
     },
+    /// What was copied between device and host since this was last told.
+    Transfers {
+        /// The last step it is about.
+        step: u64,
+        /// Steps it is about.
+        steps: u64,
+        /// What, and how long it took.
+        moved: Transfers,
+    },
     /// The attention was profiled in this step.
     Profile {
         /// The step.
@@ -200,6 +209,24 @@ pub struct Layout {
     pub(crate) culprits: Buf,
 }
 
+/// Bytes of what one block keeps beside its input: attention output and predicted lists.
+fn kept_bytes(shape: &ModelShape, engine: &dyn DeviceFacts) -> usize {
+    let mut probe = ArenaPlan::new(engine.precision());
+    probe.act("attention output", shape.rows() * shape.dim());
+    if let Some(p) = shape.predictor {
+        p.lists.reserve(&mut probe, "lists", engine.needs_inverse_lists());
+    }
+    probe.total_bytes()
+}
+
+/// How many blocks' kept buffers of so many bytes the budget allows on the device; `None` where all are.
+fn kept_sets(config: &Config, bytes: usize) -> Option<usize> {
+    let budget = (config.train.kept_budget_gb * (1u64 << 30) as f64) as usize;
+    // Below two nothing could be copied while a block runs.
+    let sets = (budget / bytes.max(1)).max(2);
+    (budget > 0 && sets < config.model.layers).then_some(sets)
+}
+
 impl Layout {
     /// Lays a training run out for an engine. `list_slots` overrides the number the memory budget gives.
     pub fn new(config: &Config, engine: &dyn DeviceFacts, list_slots: Option<usize>) -> Layout {
@@ -209,6 +236,8 @@ impl Layout {
             .map(|grid| ModelShape::from_config(&config.of_grid(grid), config.data.batch_size))
             .collect();
         let first = &shapes[0];
+        let set_bytes = shapes.iter().map(|s| kept_bytes(s, engine)).max().unwrap_or(0);
+        let kept_sets = kept_sets(config, set_bytes);
         let lay = |slots: usize| {
             let mut arena = ArenaPlan::new(engine.precision());
             let purposes = Purposes {
@@ -217,6 +246,7 @@ impl Layout {
                 moments: config.train.moments,
                 ema: config.ema_space(),
                 list_slots: slots,
+                kept_sets,
                 inverse_lists: engine.needs_inverse_lists(),
             };
             let models = Model::reserve_grids(shapes.clone(), purposes, &mut arena);
@@ -240,8 +270,8 @@ impl Layout {
             if list_bytes == 0 {
                 return 0;
             }
-            if config.dsv.attention == Attention::Fixed {
-                // Every block or none: where they do not fit, the run does not.
+            if config.dsv.attention == Attention::Fixed || kept_sets.is_some() {
+                // Every block or none: where they do not fit, the run does not. Those on the host need no choice.
                 return first.layers;
             }
             let (arena, ..) = lay(0);
@@ -412,7 +442,7 @@ impl Trainer {
     }
 
     fn slots(&self) -> usize {
-        self.model.predictors.as_ref().map_or(0, |p| p.slots.len() - 1)
+        self.model.list_slots()
     }
 
     /// One optimizer step on [`Trainer::clips_per_step`] clips. Events of this step, and of earlier steps now read
@@ -574,6 +604,10 @@ impl Trainer {
         let width = values.len() / ring;
         let per_step = self.clips_per_step() as f64;
         let heads = self.model.shape.heads;
+        let moved = self.engine.transfers();
+        if let Some(last) = self.pending.last().filter(|_| moved != Transfers::default()) {
+            events.push(Event::Transfers { step: last.step, steps: self.pending.len() as u64, moved });
+        }
         let mut any_skipped = false;
         for p in std::mem::take(&mut self.pending) {
             let at = p.step as usize % ring;

@@ -301,6 +301,14 @@ pub struct Lists {
     pub inverse: Option<(Buf, Buf)>,
 }
 
+impl Lists {
+    /// Every buffer.
+    pub fn buffers(&self) -> Vec<Buf> {
+        let inverse = self.inverse.into_iter().flat_map(|(offset, index)| [offset, index]);
+        [self.q2k_index, self.q2k_count].into_iter().chain(inverse).collect()
+    }
+}
+
 /// Layer normalisation without affine weights, then `(1 + scale_b) * n + shift_b`.
 #[derive(Copy, Clone, Debug)]
 pub struct NormMod {

@@ -2,7 +2,7 @@ use super::*;
 use crate::checkpoint;
 use crate::config::{Attention, Decay, EmaOn, Moments, Switch};
 use crate::data::Dataset;
-use crate::engine::CpuEngine;
+use crate::engine::{CpuEngine, Space};
 use dsv_reference::layers::eight_bits::{self, Moment};
 
 /// A run of seconds: 2 blocks, 64 tokens.
@@ -142,6 +142,52 @@ fn moments_of_eight_bits_train_as_f32_ones_and_resume_bit_for_bit() {
         assert!(scales[0] > 0.0);
     }
     resumes(config, &[7, 13]);
+}
+
+#[test]
+fn outputs_and_lists_that_went_to_the_host_give_the_same_bits() {
+    let mut config = config();
+    config.model.layers = 5;
+    // Steps of two grids, in stage 2 with dense and sparse blocks.
+    config.data.buckets = vec![[2, 8, 8]];
+    config.dsv.switch = Switch::Step(4);
+    let set_bytes = Layout::new(&config, &CpuEngine::<f32>::new(), None);
+    let set_bytes = set_bytes.list_bytes + 4 * 2 * 64 * 24;
+    for recompute in [true, false] {
+        config.train.recompute = recompute;
+        config.train.kept_budget_gb = 0.0;
+        let on_device = end_of(&config, 10);
+        assert!(on_device.0[9].sparse_share > 0.3 && on_device.0[9].sparse_share < 0.9);
+        for (sets, wanted) in [(0.1, 2), (2.5, 2), (3.5, 3), (4.5, 4), (5.5, 5)] {
+            config.train.kept_budget_gb = sets * set_bytes as f64 / (1u64 << 30) as f64;
+            let layout = Layout::new(&config, &CpuEngine::<f32>::new(), None);
+            let of = |space: Space| {
+                let named = |a: &&crate::engine::Allocation| {
+                    a.space == space && a.label == "kept per block/attention output"
+                };
+                layout.arena.allocations().iter().filter(named).count()
+            };
+            assert_eq!((of(Space::Device), of(Space::Host)), (wanted, 5 - wanted), "{sets} sets");
+            assert!(on_device == end_of(&config, 10), "{sets} sets, recompute {recompute}");
+        }
+    }
+    config.train.kept_budget_gb = 1e-9;
+    let events = resumes(config.clone(), &[7]);
+    let moved: Vec<_> = events
+        .iter()
+        .filter_map(
+            |e| if let Event::Transfers { steps, moved, .. } = e { Some((*steps, *moved)) } else { None },
+        )
+        .collect();
+    assert_eq!(moved.iter().map(|(steps, _)| steps).sum::<u64>(), 18);
+    // Three blocks a micro-batch go and come back.
+    assert!(
+        moved.iter().all(|(_, m)| m.to_host_bytes == m.to_device_bytes && m.to_host_bytes > 0),
+        "{moved:?}"
+    );
+    config.device.graphs = true;
+    let error = config.validate().unwrap_err().to_string();
+    assert!(error.contains("device.graphs=false") && error.contains("train.kept_budget_gb=0"), "{error}");
 }
 
 /// A run cut at each of these steps and resumed is the whole one; the events of the whole one.
