@@ -841,10 +841,10 @@ impl Model {
         // Of each block whose set has left or is on its way.
         let mut left: Vec<Done> = Vec::new();
         for (l, &mode) in attention.iter().enumerate() {
-            if let Some(shelf) = &self.shelf {
-                if let Some(free) = l.checked_sub(shelf.sets.len()) {
-                    e.after(&left[free]);
-                }
+            if let Some(shelf) = &self.shelf
+                && let Some(free) = l.checked_sub(shelf.sets.len())
+            {
+                e.after(&left[free]);
             }
             self.block(e, l, Some((mode, task)));
             left.extend(self.shelf.as_ref().map(|shelf| shelf.leave(e, l, mode)));
