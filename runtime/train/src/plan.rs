@@ -26,6 +26,8 @@ pub struct RunPlan {
     pub free_bytes: Option<usize>,
     /// Bytes the host has free, where known.
     pub host_free_bytes: Option<usize>,
+    /// Blocks.
+    pub layers: usize,
     /// List buffers, and bytes of one.
     pub lists: (usize, usize),
     /// FLOP of one optimizer step by component: name, dense, at `keep` of the KV.
@@ -112,15 +114,31 @@ impl Room {
     }
 }
 
+/// Half of the present budget for what blocks keep, to a tenth of a GiB; `None` where that is no less, or where the present
+/// one has room for no more than two blocks' attention outputs (in bf16).
+fn smaller_kept_budget(config: &Config) -> Option<f64> {
+    let tokens = config.grids().into_iter().map(|grid| config.of_grid(grid).tokens()).max().unwrap_or(0);
+    let output = gib(2 * config.data.batch_size * tokens * config.dim());
+    let all = config.model.layers as f64 * output;
+    let present = if config.train.kept_budget_gb > 0.0 { config.train.kept_budget_gb.min(all) } else { all };
+    let half = (5.0 * present).ceil() / 10.0;
+    (half < present && present > 2.0 * output).then_some(half)
+}
+
 /// Settings that make a run fit: each alone where one is enough, else together, cheapest first.
 fn advice(config: &Config, device: &dyn DeviceFacts, room: &Room) -> Vec<String> {
     type Change = (fn(&Config) -> bool, fn(&mut Config), fn(&Config) -> String);
-    let changes: [Change; 10] = [
+    let changes: [Change; 11] = [
         (|c| !c.train.recompute, |c| c.train.recompute = true, |_| "train.recompute=true".into()),
         (
             |c| c.ema_space() == Some(Space::Device),
             |c| c.train.ema_on = EmaOn::Host,
             |_| "train.ema_on=host".into(),
+        ),
+        (
+            |c| !c.device.graphs && c.model.layers > 2 && smaller_kept_budget(c).is_some(),
+            |c| c.train.kept_budget_gb = smaller_kept_budget(c).unwrap_or(c.train.kept_budget_gb),
+            |c| format!("train.kept_budget_gb={}", c.train.kept_budget_gb),
         ),
         (
             |c| c.train.moments == Moments::Device,
@@ -233,6 +251,7 @@ pub fn plan(config: &Config, device: &dyn DeviceFacts, gpus: usize) -> RunPlan {
         scratch_bytes: layout.scratch_bytes,
         free_bytes: room.device,
         host_free_bytes: room.host,
+        layers: shape.layers,
         lists: (layout.list_slots, layout.list_bytes),
         flop,
         time_ms,
@@ -308,6 +327,9 @@ fn components(arena: &ArenaPlan, space: Space, gpus: usize, layers: usize) -> Ve
     out
 }
 
+/// Bytes a second of copies from or to page-locked memory over PCIe 5.
+const HOST_COPY: f64 = 50e9;
+
 /// Name, milliseconds dense, and at `keep`.
 type PartMs = (&'static str, f64, f64);
 
@@ -361,11 +383,17 @@ fn time(
     let widths = 33.0 + recomputed + 3.0 * (pre + hidden) / dim;
     let pointwise = 2.0 * shape.rows() as f64 * dim * widths * calls;
     // Master and both moments read and written, the gradient read twice and zeroed, the copy written.
-    let each = 38.0 + if config.train.ema_decay > 0.0 { 12.0 } else { 0.0 };
+    let moments = if config.train.moments == Moments::Coded { 4.125 } else { 16.0 };
+    let averages = if config.ema_space() == Some(Space::Device) { 12.0 } else { 0.0 };
     let ms = |bytes: f64| 1e3 * bytes / rates.memory;
-    let optimizer = ms(params as f64 * each);
+    let optimizer = ms(params as f64 * (22.0 + moments + averages));
     out.push(("norms, residuals, activations", ms(pointwise), ms(pointwise)));
     out.push(("optimizer", optimizer, optimizer));
+    if config.train.moments == Moments::Host {
+        // Both directions at once. Averages and what blocks keep are copied beside the ops.
+        let passed = 1e3 * params as f64 * 8.0 / HOST_COPY;
+        out.push(("moments from and to the host", passed, passed));
+    }
     (out, (dense_us.is_some(), sparse_us.is_some() || lists.is_none() && dense_us.is_some()))
 }
 
@@ -498,7 +526,16 @@ impl fmt::Display for RunPlan {
                 self.gpus
             )?;
         }
-        writeln!(f, "  lists: {} blocks, {:.4} GiB each\n", self.lists.0, gib(self.lists.1))?;
+        let (lists, bytes) = self.lists;
+        writeln!(f, "  lists: {lists} blocks, {:.4} GiB each", gib(bytes))?;
+        if bytes > 0 && lists < self.layers {
+            writeln!(
+                f,
+                "  the other {} blocks stay dense for want of memory: a train.kept_budget_gb gives every block lists on the host",
+                self.layers - lists
+            )?;
+        }
+        writeln!(f)?;
         let kept = format!("{:.0} % kept", 100.0 * self.keep);
         let table = |f: &mut fmt::Formatter<'_>, title: &str, rows: &[(&str, f64, f64)], unit: f64| {
             writeln!(f, "{title:<44} {:>12} {:>12}", "dense", kept)?;
@@ -648,6 +685,75 @@ mod tests {
         let layout = Layout::new(&config, &gpu, None);
         let error = check(&config, &layout, &gpu).unwrap_err().to_string();
         assert!(error.contains(&p.advice[0]) && error.contains("dsv-train plan"), "{error}");
+    }
+
+    #[test]
+    fn the_committed_configurations_fit_a_gpu_of_80_gb() {
+        let gpu = PlannedGpu::new("h100", false).unwrap();
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/configs");
+        let mut planned = Vec::new();
+        for file in std::fs::read_dir(folder).unwrap() {
+            let path = file.unwrap().path();
+            if path.extension().is_none_or(|e| e != "toml") {
+                continue;
+            }
+            let config = Config::load(Some(&path), None, &[]).unwrap();
+            let p = plan(&config, &gpu, 1);
+            assert!(p.fits() && p.advice.is_empty(), "{path:?}\n{p}");
+            assert_eq!(p.lists.0, config.model.layers, "{path:?}: every block has lists\n{p}");
+            let name = path.file_stem().unwrap().to_string_lossy().into_owned();
+            planned.push((name, p.tokens, config.model.layers, p.host_bytes()));
+        }
+        planned.sort();
+        let gb = |name: &str| {
+            let at = planned.iter().find(|p| p.0 == name).unwrap_or_else(|| panic!("no configs/{name}.toml"));
+            (at.1 >> 10, at.2, (at.3 as f64 / 1e9).round() as usize)
+        };
+        // Tokens in units of 1,024, blocks, GB of host memory.
+        for (name, wanted) in [
+            ("0.8b-32k", (32, 28, 0)),
+            ("0.8b-64k", (64, 28, 0)),
+            ("0.8b-128k", (128, 28, 0)),
+            ("2.7b-32k", (32, 32, 11)),
+            ("2.7b-64k", (64, 32, 18)),
+            ("2.7b-128k", (128, 32, 55)),
+            ("2.7b-128k-8-layers", (128, 8, 0)),
+            ("30b-block", (32, 1, 0)),
+        ] {
+            assert_eq!(gb(name), wanted, "{name}");
+        }
+    }
+
+    #[test]
+    fn presets_that_do_not_fit_are_told_the_key() {
+        let gpu = PlannedGpu::new("h100", false).unwrap();
+        let of = |preset: &str, sets: &[&str]| {
+            let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+            plan(&Config::from_toml("", "a test", Some(preset), &sets).unwrap(), &gpu, 1)
+        };
+        for (preset, frames) in [("0.8b", 32), ("0.8b", 64), ("0.8b", 128), ("2.7b", 32), ("2.7b", 64)] {
+            let p = of(preset, &[&format!("data.frames={frames}")]);
+            assert!(p.fits() && p.advice.is_empty(), "{preset}, {frames} frames\n{p}");
+        }
+        let with_averages = of("2.7b", &["data.frames=64", "train.ema_decay=0.999"]);
+        assert!(!with_averages.fits());
+        assert!(with_averages.advice[0].starts_with("--set train.ema_on=host: "), "{with_averages}");
+        let long = of("2.7b", &["data.frames=128"]);
+        assert!(!long.fits());
+        for key in ["train.moments=host", "model.layers=", "data.frames="] {
+            let told =
+                long.advice.iter().any(|a| a.starts_with(&format!("--set {key}")) && a.ends_with("fits"));
+            assert!(told, "{key}\n{long}");
+        }
+        // Moments on the host alone leave room for few lists, and the plan says so.
+        let few = of("2.7b", &["data.frames=128", "train.moments=host"]);
+        assert!(few.fits() && few.lists.0 < 32 && few.to_string().contains("stay dense"), "{few}");
+        let all = of("2.7b", &["data.frames=128", "train.moments=host", "train.kept_budget_gb=4"]);
+        assert!(all.fits() && all.lists.0 == 32 && !all.to_string().contains("stay dense"), "{all}");
+        let ms = |p: &RunPlan| p.time_ms.iter().find(|t| t.0.starts_with("moments")).map(|t| t.1);
+        assert!(ms(&all).is_some_and(|ms| (300.0..600.0).contains(&ms)) && ms(&long).is_none(), "{all}");
+        let thirty = of("30b", &[]);
+        assert!(thirty.advice.iter().any(|a| a.contains("model.layers=")), "{thirty}");
     }
 
     #[test]

@@ -414,7 +414,14 @@ fn a_window_of_the_whole_clip_is_full_attention() {
 
 #[test]
 fn a_poisoned_step_changes_nothing_and_names_a_tensor() {
-    let config = config();
+    for moments in [Moments::Device, Moments::Coded, Moments::Host] {
+        let mut config = config();
+        config.train.moments = moments;
+        poisoned_once(config);
+    }
+}
+
+fn poisoned_once(config: Config) {
     let data = Dataset::open(&config).unwrap();
     let mut trainer = Trainer::new(config, engine()).unwrap();
     let mut position = DataPosition::default();
