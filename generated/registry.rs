@@ -15,6 +15,11 @@ pub struct Kernel {
 /// Every generated kernel, sorted by name.
 pub static KERNELS: &[Kernel] = &[
     Kernel {
+        name: "adamw_8bit_bf16_d0_v4_sm90a",
+        source: include_str!("kernels/adamw_8bit/adamw_8bit_bf16_d0_v4_sm90a.cu"),
+        source_hash: "e9793dde2ffffe452f090cd9f19ef8bdba899d957ea335fd93404df4192aca11",
+    },
+    Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
         source_hash: "0630c9ca48375f0c45b18d20ced9eb5fdada11d3a2e80286380bd227efaa1f60",

@@ -24,7 +24,7 @@ fi
 # Shipped kernels, not the tuner's candidates; these cases, not those of thousands of tokens.
 cases='^(attn_(fwd|bwd|bwd_dq)/(fine_)?(no_multiple|last_block_of_one_token|last_unit_of_one_token|counts_zero_and_one_adjacent|counts_differ)-'
 cases+='|attn_(fwd|bwd|bwd_dq)/dims_(no_multiple|counts_differ)-'
-cases+='|faults/|predictor/|profile/|flow_prepare/|kv_lists/(no_multiple|last_block|empty_groups|odd_count|counts|Index|Count|Repeated|Descending)'
+cases+='|faults/|adamw_8bit/blocks_(1|7)$|predictor/|profile/|flow_prepare/|kv_lists/(no_multiple|last_block|empty_groups|odd_count|counts|Index|Count|Repeated|Descending)'
 cases+='|kv_select/(typical|equal_scores|nan_key|one_token|nothing_and_everything|signs_of_zero)/'
 cases+='|kv_select_fine/(typical|equal_scores|nan_key|kept_nan|text_and_own_cube|one_token|few_values)/)'
 all=target/emulated/all chosen=target/emulated/chosen
@@ -37,7 +37,7 @@ extremes='^kv_select_fine/(drift|one_giant)/.*_mass4_'
 ranks='^kv_select(_fine)?/(typical|nan_key)/.*_r(32|48|64)_'
 awk -v cases="$cases" -v others="$extremes|$ranks" -F/ '
     NR == FNR { shipped[$0]; next }
-    $0 ~ others || $0 ~ cases && ($NF in shipped || $1 == "faults" || $1 == "kv_lists" || $1 == "predictor" || $1 == "profile" || $1 == "flow_prepare")
+    $0 ~ others || $0 ~ cases && ($NF in shipped || $1 == "faults" || $1 == "kv_lists" || $1 == "predictor" || $1 == "profile" || $1 == "flow_prepare" || $1 == "adamw_8bit")
 ' target/emulated/shipped "$all" >"$chosen"
 printf 'emulated: %d of the %d GPU tests; left out: the tuner'"'"'s candidates, and cases not named in %s\n' \
     "$(wc -l <"$chosen")" "$(wc -l <"$all")" "${BASH_SOURCE[0]}"

@@ -494,6 +494,19 @@ impl Event {
         driver("cuEventSynchronize", unsafe { result::event::synchronize(self.raw) })
     }
 
+    /// Whether it has happened.
+    ///
+    /// # Errors
+    /// What the driver answers, failures of earlier kernels included.
+    pub fn happened(&self) -> Result<bool, Error> {
+        driver("cuCtxSetCurrent", self.context.bind_to_thread())?;
+        // SAFETY: the event is alive.
+        match unsafe { result::event::query(self.raw) } {
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
+            answer => driver("cuEventQuery", answer).map(|()| true),
+        }
+    }
+
     /// Microseconds from `start` to this event; both must have happened.
     ///
     /// # Errors
@@ -703,6 +716,11 @@ unsafe impl Send for PinnedBuffer {}
 unsafe impl Sync for PinnedBuffer {}
 
 impl PinnedBuffer {
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// The memory as elements; bytes that do not fill one are left out.
     pub fn as_slice<T: Plain>(&self) -> &[T] {
         // SAFETY: page-aligned, initialised, and any bytes are a T.

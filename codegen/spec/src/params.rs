@@ -505,3 +505,45 @@ pub struct AdamW {
     /// Keeps the struct's size a multiple of 8.
     pub reserved: i32,
 }
+
+/// Launch parameters of `adamw_8bit`. Grid: any; warps stride over blocks of 128 elements.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AdamW8 {
+    /// f32 [count]: master weights, updated.
+    pub master: u64,
+    /// u8 [count]: codes of the first moment, updated.
+    pub codes1: u64,
+    /// f32 [count / 128]: its scales, updated.
+    pub scales1: u64,
+    /// u8 [count]: codes of the second moment, updated.
+    pub codes2: u64,
+    /// f32 [count / 128]: its scales, updated.
+    pub scales2: u64,
+    /// f32 [count]: gradient.
+    pub grad: u64,
+    /// Compute-dtype [count] out: the weights the products read.
+    pub weight: u64,
+    /// f32 [1]: factor on the gradient (clipping), on the device.
+    pub grad_factor: u64,
+    /// Elements, a multiple of 128.
+    pub count: i64,
+    /// Number of the first of them in its set, from which thresholds are drawn.
+    pub first: i64,
+    /// 1 - lr weight_decay.
+    pub keep: f32,
+    /// lr / (1 - beta1^step).
+    pub size: f32,
+    /// 1 / sqrt(1 - beta2^step).
+    pub root: f32,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to the root of the second moment.
+    pub eps: f32,
+    /// Of the step's thresholds.
+    pub seed: u32,
+    /// Keeps the struct's size a multiple of 8.
+    pub reserved: i32,
+}

@@ -9,6 +9,8 @@ tokens! {
     PointwiseOp {
         /// AdamW on f32 master weights with a compute-dtype copy.
         AdamW = "adamw",
+        /// The same with moments of eight bits.
+        AdamW8 = "adamw_8bit",
         /// Conversion between f32 and the compute dtype.
         Cast = "cast",
         /// y += alpha x.
@@ -90,7 +92,7 @@ impl PointwiseOp {
     pub const fn shipped_vector(self) -> u8 {
         use PointwiseOp::*;
         match self {
-            AdamW | SumRows => 4,
+            AdamW | AdamW8 | SumRows => 4,
             QkPrepFwd | QkPrepBwd | Rope | TimeEmbed | FlowPrepare | Unpatchify | Normal | GradClip
             | GramQuery | GramKey | Profile => 1,
             _ => 8,
@@ -102,6 +104,7 @@ impl PointwiseOp {
         use PointwiseOp::*;
         let bytes = match self {
             AdamW => size_of::<params::AdamW>(),
+            AdamW8 => size_of::<params::AdamW8>(),
             Cast => size_of::<params::Cast>(),
             Axpy => size_of::<params::Axpy>(),
             Ema => size_of::<params::Ema>(),
@@ -174,6 +177,13 @@ impl PointwiseSpec {
                 "vector",
                 vector,
                 "1, 2 or 4: a thread of 256 adds up each of 32 vectors",
+            ));
+        }
+        if op == PointwiseOp::AdamW8 && vector != 4 {
+            return Err(SpecError::new(
+                "vector",
+                vector,
+                "4: a warp holds the 128 values that share a scale",
             ));
         }
         if op.is_f32_only() != (dtype == Dtype::F32) {

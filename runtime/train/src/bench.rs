@@ -9,7 +9,7 @@ mod timed;
 use crate::config::{Attention, Config, ConfigError, Switch};
 use crate::data::Clip;
 use crate::dispatch::{Decision, ProfileState};
-use crate::engine::{Engine, EngineError};
+use crate::engine::{Engine, EngineError, Space};
 use crate::model::{BlockAttention, Model};
 use crate::plan::MemoryError;
 use crate::predictor::PredictorTask;
@@ -246,7 +246,8 @@ impl<'a> Bench<'a> {
         let memory_bytes = layout.total_bytes();
         if let Some(free_bytes) = self.free.filter(|&free| free < memory_bytes) {
             let advice = vec!["--layers 1, or fewer --tokens".to_string()];
-            return Err(MemoryError { needed_bytes: memory_bytes, free_bytes, advice }.into());
+            let space = Space::Device;
+            return Err(MemoryError { space, needed_bytes: memory_bytes, free_bytes, advice }.into());
         }
         let model = layout.model.clone();
         let e = &mut *self.engine;
@@ -284,7 +285,7 @@ impl<'a> Bench<'a> {
             false => (0.0, 0),
         };
         let share = if profile_every > 0 { profile_ms / profile_every as f64 } else { 0.0 };
-        let lists = model.lists_of(attention[0]).map(|l| (l.shape.query_group, l.shape.kv_block));
+        let lists = model.lists_of(0, attention[0]).map(|l| (l.shape.query_group, l.shape.kv_block));
         let kept = if lists.is_some() { 1.0 - decision.blocks[0].skipped } else { 1.0 };
         let ops = pass.ops(e, kept)?;
         Ok(BlockTime {
@@ -381,7 +382,7 @@ impl Pass<'_> {
         train::norm(e, set, f32::INFINITY, clip, self.layout.culprits.slice(0, 1));
         // As every first step: the bias corrections of later ones are no other arithmetic.
         let lr = self.config.dsv.predictor_lr as f32;
-        train::adamw(e, &self.config.train, set, (0, set.master.len()), [lr, 0.0], 1, clip);
+        train::adamw(e, &self.config.train, set, 0..set.master.len(), [lr, 0.0], 1, clip);
     }
 
     /// Milliseconds of forward, backward and update, all layers.

@@ -5,6 +5,7 @@
 //! then `--set section.key=value`. Unknown keys are errors. [`Config::documented_toml`] prints every key with
 //! its value and meaning.
 
+use crate::engine::Space;
 use dsv_spec::order::{Cube, Grid};
 use dsv_spec::space::{
     SHIPPED_BLOCK_SIZES, SHIPPED_GATHER, SHIPPED_GATHER_HEAD_DIMS, SHIPPED_RANKS, TRAINER_HEAD_DIMS,
@@ -73,6 +74,18 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
             ("betas", "AdamW's two decay rates"),
             ("eps", "AdamW's epsilon"),
             ("ema_decay", "decay of the averaged weights that eval and sample use; 0 = off"),
+            (
+                "kept_budget_gb",
+                "device memory, in GiB, for what blocks keep for their backward (attention outputs, predicted lists); what is beyond goes to page-locked host memory in the forward and comes back ahead of the backward, same bits; 0 = no limit",
+            ),
+            (
+                "moments",
+                "AdamW's moments: \"device\" (f32, 8 bytes a parameter), \"8bit\" (on the device, 2.06 bytes: relative to the largest of 128 neighbours), or \"host\" (f32 in page-locked host memory, passed through the device every step, same bits as \"device\")",
+            ),
+            (
+                "ema_on",
+                "where the averaged weights lie: \"device\", or \"host\": page-locked host memory, updated beside the next step, same bits",
+            ),
             ("caption_dropout", "share of clips trained with the empty caption"),
             ("seed", "seed of weights, timesteps, noise and caption drop-out"),
             (
@@ -298,6 +311,12 @@ pub struct Train {
     pub eps: f64,
     /// Decay of the averaged weights; 0 = off.
     pub ema_decay: f64,
+    /// GiB of device memory for what blocks keep; 0 = no limit.
+    pub kept_budget_gb: f64,
+    /// How AdamW's moments are kept.
+    pub moments: Moments,
+    /// Where the averaged weights lie.
+    pub ema_on: EmaOn,
     /// Share of clips trained with the empty caption.
     pub caption_dropout: f64,
     /// Seed of weights, timesteps, noise and caption drop-out.
@@ -320,6 +339,29 @@ pub struct Train {
     pub log_every: u64,
     /// Recompute blocks in the backward.
     pub recompute: bool,
+}
+
+/// How AdamW's moments are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Moments {
+    /// f32 in device memory.
+    Device,
+    /// Eight bits in device memory.
+    #[serde(rename = "8bit")]
+    Coded,
+    /// f32 in page-locked host memory.
+    Host,
+}
+
+/// Where averaged weights lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EmaOn {
+    /// Device memory, 4 bytes a parameter.
+    Device,
+    /// Page-locked host memory.
+    Host,
 }
 
 /// Learning rate after the warm-up.
@@ -695,6 +737,9 @@ impl Config {
                 betas: [0.9, 0.99],
                 eps: 1e-8,
                 ema_decay: 0.0,
+                kept_budget_gb: 0.0,
+                moments: Moments::Device,
+                ema_on: EmaOn::Device,
                 caption_dropout: 0.1,
                 seed: 1,
                 init_weights: None,
@@ -1008,6 +1053,12 @@ impl Config {
             "0 (what is free) and more",
             dsv.memory_budget_gb >= 0.0,
         );
+        range(
+            "train.kept_budget_gb",
+            train.kept_budget_gb,
+            "0 (no limit) and more",
+            train.kept_budget_gb >= 0.0,
+        );
         if let Some(f) = dsv.force_sparse {
             range("dsv.force_sparse", f, "0 to 1, or absent", (0.0..=1.0).contains(&f));
         }
@@ -1020,6 +1071,12 @@ impl Config {
                 "dsv.keep is absent, but dsv.attention is \"fixed\"; allowed: more than 0, up to dsv.max_keep"
                     .to_string(),
             );
+        }
+        if device.graphs && train.kept_budget_gb > 0.0 {
+            bad.push(format!(
+                "device.graphs is true and train.kept_budget_gb {}; copies to the host are not recorded in graphs: --set device.graphs=false, or train.kept_budget_gb=0",
+                train.kept_budget_gb
+            ));
         }
         if train.init_map.is_some() && train.init_weights.is_none() {
             bad.push("train.init_map is set, but not train.init_weights, whose tensors it names".to_string());
@@ -1086,6 +1143,14 @@ impl Config {
             }
         }
         if bad.is_empty() { Ok(()) } else { Err(ConfigError::Impossible(bad)) }
+    }
+
+    /// Where the run keeps averaged weights; `None` where it keeps none.
+    pub fn ema_space(&self) -> Option<Space> {
+        (self.train.ema_decay > 0.0).then_some(match self.train.ema_on {
+            EmaOn::Device => Space::Device,
+            EmaOn::Host => Space::Host,
+        })
     }
 
     /// Width of the model: `heads * head_dim`.

@@ -69,9 +69,9 @@ pub fn pass(config: &Config, engine: &mut dyn Engine) -> Result<Pass, EngineErro
     let purposes = Purposes {
         train: true,
         recompute: config.train.recompute,
-        ema: false,
         list_slots: layers,
         inverse_lists: engine.needs_inverse_lists(),
+        ..Purposes::INFERENCE
     };
     let model = Model::reserve(shape, purposes, &mut plan);
     engine.reserve(&plan, &model.shape.dims(model.params.master.len()))?;
@@ -147,7 +147,7 @@ pub fn pass(config: &Config, engine: &mut dyn Engine) -> Result<Pass, EngineErro
     }
     pass.i32("input.drop", &[batch], &engine.read_i32(io.drop)?);
     for (l, &mode) in attention.iter().enumerate() {
-        if let Some(lists) = model.lists_of(mode) {
+        if let Some(lists) = model.lists_of(l, mode) {
             let s = lists.shape;
             let dims = [s.batch, s.heads, s.groups(), s.max_selected];
             pass.i32(&format!("lists.{l}.index"), &dims, &engine.read_i32(lists.q2k_index)?);

@@ -154,8 +154,10 @@ pub fn with_averaged<R>(
     model: &Model,
     f: impl FnOnce(&mut dyn Engine) -> R,
 ) -> Result<R, EngineError> {
-    let Some(ema) = model.params.ema else { return Ok(f(engine)) };
-    engine.copy(ema, model.params.copy);
+    if model.params.ema.is_none() {
+        return Ok(f(engine));
+    }
+    model.params.copy_averages(engine);
     let result = f(engine);
     engine.copy(model.params.master, model.params.copy);
     engine.sync()?;

@@ -271,9 +271,7 @@ pub fn import(
         engine.write_f32(buf, &data)?;
     }
     for set in &sets {
-        if let Some(ema) = set.ema {
-            engine.copy(set.master, ema);
-        }
+        set.restart_averages(engine);
         set.refresh(engine)?;
     }
     engine.sync()?;
@@ -287,7 +285,7 @@ mod tests {
     use super::*;
     use crate::config::Config;
     use crate::durable::{RealDisk, write_file};
-    use crate::engine::{ArenaPlan, CpuEngine, Precision};
+    use crate::engine::{ArenaPlan, CpuEngine, Precision, Space};
     use crate::model::{ModelShape, Purposes};
     use crate::tensors;
 
@@ -296,8 +294,7 @@ mod tests {
         (config.model.layers, config.model.heads, config.model.head_dim) = (2, 1, 8);
         (config.model.text_dim, config.model.patch) = (6, [1, 2, 2]);
         let mut plan = ArenaPlan::new(Precision::F32);
-        let purposes =
-            Purposes { train: true, recompute: true, ema: true, list_slots: 0, inverse_lists: false };
+        let purposes = Purposes { train: true, ema: Some(Space::Device), ..Purposes::INFERENCE };
         let model = Model::reserve(ModelShape::from_config(&config, 1), purposes, &mut plan);
         let mut engine = CpuEngine::<f32>::new();
         engine.reserve(&plan, &model.shape.dims(0)).unwrap();

@@ -18,6 +18,7 @@ pub mod import;
 pub mod metrics;
 pub mod model;
 pub mod observe;
+pub mod offload;
 pub mod params;
 pub mod plan;
 pub mod predictor;

@@ -2,6 +2,7 @@
 //! progress line.
 
 use crate::durable::{RealDisk, write_file};
+use crate::engine::Transfers;
 use crate::granularity::ChosenCube;
 use crate::observe::BlockObservation;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -70,6 +71,16 @@ pub enum Record {
         skipped: Vec<f64>,
         /// One line for each block.
         why: Vec<String>,
+    },
+    /// What was copied between device and host.
+    Transfers {
+        /// The last step it is about.
+        step: u64,
+        /// Steps it is about.
+        steps: u64,
+        /// Bytes and milliseconds of all of them.
+        #[serde(flatten)]
+        moved: Transfers,
     },
     /// Validation on fixed (clip, timestep, noise) triples.
     Eval {
@@ -158,6 +169,7 @@ impl Record {
             | Record::Cube { step, .. }
             | Record::Profile { step, .. }
             | Record::Dispatch { step, .. }
+            | Record::Transfers { step, .. }
             | Record::Eval { step, .. }
             | Record::Observed { step, .. }
             | Record::Note { step, .. } => *step,
@@ -208,6 +220,15 @@ impl Record {
                 out
             }
             Record::Eval { loss, .. } => vec![("eval/loss".into(), *loss)],
+            Record::Transfers { steps, moved, .. } => {
+                let each = |x: f64| x / *steps as f64;
+                let mut out = vec![
+                    ("host/copy_ms".into(), each(moved.copy_ms)),
+                    ("host/waited_ms".into(), each(moved.waited_ms)),
+                ];
+                out.extend(moved.overlap().map(|share| ("host/overlap".into(), share)));
+                out
+            }
             Record::Run { .. }
             | Record::Stage { .. }
             | Record::Cube { .. }

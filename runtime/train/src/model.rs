@@ -2,18 +2,19 @@
 //! and MLP, and a modulated linear head. Each part's forward and backward is written once, on the ops of
 //! [`Engine`].
 //!
-//! A block keeps its input, its self-attention output, log-sum-exp and lists; the rest is recomputed in the
+//! A block keeps its input, its self-attention output, log-sum-exp and lists (of which outputs and lists may go to the host
+//! and come back, [`Purposes::kept_sets`]); the rest is recomputed in the
 //! backward (or kept, with `recompute = false`), but for what no gradient needs: the gates of the residuals are folded into
 //! the weights before them, so the products' outputs are not wanted again ([`Engine::gate_grad`]), and the MLP's activation
 //! is made in the pass that takes its gradient. Attention and selection never run twice for one step.
 
-use crate::config::{Config, Mlp};
+use crate::config::{self, Config, Mlp};
 use crate::engine::{
-    ArenaPlan, AttnBwd, AttnFwd, AttnShape, Buf, Dims, Engine, EngineError, FlowLoss, FlowPrepare, Gated,
-    GatedGrad, Gemm, GemmLayout, GradNorm, ListShape, Lists, MlpAct, NormMod, PatchShape, QkPrep, TextSelect,
-    View,
+    ArenaPlan, AttnBwd, AttnFwd, AttnShape, Buf, Dims, Done, Engine, EngineError, FlowLoss, FlowPrepare,
+    Gated, GatedGrad, Gemm, GemmLayout, GradNorm, ListShape, Lists, MlpAct, NormMod, PatchShape, QkPrep,
+    Space, TextSelect, View,
 };
-use crate::params::{Init, Linear, ParamId, ParamPlan, ParamSet};
+use crate::params::{Init, Keeps, Linear, ParamId, ParamPlan, ParamSet};
 use crate::predictor::{self, PredictorShape, PredictorTask, Predictors};
 use crate::rng::Purpose;
 use dsv_reference::lists::KvListsBuf;
@@ -409,12 +410,101 @@ pub struct Purposes {
     pub train: bool,
     /// Recompute block intermediates rather than keeping them.
     pub recompute: bool,
-    /// Averaged weights.
-    pub ema: bool,
+    /// What AdamW's moments of the weights are kept as, when they are trained.
+    pub moments: config::Moments,
+    /// Where averaged weights lie, when the run keeps them.
+    pub ema: Option<Space>,
     /// Blocks that can be sparse at one time.
     pub list_slots: usize,
+    /// How many blocks' attention outputs and predicted lists are on the device at a time, 2 and more; those of the others
+    /// are copied to the host in the forward and back ahead of their backward. `None` = every block's.
+    pub kept_sets: Option<usize>,
     /// Whether lists need their inverse ([`crate::engine::DeviceFacts::needs_inverse_lists`]).
     pub inverse_lists: bool,
+}
+
+impl Purposes {
+    /// Forward passes of weights that are given.
+    pub const INFERENCE: Purposes = Purposes {
+        train: false,
+        recompute: true,
+        moments: config::Moments::Device,
+        ema: None,
+        list_slots: 0,
+        kept_sets: None,
+        inverse_lists: false,
+    };
+}
+
+/// What blocks keep where only some blocks' is on the device: block `l` uses set `l % sets.len()`.
+#[derive(Clone, Debug)]
+struct Shelf {
+    sets: Vec<ShelfSet>,
+    /// For every block but the last ones, whose sets nobody overwrites: host copies of a set's buffers.
+    host: Vec<ShelfCopy>,
+}
+
+/// An attention output and predicted lists, where the model has predictors.
+#[derive(Clone, Debug)]
+struct ShelfSet {
+    attn: Buf,
+    lists: Option<Lists>,
+}
+
+/// The same on the host.
+#[derive(Clone, Debug)]
+struct ShelfCopy {
+    attn: Buf,
+    lists: Vec<Buf>,
+}
+
+impl Shelf {
+    fn reserve(shape: &ModelShape, sets: usize, inverse: bool, plan: &mut ArenaPlan) -> Shelf {
+        let sets: Vec<ShelfSet> = (0..sets)
+            .map(|i| ShelfSet {
+                attn: plan.act("kept per block/attention output", shape.rows() * shape.dim()),
+                lists: shape.predictor.map(|p| p.lists.reserve(plan, &format!("lists/set {i}"), inverse)),
+            })
+            .collect();
+        let host = (0..shape.layers.saturating_sub(sets.len()))
+            .map(|l| {
+                let set = &sets[l % sets.len()];
+                let lists = set.lists.iter().flat_map(Lists::buffers);
+                ShelfCopy {
+                    attn: plan.on_host("kept per block/attention output", set.attn),
+                    lists: lists.map(|buf| plan.on_host("lists/kept", buf)).collect(),
+                }
+            })
+            .collect();
+        Shelf { sets, host }
+    }
+
+    fn set(&self, l: usize) -> &ShelfSet {
+        &self.sets[l % self.sets.len()]
+    }
+
+    /// Pairs of device and host buffers that a block of this mode has there; none of the last blocks'.
+    fn copies(&self, l: usize, mode: BlockAttention) -> Vec<(Buf, Buf)> {
+        let Some(host) = self.host.get(l) else { return Vec::new() };
+        let set = self.set(l);
+        let mut copies = vec![(set.attn, host.attn)];
+        if let (BlockAttention::Sparse { .. }, Some(lists)) = (mode, &set.lists) {
+            copies.extend(lists.buffers().into_iter().zip(host.lists.iter().copied()));
+        }
+        copies
+    }
+
+    /// After block `l`'s forward: its set goes to the host.
+    fn leave(&self, e: &mut dyn Engine, l: usize, mode: BlockAttention) -> Done {
+        let copies = self.copies(l, mode).into_iter();
+        copies.map(|(device, host)| e.offload(device, host)).last().unwrap_or_default()
+    }
+
+    /// Once no op that is queued needs its set any more: block `l`'s comes back.
+    fn return_to(&self, e: &mut dyn Engine, l: usize, mode: BlockAttention) -> Done {
+        let copies = self.copies(l, mode).into_iter();
+        copies.map(|(device, host)| e.fetch(host, device)).last().unwrap_or_default()
+    }
 }
 
 /// The laid-out model: handles only, no memory.
@@ -433,6 +523,7 @@ pub struct Model {
     weights: Weights,
     cond: Cond,
     saved: Vec<Saved>,
+    shelf: Option<Shelf>,
     last: Buf,
     final_norm: [Buf; 3],
     work: Vec<Work>,
@@ -479,7 +570,8 @@ impl Model {
     /// If there is no shape.
     pub fn reserve_grids(shapes: Vec<ModelShape>, purposes: Purposes, plan: &mut ArenaPlan) -> Vec<Model> {
         let (params, weights) = shapes[0].params();
-        let params = params.reserve(plan, "model", purposes.train, purposes.ema);
+        let keeps = Keeps { moments: purposes.train.then_some(purposes.moments), ema: purposes.ema };
+        let params = params.reserve(plan, "model", keeps);
         let shared = shapes[0]
             .predictor
             .map(|p| Predictors::reserve_shared(&p, shapes[0].dim(), purposes.train, plan));
@@ -505,7 +597,7 @@ impl Model {
                 shape.self_attn(),
                 shape.dim(),
                 buffers,
-                purposes.list_slots,
+                if purposes.kept_sets.is_some() { 0 } else { purposes.list_slots },
                 purposes.inverse_lists,
                 purposes.train,
                 plan,
@@ -547,10 +639,14 @@ impl Model {
             y: plan.act("conditioning/text tokens", text_rows * dim),
         };
         let kept = if purposes.train { shape.layers } else { 1 };
+        let shelf = purposes.kept_sets.map(|sets| Shelf::reserve(&shape, sets, purposes.inverse_lists, plan));
         let saved = (0..kept)
-            .map(|_| Saved {
+            .map(|l| Saved {
                 x: plan.act("kept per block/input", rows * dim),
-                attn: plan.act("kept per block/attention output", rows * dim),
+                attn: match &shelf {
+                    Some(shelf) => shelf.set(l).attn,
+                    None => plan.act("kept per block/attention output", rows * dim),
+                },
                 lse: plan.f32("kept per block/log-sum-exp", batch * heads * s),
             })
             .collect();
@@ -649,6 +745,7 @@ impl Model {
             weights,
             cond,
             saved,
+            shelf,
             last,
             final_norm,
             work,
@@ -746,14 +843,24 @@ impl Model {
         task: PredictorTask,
         watch: &mut dyn FnMut(&mut dyn Engine, [Buf; 2]),
     ) {
+        // Of each block whose set has left or is on its way.
+        let mut left: Vec<Done> = Vec::new();
         for (l, &mode) in attention.iter().enumerate() {
+            if let Some(shelf) = &self.shelf
+                && let Some(free) = l.checked_sub(shelf.sets.len())
+            {
+                e.after(&left[free]);
+            }
             self.block(e, l, Some((mode, task)));
+            left.extend(self.shelf.as_ref().map(|shelf| shelf.leave(e, l, mode)));
             let work = self.work_of(l);
             watch(e, [work.q, work.k]);
             if !self.purposes.train && l + 1 < attention.len() {
                 e.copy(self.last, self.input_of(0));
             }
         }
+        // Another forward may come before the backward: it finds every set free.
+        left.iter().for_each(|done| e.after(done));
     }
 
     /// What comes after the blocks: the head.
@@ -797,7 +904,17 @@ impl Model {
 
     /// Backward of [`Model::blocks`], after [`Model::leave_bwd`].
     pub(crate) fn blocks_bwd(&self, e: &mut dyn Engine, attention: &[BlockAttention]) {
+        let mut back: Vec<Done> = vec![Done::default(); attention.len()];
         for (l, &mode) in attention.iter().enumerate().rev() {
+            if let Some(shelf) = &self.shelf {
+                // The block after this one is done with its set: the next block of that set comes back meanwhile.
+                if l + 1 < attention.len()
+                    && let Some(next) = (l + 1).checked_sub(shelf.sets.len())
+                {
+                    back[next] = shelf.return_to(e, next, attention[next]);
+                }
+                e.after(&back[l]);
+            }
             if self.purposes.recompute {
                 self.block(e, l, None);
             }
@@ -845,10 +962,13 @@ impl Model {
             [("conditioning".to_string(), self.cond.shared), ("text tokens".into(), self.cond.y)]
                 .into_iter()
                 .chain(self.saved.iter().enumerate().flat_map(|(l, saved)| {
-                    [
-                        (format!("input of block {l}"), saved.x),
-                        (format!("attention output of block {l}"), saved.attn),
-                    ]
+                    // Where sets are shared the last blocks' outputs are gone: what came of them tells.
+                    let attn = match &self.shelf {
+                        Some(shelf) => shelf.host.get(l).map(|copy| copy.attn),
+                        None => Some(saved.attn),
+                    };
+                    let output = attn.map(|attn| (format!("attention output of block {l}"), attn));
+                    std::iter::once((format!("input of block {l}"), saved.x)).chain(output)
                 }))
                 .chain([("output of the last block".into(), self.last), ("prediction".into(), self.io.pred)]);
         for (name, buf) in activations {
@@ -1119,11 +1239,16 @@ impl Model {
         }
     }
 
-    /// The lists a block of this mode attends over.
+    /// Blocks that can attend over predicted lists at one time.
+    pub fn list_slots(&self) -> usize {
+        if self.predictors.is_some() { self.purposes.list_slots } else { 0 }
+    }
+
+    /// The lists block `l` attends over in this mode. They are its own until another block of its set runs.
     ///
     /// # Panics
     /// If the model was laid out without them.
-    pub fn lists_of(&self, mode: BlockAttention) -> Option<Lists> {
+    pub fn lists_of(&self, l: usize, mode: BlockAttention) -> Option<Lists> {
         match mode {
             BlockAttention::Dense => None,
             BlockAttention::Window => {
@@ -1134,7 +1259,10 @@ impl Model {
                     .predictors
                     .as_ref()
                     .expect("predicted lists need predictors: dsv.attention = \"dsv\" or \"fixed\"");
-                Some(predictors.slots[slot])
+                match &self.shelf {
+                    Some(shelf) => shelf.set(l).lists,
+                    None => Some(predictors.slots[slot]),
+                }
             }
         }
     }
@@ -1150,7 +1278,7 @@ impl Model {
         self.linear(e, p.qkv, rows, w.n1, w.qkv);
         e.qk_prep_fwd(&self.qk_prep(l, w), w.q, w.k);
         if let Some((mode, task)) = run {
-            let mut lists = self.lists_of(mode);
+            let mut lists = self.lists_of(l, mode);
             let qk = (self.heads_view(w.q), self.heads_view(w.k));
             if let Some(predictors) = &self.predictors {
                 lists = predictors.observe(e, l, w.n1, qk, task, lists);
@@ -1204,7 +1332,7 @@ impl Model {
         self.gated_bwd_weight(e, p.o, (w.modulation, 2), saved.attn, b.x);
         self.gated_bwd_input(e, p.o, (w.modulation, 2), b.x, b.b);
         e.attn_bwd(&AttnBwd {
-            fwd: self.self_attention(w, saved, self.lists_of(mode)),
+            fwd: self.self_attention(w, saved, self.lists_of(l, mode)),
             d_out: self.heads_view(b.b),
             d_q: self.heads_view(b.q),
             d_k: self.heads_view(b.k),

@@ -100,7 +100,7 @@ pub fn observe(
         let lists = match (attention[found.len()], &model.predictors) {
             (BlockAttention::Dense, None) => None,
             (BlockAttention::Dense, Some(predictors)) => Some(predictors.scratch_slot()),
-            (mode, _) => model.lists_of(mode),
+            (mode, _) => model.lists_of(found.len(), mode),
         };
         let mut read = || {
             let (q, k) = (engine.read_f32(q)?, engine.read_f32(k)?);
@@ -271,8 +271,7 @@ mod tests {
 
     fn tiny() -> Model {
         let config = Config::preset("tiny").unwrap();
-        let purposes =
-            Purposes { train: false, recompute: true, ema: false, list_slots: 0, inverse_lists: false };
+        let purposes = Purposes::INFERENCE;
         Model::reserve(ModelShape::from_config(&config, 1), purposes, &mut ArenaPlan::new(Precision::F32))
     }
 

@@ -1,8 +1,8 @@
 //! Memory, arithmetic and time of a run, component by component, before anything is allocated; and which setting to
 //! change where it does not fit.
 
-use crate::config::{Attention, Config};
-use crate::engine::{ArenaPlan, DeviceFacts};
+use crate::config::{Attention, Config, EmaOn, Moments};
+use crate::engine::{ArenaPlan, DeviceFacts, Space};
 use crate::model::ModelShape;
 use crate::train::Layout;
 use std::fmt;
@@ -16,12 +16,18 @@ pub struct RunPlan {
     pub predictor_params: usize,
     /// Video tokens of a clip of the first grid, of which arithmetic and time are; the memory is that of the largest.
     pub tokens: usize,
-    /// Bytes of the arena by component.
+    /// Bytes of the device's arena by component.
     pub memory: Vec<Component>,
+    /// Bytes of the host's.
+    pub host: Vec<Component>,
     /// Bytes of the engine's workspace.
     pub scratch_bytes: usize,
     /// Bytes the device has free, where known.
     pub free_bytes: Option<usize>,
+    /// Bytes the host has free, where known.
+    pub host_free_bytes: Option<usize>,
+    /// Blocks.
+    pub layers: usize,
     /// List buffers, and bytes of one.
     pub lists: (usize, usize),
     /// FLOP of one optimizer step by component: name, dense, at `keep` of the KV.
@@ -50,17 +56,19 @@ pub struct Component {
     pub per_gpu: usize,
 }
 
-/// The run does not fit on the device.
+/// The run does not fit on the device, or its host part not on the host.
 #[derive(Clone, Debug, thiserror::Error, PartialEq)]
 #[error(
-    "the run does not fit: it needs {:.2} GiB, {:.2} GiB are free{}\n  see every component: dsv-train plan",
-    gib(*.needed_bytes), gib(*.free_bytes),
-    .advice.iter().map(|a| format!("\n  {a}")).collect::<String>()
+    "the run does not fit: it needs {:.2} GiB{}, {:.2} GiB are free{}\n  see every component: dsv-train plan",
+    gib(*.needed_bytes), if *.space == Space::Host { " of page-locked host memory" } else { "" },
+    gib(*.free_bytes), .advice.iter().map(|a| format!("\n  {a}")).collect::<String>()
 )]
 pub struct MemoryError {
+    /// Where it does not fit.
+    pub space: Space,
     /// Bytes of arena and workspace.
     pub needed_bytes: usize,
-    /// Bytes the device has.
+    /// Bytes that are free there.
     pub free_bytes: usize,
     /// Settings that would make it fit.
     pub advice: Vec<String>,
@@ -68,21 +76,80 @@ pub struct MemoryError {
 
 /// Refuses a laid-out run that the device has no memory for, before anything is allocated.
 pub fn check(config: &Config, layout: &Layout, device: &dyn DeviceFacts) -> Result<(), MemoryError> {
-    let needed_bytes = layout.total_bytes();
-    match device.free_bytes() {
-        Some(free_bytes) if free_bytes < needed_bytes => {
-            let advice = advice(config, device, free_bytes);
-            Err(MemoryError { needed_bytes, free_bytes, advice })
+    let room = Room::of(device);
+    let [on_device, on_host] = Room::needed(layout);
+    for (space, needed_bytes, free) in
+        [(Space::Device, on_device, room.device), (Space::Host, on_host, room.host)]
+    {
+        if let Some(free_bytes) = free.filter(|free| *free < needed_bytes) {
+            return Err(MemoryError {
+                space,
+                needed_bytes,
+                free_bytes,
+                advice: advice(config, device, &room),
+            });
         }
-        _ => Ok(()),
+    }
+    Ok(())
+}
+
+/// Free bytes, where they are known.
+struct Room {
+    device: Option<usize>,
+    host: Option<usize>,
+}
+
+impl Room {
+    fn of(device: &dyn DeviceFacts) -> Room {
+        Room { device: device.free_bytes(), host: device.host_free_bytes() }
+    }
+
+    /// Bytes that a layout needs of the device, and of the host.
+    fn needed(layout: &Layout) -> [usize; 2] {
+        [layout.total_bytes(), layout.arena.host_bytes()]
+    }
+
+    fn holds(&self, [device, host]: [usize; 2]) -> bool {
+        self.device.is_none_or(|free| device <= free) && self.host.is_none_or(|free| host <= free)
     }
 }
 
-/// Settings that make a run fit into `free` bytes: each alone where one is enough, else together, cheapest first.
-fn advice(config: &Config, device: &dyn DeviceFacts, free: usize) -> Vec<String> {
+/// Half of the present budget for what blocks keep, to a tenth of a GiB; `None` where that is no less, or where the present
+/// one has room for no more than two blocks' attention outputs (in bf16).
+fn smaller_kept_budget(config: &Config) -> Option<f64> {
+    let tokens = config.grids().into_iter().map(|grid| config.of_grid(grid).tokens()).max().unwrap_or(0);
+    let output = gib(2 * config.data.batch_size * tokens * config.dim());
+    let all = config.model.layers as f64 * output;
+    let present = if config.train.kept_budget_gb > 0.0 { config.train.kept_budget_gb.min(all) } else { all };
+    let half = (5.0 * present).ceil() / 10.0;
+    (half < present && present > 2.0 * output).then_some(half)
+}
+
+/// Settings that make a run fit: each alone where one is enough, else together, cheapest first.
+fn advice(config: &Config, device: &dyn DeviceFacts, room: &Room) -> Vec<String> {
     type Change = (fn(&Config) -> bool, fn(&mut Config), fn(&Config) -> String);
-    let changes: [Change; 7] = [
+    let changes: [Change; 11] = [
         (|c| !c.train.recompute, |c| c.train.recompute = true, |_| "train.recompute=true".into()),
+        (
+            |c| c.ema_space() == Some(Space::Device),
+            |c| c.train.ema_on = EmaOn::Host,
+            |_| "train.ema_on=host".into(),
+        ),
+        (
+            |c| !c.device.graphs && c.model.layers > 2 && smaller_kept_budget(c).is_some(),
+            |c| c.train.kept_budget_gb = smaller_kept_budget(c).unwrap_or(c.train.kept_budget_gb),
+            |c| format!("train.kept_budget_gb={}", c.train.kept_budget_gb),
+        ),
+        (
+            |c| c.train.moments == Moments::Device,
+            |c| c.train.moments = Moments::Host,
+            |_| "train.moments=host".into(),
+        ),
+        (
+            |c| c.train.moments == Moments::Device,
+            |c| c.train.moments = Moments::Coded,
+            |_| "train.moments=8bit".into(),
+        ),
         (|c| c.train.ema_decay > 0.0, |c| c.train.ema_decay = 0.0, |_| "train.ema_decay=0".into()),
         (
             |c| c.data.batch_size > 1,
@@ -117,21 +184,23 @@ fn advice(config: &Config, device: &dyn DeviceFacts, free: usize) -> Vec<String>
             |c| format!("model.layers={}", c.model.layers),
         ),
     ];
-    let needs = |c: &Config| Layout::new(c, device, None).total_bytes();
-    let line = |sets: &str, needed: usize| {
-        let verdict = if needed <= free { "fits" } else { "still does not fit" };
-        format!("--set {sets}: {:.2} GiB, {verdict}", gib(needed))
+    let needs = |c: &Config| Room::needed(&Layout::new(c, device, None));
+    let fits = |c: &Config| room.holds(needs(c));
+    let line = |sets: &str, needed: [usize; 2]| {
+        let verdict = if room.holds(needed) { "fits" } else { "still does not fit" };
+        let [on_device, on_host] = needed.map(gib);
+        let host = if on_host > 0.0 { format!(" and {on_host:.2} GiB of the host's") } else { String::new() };
+        format!("--set {sets}: {on_device:.2} GiB{host}, {verdict}")
     };
     let mut alone = Vec::new();
     for (applies, change, name) in changes.iter().filter(|(applies, ..)| applies(config)) {
         let mut one = config.clone();
         // Halving may have to go on.
-        while applies(&one) && needs(&one) > free {
+        while applies(&one) && !fits(&one) {
             change(&mut one);
         }
-        let needed = needs(&one);
-        if needed <= free {
-            alone.push(line(&name(&one), needed));
+        if fits(&one) {
+            alone.push(line(&name(&one), needs(&one)));
         }
     }
     if !alone.is_empty() {
@@ -140,9 +209,13 @@ fn advice(config: &Config, device: &dyn DeviceFacts, free: usize) -> Vec<String>
     let (mut all, mut sets) = (config.clone(), Vec::new());
     for (applies, change, name) in &changes {
         let mut changed = false;
-        while applies(&all) && needs(&all) > free {
-            change(&mut all);
-            changed = true;
+        while applies(&all) && !fits(&all) {
+            let mut next = all.clone();
+            change(&mut next);
+            if room.host.is_some_and(|free| needs(&next)[1] > free) {
+                break;
+            }
+            (all, changed) = (next, true);
         }
         if changed {
             sets.push(name(&all));
@@ -166,23 +239,26 @@ pub fn plan(config: &Config, device: &dyn DeviceFacts, gpus: usize) -> RunPlan {
         None => config.dsv.keep.unwrap_or(config.dsv.max_keep),
     };
     let flop = flop(shape, config, keep);
-    let free_bytes = device.free_bytes();
-    let too_much = free_bytes.filter(|&free| free < layout.total_bytes());
+    let room = Room::of(device);
+    let advice = if room.holds(Room::needed(&layout)) { Vec::new() } else { advice(config, device, &room) };
     let (time_ms, attention_measured) = time(shape, config, device, keep, &flop, params.count());
     RunPlan {
         params: params.count(),
         predictor_params: predictor,
         tokens: shape.patch.tokens(),
-        memory: components(&layout.arena, gpus, shape.layers),
+        memory: components(&layout.arena, Space::Device, gpus, shape.layers),
+        host: components(&layout.arena, Space::Host, gpus, shape.layers),
         scratch_bytes: layout.scratch_bytes,
-        free_bytes,
+        free_bytes: room.device,
+        host_free_bytes: room.host,
+        layers: shape.layers,
         lists: (layout.list_slots, layout.list_bytes),
         flop,
         time_ms,
         attention_measured,
         keep,
         gpus,
-        advice: too_much.map_or(Vec::new(), |free| advice(config, device, free)),
+        advice,
     }
 }
 
@@ -218,6 +294,7 @@ fn component(label: &str) -> (String, Spread) {
         }
         ("kept per block", _) => ("kept per block: log-sum-exp".into(), Spread::Tokens),
         ("lists", _) => ("KV lists".into(), Spread::Tokens),
+        ("staging", _) => ("staging of what lies on the host".into(), Spread::Whole),
         ("block work", "mlp up" | "mlp act") => ("activations of a block: MLP".into(), Spread::Tokens),
         ("block work", name) if name.starts_with("cross") => {
             ("activations of a block: cross-attention".into(), Spread::Tokens)
@@ -228,9 +305,9 @@ fn component(label: &str) -> (String, Spread) {
     }
 }
 
-fn components(arena: &ArenaPlan, gpus: usize, layers: usize) -> Vec<Component> {
+fn components(arena: &ArenaPlan, space: Space, gpus: usize, layers: usize) -> Vec<Component> {
     let mut out: Vec<Component> = Vec::new();
-    for allocation in arena.allocations() {
+    for allocation in arena.allocations().iter().filter(|a| a.space == space) {
         let (name, spread) = component(&allocation.label);
         let bytes = allocation.bytes;
         let part = bytes.div_ceil(gpus);
@@ -249,6 +326,9 @@ fn components(arena: &ArenaPlan, gpus: usize, layers: usize) -> Vec<Component> {
     }
     out
 }
+
+/// Bytes a second of copies from or to page-locked memory over PCIe 5.
+const HOST_COPY: f64 = 50e9;
 
 /// Name, milliseconds dense, and at `keep`.
 type PartMs = (&'static str, f64, f64);
@@ -303,11 +383,17 @@ fn time(
     let widths = 33.0 + recomputed + 3.0 * (pre + hidden) / dim;
     let pointwise = 2.0 * shape.rows() as f64 * dim * widths * calls;
     // Master and both moments read and written, the gradient read twice and zeroed, the copy written.
-    let each = 38.0 + if config.train.ema_decay > 0.0 { 12.0 } else { 0.0 };
+    let moments = if config.train.moments == Moments::Coded { 4.125 } else { 16.0 };
+    let averages = if config.ema_space() == Some(Space::Device) { 12.0 } else { 0.0 };
     let ms = |bytes: f64| 1e3 * bytes / rates.memory;
-    let optimizer = ms(params as f64 * each);
+    let optimizer = ms(params as f64 * (22.0 + moments + averages));
     out.push(("norms, residuals, activations", ms(pointwise), ms(pointwise)));
     out.push(("optimizer", optimizer, optimizer));
+    if config.train.moments == Moments::Host {
+        // Both directions at once. Averages and what blocks keep are copied beside the ops.
+        let passed = 1e3 * params as f64 * 8.0 / HOST_COPY;
+        out.push(("moments from and to the host", passed, passed));
+    }
     (out, (dense_us.is_some(), sparse_us.is_some() || lists.is_none() && dense_us.is_some()))
 }
 
@@ -357,6 +443,17 @@ impl RunPlan {
         self.memory.iter().map(|c| c.bytes).sum::<usize>() + self.scratch_bytes
     }
 
+    /// Bytes of page-locked host memory.
+    pub fn host_bytes(&self) -> usize {
+        self.host.iter().map(|c| c.bytes).sum()
+    }
+
+    /// Whether device and host have room for it, as far as that is known.
+    pub fn fits(&self) -> bool {
+        let room = Room { device: self.free_bytes, host: self.host_free_bytes };
+        room.holds([self.total_bytes(), self.host_bytes()])
+    }
+
     /// The same on each of [`RunPlan::gpus`].
     pub fn total_per_gpu(&self) -> usize {
         self.memory.iter().map(|c| c.per_gpu).sum::<usize>() + self.scratch_bytes.div_ceil(self.gpus)
@@ -403,6 +500,21 @@ impl fmt::Display for RunPlan {
             Some(free) => writeln!(f, "   of {:.2} GiB free", gib(free))?,
             None => writeln!(f)?,
         }
+        if !self.host.is_empty() {
+            writeln!(f, "page-locked host memory, GiB")?;
+            for c in &self.host {
+                line(f, &c.name, c.bytes, c.per_gpu)?;
+                writeln!(f)?;
+            }
+            line(f, "total", self.host_bytes(), self.host.iter().map(|c| c.per_gpu).sum())?;
+            match self.host_free_bytes {
+                Some(free) if free < self.host_bytes() => {
+                    writeln!(f, "   more than the {:.2} GiB that are free", gib(free))?;
+                }
+                Some(free) => writeln!(f, "   of {:.2} GiB free", gib(free))?,
+                None => writeln!(f, "   (what the host has is not known here)")?,
+            }
+        }
         for advice in &self.advice {
             writeln!(f, "  {advice}")?;
         }
@@ -414,7 +526,16 @@ impl fmt::Display for RunPlan {
                 self.gpus
             )?;
         }
-        writeln!(f, "  lists: {} blocks, {:.4} GiB each\n", self.lists.0, gib(self.lists.1))?;
+        let (lists, bytes) = self.lists;
+        writeln!(f, "  lists: {lists} blocks, {:.4} GiB each", gib(bytes))?;
+        if bytes > 0 && lists < self.layers {
+            writeln!(
+                f,
+                "  the other {} blocks stay dense for want of memory: a train.kept_budget_gb gives every block lists on the host",
+                self.layers - lists
+            )?;
+        }
+        writeln!(f)?;
         let kept = format!("{:.0} % kept", 100.0 * self.keep);
         let table = |f: &mut fmt::Formatter<'_>, title: &str, rows: &[(&str, f64, f64)], unit: f64| {
             writeln!(f, "{title:<44} {:>12} {:>12}", "dense", kept)?;
@@ -521,6 +642,20 @@ mod tests {
                 of(name) / params
             );
         }
+        // Moments elsewhere, or of eight bits and a scale each 128.
+        for (moments, on_device, on_host) in [(Moments::Host, 0.0, 8.0), (Moments::Coded, 2.0625, 0.0)] {
+            let mut config = config.clone();
+            config.train.moments = moments;
+            let p = plan(&config, &gpu, 1);
+            let each = |components: &[Component]| {
+                components.iter().find(|c| c.name == "moments").map_or(0.0, |c| c.bytes as f64) / params
+            };
+            assert!(
+                (each(&p.memory) - on_device).abs() < 0.01 && (each(&p.host) - on_host).abs() < 0.01,
+                "{p}"
+            );
+            assert!(moments != Moments::Host || p.to_string().contains("page-locked host memory"), "{p}");
+        }
         // 32 blocks and the last output, 32,768 tokens of 2,048 channels, bf16.
         assert_eq!(of("kept per block: inputs") as usize, 33 * 32_768 * 2_048 * 2);
     }
@@ -550,6 +685,75 @@ mod tests {
         let layout = Layout::new(&config, &gpu, None);
         let error = check(&config, &layout, &gpu).unwrap_err().to_string();
         assert!(error.contains(&p.advice[0]) && error.contains("dsv-train plan"), "{error}");
+    }
+
+    #[test]
+    fn the_committed_configurations_fit_a_gpu_of_80_gb() {
+        let gpu = PlannedGpu::new("h100", false).unwrap();
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/configs");
+        let mut planned = Vec::new();
+        for file in std::fs::read_dir(folder).unwrap() {
+            let path = file.unwrap().path();
+            if path.extension().is_none_or(|e| e != "toml") {
+                continue;
+            }
+            let config = Config::load(Some(&path), None, &[]).unwrap();
+            let p = plan(&config, &gpu, 1);
+            assert!(p.fits() && p.advice.is_empty(), "{path:?}\n{p}");
+            assert_eq!(p.lists.0, config.model.layers, "{path:?}: every block has lists\n{p}");
+            let name = path.file_stem().unwrap().to_string_lossy().into_owned();
+            planned.push((name, p.tokens, config.model.layers, p.host_bytes()));
+        }
+        planned.sort();
+        let gb = |name: &str| {
+            let at = planned.iter().find(|p| p.0 == name).unwrap_or_else(|| panic!("no configs/{name}.toml"));
+            (at.1 >> 10, at.2, (at.3 as f64 / 1e9).round() as usize)
+        };
+        // Tokens in units of 1,024, blocks, GB of host memory.
+        for (name, wanted) in [
+            ("0.8b-32k", (32, 28, 0)),
+            ("0.8b-64k", (64, 28, 0)),
+            ("0.8b-128k", (128, 28, 0)),
+            ("2.7b-32k", (32, 32, 11)),
+            ("2.7b-64k", (64, 32, 18)),
+            ("2.7b-128k", (128, 32, 55)),
+            ("2.7b-128k-8-layers", (128, 8, 0)),
+            ("30b-block", (32, 1, 0)),
+        ] {
+            assert_eq!(gb(name), wanted, "{name}");
+        }
+    }
+
+    #[test]
+    fn presets_that_do_not_fit_are_told_the_key() {
+        let gpu = PlannedGpu::new("h100", false).unwrap();
+        let of = |preset: &str, sets: &[&str]| {
+            let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+            plan(&Config::from_toml("", "a test", Some(preset), &sets).unwrap(), &gpu, 1)
+        };
+        for (preset, frames) in [("0.8b", 32), ("0.8b", 64), ("0.8b", 128), ("2.7b", 32), ("2.7b", 64)] {
+            let p = of(preset, &[&format!("data.frames={frames}")]);
+            assert!(p.fits() && p.advice.is_empty(), "{preset}, {frames} frames\n{p}");
+        }
+        let with_averages = of("2.7b", &["data.frames=64", "train.ema_decay=0.999"]);
+        assert!(!with_averages.fits());
+        assert!(with_averages.advice[0].starts_with("--set train.ema_on=host: "), "{with_averages}");
+        let long = of("2.7b", &["data.frames=128"]);
+        assert!(!long.fits());
+        for key in ["train.moments=host", "model.layers=", "data.frames="] {
+            let told =
+                long.advice.iter().any(|a| a.starts_with(&format!("--set {key}")) && a.ends_with("fits"));
+            assert!(told, "{key}\n{long}");
+        }
+        // Moments on the host alone leave room for few lists, and the plan says so.
+        let few = of("2.7b", &["data.frames=128", "train.moments=host"]);
+        assert!(few.fits() && few.lists.0 < 32 && few.to_string().contains("stay dense"), "{few}");
+        let all = of("2.7b", &["data.frames=128", "train.moments=host", "train.kept_budget_gb=4"]);
+        assert!(all.fits() && all.lists.0 == 32 && !all.to_string().contains("stay dense"), "{all}");
+        let ms = |p: &RunPlan| p.time_ms.iter().find(|t| t.0.starts_with("moments")).map(|t| t.1);
+        assert!(ms(&all).is_some_and(|ms| (300.0..600.0).contains(&ms)) && ms(&long).is_none(), "{all}");
+        let thirty = of("30b", &[]);
+        assert!(thirty.advice.iter().any(|a| a.contains("model.layers=")), "{thirty}");
     }
 
     #[test]

@@ -2,11 +2,12 @@
 //! Q, K, V to `q_lr`, `k_lr`, trained beside the model and detached from it both ways; the lists selected
 //! from their scores; the profile of the true attention.
 
+use crate::config::Moments;
 use crate::engine::{
     ArenaPlan, AttnShape, Buf, Engine, EngineError, Gemm, GemmLayout, GramLoss, GroupRule, KvSelect,
     ListShape, Lists, Profile, ProfiledLists, Rope, View,
 };
-use crate::params::{Init, ParamId, ParamPlan, ParamSet};
+use crate::params::{Init, Keeps, ParamId, ParamPlan, ParamSet};
 
 /// What the predictors of a run look like.
 #[derive(Copy, Clone, Debug, PartialEq)]
@@ -108,8 +109,10 @@ impl Predictors {
     pub fn reserve_shared(shape: &PredictorShape, dim: usize, train: bool, plan: &mut ArenaPlan) -> Shared {
         let (params, weights) = Self::params(shape, dim);
         let per_head = shape.layers * shape.lists.heads;
+        // Few: in full and on the device whatever the model's are.
+        let keeps = Keeps { moments: train.then_some(Moments::Device), ema: None };
         Shared {
-            params: params.reserve(plan, "predictors", train, false),
+            params: params.reserve(plan, "predictors", keeps),
             weights,
             loss: plan.f32("predictors/loss", per_head),
             needed: plan.f32("predictors/needed", per_head),

@@ -129,6 +129,9 @@ impl<'a> Recorder<'a> {
                     why: decision.blocks.iter().map(|b| b.why.clone()).collect(),
                 })
             }
+            Event::Transfers { step, steps, moved } => {
+                self.write(&Record::Transfers { step: *step, steps: *steps, moved: *moved })
+            }
             Event::Profile { step, profile } => {
                 let sparsity = profile.needed.iter().map(|h| h.iter().map(|n| 1.0 - n).collect()).collect();
                 let (covered, recall) = (profile.covered.clone(), profile.recall.clone());

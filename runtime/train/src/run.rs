@@ -6,7 +6,7 @@ use crate::config::{Config, ConfigError};
 use crate::data::ahead::ahead;
 use crate::data::{Clip, DataError, DataPosition, Dataset, Video};
 use crate::durable::{RealDisk, write_file};
-use crate::engine::{Engine, EngineError};
+use crate::engine::{Engine, EngineError, Space};
 use crate::eval::{self, EvalResult};
 use crate::granularity::MeasureError;
 use crate::import::{self, ImportError, Imported};
@@ -493,13 +493,8 @@ pub fn open_trained(
     let mut engine = crate::engine::open(&config.device, config.train.deterministic)?;
     let Attends { attention, top_k, list_slots, cube } = train::attention_of(&found)?;
     let mut plan = crate::engine::ArenaPlan::new(engine.precision());
-    let purposes = Purposes {
-        train: false,
-        recompute: true,
-        ema: config.train.ema_decay > 0.0,
-        list_slots,
-        inverse_lists: false,
-    };
+    let ema = (config.train.ema_decay > 0.0).then_some(Space::Device);
+    let purposes = Purposes { ema, list_slots, ..Purposes::INFERENCE };
     let mut shape = ModelShape::from_config(&config, batch);
     shape.cube = train::cube_of(&config, cube);
     let model = Model::reserve(shape, purposes, &mut plan);

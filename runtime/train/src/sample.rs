@@ -161,8 +161,7 @@ mod tests {
         config.dsv.attention = crate::config::Attention::Full;
         let shape = ModelShape::from_config(&config, 2);
         let mut plan = ArenaPlan::new(Precision::F32);
-        let purposes =
-            Purposes { train: false, recompute: true, ema: false, list_slots: 0, inverse_lists: false };
+        let purposes = Purposes::INFERENCE;
         let model = Model::reserve(shape, purposes, &mut plan);
         let mut e = CpuEngine::<f32>::new();
         e.reserve(&plan, &model.shape.dims(0)).unwrap();
@@ -191,8 +190,7 @@ mod tests {
         (config.model.layers, config.data.frames, config.data.height, config.data.width) = (1, 2, 4, 4);
         (config.dsv.attention, config.sample.guidance) = (crate::config::Attention::Full, 1.5);
         let mut plan = ArenaPlan::new(Precision::F32);
-        let purposes =
-            Purposes { train: false, recompute: true, ema: false, list_slots: 0, inverse_lists: false };
+        let purposes = Purposes::INFERENCE;
         let model = Model::reserve(ModelShape::from_config(&config, 1), purposes, &mut plan);
         let mut e = CpuEngine::<f32>::new();
         e.reserve(&plan, &model.shape.dims(0)).unwrap();

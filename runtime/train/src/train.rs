@@ -9,7 +9,7 @@ use crate::checkpoint::{Checkpoint, State};
 use crate::config::{self, Attention, Config};
 use crate::data::{Clip, DataPosition, Dataset};
 use crate::dispatch::{Decision, ProfileState, Rules};
-use crate::engine::{AdamW, ArenaPlan, Buf, DeviceFacts, Engine, EngineError, GradNorm};
+use crate::engine::{AdamW, ArenaPlan, Buf, DeviceFacts, Done, Engine, EngineError, GradNorm, Transfers};
 use crate::eval::{self, EvalResult};
 use crate::granularity::{self, ChosenCube};
 use crate::model::{BlockAttention, Model, ModelShape, Purposes};
@@ -22,6 +22,7 @@ use crate::stage::{Reason, Stage, Stages};
 use crate::tensors::TensorView;
 use dsv_spec::order::{Cube, Grid};
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 /// Largest number of steps between two readings of the ring.
 const MAX_RING: u64 = 64;
@@ -128,6 +129,15 @@ pub enum Event {
         /// What.
         decision: Decision,
     },
+    /// What was copied between device and host since this was last told.
+    Transfers {
+        /// The last step it is about.
+        step: u64,
+        /// Steps it is about.
+        steps: u64,
+        /// What, and how long it took.
+        moved: Transfers,
+    },
     /// The attention was profiled in this step.
     Profile {
         /// The step.
@@ -186,6 +196,8 @@ pub struct Trainer {
     ring: Buf,
     culprits: Buf,
     pending: Vec<Pending>,
+    /// The last step's averages, which may still be made from its weights.
+    averaged: Done,
     /// Which grid the last step had.
     last_grid: usize,
 }
@@ -211,6 +223,24 @@ pub struct Layout {
     pub(crate) culprits: Buf,
 }
 
+/// Bytes of what one block keeps beside its input: attention output and predicted lists.
+fn kept_bytes(shape: &ModelShape, engine: &dyn DeviceFacts) -> usize {
+    let mut probe = ArenaPlan::new(engine.precision());
+    probe.act("attention output", shape.rows() * shape.dim());
+    if let Some(p) = shape.predictor {
+        p.lists.reserve(&mut probe, "lists", engine.needs_inverse_lists());
+    }
+    probe.total_bytes()
+}
+
+/// How many blocks' kept buffers of so many bytes the budget allows on the device; `None` where all are.
+fn kept_sets(config: &Config, bytes: usize) -> Option<usize> {
+    let budget = (config.train.kept_budget_gb * (1u64 << 30) as f64) as usize;
+    // Below two nothing could be copied while a block runs.
+    let sets = (budget / bytes.max(1)).max(2);
+    (budget > 0 && sets < config.model.layers).then_some(sets)
+}
+
 impl Layout {
     /// Lays a training run out for an engine. `list_slots` overrides the number the memory budget gives.
     pub fn new(config: &Config, engine: &dyn DeviceFacts, list_slots: Option<usize>) -> Layout {
@@ -220,13 +250,17 @@ impl Layout {
             .map(|grid| ModelShape::from_config(&config.of_grid(grid), config.data.batch_size))
             .collect();
         let first = &shapes[0];
+        let set_bytes = shapes.iter().map(|s| kept_bytes(s, engine)).max().unwrap_or(0);
+        let kept_sets = kept_sets(config, set_bytes);
         let lay = |slots: usize| {
             let mut arena = ArenaPlan::new(engine.precision());
             let purposes = Purposes {
                 train: true,
                 recompute: config.train.recompute,
-                ema: config.train.ema_decay > 0.0,
+                moments: config.train.moments,
+                ema: config.ema_space(),
                 list_slots: slots,
+                kept_sets,
                 inverse_lists: engine.needs_inverse_lists(),
             };
             let models = Model::reserve_grids(shapes.clone(), purposes, &mut arena);
@@ -250,8 +284,8 @@ impl Layout {
             if list_bytes == 0 {
                 return 0;
             }
-            if config.dsv.attention == Attention::Fixed {
-                // Every block or none: where they do not fit, the run does not.
+            if config.dsv.attention == Attention::Fixed || kept_sets.is_some() {
+                // Every block or none: where they do not fit, the run does not. Those on the host need no choice.
                 return first.layers;
             }
             let (arena, ..) = lay(0);
@@ -345,6 +379,7 @@ impl Trainer {
             ring,
             culprits,
             pending: Vec::new(),
+            averaged: Done::default(),
         };
         trainer.write_top_k()?;
         Ok(trainer)
@@ -449,7 +484,7 @@ impl Trainer {
     }
 
     fn slots(&self) -> usize {
-        self.model.predictors.as_ref().map_or(0, |p| p.slots.len() - 1)
+        self.model.list_slots()
     }
 
     /// One optimizer step on [`Trainer::clips_per_step`] clips. Events of this step, and of earlier steps now read
@@ -566,7 +601,7 @@ impl Trainer {
         let step = self.step + 1;
         let e = &mut *self.engine;
         let adamw =
-            |e: &mut dyn Engine, set: &ParamSet, range: (usize, usize), lr: f32, decay: f32, clip: Buf| {
+            |e: &mut dyn Engine, set: &ParamSet, range: Range<usize>, lr: f32, decay: f32, clip: Buf| {
                 adamw(e, t, set, range, [lr, decay], step, clip);
             };
         let set = &self.model.params;
@@ -582,14 +617,13 @@ impl Trainer {
             e.axpy(0.0, predictor_factor, factor);
             e.axpy(0.0, factor, predictor_factor);
         }
-        adamw(e, set, (0, set.decayed()), lr, t.weight_decay as f32, clip);
-        adamw(e, set, (set.decayed(), set.master.len()), lr, 0.0, clip);
-        if let Some(ema) = set.ema {
-            e.ema(t.ema_decay as f32, set.master, ema);
-        }
+        e.after(&self.averaged);
+        adamw(e, set, 0..set.decayed(), lr, t.weight_decay as f32, clip);
+        adamw(e, set, set.decayed()..set.master.len(), lr, 0.0, clip);
+        self.averaged = set.average(e, t.ema_decay as f32);
         if let Some(predictors) = &self.model.predictors {
             let set = &predictors.params;
-            adamw(e, set, (0, set.master.len()), predictor_lr, 0.0, predictor_clip);
+            adamw(e, set, 0..set.master.len(), predictor_lr, 0.0, predictor_clip);
         }
         if let Some((from, to)) = losses {
             e.copy(from, to);
@@ -616,6 +650,10 @@ impl Trainer {
         let width = values.len() / ring;
         let per_step = self.clips_per_step() as f64;
         let heads = self.model.shape.heads;
+        let moved = self.engine.transfers();
+        if let Some(last) = self.pending.last().filter(|_| moved != Transfers::default()) {
+            events.push(Event::Transfers { step: last.step, steps: self.pending.len() as u64, moved });
+        }
         let mut any_skipped = false;
         for p in std::mem::take(&mut self.pending) {
             let at = p.step as usize % ring;
@@ -735,10 +773,12 @@ impl Trainer {
             more: serde_json::to_value(more).expect("finite numbers and names have a JSON form"),
         };
         let mut tensors = Vec::new();
-        for (prefix, set, flat) in flats(&self.model) {
-            for (spec, buf) in set.slices(flat) {
-                let name = format!("{prefix}.{}", spec.name);
-                tensors.push((name, spec.shape.clone(), self.engine.read_f32(buf)?));
+        for set in sets(&self.model) {
+            for (prefix, flat) in set.flats() {
+                for (id, spec) in set.specs() {
+                    let values = set.read(&mut *self.engine, flat, id)?;
+                    tensors.push((format!("{prefix}.{}", spec.name), spec.shape.clone(), values));
+                }
             }
         }
         Ok(Snapshot { state, tensors })
@@ -776,38 +816,30 @@ pub fn load_tensors(
     checkpoint: &Checkpoint,
 ) -> Result<(), TrainError> {
     let path = checkpoint.path.display().to_string();
-    for (prefix, set, flat) in flats(model) {
-        for (spec, buf) in set.slices(flat) {
-            let name = format!("{prefix}.{}", spec.name);
-            let problem =
-                |problem: String| TrainError::Tensor { path: path.clone(), name: name.clone(), problem };
-            let view = checkpoint.tensors.get(&name).ok_or_else(|| problem("is missing".into()))?;
-            if view.shape != spec.shape {
-                return Err(problem(format!("has shape {:?}, this run needs {:?}", view.shape, spec.shape)));
+    for set in sets(model) {
+        for (prefix, flat) in set.flats() {
+            for (id, spec) in set.specs() {
+                let name = format!("{prefix}.{}", spec.name);
+                let problem =
+                    |problem: String| TrainError::Tensor { path: path.clone(), name: name.clone(), problem };
+                let view = checkpoint.tensors.get(&name).ok_or_else(|| problem("is missing".into()))?;
+                if view.shape != spec.shape {
+                    let shapes = format!("has shape {:?}, this run needs {:?}", view.shape, spec.shape);
+                    return Err(problem(shapes));
+                }
+                let values =
+                    view.to_f32().map_err(|dtype| problem(format!("has dtype {dtype:?}, not F32")))?;
+                set.write(engine, flat, id, &values)?;
             }
-            let values = view.to_f32().map_err(|dtype| problem(format!("has dtype {dtype:?}, not F32")))?;
-            engine.write_f32(buf, &values)?;
         }
         set.refresh(engine)?;
     }
     Ok(())
 }
 
-/// Every flat buffer of a run, by the prefix of its tensors' names.
-fn flats(model: &Model) -> Vec<(&'static str, &ParamSet, Buf)> {
-    let mut out = Vec::new();
-    let sets = [Some(&model.params), model.predictors.as_ref().map(|p| &p.params)];
-    for set in sets.into_iter().flatten() {
-        out.push(("weight", set, set.master));
-        if let Some(state) = set.optimizer {
-            out.push(("adam_m", set, state.m));
-            out.push(("adam_v", set, state.v));
-        }
-        if let Some(ema) = set.ema {
-            out.push(("ema", set, ema));
-        }
-    }
-    out
+/// The parameters of a run: the model's, then the predictors'.
+fn sets(model: &Model) -> impl Iterator<Item = &ParamSet> {
+    [Some(&model.params), model.predictors.as_ref().map(|p| &p.params)].into_iter().flatten()
 }
 
 /// The cube of a run that has chosen one, or none yet: as configured where lists of another size are asked for now.
@@ -923,27 +955,29 @@ pub(crate) fn adamw(
     e: &mut dyn Engine,
     t: &config::Train,
     set: &ParamSet,
-    range: (usize, usize),
+    range: Range<usize>,
     [lr, weight_decay]: [f32; 2],
     step: u64,
     clip: Buf,
 ) {
-    let state = set.state();
-    let part = |buf: Buf| buf.slice(range.0, range.1 - range.0);
+    let grad = set.state().grad;
     let [beta1, beta2] = t.betas.map(|b| b as f32);
-    e.adamw(&AdamW {
-        master: part(set.master),
-        grad: part(state.grad),
-        m: part(state.m),
-        v: part(state.v),
-        copy: part(set.copy),
-        lr,
-        beta1,
-        beta2,
-        eps: t.eps as f32,
-        weight_decay,
-        step,
-        clip,
+    set.with_moments(e, range, &mut |e, at, moments| {
+        let part = |buf: Buf| buf.slice(at.start, at.len());
+        e.adamw(&AdamW {
+            master: part(set.master),
+            grad: part(grad),
+            moments,
+            first: at.start,
+            copy: part(set.copy),
+            lr,
+            beta1,
+            beta2,
+            eps: t.eps as f32,
+            weight_decay,
+            step,
+            clip,
+        });
     });
 }
 

@@ -3,7 +3,7 @@
 use dsv_train::checkpoint::CheckpointError;
 use dsv_train::data::DataError;
 use dsv_train::data::prepare::{PrepareError, PrepareReport};
-use dsv_train::engine::EngineError;
+use dsv_train::engine::{EngineError, Space};
 use dsv_train::eval::EvalResult;
 use dsv_train::import::ImportError;
 use dsv_train::metrics::{EvalTriple, MetricsError};
@@ -34,9 +34,17 @@ fn running() {
         }
         .to_string(),
         MemoryError {
+            space: Space::Device,
             needed_bytes: 100 << 30,
             free_bytes: 78 << 30,
             advice: vec!["--set train.recompute=true: 60.35 GiB, fits".into()],
+        }
+        .to_string(),
+        MemoryError {
+            space: Space::Host,
+            needed_bytes: 240 << 30,
+            free_bytes: 100 << 30,
+            advice: vec!["--set train.moments=8bit: 60.35 GiB, fits".into()],
         }
         .to_string(),
         ImportError::Misfit {
@@ -61,6 +69,8 @@ fn running() {
             .to_string(),
         EngineError::NoDevice { index: 1, reason: "the driver shows 1".into() }.to_string(),
         EngineError::Reserve { needed_bytes: 1 << 40, reason: "8000000000 bytes are free".into() }
+            .to_string(),
+        EngineError::ReserveHost { needed_bytes: 1 << 38, reason: "cuMemHostAlloc: out of memory".into() }
             .to_string(),
         EngineError::Flag { op: "kv_select".into(), reason: "a selection score is NaN".into() }.to_string(),
         EngineError::Device("cuLaunchKernel of x: NAME (1): words".into()).to_string(),

@@ -879,8 +879,8 @@ fn optimizer() {
     let step = move |b: &[Buf]| AdamW {
         master: b[0],
         grad: b[1],
-        m: b[2],
-        v: b[3],
+        moments: Moments::Full { m: b[2], v: b[3] },
+        first: 0,
         copy: b[4],
         lr: 1e-2,
         beta1: 0.9,
@@ -899,8 +899,8 @@ fn optimizer() {
 
     // Two bad values: the first tensor is named, and the step leaves everything as it is.
     let mut grad = noise(2, n, 2.0);
-    grad[64 * 350 + 3] = f32::NAN;
-    grad[64 * 10] = f32::NEG_INFINITY;
+    grad[PARAM_ALIGN * 175 + 3] = f32::NAN;
+    grad[PARAM_ALIGN * 5] = f32::NEG_INFINITY;
     pair.write(1, &grad);
     let before = pair.gpu.read_f32(pair.gpu_bufs[0]).unwrap();
     pair.run(|e, b| e.grad_norm(&norm(b, 1.0))).same_ints("culprit", 7);
@@ -910,6 +910,50 @@ fn optimizer() {
     let bufs = pair.gpu_bufs.clone();
     pair.gpu.adamw(&step(&bufs));
     assert_eq!(pair.gpu.read_f32(bufs[0]).unwrap(), before, "a step with a bad gradient is skipped");
+}
+
+/// Moments of eight bits: codes, scales and weights in the same bits as on the CPU.
+#[test]
+fn eight_bit_moments_are_the_references() {
+    let _gpu = lock();
+    let n = PARAM_ALIGN * 300;
+    let inputs = [
+        Input::Floats(0, noise(1, n, 1.0)),
+        Input::Floats(1, noise(2, n, 0.02)),
+        Input::Floats(6, vec![1.0, 0.37]),
+    ];
+    let mut pair = Pair::new(&dims(), &inputs, |p| {
+        let mut bufs = vec![p.f32("master", n), p.f32("grad", n)];
+        for moment in ["m", "v"] {
+            bufs.extend([p.i32(moment, n / 4), p.f32(moment, n / PARAM_ALIGN)]);
+        }
+        bufs.extend([p.f32("clip", 2), p.act("copy", n)]);
+        bufs
+    });
+    for step in 1..=4 {
+        pair.write(1, &noise(10 + step, n, 0.02));
+        pair.run(|e, b| {
+            e.adamw(&AdamW {
+                master: b[0],
+                grad: b[1],
+                moments: Moments::Coded {
+                    m: Coded { codes: b[2], scales: b[3] },
+                    v: Coded { codes: b[4], scales: b[5] },
+                },
+                first: 2 * PARAM_ALIGN,
+                copy: b[7],
+                lr: 1e-2,
+                beta1: 0.9,
+                beta2: 0.99,
+                eps: 1e-8,
+                weight_decay: 0.1,
+                step: u64::from(step),
+                clip: b[6],
+            });
+        });
+    }
+    pair.same("master", 0, EXACT).same_ints("m", 2).same("m", 3, EXACT).same_ints("v", 4).same("v", 5, EXACT);
+    pair.same("copy", 7, ROUNDED);
 }
 
 fn model_shape((query_group, kv_block): (usize, usize)) -> ModelShape {
@@ -962,10 +1006,9 @@ fn step(engine: &mut dyn Engine, sizes: (usize, usize), attention: &[BlockAttent
     let mut plan = ArenaPlan::new(engine.precision());
     let purposes = Purposes {
         train: true,
-        recompute: true,
-        ema: false,
         list_slots: 2,
         inverse_lists: engine.needs_inverse_lists(),
+        ..Purposes::INFERENCE
     };
     let model = Model::reserve(model_shape(sizes), purposes, &mut plan);
     engine.reserve(&plan, &model.shape.dims(model.params.master.len())).unwrap();
@@ -1129,6 +1172,56 @@ fn graphs_give_the_same_bits_as_launches() {
     assert!(launched.1 == replayed.1, "weights differ");
 }
 
+/// What a run does with memory changes neither its losses nor a bit of its state.
+#[test]
+fn state_on_the_host_gives_the_same_bits() {
+    let _gpu = lock();
+    let run = |sets: &[&str]| {
+        let mut text = run_config();
+        text.model.layers = 3;
+        (text.train.ema_decay, text.train.deterministic) = (0.9, true);
+        let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+        let config = Config::from_toml(&text.documented_toml(), "the test", None, &sets).unwrap();
+        let data = Dataset::open(&config).unwrap();
+        let mut trainer = Trainer::new(config, Box::new(open(true))).unwrap();
+        let mut position = DataPosition::default();
+        let (mut events, mut moved) = (Vec::new(), Transfers::default());
+        for _ in 0..4 {
+            let clips = data.next_batch(&mut position, trainer.clips_per_step()).unwrap();
+            trainer.step(&clips, &mut events).unwrap();
+        }
+        let losses: Vec<f64> = trainer.evaluate(&data).unwrap().triples.iter().map(|t| t.loss).collect();
+        let mut records = Vec::new();
+        for event in events {
+            match event {
+                Event::Step(record) => records.push(record),
+                Event::Transfers { moved: m, .. } => {
+                    moved.to_host_bytes += m.to_host_bytes;
+                    moved.to_device_bytes += m.to_device_bytes;
+                    moved.copy_ms += m.copy_ms;
+                    moved.waited_ms += m.waited_ms;
+                }
+                _ => {}
+            }
+        }
+        let snapshot = trainer.snapshot(position, &mut Vec::new()).unwrap();
+        let bytes: Vec<(String, Vec<u8>)> =
+            snapshot.tensors().iter().map(|t| (t.name.clone(), t.data.to_vec())).collect();
+        (records, losses, bytes, moved)
+    };
+    let there = run(&[]);
+    assert_eq!((there.3.to_host_bytes, there.3.overlap()), (0, None));
+    for sets in [&["train.ema_on=host"][..], &["train.moments=host"], &["train.kept_budget_gb=0.000001"]] {
+        let here = run(sets);
+        assert_eq!(here.0, there.0, "{sets:?}");
+        assert_eq!(here.1, there.1, "{sets:?}: validation");
+        let differs = here.2.iter().zip(&there.2).find(|(a, b)| a != b).map(|(a, _)| &a.0);
+        assert_eq!(differs, None, "{sets:?}");
+        assert!(here.3.to_host_bytes > 0 && here.3.to_device_bytes > 0, "{sets:?}: {:?}", here.3);
+        assert!(here.3.copy_ms > 0.0 && here.3.waited_ms >= 0.0, "{sets:?}: {:?}", here.3);
+    }
+}
+
 /// Steps of a run on the GPU; `poison` may spoil each step's clips.
 fn steps(
     trainer: &mut Trainer,
@@ -1165,8 +1258,9 @@ fn poisoned(kv_block: usize) {
     assert!(good.iter().all(|r| r.skipped.is_none() && r.loss.is_finite()), "{good:?}");
     let params = trainer.model.params.clone();
     let predictors = trainer.model.predictors.as_ref().unwrap().params.clone();
+    let Moments::Full { m, v } = params.state().moments else { panic!("f32 moments are the default") };
     let weights = |trainer: &mut Trainer| {
-        [params.master, params.state().m, params.state().v, params.copy, predictors.master].map(|buf| {
+        [params.master, m, v, params.copy, predictors.master].map(|buf| {
             trainer.engine().read_f32(buf).unwrap().iter().map(|x| x.to_bits()).collect::<Vec<_>>()
         })
     };

@@ -51,7 +51,9 @@ pub(crate) fn load(cubin: &[u8]) -> Result<Module, String> {
         if compiled.cubin != cubin {
             continue;
         }
-        let text = compiler.ptx(job).map_err(|e| e.to_string())?;
+        // Calls are not interpreted: a function that is kept out of line to save registers is inlined.
+        let inlined = source.replace("__noinline__", "__forceinline__");
+        let text = compiler.ptx(CompileJob { source: &inlined, ..job }).map_err(|e| e.to_string())?;
         let kernel =
             parse(&text).and_then(|text| decode(&text, &name)).map_err(|e| format!("{name}: {e}"))?;
         return Ok(Module {

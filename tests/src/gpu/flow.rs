@@ -10,7 +10,7 @@ use half::bf16;
 
 /// A width of whole Philox blocks, and one that blocks do not divide; two sequences.
 pub(super) fn tests() -> Vec<GpuTest> {
-    let spec = PointwiseSpec::shipped(PointwiseOp::FlowPrepare, Dtype::Bf16, 0, ARCH);
+    let spec = PointwiseSpec::shipped(PointwiseOp::FlowPrepare, Dtype::Bf16, 0, 0, ARCH);
     let spec = KernelSpec::Pointwise(spec.unwrap_or_else(|e| panic!("no flow_prepare: {e}")));
     [("whole_blocks", 4, [1, 2, 2]), ("cut_blocks", 3, [1, 2, 1])]
         .into_iter()

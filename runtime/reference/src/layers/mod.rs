@@ -4,6 +4,7 @@
 //! rows are formed in chunks of [`CHUNK_ROWS`] rows that are added in order, so no result depends on the number
 //! of threads. Wrong lengths panic: they are programming errors.
 
+pub mod eight_bits;
 mod flow;
 mod norm;
 mod optimizer;

@@ -1,9 +1,9 @@
 //! An engine that waits for every op and adds up what each took, by what it is for.
 
 use crate::engine::{
-    AdamW, ArenaPlan, AttnBwd, AttnFwd, AttnShape, Buf, DeviceFacts, Dims, Engine, EngineError, Epilogue,
-    FlowLoss, FlowPrepare, Gated, GatedGrad, Gemm, GradNorm, GramLoss, KvSelect, ListShape, MlpAct, NormMod,
-    PatchShape, Precision, Profile, QkPrep, Rates, Rope, SparseCost, TextSelect,
+    AdamW, ArenaPlan, AttnBwd, AttnFwd, AttnShape, Buf, DeviceFacts, Dims, Done, Engine, EngineError,
+    Epilogue, FlowLoss, FlowPrepare, Gated, GatedGrad, Gemm, GradNorm, GramLoss, KvSelect, ListShape, MlpAct,
+    NormMod, PatchShape, Precision, Profile, QkPrep, Rates, Rope, SparseCost, TextSelect, Transfers,
 };
 use serde::Serialize;
 use std::time::Instant;
@@ -128,6 +128,9 @@ impl DeviceFacts for Timed<'_> {
     fn free_bytes(&self) -> Option<usize> {
         self.inner.free_bytes()
     }
+    fn host_free_bytes(&self) -> Option<usize> {
+        self.inner.host_free_bytes()
+    }
     fn sparse_cost(&self, shape: &AttnShape, query_group: usize, kv_block: usize) -> Option<SparseCost> {
         self.inner.sparse_cost(shape, query_group, kv_block)
     }
@@ -163,6 +166,22 @@ impl Engine for Timed<'_> {
     }
     fn read_i32(&mut self, buf: Buf) -> Result<Vec<i32>, EngineError> {
         self.inner.read_i32(buf)
+    }
+
+    fn offload(&mut self, from: Buf, to: Buf) -> Done {
+        self.inner.offload(from, to)
+    }
+    fn fetch(&mut self, from: Buf, to: Buf) -> Done {
+        self.inner.fetch(from, to)
+    }
+    fn after(&mut self, done: &Done) {
+        self.rows("waits for copies", |e| e.after(done));
+    }
+    fn beside(&mut self, work: &mut dyn FnMut(&mut dyn Engine)) -> Done {
+        self.inner.beside(work)
+    }
+    fn transfers(&mut self) -> Transfers {
+        self.inner.transfers()
     }
 
     fn fill(&mut self, dst: Buf, value: f32) {

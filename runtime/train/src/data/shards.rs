@@ -342,6 +342,18 @@ mod tests {
     }
 
     #[test]
+    fn a_shard_that_cannot_be_read_is_named_with_the_next_command() {
+        let dir = tempfile::tempdir().unwrap();
+        put(&dir.path().join("a.safetensors"), Dtype::F16, 4, LATENT, [2, 3], "haar:1");
+        // A link that leads nowhere, as after an unmounted disk.
+        let lost = dir.path().join("b.safetensors");
+        std::os::unix::fs::symlink(dir.path().join("gone"), &lost).unwrap();
+        let text = error(dir.path(), LATENT, [2, 3]);
+        assert!(text.starts_with(&format!("cannot open {}: ", lost.display())), "{text}");
+        assert!(text.contains("\n  next: "), "{text}");
+    }
+
+    #[test]
     fn wrong_shapes_types_and_mixtures_say_what_to_set() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.safetensors");

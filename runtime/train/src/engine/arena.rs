@@ -1,4 +1,5 @@
-//! Handles into one device arena, and the pure planner that lays the arena out before it exists.
+//! Handles into one arena of device memory and one of host memory, and the pure planner that lays them out before they
+//! exist.
 
 use std::fmt;
 
@@ -36,7 +37,16 @@ impl Precision {
     }
 }
 
-/// A typed range of the engine's arena. It is a number, not memory: copying it is free, and only
+/// Where a buffer lies.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Space {
+    /// Memory of the device, where ops read and write.
+    Device,
+    /// Page-locked memory of the host, from and to which the device copies beside its ops. Ops refuse it.
+    Host,
+}
+
+/// A typed range of one of the engine's arenas. It is a number, not memory: copying it is free, and only
 /// the engine that reserved the arena can follow it.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub struct Buf {
@@ -44,6 +54,7 @@ pub struct Buf {
     len: usize,
     dtype: Dtype,
     elem_bytes: u8,
+    space: Space,
 }
 
 impl Buf {
@@ -71,6 +82,10 @@ impl Buf {
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
+    /// Which arena it lies in.
+    pub fn space(&self) -> Space {
+        self.space
+    }
     /// The elements `start..start + len` of this buffer.
     ///
     /// # Panics
@@ -81,7 +96,9 @@ impl Buf {
     }
     /// True when the two ranges share a byte.
     pub fn overlaps(&self, other: &Buf) -> bool {
-        self.offset < other.offset + other.bytes() && other.offset < self.offset + self.bytes()
+        self.space == other.space
+            && self.offset < other.offset + other.bytes()
+            && other.offset < self.offset + self.bytes()
     }
 }
 
@@ -94,15 +111,20 @@ pub const ALIGN_BYTES: usize = 256;
 pub struct Allocation {
     /// What it is for, grouped by the part before the first `/`.
     pub label: String,
+    /// Where it lies.
+    pub space: Space,
     /// Bytes including padding to [`ALIGN_BYTES`].
     pub bytes: usize,
 }
 
-/// Lays an arena out: pure arithmetic, so memory is known before anything is allocated.
+/// Lays both arenas out: pure arithmetic, so memory is known before anything is allocated.
 #[derive(Clone, Debug)]
 pub struct ArenaPlan {
     precision: Precision,
+    /// Of the device's arena.
     end: usize,
+    /// Of the host's.
+    host_end: usize,
     allocations: Vec<Allocation>,
     scratch_bytes: usize,
 }
@@ -110,21 +132,33 @@ pub struct ArenaPlan {
 impl ArenaPlan {
     /// An empty plan for an engine of this precision.
     pub fn new(precision: Precision) -> Self {
-        ArenaPlan { precision, end: 0, allocations: Vec::new(), scratch_bytes: 0 }
+        ArenaPlan { precision, end: 0, host_end: 0, allocations: Vec::new(), scratch_bytes: 0 }
     }
     /// Lays several alternatives over each other, from the same byte on: only one of them is in use at a time. The plan
-    /// goes on after, and reports, the largest.
+    /// goes on after, and reports, the largest of each arena.
     pub fn alternatives<S, T>(
         &mut self,
         of: impl IntoIterator<Item = S>,
         mut lay: impl FnMut(&mut ArenaPlan, S) -> T,
     ) -> Vec<T> {
         let start = self.clone();
+        let (device, host) =
+            (|a: &Allocation| a.space == Space::Device, |a: &Allocation| a.space == Space::Host);
         let lay = |s| {
             let mut plan = start.clone();
             let laid = lay(&mut plan, s);
+            self.scratch_bytes = self.scratch_bytes.max(plan.scratch_bytes);
+            let mut takes = |is: fn(&Allocation) -> bool| {
+                self.allocations.retain(|a| !is(a));
+                self.allocations.extend(plan.allocations.iter().filter(|a| is(a)).cloned());
+            };
             if plan.end > self.end {
-                *self = plan;
+                takes(device);
+                self.end = plan.end;
+            }
+            if plan.host_end > self.host_end {
+                takes(host);
+                self.host_end = plan.host_end;
             }
             laid
         };
@@ -143,14 +177,26 @@ impl ArenaPlan {
     pub fn precision(&self) -> Precision {
         self.precision
     }
-    /// Reserves `len` elements of `dtype` under `label` (`component/name`).
-    pub fn alloc(&mut self, label: &str, dtype: Dtype, len: usize) -> Buf {
+    /// Reserves `len` elements of `dtype` in an arena, under `label` (`component/name`).
+    pub fn alloc_in(&mut self, space: Space, label: &str, dtype: Dtype, len: usize) -> Buf {
         let elem_bytes = self.precision.bytes(dtype);
         let bytes = (len * elem_bytes).next_multiple_of(ALIGN_BYTES);
-        let buf = Buf { offset: self.end, len, dtype, elem_bytes: elem_bytes as u8 };
-        self.end += bytes;
-        self.allocations.push(Allocation { label: label.to_string(), bytes });
+        let end = match space {
+            Space::Device => &mut self.end,
+            Space::Host => &mut self.host_end,
+        };
+        let buf = Buf { offset: *end, len, dtype, elem_bytes: elem_bytes as u8, space };
+        *end += bytes;
+        self.allocations.push(Allocation { label: label.to_string(), space, bytes });
         buf
+    }
+    /// Reserves `len` elements of `dtype` on the device.
+    pub fn alloc(&mut self, label: &str, dtype: Dtype, len: usize) -> Buf {
+        self.alloc_in(Space::Device, label, dtype, len)
+    }
+    /// Reserves host memory for a copy of a device buffer.
+    pub fn on_host(&mut self, label: &str, like: Buf) -> Buf {
+        self.alloc_in(Space::Host, label, like.dtype, like.len)
     }
     /// Shorthand for an [`Dtype::Act`] buffer.
     pub fn act(&mut self, label: &str, len: usize) -> Buf {
@@ -164,18 +210,22 @@ impl ArenaPlan {
     pub fn i32(&mut self, label: &str, len: usize) -> Buf {
         self.alloc(label, Dtype::I32, len)
     }
-    /// Bytes of the whole arena.
+    /// Bytes of the device's arena.
     pub fn total_bytes(&self) -> usize {
         self.end
+    }
+    /// Bytes of the host's arena.
+    pub fn host_bytes(&self) -> usize {
+        self.host_end
     }
     /// Every allocation in order.
     pub fn allocations(&self) -> &[Allocation] {
         &self.allocations
     }
-    /// Bytes by component (the part of the label before the first `/`), in order of first use.
+    /// Bytes of the device's arena by component (the part of the label before the first `/`), in order of first use.
     pub fn by_component(&self) -> Vec<(String, usize)> {
         let mut sums: Vec<(String, usize)> = Vec::new();
-        for a in &self.allocations {
+        for a in self.allocations.iter().filter(|a| a.space == Space::Device) {
             let key = a.label.split('/').next().unwrap_or("");
             match sums.iter_mut().find(|(k, _)| k == key) {
                 Some((_, bytes)) => *bytes += a.bytes,
@@ -222,6 +272,23 @@ mod tests {
         assert_eq!(after.offset_bytes(), 256 + 4 * 640 + 256);
         assert_eq!(plan.allocations().iter().map(|a| a.bytes).sum::<usize>(), plan.total_bytes());
         assert_eq!(plan.by_component()[1], ("y".into(), 4 * 640 + 256));
+    }
+
+    #[test]
+    fn host_memory_is_counted_apart_and_overlaps_none_of_the_device() {
+        let mut plan = ArenaPlan::new(Precision::F32);
+        let a = plan.f32("x/a", 64);
+        let laid = plan.alternatives([(640, 64), (64, 640)], |plan, (device, host)| {
+            (plan.f32("y/device", device), plan.alloc_in(Space::Host, "y/host", Dtype::F32, host))
+        });
+        let b = plan.on_host("x/a on the host", a);
+        assert_eq!((b.space(), b.len(), b.dtype()), (Space::Host, 64, Dtype::F32));
+        assert_eq!((b.offset_bytes(), plan.total_bytes(), plan.host_bytes()), (2560, 256 + 2560, 2560 + 256));
+        assert!(!a.overlaps(&laid[0].1) && laid[0].1.offset_bytes() == 0);
+        // The largest of each arena is what is reported.
+        let of =
+            |space| plan.allocations().iter().filter(|a| a.space == space).map(|a| a.bytes).sum::<usize>();
+        assert_eq!((of(Space::Device), of(Space::Host)), (plan.total_bytes(), plan.host_bytes()));
     }
 
     #[test]

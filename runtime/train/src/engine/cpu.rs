@@ -3,6 +3,7 @@
 
 use super::*;
 use dsv_reference::attention::{self, AttnGrads, AttnInputs, AttnOutput, KvLists, Layout};
+use dsv_reference::layers::eight_bits;
 use dsv_reference::layers::{
     self, GateInputs, Math, MlpForm, ModDims, PatchDims, QkDims, QkInputs, Transpose,
 };
@@ -10,6 +11,7 @@ use dsv_reference::lists::{KvListsBuf, ListDims};
 use dsv_reference::predictor::{PredictorInputs, gram};
 use dsv_reference::profile::{HeadProfile, profile_rows, summarise};
 use dsv_reference::select;
+use std::time::Instant;
 
 /// A number the CPU engine can compute in.
 pub trait CpuReal: Math + Plain + std::fmt::Debug {
@@ -111,17 +113,38 @@ impl CpuReal for f64 {
 #[repr(C, align(256))]
 struct Line([u8; arena::ALIGN_BYTES]);
 
-/// The arena as host memory.
+/// One of the arenas.
 struct Memory {
     lines: Vec<Line>,
+    space: Space,
 }
 
 impl Memory {
+    /// Zeroed memory.
+    fn reserve(space: Space, bytes: usize) -> Result<Memory, String> {
+        let count = bytes / arena::ALIGN_BYTES;
+        let mut lines = Vec::new();
+        lines.try_reserve_exact(count).map_err(|e| e.to_string())?;
+        lines.resize(count, Line([0; arena::ALIGN_BYTES]));
+        Ok(Memory { lines, space })
+    }
+
     fn bytes(&self) -> usize {
         self.lines.len() * arena::ALIGN_BYTES
     }
 
+    fn as_bytes(&self) -> &[u8] {
+        // SAFETY: lines are arrays of bytes, one after the other.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.bytes()) }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.bytes()) }
+    }
+
     fn pointer<U>(&self, buf: Buf) -> *const U {
+        assert_eq!(buf.space(), self.space, "{buf:?}: ops work on the device alone");
         assert!(
             buf.offset_bytes() + buf.bytes() <= self.bytes(),
             "buffer ends at byte {} of an arena of {} (reserve() comes first)",
@@ -169,9 +192,29 @@ impl Plain for i32 {}
 impl Plain for f32 {}
 impl Plain for f64 {}
 
+/// A copy between the arenas. It is made as late as the rules allow, so that what forgets to wait for one is wrong on
+/// every run.
+struct Transfer {
+    number: u64,
+    from: Buf,
+    to: Buf,
+}
+
+impl Transfer {
+    fn to_host(&self) -> bool {
+        self.to.space() == Space::Host
+    }
+}
+
 /// Engine on the CPU computing in `T`.
 pub struct CpuEngine<T: CpuReal> {
     memory: Memory,
+    host: Memory,
+    /// Copies that are still to be made, in order.
+    queued: Vec<Transfer>,
+    /// Copies that were queued so far.
+    copies: u64,
+    transfers: Transfers,
     /// First error since the last sync.
     error: Option<EngineError>,
     number: std::marker::PhantomData<T>,
@@ -179,7 +222,16 @@ pub struct CpuEngine<T: CpuReal> {
 
 impl<T: CpuReal> Default for CpuEngine<T> {
     fn default() -> Self {
-        CpuEngine { memory: Memory { lines: Vec::new() }, error: None, number: std::marker::PhantomData }
+        let memory = |space| Memory { lines: Vec::new(), space };
+        CpuEngine {
+            memory: memory(Space::Device),
+            host: memory(Space::Host),
+            queued: Vec::new(),
+            copies: 0,
+            transfers: Transfers::default(),
+            error: None,
+            number: std::marker::PhantomData,
+        }
     }
 }
 
@@ -206,6 +258,49 @@ impl<T: CpuReal> CpuEngine<T> {
 
     fn ints(&self, buf: Buf) -> &[i32] {
         self.memory.read(buf)
+    }
+
+    /// The arena of a buffer, with no copy left to be made where it is the host's.
+    fn arena_of(&mut self, buf: Buf) -> &mut Memory {
+        match buf.space() {
+            Space::Device => &mut self.memory,
+            Space::Host => {
+                self.copy_up_to(u64::MAX, |_| true);
+                &mut self.host
+            }
+        }
+    }
+
+    fn queue(&mut self, from: Buf, to: Buf) -> Done {
+        assert_eq!(
+            (from.len(), from.dtype()),
+            (to.len(), to.dtype()),
+            "a copy between arenas converts nothing"
+        );
+        self.copies += 1;
+        self.queued.push(Transfer { number: self.copies, from, to });
+        Done(DoneAt::Copies(self.copies))
+    }
+
+    /// Makes the copies that `with` picks, up to this number.
+    fn copy_up_to(&mut self, number: u64, with: impl Fn(&Transfer) -> bool) {
+        let began = Instant::now();
+        let (now, later): (Vec<Transfer>, Vec<Transfer>) =
+            std::mem::take(&mut self.queued).into_iter().partition(|c| c.number <= number && with(c));
+        self.queued = later;
+        for Transfer { from, to, .. } in now {
+            let (start, into, len) = (from.offset_bytes(), to.offset_bytes(), from.bytes());
+            let (source, target, bytes) = match to.space() {
+                Space::Host => (&self.memory, &mut self.host, &mut self.transfers.to_host_bytes),
+                Space::Device => (&self.host, &mut self.memory, &mut self.transfers.to_device_bytes),
+            };
+            target.bytes_mut()[into..into + len].copy_from_slice(&source.as_bytes()[start..start + len]);
+            *bytes += len as u64;
+        }
+        // Nothing runs beside: whoever asks for a copy waits for it.
+        let ms = 1e3 * began.elapsed().as_secs_f64();
+        self.transfers.copy_ms += ms;
+        self.transfers.waited_ms += ms;
     }
 
     fn write_ints(&mut self, buf: Buf, values: &[i32]) {
@@ -315,9 +410,11 @@ impl<T: CpuReal> DeviceFacts for CpuEngine<T> {
     }
 
     fn free_bytes(&self) -> Option<usize> {
-        let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-        let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-        Some(line.trim().trim_end_matches("kB").trim().parse::<usize>().ok()? * 1024)
+        host_free_bytes()
+    }
+
+    fn host_free_bytes(&self) -> Option<usize> {
+        host_free_bytes()
     }
 
     fn sparse_cost(&self, _: &AttnShape, _: usize, _: usize) -> Option<SparseCost> {
@@ -340,13 +437,12 @@ impl<T: CpuReal> DeviceFacts for CpuEngine<T> {
 impl<T: CpuReal> Engine for CpuEngine<T> {
     fn reserve(&mut self, plan: &ArenaPlan, _dims: &Dims) -> Result<(), EngineError> {
         assert_eq!(plan.precision(), T::PRECISION, "the plan was made for another precision");
-        let lines = plan.total_bytes() / arena::ALIGN_BYTES;
-        let mut memory = Vec::new();
-        memory
-            .try_reserve_exact(lines)
-            .map_err(|e| EngineError::Reserve { needed_bytes: plan.total_bytes(), reason: e.to_string() })?;
-        memory.resize(lines, Line([0; arena::ALIGN_BYTES]));
-        self.memory = Memory { lines: memory };
+        let (needed_bytes, on_host) = (plan.total_bytes(), plan.host_bytes());
+        self.memory = Memory::reserve(Space::Device, needed_bytes)
+            .map_err(|reason| EngineError::Reserve { needed_bytes, reason })?;
+        self.host = Memory::reserve(Space::Host, on_host)
+            .map_err(|reason| EngineError::ReserveHost { needed_bytes: on_host, reason })?;
+        self.queued.clear();
         Ok(())
     }
 
@@ -359,7 +455,7 @@ impl<T: CpuReal> Engine for CpuEngine<T> {
     }
 
     fn write_f32(&mut self, buf: Buf, data: &[f32]) -> Result<(), EngineError> {
-        let out = self.write(buf);
+        let ([], [out]) = self.arena_of(buf).split::<T, 0, 1>([], [buf]);
         assert_eq!(out.len(), data.len(), "host data of another length");
         out.iter_mut().zip(data).for_each(|(o, &x)| *o = exact(x));
         Ok(())
@@ -372,18 +468,47 @@ impl<T: CpuReal> Engine for CpuEngine<T> {
 
     fn read_f32(&mut self, buf: Buf) -> Result<Vec<f32>, EngineError> {
         self.sync()?;
-        Ok(self.values(buf).iter().map(|x| x.to_f32()).collect())
+        Ok(self.arena_of(buf).read::<T>(buf).iter().map(|x| x.to_f32()).collect())
     }
 
     fn read_i32(&mut self, buf: Buf) -> Result<Vec<i32>, EngineError> {
         self.sync()?;
-        Ok(self.ints(buf).to_vec())
+        Ok(self.arena_of(buf).read::<i32>(buf).to_vec())
+    }
+
+    fn offload(&mut self, from: Buf, to: Buf) -> Done {
+        assert_eq!((from.space(), to.space()), (Space::Device, Space::Host), "{from:?} to {to:?}");
+        self.queue(from, to)
+    }
+
+    fn fetch(&mut self, from: Buf, to: Buf) -> Done {
+        assert_eq!((from.space(), to.space()), (Space::Host, Space::Device), "{from:?} to {to:?}");
+        self.queue(from, to)
+    }
+
+    fn after(&mut self, done: &Done) {
+        let DoneAt::Copies(number) = done.0 else { return };
+        match self.queued.iter().find(|c| c.number == number).map(Transfer::to_host) {
+            Some(true) => self.copy_up_to(number, Transfer::to_host),
+            Some(false) => self.copy_up_to(number, |_| true),
+            None => {}
+        }
+    }
+
+    fn beside(&mut self, work: &mut dyn FnMut(&mut dyn Engine)) -> Done {
+        work(self);
+        Done::default()
+    }
+
+    fn transfers(&mut self) -> Transfers {
+        std::mem::take(&mut self.transfers)
     }
 
     fn fill(&mut self, dst: Buf, value: f32) {
+        let arena = self.arena_of(dst);
         match dst.dtype() {
-            Dtype::I32 => self.write_ints(dst, &vec![value as i32; dst.len()]),
-            _ => self.write(dst).fill(exact(value)),
+            Dtype::I32 => arena.split::<i32, 0, 1>([], [dst]).1[0].fill(value as i32),
+            _ => arena.split::<T, 0, 1>([], [dst]).1[0].fill(exact(value)),
         }
     }
 
@@ -696,10 +821,32 @@ impl<T: CpuReal> Engine for CpuEngine<T> {
             weight_decay: f64::from(args.weight_decay),
             step: args.step,
         };
-        let ([grad, clip], [master, m, v, copy]) =
-            self.memory.split::<T, 2, 4>([args.grad, args.clip], [args.master, args.m, args.v, args.copy]);
-        layers::adamw(&step, clip[1], master, grad, m, v);
-        copy.copy_from_slice(master);
+        match args.moments {
+            Moments::Full { m, v } => {
+                let ([grad, clip], [master, m, v, copy]) =
+                    self.memory.split::<T, 2, 4>([args.grad, args.clip], [args.master, m, v, args.copy]);
+                layers::adamw(&step, clip[1], master, grad, m, v);
+                copy.copy_from_slice(master);
+            }
+            Moments::Coded { m, v } => {
+                // In f32 whatever the engine computes in: codes have three bits of mantissa.
+                let numbers = eight_bits::Numbers::from(&step);
+                let narrow = |values: &[T]| values.iter().map(|x| x.to_f32()).collect::<Vec<f32>>();
+                let factor = self.values(args.clip)[1].to_f32();
+                let (mut master, grad) = (narrow(self.values(args.master)), narrow(self.values(args.grad)));
+                let mut state = [m, v].map(|c| (codes_of(self.ints(c.codes)), narrow(self.values(c.scales))));
+                let [(m_codes, m_scales), (v_codes, v_scales)] = &mut state;
+                let (coded_m, coded_v) =
+                    ((&mut m_codes[..], &mut m_scales[..]), (&mut v_codes[..], &mut v_scales[..]));
+                eight_bits::adamw(&numbers, factor, args.first as u64, &mut master, &grad, coded_m, coded_v);
+                for (to, (codes, scales)) in [m, v].into_iter().zip(&state) {
+                    self.write_ints(to.codes, &words_of(codes));
+                    self.write(to.scales).iter_mut().zip(scales).for_each(|(o, &x)| *o = exact(x));
+                }
+                self.write(args.master).iter_mut().zip(&master).for_each(|(o, &x)| *o = exact(x));
+                self.write(args.copy).iter_mut().zip(&master).for_each(|(o, &x)| *o = exact(x));
+            }
+        }
     }
 
     fn ema(&mut self, decay: f32, master: Buf, ema: Buf) {
@@ -718,9 +865,56 @@ mod tests {
         let mut plan = ArenaPlan::new(Precision::F32);
         let x = plan.f32("x", 8);
         let mut engine = CpuEngine::<f32>::new();
-        engine.memory =
-            Memory { lines: vec![Line([0; arena::ALIGN_BYTES]); plan.total_bytes() / arena::ALIGN_BYTES] };
+        engine.memory = Memory::reserve(Space::Device, plan.total_bytes()).unwrap();
         engine.copy(x.slice(0, 4), x.slice(2, 4));
+    }
+
+    #[test]
+    fn copies_between_the_arenas_are_made_no_earlier_than_they_are_waited_for() {
+        let mut plan = ArenaPlan::new(Precision::F32);
+        let (x, y) = (plan.f32("x", 4), plan.f32("y", 4));
+        let (a, b) = (plan.on_host("a", x), plan.on_host("b", x));
+        let dims = Dims {
+            batch: 1,
+            seqlen: 1,
+            text_tokens: 0,
+            dim: 1,
+            heads: 1,
+            head_dim: 1,
+            d_lr: 0,
+            mlp_width: 0,
+            samples: 0,
+            params: 0,
+            lists: None,
+        };
+        let mut e = CpuEngine::<f32>::new();
+        e.reserve(&plan, &dims).unwrap();
+        e.write_f32(x, &[1.0; 4]).unwrap();
+        let out = e.offload(x, a);
+        let back = e.fetch(a, y);
+        // Overwritten before anyone waited: the copy gets what should not have been written yet.
+        e.fill(x, 2.0);
+        assert_eq!(e.values(y), [0.0; 4]);
+        e.after(&back);
+        assert_eq!(e.values(y), [2.0; 4], "a copy to the device comes after those to the host before it");
+        e.after(&out);
+        let _ = e.offload(y, b);
+        assert_eq!(e.read_f32(b).unwrap(), [2.0; 4], "reading the host's arena waits for all copies");
+        let moved = e.transfers();
+        assert_eq!((moved.to_host_bytes, moved.to_device_bytes), (32, 16));
+        assert_eq!((moved.overlap(), e.transfers().to_host_bytes), (Some(0.0), 0));
+    }
+
+    #[test]
+    #[should_panic(expected = "ops work on the device alone")]
+    fn an_op_refuses_host_memory() {
+        let mut plan = ArenaPlan::new(Precision::F32);
+        let x = plan.f32("x", 4);
+        let a = plan.on_host("a", x);
+        let mut e = CpuEngine::<f32>::new();
+        e.memory = Memory::reserve(Space::Device, plan.total_bytes()).unwrap();
+        e.host = Memory::reserve(Space::Host, plan.host_bytes()).unwrap();
+        e.copy(x, a);
     }
 
     #[test]
@@ -729,8 +923,7 @@ mod tests {
         let (a, b, bias) = (plan.act("a", 6), plan.act("b", 6), plan.act("bias", 2));
         let (c, pre) = (plan.act("c", 4), plan.act("pre", 4));
         let mut e = CpuEngine::<f64>::new();
-        e.memory =
-            Memory { lines: vec![Line([0; arena::ALIGN_BYTES]); plan.total_bytes() / arena::ALIGN_BYTES] };
+        e.memory = Memory::reserve(Space::Device, plan.total_bytes()).unwrap();
         e.write_f32(a, &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).unwrap();
         e.write_f32(b, &[1.0, 0.0, 0.0, 0.0, 0.0, -1.0]).unwrap();
         e.write_f32(bias, &[0.5, 0.0]).unwrap();
@@ -746,8 +939,7 @@ mod tests {
         let lists = shape.reserve(&mut plan, "lists", false);
         let (low, top_k) = (plan.act("low", 8 * 2 * 4), plan.i32("k", 1));
         let mut e = CpuEngine::<f32>::new();
-        e.memory =
-            Memory { lines: vec![Line([0; arena::ALIGN_BYTES]); plan.total_bytes() / arena::ALIGN_BYTES] };
+        e.memory = Memory::reserve(Space::Device, plan.total_bytes()).unwrap();
         e.write_i32(top_k, &[3]).unwrap();
         let view = |part| View::packed(low, 2, part, 8, 1, 4);
         e.kv_select(&KvSelect {

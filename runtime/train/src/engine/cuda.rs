@@ -1,17 +1,20 @@
 //! The CUDA engine: generated kernels through `dsv-runtime`, products by cublasLt, bf16 compute with f32 masters,
-//! everything in order on one stream.
+//! ops in order on one stream, copies to and from the host beside them.
 //!
 //! Row-wise sums that cross CTAs (bias and modulation gradients, losses, norms) go through partial sums in scratch
 //! that a second launch adds in a fixed order, so every op but the attention backward gives the same bits every
 //! time; the attention backward does too when the engine was opened as deterministic.
 
+mod lanes;
 mod matmul;
 mod planned;
 mod scratch;
 mod staging;
 
 use super::*;
-use dsv_runtime::device::{Graph, Plain};
+use dsv_reference::layers::AdamWStep;
+use dsv_reference::layers::eight_bits::Numbers;
+use dsv_runtime::device::{Event, Graph, PinnedBuffer, Plain};
 use dsv_runtime::{
     AttnLayouts, AttnPlan, BwdArgs, Device, DeviceBuffer, Dispatch, FineArgs, FinePlan, FineProblem, FwdArgs,
     Keep, Kernel, KeyLists, Layout, ListPlan, MemoryNeeded, Options, QueryLists, Runtime, SelectArgs,
@@ -22,6 +25,7 @@ use dsv_spec::{
     AttnOp, BlockScore, Budget, Deterministic, KernelSpec, PointwiseOp, PointwiseSpec, Problem, space,
 };
 use half::bf16;
+use lanes::{Lanes, mark};
 use matmul::{Matmul, Operands, Product};
 pub use planned::PlannedGpu;
 use scratch::{Bump, GRAM_ROWS};
@@ -55,11 +59,12 @@ enum Repeated {
 /// Graphs kept; the longest unused goes first. A run has one for each way its blocks attend, with and without profile.
 const MAX_GRAPHS: usize = 16;
 
-/// Memory of a run: the arena of the plan, the engine's scratch, and where inputs wait for the GPU.
+/// Memory of a run: the arenas of the plan, the engine's scratch, and where inputs wait for the GPU.
 struct Memory {
-    // Freeing the buffers waits for the GPU; nothing copies out of the staging memory after that.
+    // Freeing the buffers waits for the GPU; nothing copies out of or into host memory after that.
     arena: DeviceBuffer,
     scratch: DeviceBuffer,
+    host: PinnedBuffer,
     staging: Staging,
     layout: scratch::Layout,
 }
@@ -75,7 +80,9 @@ pub struct CudaEngine {
     lists: Vec<ListPlan>,
     /// Repeated work, the last used at the end; `None` where graphs are off.
     repeated: Option<Vec<(Vec<u32>, Repeated)>>,
+    /// Where ops are queued.
     stream: Stream,
+    lanes: Lanes,
     runtime: Runtime,
     deterministic: Deterministic,
     /// First error since the last sync.
@@ -118,6 +125,7 @@ impl CudaEngine {
         })
         .map_err(no_device)?;
         let stream = runtime.device().new_stream().map_err(no_device)?;
+        let lanes = Lanes::new(runtime.device()).map_err(no_device)?;
         runtime.device().bind().map_err(no_device)?;
         let matmul = Matmul::new(options.index)?;
         Ok(CudaEngine {
@@ -129,6 +137,7 @@ impl CudaEngine {
             lists: Vec::new(),
             repeated: options.graphs.then(Vec::new),
             stream,
+            lanes,
             runtime,
             deterministic: if options.deterministic { Deterministic::Yes } else { Deterministic::No },
             error: None,
@@ -154,6 +163,7 @@ impl CudaEngine {
 
     fn address(&self, buf: Buf) -> u64 {
         let arena = &self.memory().arena;
+        assert_eq!(buf.space(), Space::Device, "{buf:?}: ops work on the device alone");
         assert!(
             buf.offset_bytes() + buf.bytes() <= arena.bytes(),
             "buffer ends at byte {} of an arena of {}",
@@ -200,9 +210,31 @@ impl CudaEngine {
         Bump::new(scratch.address() + layout.op as u64, layout.bytes - layout.op)
     }
 
+    /// Bytes of the host's arena that a buffer names.
+    fn on_host(&self, buf: Buf) -> std::ops::Range<usize> {
+        let (start, end, room) =
+            (buf.offset_bytes(), buf.offset_bytes() + buf.bytes(), self.memory().host.bytes());
+        assert_eq!(buf.space(), Space::Host, "{buf:?} does not lie on the host");
+        assert!(end <= room, "buffer ends at byte {end} of a host arena of {room}");
+        start..end
+    }
+
+    /// The elements of a host buffer, once nothing copies from or to the host any more.
+    fn host_elements<T: Plain>(&mut self, buf: Buf) -> Result<&mut [T], EngineError> {
+        assert_eq!(buf.bytes(), buf.len() * size_of::<T>(), "{buf:?}");
+        let range = self.on_host(buf);
+        self.stream.synchronize().and_then(|()| self.lanes.synchronize()).map_err(device_error)?;
+        let host = &mut self.memory.as_mut().expect("reserve() comes before any op").host;
+        Ok(&mut host.as_mut_slice::<T>()[range.start / size_of::<T>()..][..buf.len()])
+    }
+
     /// Queues the copy of host values into a buffer.
     fn write<T: Plain>(&mut self, buf: Buf, element: impl Fn(usize) -> T) -> Result<(), EngineError> {
         assert_eq!(buf.bytes(), buf.len() * size_of::<T>(), "{buf:?}");
+        if buf.space() == Space::Host {
+            self.host_elements::<T>(buf)?.iter_mut().enumerate().for_each(|(i, to)| *to = element(i));
+            return Ok(());
+        }
         let address = self.address(buf);
         let memory = self.memory.as_mut().expect("reserve() comes before any op");
         // SAFETY: the range lies in the arena (checked by `address`), and there is one stream.
@@ -211,6 +243,12 @@ impl CudaEngine {
 
     fn fail(&mut self, error: EngineError) {
         self.error.get_or_insert(error);
+    }
+
+    /// The end of something that was queued beside the ops; an error is kept for the next sync.
+    fn done(&mut self, queued: Result<Arc<Event>, dsv_runtime::Error>) -> Done {
+        let event = self.check(queued.map_err(device_error));
+        Done(event.map_or(DoneAt::Over, DoneAt::Event))
     }
 
     fn check<T, E: Into<EngineError>>(&mut self, result: Result<T, E>) -> Option<T> {
@@ -499,6 +537,43 @@ impl CudaEngine {
         unsafe { self.attention[at].1.backward(&self.stream, &launch) }.map_err(device_error)
     }
 
+    fn adamw_coded(&mut self, args: &AdamW, m: Coded, v: Coded) {
+        let count = args.master.len();
+        assert!(count.is_multiple_of(PARAM_ALIGN), "{count} elements: {args:?}");
+        for c in [m, v] {
+            assert_eq!((c.codes.len() * 4, c.scales.len() * PARAM_ALIGN), (count, count), "{args:?}");
+        }
+        let Numbers { keep, size, root, beta1, beta2, eps, seed } = Numbers::from(&AdamWStep {
+            lr: f64::from(args.lr),
+            beta1: f64::from(args.beta1),
+            beta2: f64::from(args.beta2),
+            eps: f64::from(args.eps),
+            weight_decay: f64::from(args.weight_decay),
+            step: args.step,
+        });
+        let params = params::AdamW8 {
+            master: self.f32(args.master),
+            codes1: self.i32(m.codes),
+            scales1: self.f32(m.scales),
+            codes2: self.i32(v.codes),
+            scales2: self.f32(v.scales),
+            grad: self.f32(args.grad),
+            weight: self.act(args.copy),
+            grad_factor: self.f32(args.clip) + 4,
+            count: count as i64,
+            first: args.first as i64,
+            keep,
+            size,
+            root,
+            beta1,
+            beta2,
+            eps,
+            seed,
+            reserved: 0,
+        };
+        self.launch(PointwiseOp::AdamW8, count, &params);
+    }
+
     fn run_selection(&mut self, args: &KvSelect) -> Result<(), EngineError> {
         let at = self.selection_plan(args)?;
         let lists = self.query_lists(&args.lists);
@@ -780,6 +855,10 @@ impl DeviceFacts for CudaEngine {
         self.device().memory().ok().map(|(free, _)| (free as usize).saturating_sub(LIBRARIES_BYTES))
     }
 
+    fn host_free_bytes(&self) -> Option<usize> {
+        host_free_bytes()
+    }
+
     fn sparse_cost(&self, shape: &AttnShape, query_group: usize, kv_block: usize) -> Option<SparseCost> {
         sparse_cost(self.runtime.dispatch(), shape, query_group, kv_block)
     }
@@ -822,6 +901,7 @@ impl Engine for CudaEngine {
         self.load_kernels(dims)?;
         // What an earlier reserve took is free for this one.
         self.stream.synchronize().map_err(device_error)?;
+        self.lanes.synchronize().map_err(device_error)?;
         self.repeated.iter_mut().for_each(Vec::clear);
         self.memory = None;
         let mut layout = self.scratch_layout(dims);
@@ -836,7 +916,12 @@ impl Engine for CudaEngine {
         arena.fill(&self.stream, 0).map_err(device_error)?;
         scratch.fill(&self.stream, 0).map_err(device_error)?;
         let staging = Staging::new(self.device()).map_err(device_error)?;
-        self.memory = Some(Memory { arena, scratch, staging, layout });
+        let on_host = plan.host_bytes();
+        let host = self
+            .device()
+            .alloc_pinned(on_host)
+            .map_err(|e| EngineError::ReserveHost { needed_bytes: on_host, reason: e.to_string() })?;
+        self.memory = Some(Memory { arena, scratch, host, staging, layout });
         self.sync()
     }
 
@@ -922,6 +1007,10 @@ impl Engine for CudaEngine {
 
     fn read_f32(&mut self, buf: Buf) -> Result<Vec<f32>, EngineError> {
         self.sync()?;
+        if buf.space() == Space::Host {
+            assert_eq!(buf.dtype(), Dtype::F32, "read_f32 of {buf:?}");
+            return self.host_elements::<f32>(buf).map(|values| values.to_vec());
+        }
         let arena = &self.memory().arena;
         match buf.dtype() {
             Dtype::F32 => arena.read(&self.stream, buf.offset_bytes(), buf.len()).map_err(device_error),
@@ -936,12 +1025,66 @@ impl Engine for CudaEngine {
 
     fn read_i32(&mut self, buf: Buf) -> Result<Vec<i32>, EngineError> {
         self.sync()?;
-        assert_eq!(buf.dtype(), Dtype::I32, "{buf:?}");
+        assert_eq!((buf.dtype(), buf.space()), (Dtype::I32, Space::Device), "{buf:?}");
         self.memory().arena.read(&self.stream, buf.offset_bytes(), buf.len()).map_err(device_error)
     }
 
+    fn offload(&mut self, from: Buf, to: Buf) -> Done {
+        assert_eq!(
+            (from.len(), from.dtype()),
+            (to.len(), to.dtype()),
+            "a copy between arenas converts nothing"
+        );
+        let (address, range) = (self.address(from), self.on_host(to));
+        let memory = self.memory.as_mut().expect("reserve() comes before any op");
+        // SAFETY: both ranges lie in arenas whose freeing waits for the GPU; the rest is the trait's rule for its callers.
+        let queued = unsafe {
+            self.lanes.offload(self.runtime.device(), &self.stream, address, (&mut memory.host, range))
+        };
+        self.done(queued)
+    }
+
+    fn fetch(&mut self, from: Buf, to: Buf) -> Done {
+        assert_eq!(
+            (from.len(), from.dtype()),
+            (to.len(), to.dtype()),
+            "a copy between arenas converts nothing"
+        );
+        let (range, address) = (self.on_host(from), self.address(to));
+        let memory = self.memory.as_ref().expect("reserve() comes before any op");
+        // SAFETY: as in `offload`.
+        let queued =
+            unsafe { self.lanes.fetch(self.runtime.device(), &self.stream, (&memory.host, range), address) };
+        self.done(queued)
+    }
+
+    fn after(&mut self, done: &Done) {
+        if let DoneAt::Event(event) = &done.0 {
+            let waits = self.lanes.wait(self.runtime.device(), &self.stream, event).map_err(device_error);
+            self.check(waits);
+        }
+    }
+
+    fn beside(&mut self, work: &mut dyn FnMut(&mut dyn Engine)) -> Done {
+        let begins = mark(self.device(), &self.stream).and_then(|begin| self.lanes.side.wait(&begin));
+        self.check(begins.map_err(device_error));
+        assert!(!self.lanes.beside, "ops beside ops beside ops");
+        std::mem::swap(&mut self.stream, &mut self.lanes.side);
+        self.lanes.beside = true;
+        work(self);
+        let end = mark(self.device(), &self.stream);
+        self.lanes.beside = false;
+        std::mem::swap(&mut self.stream, &mut self.lanes.side);
+        self.done(end)
+    }
+
+    fn transfers(&mut self) -> Transfers {
+        let sums = self.lanes.take_sums().map_err(device_error);
+        self.check(sums).unwrap_or_default()
+    }
+
     fn fill(&mut self, dst: Buf, value: f32) {
-        let answer = if value == 0.0 && value.is_sign_positive() {
+        let answer = if dst.space() == Space::Device && value == 0.0 && value.is_sign_positive() {
             let address = self.address(dst);
             // SAFETY: the range lies in the arena (checked by `address`).
             unsafe { self.stream.fill(address, 0, dst.bytes()) }.map_err(device_error)
@@ -1570,14 +1713,18 @@ impl Engine for CudaEngine {
 
     fn adamw(&mut self, args: &AdamW) {
         let count = args.master.len();
-        let lens = [args.grad.len(), args.m.len(), args.v.len(), args.copy.len()];
-        assert!(lens.iter().all(|&n| n == count), "adamw of different lengths: {args:?}");
+        assert_eq!([args.grad.len(), args.copy.len()], [count; 2], "adamw of different lengths: {args:?}");
+        let (m, v) = match args.moments {
+            Moments::Full { m, v } => (m, v),
+            Moments::Coded { m, v } => return self.adamw_coded(args, m, v),
+        };
+        assert_eq!([m.len(), v.len()], [count; 2], "adamw of different lengths: {args:?}");
         let power = i32::try_from(args.step).unwrap_or(i32::MAX);
         let correction = |beta: f32| (1.0 - f64::from(beta).powi(power)) as f32;
         let params = params::AdamW {
             master: self.f32(args.master),
-            moment1: self.f32(args.m),
-            moment2: self.f32(args.v),
+            moment1: self.f32(m),
+            moment2: self.f32(v),
             grad: self.f32(args.grad),
             weight: self.act(args.copy),
             grad_factor: self.f32(args.clip) + 4,

@@ -1,9 +1,12 @@
 //! The operations a layer may use, and nothing else: one trait, implemented once per device.
 //!
 //! Rules every engine keeps:
-//! * **Handles.** A [`Buf`] names a range of one arena. Ops take handles, return nothing, and may
+//! * **Handles.** A [`Buf`] names a range of an arena. Ops take handles, return nothing, and may
 //!   run asynchronously in the order they were issued. Only `write_*`, `read_*` and
 //!   [`Engine::sync`] wait for the device.
+//! * **Beside the ops** run copies to and from host memory ([`Engine::offload`], [`Engine::fetch`]) and what is queued by
+//!   [`Engine::beside`]: from when they were issued until an [`Engine::after`] of their [`Done`]. Until then ops must not
+//!   write what they read, nor touch what they write.
 //! * **No allocation.** After [`Engine::reserve`] nothing is allocated. What an engine needs beside
 //!   the buffers it is given comes from its own scratch range, whose size it states in
 //!   [`DeviceFacts::scratch_bytes`] for the largest problem of the run.
@@ -21,7 +24,7 @@ pub mod arena;
 pub mod cpu;
 pub mod cuda;
 
-pub use arena::{Allocation, ArenaPlan, Buf, Dtype, Precision};
+pub use arena::{Allocation, ArenaPlan, Buf, Dtype, Precision, Space};
 pub use cpu::CpuEngine;
 pub use cuda::{CudaEngine, CudaOptions, PlannedGpu};
 pub use dsv_spec::GroupRule;
@@ -58,6 +61,13 @@ pub fn open(device: &crate::config::Device, deterministic: bool) -> Result<Box<d
     }
 }
 
+/// Bytes of memory that the host can give without swapping; `None` where the system does not say.
+fn host_free_bytes() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().trim_end_matches("kB").trim().parse::<usize>().ok()? * 1024)
+}
+
 /// What can go wrong on a device.
 #[derive(Debug, Error)]
 pub enum EngineError {
@@ -76,6 +86,16 @@ pub enum EngineError {
         "cannot reserve an arena of {needed_bytes} bytes: {reason}\n  smaller: --set data.batch_size=1, or fewer tokens (data.frames, data.height, data.width)\n  see every component: dsv-train plan"
     )]
     Reserve {
+        /// Bytes asked for.
+        needed_bytes: usize,
+        /// What the device said.
+        reason: String,
+    },
+    /// The host's part of the run does not fit.
+    #[error(
+        "cannot reserve {needed_bytes} bytes of page-locked host memory: {reason}\n  on the device instead: --set train.moments=8bit, train.ema_on=device, train.kept_budget_gb=0\n  see every component: dsv-train plan"
+    )]
+    ReserveHost {
         /// Bytes asked for.
         needed_bytes: usize,
         /// What the device said.
@@ -279,6 +299,14 @@ pub struct Lists {
     /// `k2q_offset [B,H,N+1]` and `k2q_index [B,H,G*max_selected]`, when
     /// [`DeviceFacts::needs_inverse_lists`] and `kv_block` is 64 or more.
     pub inverse: Option<(Buf, Buf)>,
+}
+
+impl Lists {
+    /// Every buffer.
+    pub fn buffers(&self) -> Vec<Buf> {
+        let inverse = self.inverse.into_iter().flat_map(|(offset, index)| [offset, index]);
+        [self.q2k_index, self.q2k_count].into_iter().chain(inverse).collect()
+    }
 }
 
 /// Layer normalisation without affine weights, then `(1 + scale_b) * n + shift_b`.
@@ -592,6 +620,65 @@ pub struct ProfiledLists {
     pub recall: Buf,
 }
 
+/// AdamW's two moments of a flat array.
+#[derive(Copy, Clone, Debug)]
+pub enum Moments {
+    /// As `F32`.
+    Full {
+        /// First moment.
+        m: Buf,
+        /// Second moment.
+        v: Buf,
+    },
+    /// In eight bits (`dsv_reference::layers::eight_bits`), for multiples of [`PARAM_ALIGN`] elements.
+    Coded {
+        /// First moment.
+        m: Coded,
+        /// Second moment.
+        v: Coded,
+    },
+}
+
+impl Moments {
+    /// Those of the elements `start..start + len`.
+    pub fn slice(self, start: usize, len: usize) -> Moments {
+        match self {
+            Moments::Full { m, v } => Moments::Full { m: m.slice(start, len), v: v.slice(start, len) },
+            Moments::Coded { m, v } => Moments::Coded { m: m.slice(start, len), v: v.slice(start, len) },
+        }
+    }
+}
+
+/// Values in eight bits with a scale for each [`PARAM_ALIGN`] of them.
+#[derive(Copy, Clone, Debug)]
+pub struct Coded {
+    /// Codes, four to an `I32`, the first in its lowest byte.
+    pub codes: Buf,
+    /// Scales, `F32`.
+    pub scales: Buf,
+}
+
+/// The codes in an `I32` buffer's values.
+pub(crate) fn codes_of(words: &[i32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+/// Codes, a multiple of four, as the values of an `I32` buffer.
+pub(crate) fn words_of(codes: &[u8]) -> Vec<i32> {
+    codes.chunks_exact(4).map(|c| i32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect()
+}
+
+impl Coded {
+    /// Those of the elements `start..start + len`, multiples of [`PARAM_ALIGN`].
+    pub fn slice(self, start: usize, len: usize) -> Coded {
+        assert!(start.is_multiple_of(PARAM_ALIGN) && len.is_multiple_of(PARAM_ALIGN), "{start}, {len}");
+        Coded {
+            codes: self.codes.slice(start / 4, len / 4),
+            scales: self.scales.slice(start / PARAM_ALIGN, len / PARAM_ALIGN),
+        }
+    }
+}
+
 /// AdamW over flat arrays; `p *= 1 - lr * weight_decay` before the step, bias-corrected.
 #[derive(Copy, Clone, Debug)]
 pub struct AdamW {
@@ -599,10 +686,10 @@ pub struct AdamW {
     pub master: Buf,
     /// Gradients, `F32`.
     pub grad: Buf,
-    /// First moment, `F32`, updated in place.
-    pub m: Buf,
-    /// Second moment, `F32`, updated in place.
-    pub v: Buf,
+    /// First and second moment, updated in place.
+    pub moments: Moments,
+    /// Number of the first element in its set; matters where [`Moments`] are coded.
+    pub first: usize,
     /// Compute copy, `Act`: overwritten with the rounded master weights.
     pub copy: Buf,
     /// Learning rate.
@@ -622,8 +709,8 @@ pub struct AdamW {
     pub clip: Buf,
 }
 
-/// Tensors of a flat parameter buffer begin at multiples of this many elements.
-pub const PARAM_ALIGN: usize = 64;
+/// Tensors of a flat parameter buffer begin at multiples of this many elements: none shares a scale of [`Coded`].
+pub const PARAM_ALIGN: usize = dsv_reference::layers::eight_bits::BLOCK;
 
 /// Norm of a flat gradient, the clip factor, and the first tensor that is not finite.
 #[derive(Copy, Clone, Debug)]
@@ -631,7 +718,7 @@ pub struct GradNorm {
     /// Flat gradients, `F32`.
     pub grad: Buf,
     /// `I32 [n + 1]`, ascending, in units of [`PARAM_ALIGN`] elements: tensor `i` is
-    /// `grad[64 * segments[i]..64 * segments[i + 1]]` (models beyond 2^31 parameters fit).
+    /// `grad[128 * segments[i]..128 * segments[i + 1]]` (models beyond 2^31 parameters fit).
     pub segments: Buf,
     /// Largest norm allowed; infinite for no clipping.
     pub max_norm: f32,
@@ -719,6 +806,8 @@ pub trait DeviceFacts {
     fn scratch_bytes(&self, dims: &Dims) -> usize;
     /// Bytes the device has free for [`Engine::reserve`], `None` when not known.
     fn free_bytes(&self) -> Option<usize>;
+    /// Bytes the host has free for [`Space::Host`], `None` when not known.
+    fn host_free_bytes(&self) -> Option<usize>;
     /// What the engine knows of sparse against dense attention for this shape and block size.
     fn sparse_cost(&self, shape: &AttnShape, query_group: usize, kv_block: usize) -> Option<SparseCost>;
     /// Speeds to estimate with, where they are known.
@@ -730,9 +819,44 @@ pub trait DeviceFacts {
     fn dispatch_table(&self) -> Option<&dsv_spec::DispatchTable>;
 }
 
+/// The end of something that runs beside the ops; see [`Engine::after`].
+#[derive(Clone, Default)]
+pub struct Done(DoneAt);
+
+#[derive(Clone, Default)]
+enum DoneAt {
+    /// It is over.
+    #[default]
+    Over,
+    /// The CPU engine's copies up to this one.
+    Copies(u64),
+    /// A point in a stream.
+    Event(std::sync::Arc<dsv_runtime::device::Event>),
+}
+
+/// Copies between device and host since they were last asked for.
+#[derive(Copy, Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Transfers {
+    /// Bytes copied to the host.
+    pub to_host_bytes: u64,
+    /// Bytes copied to the device.
+    pub to_device_bytes: u64,
+    /// Milliseconds that the copies took, each by itself.
+    pub copy_ms: f64,
+    /// Milliseconds of them for which ops had to wait.
+    pub waited_ms: f64,
+}
+
+impl Transfers {
+    /// Share of the copies' time that ran beside ops; `None` where nothing was copied.
+    pub fn overlap(&self) -> Option<f64> {
+        (self.copy_ms > 0.0).then(|| (1.0 - self.waited_ms / self.copy_ms).max(0.0))
+    }
+}
+
 /// A device that runs the trainer's ops. See the module's text for the rules.
 pub trait Engine: DeviceFacts {
-    /// Allocates the arena (zeroed) and the scratch, as much as `dims` and the plan ask for; validates that every kernel
+    /// Allocates both arenas (zeroed) and the scratch, as much as `dims` and the plan ask for; validates that every kernel
     /// the run needs exists. Called once, before any op.
     fn reserve(&mut self, plan: &ArenaPlan, dims: &Dims) -> Result<(), EngineError>;
 
@@ -750,6 +874,20 @@ pub trait Engine: DeviceFacts {
     fn read_f32(&mut self, buf: Buf) -> Result<Vec<f32>, EngineError>;
     /// Waits, then copies an `I32` buffer to the host.
     fn read_i32(&mut self, buf: Buf) -> Result<Vec<i32>, EngineError>;
+
+    /// Copies a device buffer to a host buffer of the same length and dtype, beside the ops that follow: after every op
+    /// queued so far, and after the copies to the host before it.
+    fn offload(&mut self, from: Buf, to: Buf) -> Done;
+    /// Copies a host buffer to a device buffer of the same length and dtype, beside the ops that follow: after every op and
+    /// every copy to the host queued so far, and after the copies to the device before it.
+    fn fetch(&mut self, from: Buf, to: Buf) -> Done;
+    /// Ops queued from now on come after this.
+    fn after(&mut self, done: &Done);
+    /// Queues ops (`ema`, `copy` of one dtype, copies; none that needs scratch) which run in their own order beside those
+    /// queued after this call, and after those before it. Within `work`, "queued so far" means its own.
+    fn beside(&mut self, work: &mut dyn FnMut(&mut dyn Engine)) -> Done;
+    /// Copies that have ended since this was last called.
+    fn transfers(&mut self) -> Transfers;
 
     /// Every element becomes `value` (any dtype; converted).
     fn fill(&mut self, dst: Buf, value: f32);

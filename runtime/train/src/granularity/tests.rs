@@ -17,8 +17,7 @@ fn laid_out(sets: &[&str]) -> (Inference, Dataset) {
     let config = Config::from_toml("", "test", Some("tiny"), &sets).unwrap();
     let mut engine: Box<dyn Engine> = Box::new(CpuEngine::<f32>::new());
     let mut plan = ArenaPlan::new(engine.precision());
-    let purposes =
-        Purposes { train: false, recompute: true, ema: false, list_slots: 3, inverse_lists: false };
+    let purposes = Purposes { list_slots: 3, ..Purposes::INFERENCE };
     let model = Model::reserve(ModelShape::from_config(&config, 1), purposes, &mut plan);
     engine.reserve(&plan, &model.shape.dims(model.params.master.len())).unwrap();
     model.initialise(&mut *engine, 3).unwrap();

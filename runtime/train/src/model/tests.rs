@@ -46,8 +46,7 @@ struct Rig<T: CpuReal> {
 /// A model with random weights everywhere (also where training begins at zero) and random inputs.
 fn rig<T: CpuReal>(shape: ModelShape, recompute: bool) -> Rig<T> {
     let mut plan = ArenaPlan::new(T::PRECISION);
-    let purposes =
-        Purposes { train: true, recompute, ema: false, list_slots: shape.layers, inverse_lists: false };
+    let purposes = Purposes { train: true, recompute, list_slots: shape.layers, ..Purposes::INFERENCE };
     let model = Model::reserve(shape, purposes, &mut plan);
     let mut engine = CpuEngine::<T>::new();
     let e = &mut engine;
@@ -236,8 +235,7 @@ fn the_inference_layout_computes_what_the_training_layout_does() {
     let mut train = rig::<f32>(shape(MlpAct::Gelu), true);
     let loss = train.loss(&MIXED);
     let mut plan = ArenaPlan::new(Precision::F32);
-    let purposes =
-        Purposes { train: false, recompute: true, ema: false, list_slots: 2, inverse_lists: false };
+    let purposes = Purposes { list_slots: 2, ..Purposes::INFERENCE };
     let model = Model::reserve(shape(MlpAct::Gelu), purposes, &mut plan);
     let mut engine = CpuEngine::<f32>::new();
     engine.reserve(&plan, &model.shape.dims(0)).unwrap();

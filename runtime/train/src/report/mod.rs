@@ -4,6 +4,7 @@
 pub(crate) mod plot;
 
 use crate::durable::{RealDisk, write_file};
+use crate::engine::Transfers;
 use crate::granularity::{self, COVERED, ChosenCube, Granularity};
 use crate::metrics::{self, EvalTriple, MetricsError, Record, StepMetrics};
 use crate::observe::{BlockObservation, CUBES, EDGES, Ladder, SHARES};
@@ -42,6 +43,8 @@ pub struct RunData {
     pub profiles: BTreeMap<u64, Profile>,
     /// Decisions, by the first step they hold for.
     pub dispatches: BTreeMap<u64, Dispatch>,
+    /// Copies between device and host: last step they are of -> steps, sums.
+    pub transfers: BTreeMap<u64, (u64, Transfers)>,
     /// Validations: steps done -> mean and triples.
     pub evals: BTreeMap<u64, (f64, Vec<EvalTriple>)>,
     /// The attention of every block at the end.
@@ -108,6 +111,9 @@ impl RunData {
                 Record::Eval { step, loss, triples } => {
                     run.evals.insert(step, (loss, triples));
                 }
+                Record::Transfers { step, steps, moved } => {
+                    run.transfers.insert(step, (steps, moved));
+                }
                 Record::Observed { blocks, .. } => run.observed = blocks,
                 Record::Note { step, text } => run.notes.push((step, text)),
             }
@@ -121,6 +127,23 @@ impl RunData {
             self.steps.values().filter(|s| s.stage == stage).skip(1).map(|s| s.tokens_per_s).collect();
         v.sort_by(f64::total_cmp);
         (!v.is_empty()).then(|| v[v.len() / 2])
+    }
+
+    /// What a step copied between device and host, and how much of that ran beside its ops.
+    fn copies(&self) -> Option<String> {
+        let steps = self.transfers.values().map(|(steps, _)| steps).sum::<u64>() as f64;
+        let sum =
+            |of: fn(&Transfers) -> f64| self.transfers.values().map(|(_, moved)| of(moved)).sum::<f64>();
+        let (copied, waited) = (sum(|m| m.copy_ms), sum(|m| m.waited_ms));
+        let beside = Transfers { copy_ms: copied, waited_ms: waited, ..Transfers::default() }.overlap()?;
+        Some(format!(
+            "{:.3} GB to the host, {:.3} GB back, {:.1} ms of copies, {:.1} ms waited for: {:.0} % beside compute",
+            sum(|m| m.to_host_bytes as f64) / steps / 1e9,
+            sum(|m| m.to_device_bytes as f64) / steps / 1e9,
+            copied / steps,
+            waited / steps,
+            100.0 * beside
+        ))
     }
 
     /// Mean loss over the last tenth of the steps.
@@ -346,6 +369,7 @@ fn facts(body: &mut String, runs: &[RunData]) {
     for (stage, label) in [(0, "Tokens/s, baseline"), (1, "Tokens/s, stage 1"), (2, "Tokens/s, stage 2")] {
         row(label, &|r| r.speed(stage).map(plot::number));
     }
+    row("Copies between host and device, a step", &|r| r.copies());
     row("Skipped updates", &|r| {
         let n = r.steps.values().filter(|s| s.skipped.is_some()).count();
         (n > 0).then(|| n.to_string())

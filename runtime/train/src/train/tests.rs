@@ -1,8 +1,9 @@
 use super::*;
 use crate::checkpoint;
-use crate::config::{Attention, Decay, Switch};
+use crate::config::{Attention, Decay, EmaOn, Moments, Switch};
 use crate::data::Dataset;
-use crate::engine::CpuEngine;
+use crate::engine::{CpuEngine, Space};
+use dsv_reference::layers::eight_bits::{self, Moment};
 
 /// A run of seconds: 2 blocks, 64 tokens.
 fn config() -> Config {
@@ -38,8 +39,11 @@ fn run(trainer: &mut Trainer, data: &Dataset, position: &mut DataPosition, until
     events
 }
 
+/// Tensors by name.
+type Bits = Vec<(String, Vec<u32>)>;
+
 /// Every tensor of a run, bit for bit.
-fn bits(trainer: &mut Trainer) -> Vec<(String, Vec<u32>)> {
+fn bits(trainer: &mut Trainer) -> Bits {
     let snapshot = trainer.snapshot(DataPosition::default(), &mut Vec::new()).unwrap();
     let bits = |x: &Vec<f32>| x.iter().map(|x| x.to_bits()).collect();
     snapshot.tensors.iter().map(|(name, _, x)| (name.clone(), bits(x))).collect()
@@ -63,6 +67,129 @@ fn a_run_over_single_tokens_resumes_bit_for_bit() {
     resumes(config, &[11]);
 }
 
+/// What a run of so many steps ends with: its losses and every tensor, and its validation losses.
+fn end_of(config: &Config, steps: u64) -> (Vec<StepRecord>, Bits, EvalResult) {
+    let data = Dataset::open(config).unwrap();
+    let mut trainer = Trainer::new(config.clone(), engine()).unwrap();
+    let events = run(&mut trainer, &data, &mut DataPosition::default(), steps);
+    let eval = trainer.evaluate(&data).unwrap();
+    (records(&events).into_iter().cloned().collect(), bits(&mut trainer), eval)
+}
+
+#[test]
+fn averages_on_the_host_are_those_on_the_device_bit_for_bit() {
+    let mut config = config();
+    let on_device = end_of(&config, 12);
+    config.train.ema_on = EmaOn::Host;
+    let on_host = end_of(&config, 12);
+    assert!(on_device == on_host);
+    let of = |prefix: &str| {
+        on_host.1.iter().filter(|(n, _)| n.starts_with(prefix)).map(|x| &x.1).collect::<Vec<_>>()
+    };
+    assert!(of("ema.").len() > 20 && of("ema.") != of("weight.")[..of("ema.").len()], "averages lag behind");
+    resumes(config, &[7]);
+}
+
+#[test]
+fn moments_on_the_host_are_those_on_the_device_bit_for_bit() {
+    let mut config = config();
+    let on_device = end_of(&config, 12);
+    (config.train.moments, config.train.ema_on) = (Moments::Host, EmaOn::Host);
+    assert!(on_device == end_of(&config, 12));
+    resumes(config.clone(), &[7]);
+    // A checkpoint does not depend on where its run kept what.
+    let data = Dataset::open(&config).unwrap();
+    let mut first = Trainer::new(config.clone(), engine()).unwrap();
+    let mut position = DataPosition::default();
+    run(&mut first, &data, &mut position, 5);
+    let found = saved(&mut first, position);
+    config.train.moments = Moments::Device;
+    let mut second = Trainer::resume(config, engine(), &found.0).unwrap();
+    run(&mut second, &data, &mut position, 12);
+    assert!(bits(&mut second) == on_device.1);
+}
+
+/// The trainer's checkpoint, and the folder it lies in.
+fn saved(trainer: &mut Trainer, position: DataPosition) -> (Checkpoint, tempfile::TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let snapshot = trainer.snapshot(position, &mut Vec::new()).unwrap();
+    checkpoint::save(dir.path(), &snapshot.state, &snapshot.tensors(), 0).unwrap();
+    (checkpoint::latest(dir.path()).unwrap().checkpoint.unwrap(), dir)
+}
+
+#[test]
+fn moments_of_eight_bits_train_as_f32_ones_and_resume_bit_for_bit() {
+    let mut config = config();
+    config.train.steps = 60;
+    let (exact, ..) = end_of(&config, 60);
+    config.train.moments = Moments::Coded;
+    let (coded, tensors, _) = end_of(&config, 60);
+    let mean = |r: &[StepRecord]| r[40..].iter().map(|r| r.loss).sum::<f64>() / 20.0;
+    let (a, b) = (mean(&exact), mean(&coded));
+    assert!(
+        (a / b - 1.0).abs() < 0.01 && exact[59].loss != coded[59].loss,
+        "loss {a} with f32, {b} with 8 bits"
+    );
+    // A moment is at most 2 x 120 + 1 multiples of its block's scale.
+    let values = |prefix: &str| {
+        let tensor = tensors.iter().find(|(n, _)| n == &format!("{prefix}.block.0.up.weight")).unwrap();
+        tensor.1[..128].iter().map(|bits| f32::from_bits(*bits)).collect::<Vec<_>>()
+    };
+    for (prefix, moment) in [("adam_m", Moment::First), ("adam_v", Moment::Second)] {
+        let values = values(prefix);
+        let (codes, scales) = eight_bits::encode(moment, &values);
+        assert_eq!(eight_bits::decode(moment, &codes, &scales), values);
+        assert!(scales[0] > 0.0);
+    }
+    resumes(config, &[7, 13]);
+}
+
+#[test]
+fn outputs_and_lists_that_went_to_the_host_give_the_same_bits() {
+    let mut config = config();
+    config.model.layers = 5;
+    // Steps of two grids, in stage 2 with dense and sparse blocks.
+    config.data.buckets = vec![[2, 8, 8]];
+    config.dsv.switch = Switch::Step(4);
+    let set_bytes = Layout::new(&config, &CpuEngine::<f32>::new(), None);
+    let set_bytes = set_bytes.list_bytes + 4 * 2 * 64 * 24;
+    for recompute in [true, false] {
+        config.train.recompute = recompute;
+        config.train.kept_budget_gb = 0.0;
+        let on_device = end_of(&config, 10);
+        assert!(on_device.0[9].sparse_share > 0.3 && on_device.0[9].sparse_share < 0.9);
+        for (sets, wanted) in [(0.1, 2), (2.5, 2), (3.5, 3), (4.5, 4), (5.5, 5)] {
+            config.train.kept_budget_gb = sets * set_bytes as f64 / (1u64 << 30) as f64;
+            let layout = Layout::new(&config, &CpuEngine::<f32>::new(), None);
+            let of = |space: Space| {
+                let named = |a: &&crate::engine::Allocation| {
+                    a.space == space && a.label == "kept per block/attention output"
+                };
+                layout.arena.allocations().iter().filter(named).count()
+            };
+            assert_eq!((of(Space::Device), of(Space::Host)), (wanted, 5 - wanted), "{sets} sets");
+            assert!(on_device == end_of(&config, 10), "{sets} sets, recompute {recompute}");
+        }
+    }
+    config.train.kept_budget_gb = 1e-9;
+    let events = resumes(config.clone(), &[7]);
+    let moved: Vec<_> = events
+        .iter()
+        .filter_map(
+            |e| if let Event::Transfers { steps, moved, .. } = e { Some((*steps, *moved)) } else { None },
+        )
+        .collect();
+    assert_eq!(moved.iter().map(|(steps, _)| steps).sum::<u64>(), 18);
+    // Three blocks a micro-batch go and come back.
+    assert!(
+        moved.iter().all(|(_, m)| m.to_host_bytes == m.to_device_bytes && m.to_host_bytes > 0),
+        "{moved:?}"
+    );
+    config.device.graphs = true;
+    let error = config.validate().unwrap_err().to_string();
+    assert!(error.contains("device.graphs=false") && error.contains("train.kept_budget_gb=0"), "{error}");
+}
+
 /// A run cut at each of these steps and resumed is the whole one; the events of the whole one.
 fn resumes(config: Config, cuts: &[u64]) -> Vec<Event> {
     let data = Dataset::open(&config).unwrap();
@@ -72,14 +199,11 @@ fn resumes(config: Config, cuts: &[u64]) -> Vec<Event> {
     let expected = bits(&mut whole);
     // Stops at steps drawn at random, in both stages and between readings of the ring.
     for &cut in cuts {
-        let dir = tempfile::tempdir().unwrap();
         let mut first = Trainer::new(config.clone(), engine()).unwrap();
         let mut position = DataPosition::default();
         run(&mut first, &data, &mut position, cut);
-        let snapshot = first.snapshot(position, &mut Vec::new()).unwrap();
-        checkpoint::save(dir.path(), &snapshot.state, &snapshot.tensors(), 0).unwrap();
+        let (found, _dir) = saved(&mut first, position);
         drop(first);
-        let found = checkpoint::latest(dir.path()).unwrap().checkpoint.unwrap();
         let mut second = Trainer::resume(config.clone(), engine(), &found).unwrap();
         let mut position = found.state.position;
         let resumed = run(&mut second, &data, &mut position, 18);
@@ -377,7 +501,7 @@ fn a_window_of_the_whole_clip_is_full_attention() {
     let window = shape.window.as_mut().unwrap();
     (window.side, window.lists.max_selected) = (1.0, 8);
     let mut plan = ArenaPlan::new(crate::engine::Precision::F32);
-    let purposes = Purposes { train: true, recompute: true, ema: false, list_slots: 0, inverse_lists: true };
+    let purposes = Purposes { train: true, inverse_lists: true, ..Purposes::INFERENCE };
     let model = Model::reserve(shape, purposes, &mut plan);
     let mut e = CpuEngine::<f32>::new();
     e.reserve(&plan, &model.shape.dims(0)).unwrap();
@@ -400,7 +524,14 @@ fn a_window_of_the_whole_clip_is_full_attention() {
 
 #[test]
 fn a_poisoned_step_changes_nothing_and_names_a_tensor() {
-    let config = config();
+    for moments in [Moments::Device, Moments::Coded, Moments::Host] {
+        let mut config = config();
+        config.train.moments = moments;
+        poisoned_once(config);
+    }
+}
+
+fn poisoned_once(config: Config) {
     let data = Dataset::open(&config).unwrap();
     let mut trainer = Trainer::new(config, engine()).unwrap();
     let mut position = DataPosition::default();
@@ -414,8 +545,7 @@ fn a_poisoned_step_changes_nothing_and_names_a_tensor() {
     let record = records(&events)[0].clone();
     // The bad clip is of the first of two micro-batches: the second overwrote its latents, the gradients tell.
     assert_eq!(record.skipped.as_deref(), Some("the loss"), "{record:?}");
-    let weights =
-        |b: Vec<(String, Vec<u32>)>| b.into_iter().filter(|(n, _)| !n.starts_with("ema")).collect::<Vec<_>>();
+    let weights = |b: Bits| b.into_iter().filter(|(n, _)| !n.starts_with("ema")).collect::<Bits>();
     assert_eq!(weights(bits(&mut trainer)), weights(before));
     let clips = data.next_batch(&mut position, trainer.clips_per_step()).unwrap();
     trainer.step(&clips, &mut events).unwrap();

@@ -138,6 +138,10 @@ impl DeviceFacts for PlannedGpu {
         Some(self.model.free_bytes - LIBRARIES_BYTES)
     }
 
+    fn host_free_bytes(&self) -> Option<usize> {
+        None
+    }
+
     fn sparse_cost(&self, shape: &AttnShape, query_group: usize, kv_block: usize) -> Option<SparseCost> {
         sparse_cost(&self.dispatch, shape, query_group, kv_block)
     }
