@@ -1084,7 +1084,13 @@ impl Engine for CudaEngine {
     }
 
     fn fill(&mut self, dst: Buf, value: f32) {
-        let answer = if dst.space() == Space::Device && value == 0.0 && value.is_sign_positive() {
+        if dst.space() == Space::Host {
+            assert_eq!(dst.dtype(), Dtype::F32, "fill of {dst:?}");
+            let filled = self.host_elements::<f32>(dst).map(|values| values.fill(value));
+            self.check(filled);
+            return;
+        }
+        let answer = if value == 0.0 && value.is_sign_positive() {
             let address = self.address(dst);
             // SAFETY: the range lies in the arena (checked by `address`).
             unsafe { self.stream.fill(address, 0, dst.bytes()) }.map_err(device_error)

@@ -695,6 +695,15 @@ mod tests {
             })
             .collect();
         records.push(Record::Eval { step: 60, loss: 0.5 + offset * 1.5, triples });
+        for step in [29, 59] {
+            let moved = Transfers {
+                to_host_bytes: 45_000_000_000,
+                to_device_bytes: 30_000_000_000,
+                copy_ms: 900.0,
+                waited_ms: 45.0,
+            };
+            records.push(Record::Transfers { step, steps: 30, moved });
+        }
         records
     }
 
@@ -728,6 +737,7 @@ mod tests {
             "met first in step 50",
             "below &lt;crossover&gt;",
             "CPU &amp; co",
+            "1.500 GB to the host, 1.000 GB back, 30.0 ms of copies, 1.5 ms waited for: 95 % beside compute",
             "data:image/gif;base64,R0lGOD",
             "preset = &quot;tiny&quot; # &lt;x&gt;",
             "prefers-color-scheme:dark",
