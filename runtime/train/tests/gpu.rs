@@ -846,7 +846,7 @@ fn predictor_loss_and_profile() {
 #[test]
 fn optimizer() {
     let _gpu = lock();
-    let n = 64 * 400 + 64;
+    let n = PARAM_ALIGN * 401;
     let segments = vec![0, 10, 11, 350, 401];
     let inputs = [
         Input::Floats(0, noise(1, n, 1.0)),

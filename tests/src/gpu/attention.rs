@@ -10,7 +10,7 @@ use dsv_reference::compare::all_passed;
 use dsv_reference::lists::KvListsBuf;
 use dsv_runtime::{AttnLayouts, AttnPlan, BwdArgs, FwdArgs, Kernel, KeyLists, QueryLists};
 use dsv_spec::params::error_bits;
-use dsv_spec::{Arch, AttnOp, AttnSpec, Deterministic, Dtype, KernelSpec, Lists, Problem, space};
+use dsv_spec::{Arch, AttnOp, AttnSpec, Deterministic, Dtype, KernelSpec, Lists, Problem, Schedule, space};
 use std::sync::Arc;
 
 /// Each variant with every candidate, and the tests of faults and graphs.
@@ -333,20 +333,25 @@ impl Grads {
     }
 }
 
+/// A gradient's name, whether its bits are the same in every run, and it in two of them.
+type Beside<'a> = (&'static str, bool, &'a [f32], &'a [f32]);
+
 /// Each gradient of two runs, by name, and whether its order of summing is fixed: of a gather it is dQ's, else dK's and
-/// dV's, and dQ's too in a deterministic form.
+/// dV's unless CTAs walk in a ring, and dQ's too in a deterministic form.
 fn beside<'a>(
     a: &'a AttnGrads<f32>,
     b: &'a AttnGrads<f32>,
-    lists: Lists,
-    form: Deterministic,
-) -> [(&'static str, bool, &'a [f32], &'a [f32]); 3] {
-    let gather = lists.is_gather();
-    [
-        ("dq", gather || form == Deterministic::Yes, &a.dq, &b.dq),
-        ("dk", !gather, &a.dk, &b.dk),
-        ("dv", !gather, &a.dv, &b.dv),
-    ]
+    plan: &AttnPlan,
+) -> Result<[Beside<'a>; 3], super::Failure> {
+    let main = plan.backward_kernels().ok_or("a plan without a backward")?.main.spec();
+    let KernelSpec::Attn(main) = main else { return Err("the backward is no attention kernel".into()) };
+    let gather = main.lists().is_gather();
+    let keys = !gather && main.tile().schedule != Schedule::Ring;
+    Ok([
+        ("dq", gather || main.deterministic() == Deterministic::Yes, &a.dq, &b.dq),
+        ("dk", keys, &a.dk, &b.dk),
+        ("dv", keys, &a.dv, &b.dv),
+    ])
 }
 
 fn query_lists(gpu: &Gpu, lists: &KvListsBuf) -> Result<(Flat, Flat), super::Failure> {
@@ -440,7 +445,7 @@ fn forward_and_backward(
     // Of two runs the gradients of fixed order are the same bits, and the others within tolerance again.
     results.extend(compare_grads(inputs, &expected.oracle, lowp_grads, &runs[1]));
     all_passed(&results)?;
-    for (name, fixed, second, first) in beside(&runs[1], &runs[0], variant.lists, form) {
+    for (name, fixed, second, first) in beside(&runs[1], &runs[0], &plan)? {
         if fixed {
             same(&format!("{name} of a second run"), &bits(second), &bits(first))?;
         }
@@ -645,7 +650,7 @@ fn in_a_graph(
     let replayed = graph_grads.values(gpu)?;
     same("out of the graph", &bits(&graph_out.rows(gpu)?), &bits(&out.rows(gpu)?))?;
     same("lse of the graph", &bits(&graph_lse.read(gpu)?), &bits(&lse.read(gpu)?))?;
-    for (name, fixed, ours, theirs) in beside(&replayed, &direct, lists, form) {
+    for (name, fixed, ours, theirs) in beside(&replayed, &direct, &plan)? {
         let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 0.02 * (1.0 + b.abs());
         if fixed {
             same(&format!("{name} of the graph"), &bits(ours), &bits(theirs))?;
