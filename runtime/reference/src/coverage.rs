@@ -14,7 +14,7 @@
 
 use crate::attention::{AttnError, AttnShape, View};
 use crate::matrix::{Mat, MatMut, multiply};
-use crate::profile::{critical_keys, group_overlap};
+use crate::profile::{critical_keys, group_overlap, ranked};
 use crate::select::{speakers, unit_scores};
 use dsv_spec::order::{Cube, Grid, invert_order, token_order};
 use dsv_spec::{BlockScore, GroupRule};
@@ -424,13 +424,12 @@ fn spread(len: usize, count: usize) -> impl Iterator<Item = usize> {
 /// What lists of the asked shares and masses hold: units by falling `predicted` mass, ties to the smaller number, of which
 /// each holds `mass`.
 fn lists(predicted: &[f64], mass: &[f64], question: &Question) -> (Vec<Lists>, Vec<Lists>) {
-    let mut order: Vec<u32> = (0..mass.len() as u32).collect();
-    order.sort_unstable_by(|&a, &b| predicted[b as usize].total_cmp(&predicted[a as usize]).then(a.cmp(&b)));
+    let order = ranked(predicted);
     // Sums of the first k: predicted, and true.
     let sums = |of: &[f64]| -> Vec<f64> {
         let mut sum = 0.0;
         let rest = order.iter().map(|&unit| {
-            sum += of[unit as usize];
+            sum += of[unit];
             sum
         });
         std::iter::once(0.0).chain(rest).collect()

@@ -152,8 +152,8 @@ pub fn softmax_row<T: Element>(
     weights
 }
 
-/// Keys by falling weight, ties by the smaller index.
-fn ranked(weights: &[f64]) -> Vec<usize> {
+/// Places of `weights` by falling weight, ties by the smaller place: the order in which keys, or units of them, are chosen.
+pub fn ranked(weights: &[f64]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..weights.len()).collect();
     order.sort_unstable_by(|&a, &b| weights[b].total_cmp(&weights[a]).then(a.cmp(&b)));
     order

@@ -10,7 +10,7 @@ use crate::model::{BlockAttention, Model};
 use crate::predictor::PredictorTask;
 use crate::run::RunError;
 use dsv_reference::attention::{AttnShape, Layout, View};
-use dsv_reference::profile::{critical_keys, distance_histogram, group_overlap, softmax_row};
+use dsv_reference::profile::{critical_keys, distance_histogram, group_overlap, ranked, softmax_row};
 use dsv_spec::order::Grid;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -221,14 +221,6 @@ fn best(mut weights: Vec<f64>, shares: &[f64]) -> Vec<f64> {
     shares.iter().map(|share| weights[..(share * len - 1e-9).ceil() as usize].iter().sum()).collect()
 }
 
-/// Numbers of the `count` largest weights, ties to the smaller number.
-fn largest(weights: &[f64], count: usize) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..weights.len()).collect();
-    order.sort_by(|&a, &b| weights[b].total_cmp(&weights[a]).then(a.cmp(&b)));
-    order.truncate(count);
-    order
-}
-
 /// The ladder of one group of one head; `None` for a group that lists nothing.
 fn ladder(lists: &HostLists, head: usize, place: usize, row: impl Fn(usize) -> Vec<f64>) -> Option<Ladder> {
     let ListShape { seqlen, query_group, kv_block, max_selected, .. } = lists.shape;
@@ -252,11 +244,12 @@ fn ladder(lists: &HostLists, head: usize, place: usize, row: impl Fn(usize) -> V
     let of_group: Vec<f64> = (0..blocks).map(|n| mean(by_block.iter().map(|b| b[n]))).collect();
     let k = listed.len();
     let kept = k as f64 / blocks as f64;
-    let ideal = largest(&of_group, k);
+    let mut ideal = ranked(&of_group);
+    ideal.truncate(k);
     Some(Ladder {
         kept,
         keys: mean(rows.into_iter().map(|r| best(r, &[kept])[0])),
-        blocks: mean(by_block.iter().map(|b| largest(b, k).iter().map(|&n| b[n]).sum())),
+        blocks: mean(by_block.iter().map(|b| ranked(b).iter().take(k).map(|&n| b[n]).sum())),
         group: ideal.iter().map(|&n| of_group[n]).sum(),
         lists: listed.iter().map(|&n| of_group[n]).sum(),
         recall: listed.iter().filter(|n| ideal.contains(n)).count() as f64 / k as f64,
