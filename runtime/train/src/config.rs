@@ -33,6 +33,10 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
             ("patch", "latents folded into one token, as [time, height, width]"),
             ("latent_channels", "channels of a latent; Haar latents have 3 * 8^levels (24, 192)"),
             ("rope_base", "base of the 3D rotary frequencies"),
+            (
+                "qk_gain",
+                "what the gains of QK RMSNorm begin with; logits of unrelated tokens then spread by its square",
+            ),
             ("norm_eps", "epsilon of LayerNorm and QK RMSNorm"),
         ],
     ),
@@ -228,6 +232,8 @@ pub struct Model {
     pub latent_channels: usize,
     /// Base of the rotary frequencies.
     pub rope_base: f64,
+    /// First value of the gains of QK RMSNorm.
+    pub qk_gain: f64,
     /// Epsilon of the norms.
     pub norm_eps: f64,
 }
@@ -708,6 +714,7 @@ impl Config {
                 patch: [1, 2, 2],
                 latent_channels: 16,
                 rope_base: 10_000.0,
+                qk_gain: 1.0,
                 norm_eps: 1e-6,
             },
             data: Data {
@@ -1004,6 +1011,7 @@ impl Config {
             }
         };
         range("model.rope_base", model.rope_base, "more than 1", model.rope_base > 1.0);
+        range("model.qk_gain", model.qk_gain, "more than 0", model.qk_gain > 0.0);
         range("model.norm_eps", model.norm_eps, "more than 0", model.norm_eps > 0.0);
         range("train.lr", train.lr, "0 and more", train.lr >= 0.0);
         range("train.grad_clip", train.grad_clip, "0 (off) and more", train.grad_clip >= 0.0);
@@ -1476,7 +1484,7 @@ mod tests {
     fn unknown_keys_name_the_key_the_allowed_ones_and_the_next_command() {
         insta::assert_snapshot!(error("[model]\nlyers = 2\n[smaple]\nsteps = 3\n"), @r#"
         a.toml line 2: unknown key "model.lyers"
-          keys of [model]: layers, heads, head_dim, mlp, mlp_ratio, text_dim, text_tokens, patch, latent_channels, rope_base, norm_eps
+          keys of [model]: layers, heads, head_dim, mlp, mlp_ratio, text_dim, text_tokens, patch, latent_channels, rope_base, qk_gain, norm_eps
           did you mean: layers
           next: dsv-train plan --preset tiny   (prints every key, its default and its meaning)
         a.toml line 3: unknown key "smaple"

@@ -46,6 +46,8 @@ pub struct ModelShape {
     pub eps: f32,
     /// Base of the rotary frequencies.
     pub rope_base: f64,
+    /// First value of the gains of QK RMSNorm.
+    pub qk_gain: f32,
     /// The cube whose tokens are contiguous.
     pub cube: Cube,
     /// Predictors, when the run has them.
@@ -89,6 +91,7 @@ impl ModelShape {
             patch,
             eps: m.norm_eps as f32,
             rope_base: m.rope_base,
+            qk_gain: m.qk_gain as f32,
             cube: config.first_cube(),
             window: None,
             predictor: d.attention.predicts().then(|| PredictorShape {
@@ -206,8 +209,18 @@ impl ModelShape {
                 .map(|l| BlockWeights {
                     table: p.add(format!("block.{l}.table"), &[6, dim], table, false),
                     qkv: p.linear(&format!("block.{l}.qkv"), 3 * dim, dim, std(dim)),
-                    q_norm: p.add(format!("block.{l}.q_norm"), &[self.head_dim], Init::Constant(1.0), false),
-                    k_norm: p.add(format!("block.{l}.k_norm"), &[self.head_dim], Init::Constant(1.0), false),
+                    q_norm: p.add(
+                        format!("block.{l}.q_norm"),
+                        &[self.head_dim],
+                        Init::Constant(self.qk_gain),
+                        false,
+                    ),
+                    k_norm: p.add(
+                        format!("block.{l}.k_norm"),
+                        &[self.head_dim],
+                        Init::Constant(self.qk_gain),
+                        false,
+                    ),
                     o: p.linear(&format!("block.{l}.o"), dim, dim, std(dim)),
                     cq: p.linear(&format!("block.{l}.cross.q"), dim, dim, std(dim)),
                     ckv: p.linear(&format!("block.{l}.cross.kv"), 2 * dim, dim, std(dim)),

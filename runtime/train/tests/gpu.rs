@@ -977,6 +977,7 @@ fn model_shape((query_group, kv_block): (usize, usize)) -> ModelShape {
         patch,
         eps: 1e-6,
         rope_base: 100.0,
+        qk_gain: 1.0,
         cube: dsv_spec::order::Cube::of_group(query_group.max(kv_block) as u32),
         window: None,
         predictor: Some(PredictorShape {

@@ -24,6 +24,7 @@ fn shape(mlp: MlpAct) -> ModelShape {
         patch,
         eps: 1e-6,
         rope_base: 100.0,
+        qk_gain: 1.0,
         cube: dsv_spec::order::Cube::of_group(4),
         window: None,
         predictor: Some(PredictorShape {
