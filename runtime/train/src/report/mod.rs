@@ -39,7 +39,7 @@ pub struct RunData {
     pub stages: Vec<(u64, u32, String)>,
     /// Choices of a cube of tokens: step and choice.
     pub cubes: Vec<(u64, ChosenCube)>,
-    /// Profiles: step -> sparsity and covered mass, `[layers][heads]`.
+    /// Profiles, by step.
     pub profiles: BTreeMap<u64, Profile>,
     /// Decisions, by the first step they hold for.
     pub dispatches: BTreeMap<u64, Dispatch>,
@@ -57,8 +57,16 @@ pub struct RunData {
     pub samples: Vec<PathBuf>,
 }
 
-/// Sparsity and covered mass, each `[layers][heads]`.
-pub type Profile = (Vec<Vec<f64>>, Vec<Vec<f64>>);
+/// What the profiler saw at one step, each `[layers][heads]`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Profile {
+    /// Share of KV that is not critical.
+    pub sparsity: Vec<Vec<f64>>,
+    /// Attention mass that the predicted lists cover.
+    pub covered: Vec<Vec<f64>>,
+    /// Share of the critical KV that the predicted lists hold; empty in runs that recorded none.
+    pub recall: Vec<Vec<f64>>,
+}
 
 /// One decision of the dispatcher, for each block.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -102,8 +110,8 @@ impl RunData {
                 }
                 Record::Stage { step, stage, reason } => run.stages.push((step, stage, reason)),
                 Record::Cube { step, choice } => run.cubes.push((step, choice)),
-                Record::Profile { step, sparsity, covered, .. } => {
-                    run.profiles.insert(step, (sparsity, covered));
+                Record::Profile { step, sparsity, covered, recall } => {
+                    run.profiles.insert(step, Profile { sparsity, covered, recall });
                 }
                 Record::Dispatch { step, sparse, skipped, why } => {
                     run.dispatches.insert(step, Dispatch { sparse, skipped, why });
@@ -259,7 +267,18 @@ fn page(runs: &[RunData]) -> String {
         "share",
         false,
         None,
-        &each("", &|r| r.profiles.iter().map(|(s, (_, c))| (*s as f64, mean(c))).collect()),
+        &each("", &|r| r.profiles.iter().map(|(s, p)| (*s as f64, mean(&p.covered))).collect()),
+    );
+    section(
+        "Recall",
+        "Share of the critical KV, the fewest that hold theta of a query's mass, among those that the predicted lists keep; mean over blocks and heads.",
+        "share",
+        false,
+        Some((0.0, 1.0)),
+        &each("", &|r| {
+            let recorded = r.profiles.iter().filter(|(_, p)| !p.recall.is_empty());
+            recorded.map(|(s, p)| (*s as f64, mean(&p.recall))).collect()
+        }),
     );
     section(
         "Sparsity",
@@ -267,7 +286,7 @@ fn page(runs: &[RunData]) -> String {
         "share",
         false,
         Some((0.0, 1.0)),
-        &each("", &|r| r.profiles.iter().map(|(s, (x, _))| (*s as f64, mean(x))).collect()),
+        &each("", &|r| r.profiles.iter().map(|(s, p)| (*s as f64, mean(&p.sparsity))).collect()),
     );
     section(
         "Blocks that ran sparse",
@@ -360,8 +379,12 @@ fn facts(body: &mut String, runs: &[RunData]) {
     row("Loss, last tenth", &|r| r.final_loss().map(four));
     row("Validation loss, last", &|r| r.evals.last_key_value().map(|(_, (l, _))| four(*l)));
     row("Predictor loss, last", &|r| r.steps.values().rev().find_map(|s| s.predictor_loss).map(four));
-    row("Covered mass, last", &|r| r.profiles.last_key_value().map(|(_, (_, c))| four(mean(c))));
-    row("Sparsity, last", &|r| r.profiles.last_key_value().map(|(_, (s, _))| four(mean(s))));
+    row("Covered mass, last", &|r| r.profiles.last_key_value().map(|(_, p)| four(mean(&p.covered))));
+    row("Recall, last", &|r| {
+        let (_, p) = r.profiles.last_key_value().filter(|(_, p)| !p.recall.is_empty())?;
+        Some(four(mean(&p.recall)))
+    });
+    row("Sparsity, last", &|r| r.profiles.last_key_value().map(|(_, p)| four(mean(&p.sparsity))));
     row("Blocks sparse in stage 2, mean", &|r| {
         let v: Vec<f64> = r.steps.values().filter(|s| s.stage == 2).map(|s| s.sparse_share).collect();
         (!v.is_empty()).then(|| format!("{:.0} %", v.iter().sum::<f64>() / v.len() as f64 * 100.0))
@@ -509,7 +532,7 @@ fn granularity(body: &mut String, g: &Granularity, of: &str) {
 }
 
 fn heat_maps(body: &mut String, run: &RunData, several: bool) {
-    let Some((last_step, (last, last_covered))) = run.profiles.last_key_value() else { return };
+    let Some((last_step, last)) = run.profiles.last_key_value() else { return };
     let of = if several { format!(" of {}", escape(&run.title)) } else { String::new() };
     let stops: Vec<String> = (0..=8)
         .map(|i| {
@@ -521,7 +544,10 @@ fn heat_maps(body: &mut String, run: &RunData, several: bool) {
         "<div class=\"ramp\">0 <b style=\"background:linear-gradient(90deg,{})\"></b> 1</div>",
         stops.join(",")
     );
-    let (layers, heads) = (last.len(), last.iter().map(Vec::len).max().unwrap_or(0));
+    let (layers, heads) = (last.sparsity.len(), last.sparsity.iter().map(Vec::len).max().unwrap_or(0));
+    let kinds: [(&str, fn(&Profile) -> &Vec<Vec<f64>>); 3] =
+        [("Sparsity", |p| &p.sparsity), ("Covered mass", |p| &p.covered), ("Recall", |p| &p.recall)];
+    let kinds = kinds.into_iter().filter(|(_, pick)| !pick(last).is_empty());
     let by_head = layers * heads <= MAX_ROWS;
     // Profiles over time, thinned evenly, the last always shown.
     let all: Vec<(&u64, &Profile)> = run.profiles.iter().collect();
@@ -552,10 +578,7 @@ fn heat_maps(body: &mut String, run: &RunData, several: bool) {
         (rows, labels)
     };
     let unit = if by_head { "block and head" } else { "block" };
-    for (heading, pick) in [
-        ("Sparsity", (|p: &Profile| &p.0) as fn(&Profile) -> &Vec<Vec<f64>>),
-        ("Covered mass", |p: &Profile| &p.1),
-    ] {
+    for (heading, pick) in kinds.clone() {
         let (rows, labels) = over_time(pick);
         if let Some(svg) = plot::heat_map(&rows, &labels, &steps, "step") {
             let _ = write!(body, "<h2>{heading} by {unit} over time{of}</h2>{legend}{svg}");
@@ -564,8 +587,8 @@ fn heat_maps(body: &mut String, run: &RunData, several: bool) {
     if !by_head {
         let blocks: Vec<String> = (0..layers).map(|l| format!("block {l}")).collect();
         let names: Vec<String> = (0..heads).map(|h| h.to_string()).collect();
-        for (heading, rows) in [("Sparsity", last), ("Covered mass", last_covered)] {
-            if let Some(svg) = plot::heat_map(rows, &blocks, &names, "head") {
+        for (heading, pick) in kinds {
+            if let Some(svg) = plot::heat_map(pick(last), &blocks, &names, "head") {
                 let _ =
                     write!(body, "<h2>{heading} by block and head at step {last_step}{of}</h2>{legend}{svg}");
             }
@@ -726,6 +749,8 @@ mod tests {
             "Training loss",
             "Predictor loss",
             "Covered mass by block and head over time of DSV",
+            "Recall by block and head over time of DSV",
+            "Recall, last",
             "Sparsity by block and head over time of DSV",
             "Blocks that ran sparse",
             "Speed",
