@@ -331,7 +331,7 @@ pub struct Keep {
 ///
 /// # Errors
 /// [`SelectError::ScoresLength`].
-pub fn keep(dims: &ListDims, keep: Keep, scores: &mut [f64]) -> Result<(), SelectError> {
+pub fn keep<T: From<f32>>(dims: &ListDims, keep: Keep, scores: &mut [T]) -> Result<(), SelectError> {
     let (groups, blocks) = (dims.groups(), dims.blocks());
     let expected = dims.lists() * blocks;
     if scores.len() != expected {
@@ -344,7 +344,7 @@ pub fn keep(dims: &ListDims, keep: Keep, scores: &mut [f64]) -> Result<(), Selec
         for (block, score) in scores.iter_mut().enumerate() {
             let keys = dims.block_keys(block);
             if keys.start < keep.first || (keep.own && keys.start < own.end && keys.end > own.start) {
-                *score = f64::INFINITY;
+                *score = f32::INFINITY.into();
             }
         }
     }

@@ -143,6 +143,10 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
             ("predictor_lr_stage2_factor", "multiplies predictor_lr in stage 2"),
             ("predictor_rope", "rotate the low-rank queries and keys as well"),
             ("group_rule", "query that decides for its group: \"centre\" or \"mean\""),
+            (
+                "keep_own",
+                "list the group's own tokens before all others, whatever is predicted; they count as kept",
+            ),
             ("theta", "share of the softmax mass that critical KV hold"),
             ("profile_every", "steps between profiles in stage 1"),
             ("profile_every_stage2", "steps between profiles in stage 2"),
@@ -417,6 +421,8 @@ pub struct Dsv {
     pub predictor_rope: bool,
     /// Query that decides for its group.
     pub group_rule: GroupRule,
+    /// A group lists its own tokens first.
+    pub keep_own: bool,
     /// Share of the mass that critical KV hold.
     pub theta: f64,
     /// Steps between profiles in stage 1.
@@ -769,6 +775,7 @@ impl Config {
                 predictor_lr_stage2_factor: 0.1,
                 predictor_rope: false,
                 group_rule: GroupRule::Centre,
+                keep_own: false,
                 theta: 0.9,
                 profile_every: 50,
                 profile_every_stage2: 1000,

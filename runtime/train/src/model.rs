@@ -99,6 +99,7 @@ impl ModelShape {
                 d_lr: d.rank,
                 rope: d.predictor_rope,
                 rule: d.group_rule.into(),
+                keep_own: d.keep_own,
                 theta: d.theta as f32,
                 samples: d.profile_queries.min(patch.tokens()),
                 lists: ListShape {

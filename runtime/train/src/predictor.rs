@@ -20,6 +20,8 @@ pub struct PredictorShape {
     pub rope: bool,
     /// Query that decides for its group.
     pub rule: GroupRule,
+    /// Whether a group lists its own tokens whatever is predicted.
+    pub keep_own: bool,
     /// Share of the softmax mass that counts as critical.
     pub theta: f32,
     /// Profiled queries.
@@ -262,6 +264,7 @@ impl Predictors {
                 d_lr,
                 top_k: per_head(self.top_k),
                 rule: self.shape.rule,
+                keep_own: self.shape.keep_own,
                 lists: lists.unwrap_or(self.scratch_slot()),
             });
         }

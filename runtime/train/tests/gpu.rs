@@ -668,6 +668,7 @@ fn selected(head_dim: usize, query_group: usize, kv_block: usize) {
             d_lr: 16,
             top_k: b[2],
             rule: GroupRule::Centre,
+            keep_own: true,
             lists: lists(b),
         });
     });
@@ -741,6 +742,7 @@ fn selected(head_dim: usize, query_group: usize, kv_block: usize) {
         d_lr: 16,
         top_k,
         rule: GroupRule::Mean,
+        keep_own: false,
         lists: lists(&pair.gpu_bufs),
     };
     pair.gpu.kv_select(&args);
@@ -985,6 +987,7 @@ fn model_shape((query_group, kv_block): (usize, usize)) -> ModelShape {
             d_lr: 16,
             rope: true,
             rule: GroupRule::Centre,
+            keep_own: true,
             theta: 0.9,
             samples: 16,
             lists,

@@ -38,7 +38,7 @@ pub trait CpuReal: Math + Plain + std::fmt::Debug {
         rank: usize,
         q_lr: &attention::View<'_, Self>,
         k_lr: &attention::View<'_, Self>,
-        rule: GroupRule,
+        choice: (GroupRule, select::Keep),
         top_k: &[i32],
     ) -> Result<KvListsBuf, String>;
 }
@@ -67,11 +67,14 @@ impl CpuReal for f32 {
         rank: usize,
         q_lr: &attention::View<'_, f32>,
         k_lr: &attention::View<'_, f32>,
-        rule: GroupRule,
+        (rule, keep): (GroupRule, select::Keep),
         top_k: &[i32],
     ) -> Result<KvListsBuf, String> {
         select::scores_f32(dims, rank, q_lr, k_lr, rule)
-            .and_then(|scores| select::top_k(dims, &scores, top_k))
+            .and_then(|mut scores| {
+                select::keep(dims, keep, &mut scores)?;
+                select::top_k(dims, &scores, top_k)
+            })
             .map_err(|e| e.to_string())
     }
 }
@@ -100,11 +103,14 @@ impl CpuReal for f64 {
         rank: usize,
         q_lr: &attention::View<'_, f64>,
         k_lr: &attention::View<'_, f64>,
-        rule: GroupRule,
+        (rule, keep): (GroupRule, select::Keep),
         top_k: &[i32],
     ) -> Result<KvListsBuf, String> {
         select::scores_f64(dims, rank, q_lr, k_lr, rule, None)
-            .and_then(|scores| select::top_k(dims, &scores, top_k))
+            .and_then(|mut scores| {
+                select::keep(dims, keep, &mut scores)?;
+                select::top_k(dims, &scores, top_k)
+            })
             .map_err(|e| e.to_string())
     }
 }
@@ -749,7 +755,8 @@ impl<T: CpuReal> Engine for CpuEngine<T> {
     fn kv_select(&mut self, args: &KvSelect) {
         let dims = list_dims(&args.lists.shape);
         let (q_lr, k_lr) = (self.view(&args.q_lr), self.view(&args.k_lr));
-        match T::select(&dims, args.d_lr, &q_lr, &k_lr, args.rule, self.ints(args.top_k)) {
+        let choice = (args.rule, select::Keep { first: 0, own: args.keep_own });
+        match T::select(&dims, args.d_lr, &q_lr, &k_lr, choice, self.ints(args.top_k)) {
             Ok(lists) => {
                 self.write_ints(args.lists.q2k_index, &lists.index);
                 self.write_ints(args.lists.q2k_count, &lists.count);
@@ -948,6 +955,7 @@ mod tests {
             d_lr: 4,
             top_k,
             rule: GroupRule::Centre,
+            keep_own: false,
             lists,
         });
         let error = e.sync().unwrap_err().to_string();

@@ -413,7 +413,7 @@ impl CudaEngine {
     fn load_list_kernels(&mut self, shape: &ListShape, d_lr: usize) -> Result<(), EngineError> {
         let layout = Layout::bshd(shape.seqlen as u32, shape.heads as u32, d_lr as u32);
         for rule in GroupRule::PROXIES {
-            self.plan_selection(shape, &selection_problem(shape, d_lr, rule)?, layout, layout)?;
+            self.plan_selection(shape, &selection_problem(shape, d_lr, rule, false)?, layout, layout)?;
         }
         match shape.kernel_lists().is_gather() {
             true => Ok(()),
@@ -436,7 +436,7 @@ impl CudaEngine {
     }
 
     fn selection_plan(&mut self, args: &KvSelect) -> Result<usize, EngineError> {
-        let problem = selection_problem(&args.lists.shape, args.d_lr, args.rule)?;
+        let problem = selection_problem(&args.lists.shape, args.d_lr, args.rule, args.keep_own)?;
         let key = (problem, layout(&args.q_lr), layout(&args.k_lr));
         if let Some(at) = self.selections.iter().position(|(k, _)| *k == key) {
             return Ok(at);
@@ -721,13 +721,18 @@ fn served_rank(d_lr: usize) -> Result<u8, EngineError> {
     rank.ok_or_else(|| EngineError::Device(crate::config::rank_not_served(d_lr)))
 }
 
-fn selection_problem(shape: &ListShape, d_lr: usize, rule: GroupRule) -> Result<SelectProblem, EngineError> {
+fn selection_problem(
+    shape: &ListShape,
+    d_lr: usize,
+    rule: GroupRule,
+    keep_own: bool,
+) -> Result<SelectProblem, EngineError> {
     Ok(SelectProblem {
         rank: served_rank(d_lr)?,
         query_group: shape.query_group as u16,
         kv_block: shape.kv_block as u16,
         group_rule: rule,
-        keep: Keep::default(),
+        keep: Keep { first: 0, own: keep_own },
         batch: shape.batch as u32,
         num_heads: shape.heads as u32,
         seqlen_q: shape.seqlen as u32,
@@ -1791,7 +1796,7 @@ mod tests {
     fn a_low_rank_the_kernels_do_not_serve_is_refused_with_the_setting() {
         let shape =
             ListShape { batch: 1, heads: 1, seqlen: 64, query_group: 64, kv_block: 64, max_selected: 1 };
-        let error = selection_problem(&shape, 8, GroupRule::Centre).unwrap_err().to_string();
+        let error = selection_problem(&shape, 8, GroupRule::Centre, false).unwrap_err().to_string();
         assert!(error.contains("dsv.rank is 8") && error.contains("SHIPPED_RANKS"), "{error}");
     }
 }

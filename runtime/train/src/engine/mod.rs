@@ -558,6 +558,8 @@ pub struct KvSelect {
     pub top_k: Buf,
     /// Query that decides for its group.
     pub rule: GroupRule,
+    /// Whether a group lists its own tokens before all others, within its budget.
+    pub keep_own: bool,
     /// Written: lists, counts and, where present, the inverse.
     pub lists: Lists,
 }

@@ -32,6 +32,7 @@ fn shape(mlp: MlpAct) -> ModelShape {
             d_lr: 4,
             rope: true,
             rule: GroupRule::Centre,
+            keep_own: false,
             theta: 0.9,
             samples: 3,
             lists,

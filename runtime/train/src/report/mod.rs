@@ -531,6 +531,9 @@ fn granularity(body: &mut String, g: &Granularity, of: &str) {
     }
 }
 
+/// One of a profile's numbers.
+type ProfileRows = fn(&Profile) -> &Vec<Vec<f64>>;
+
 fn heat_maps(body: &mut String, run: &RunData, several: bool) {
     let Some((last_step, last)) = run.profiles.last_key_value() else { return };
     let of = if several { format!(" of {}", escape(&run.title)) } else { String::new() };
@@ -545,7 +548,7 @@ fn heat_maps(body: &mut String, run: &RunData, several: bool) {
         stops.join(",")
     );
     let (layers, heads) = (last.sparsity.len(), last.sparsity.iter().map(Vec::len).max().unwrap_or(0));
-    let kinds: [(&str, fn(&Profile) -> &Vec<Vec<f64>>); 3] =
+    let kinds: [(&str, ProfileRows); 3] =
         [("Sparsity", |p| &p.sparsity), ("Covered mass", |p| &p.covered), ("Recall", |p| &p.recall)];
     let kinds = kinds.into_iter().filter(|(_, pick)| !pick(last).is_empty());
     let by_head = layers * heads <= MAX_ROWS;
@@ -554,7 +557,7 @@ fn heat_maps(body: &mut String, run: &RunData, several: bool) {
     let every = all.len().div_ceil(MAX_COLUMNS);
     let shown: Vec<&(&u64, &Profile)> = all.iter().rev().step_by(every).rev().collect();
     let steps: Vec<String> = shown.iter().map(|(s, _)| s.to_string()).collect();
-    let over_time = |pick: fn(&Profile) -> &Vec<Vec<f64>>| -> (Vec<Vec<f64>>, Vec<String>) {
+    let over_time = |pick: ProfileRows| -> (Vec<Vec<f64>>, Vec<String>) {
         let value = |p: &Profile, l: usize, h: Option<usize>| {
             let row = pick(p).get(l);
             match h {
