@@ -7,8 +7,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-cargo build --release --quiet -p dsv-emulator
-program=$(cargo test --release --quiet -p dsv-tests --features gpu --test gpu --no-run --message-format=json |
+# Of the whole workspace, as tests/run.sh builds, so that no dependency is built a second time with other features.
+cargo build --release --quiet --workspace --lib
+program=$(cargo test --release --quiet --workspace --exclude dsv-train --features dsv-tests/gpu --test gpu --no-run --message-format=json |
     sed -n 's/.*"name":"gpu".*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
 mkdir -p target/emulated
 # Renamed into place: a program that runs keeps the library it has.

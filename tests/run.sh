@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-cargo run --release --quiet -p dsv-codegen -- fetch-nvrtc
+cargo run --release --quiet --bin dsv-codegen -- fetch-nvrtc
 cargo test --release --workspace --no-fail-fast "$@"
 if ((!$#)); then
     ./tests/emulated.sh

@@ -80,7 +80,7 @@ fn ci_runs_the_commands_of_the_readme() {
     let ci = read(".ci/run");
     let readme = read("README.md");
     for command in
-        ["./tests/run.sh", "cargo run --release -p dsv-train -- run --preset tiny --out target/tiny"]
+        ["./tests/run.sh", "cargo run --release --bin dsv-train -- run --preset tiny --out target/tiny"]
     {
         assert!(ci.contains(command), ".ci/run does not run: {command}");
         assert!(readme.contains(command), "README.md does not name: {command}");

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 pub enum CompileError {
     /// NVRTC is nowhere.
     #[error(
-        "NVRTC, NVIDIA's run-time compiler, was not found\n  looked in: {}\n  to fetch it into this checkout: cargo run --release -p dsv-codegen -- fetch-nvrtc\n  or name it: DSV_NVRTC=/path/to/libnvrtc.so.13",
+        "NVRTC, NVIDIA's run-time compiler, was not found\n  looked in: {}\n  to fetch it into this checkout: cargo run --release --bin dsv-codegen -- fetch-nvrtc\n  or name it: DSV_NVRTC=/path/to/libnvrtc.so.13",
         tried.join("\n             ")
     )]
     NoNvrtc {
@@ -16,7 +16,7 @@ pub enum CompileError {
     },
     /// A library is there but cannot be used.
     #[error(
-        "NVRTC at {library} cannot be used: {why}\n  needed: CUDA 12.3 or newer, with libnvrtc-builtins beside it\n  to fetch one that works: cargo run --release -p dsv-codegen -- fetch-nvrtc, then unset DSV_NVRTC"
+        "NVRTC at {library} cannot be used: {why}\n  needed: CUDA 12.3 or newer, with libnvrtc-builtins beside it\n  to fetch one that works: cargo run --release --bin dsv-codegen -- fetch-nvrtc, then unset DSV_NVRTC"
     )]
     Load {
         /// The library.
@@ -117,7 +117,7 @@ pub enum CompileError {
     },
     /// nvdisasm is nowhere, or fails.
     #[error(
-        "cannot disassemble: {why}\n  needed: nvdisasm, on PATH or named by DSV_NVDISASM\n  to fetch it into this checkout: cargo run --release -p dsv-codegen -- fetch-nvrtc"
+        "cannot disassemble: {why}\n  needed: nvdisasm, on PATH or named by DSV_NVDISASM\n  to fetch it into this checkout: cargo run --release --bin dsv-codegen -- fetch-nvrtc"
     )]
     Sass {
         /// What was wrong.

@@ -223,7 +223,7 @@ fn a_path_without_nvrtc_is_an_error_with_the_next_command() {
     insta::assert_snapshot!(message, @r"
     NVRTC, NVIDIA's run-time compiler, was not found
       looked in: <DIR>
-      to fetch it into this checkout: cargo run --release -p dsv-codegen -- fetch-nvrtc
+      to fetch it into this checkout: cargo run --release --bin dsv-codegen -- fetch-nvrtc
       or name it: DSV_NVRTC=/path/to/libnvrtc.so.13
     ");
     let text = dir.path().join("libnvrtc.so.13");
