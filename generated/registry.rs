@@ -1013,70 +1013,70 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "b6666828d44b6584f2737cf58edac3b7c82421deb7daf435d9eb2de2a1b3e22f",
+        source_hash: "1fad2f91c04aaa5416ac45173fabde8de0cc76d062022fa41406de4c0895fb77",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "fa677dce531c2f4a6e3817e30849dfa016f56e730b75911d58fc7dd670b7a02a",
+        source_hash: "9f9887ff7e6059bfee63331fff1f11886f162c05f5a3d1a58229c0c94a98c526",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "8a550549a8887a482e6b11a805dad926131aed2e16a4f5b2f737ab1a5a1ee47a",
+        source_hash: "be61dd56b611ef37b52fa8eabf108404390486ba50e0e433c12c01a2c4640917",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "dd832655244dba068beb3c810b1574364bc079a916920fb37eb7d5777f687f43",
+        source_hash: "b82153fc98700482564c6309a100c93d6cfff08c5ae65de970a51f303c8dc78a",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "6bced79004cc00443190a2da82d3127c16038b50a585702edd38dd51722e80da",
+        source_hash: "15ebaa48228748fbca7c7c25482b077bedc375a3f407f2a0a9af33ba82334c33",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "c5230976a8f7add2d06d8e8a27a0e097618b7b8a9aabf6b3af58456f0a135bed",
+        source_hash: "4ba36b20dbcc84276fbce2003729851be2187c10bb917f7a4ad65dcfec76a79c",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "44764a403ee8b21d964044339f179aca9f2f0e7519ccfed9935188653ca592a4",
+        source_hash: "643c6524ec3c59613c6074a3cad294ee15d90542f5f7ab331e7d545a27fcbba4",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "b82687e0be306e9f6b2a41268a49f495bcf5704daee995ba77a50a797b1ad20b",
+        source_hash: "775c244fae8fd8c28a9cd5809c51c6794a6f9b720c678c2cd89afef326b7fa57",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "4a6036f3493431b72828218b16d51675fb0a07f7953b22b28f0a88019bd02fc1",
+        source_hash: "97d97a82677bc6f09beab1ce90960188129cfd6b54965718f51dd8d21f8a363c",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "567cd92322d9127afa9a6422d7e53cd05e68344381598c2142a1004087375076",
+        source_hash: "f3deeddfe58e6abcd97d5c01c2bc253147547a0022030abd3a4a081fe7d56c09",
     },
     Kernel {
         name: "kv_validate_sm80",

@@ -174,8 +174,8 @@ impl Facts {
 
 /// Shared memory of a `kv_select_fine` CTA: for each group 512 bins, whose room later serves two bits for each of two
 /// tiles of 1024 units, and 1024 ids a warp; the groups' searches, counts and brackets; scores that wait to be counted, 32 a
-/// thread; the groups' masses; the queries' LSE; 64 queries. What a kernel does not use keeps one element (of the waiting
-/// scores one warp's): those wait for tokens by top-k alone, masses are top-p's, LSE is mass4's.
+/// thread; the groups' masses; the queries' LSE; stored scores; 64 queries. What a kernel does not use keeps one element (of the
+/// waiting scores one warp's): those wait for tokens by top-k alone, masses are top-p's, LSE and stored scores are mass4's.
 fn select_fine_smem_bytes(spec: &SelectSpec) -> u32 {
     let (groups, warps) = (spec.tile().groups as u32, spec.tile().warps as u32);
     let bins = groups * (512 + 4) * 4;
@@ -184,7 +184,8 @@ fn select_fine_smem_bytes(spec: &SelectSpec) -> u32 {
     let waiting = if samples { warps } else { 1 } * 32 * 32 * 4;
     let masses = if spec.budget() == Budget::TopP { groups } else { 1 } * 32;
     let lse: u32 = if spec.group_rule() == GroupRule::Mass4 { 64 } else { 1 } * 8;
-    let searches = groups * (32 + 4 + 16) + masses + waiting + lse.next_multiple_of(16);
+    let stored = (64 * spec.stored_steps()).max(1) * 4;
+    let searches = groups * (32 + 4 + 16) + masses + waiting + (lse + stored).next_multiple_of(16);
     bins.max(bits) + searches + 64 * spec.rank() as u32 * spec.dtype().bytes()
 }
 

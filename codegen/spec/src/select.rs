@@ -219,6 +219,15 @@ impl SelectSpec {
     pub const fn tile(&self) -> SelectTile {
         self.tile
     }
+    /// Of `kv_select_fine`, steps (four units of the CTA's groups) whose scores stay in shared memory: where exponentials make
+    /// them dear and units are blocks, as many turns of 16 warps as there is room for.
+    pub const fn stored_steps(&self) -> u32 {
+        match (self.group_rule, self.kv_block, self.arch) {
+            (GroupRule::Mass4, 2.., Arch::Sm90a) => 43 * 16,
+            (GroupRule::Mass4, 2.., Arch::Sm80) => 26 * 16,
+            _ => 0,
+        }
+    }
     /// The architecture.
     pub const fn arch(&self) -> Arch {
         self.arch
