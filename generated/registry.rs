@@ -1013,70 +1013,70 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "1fad2f91c04aaa5416ac45173fabde8de0cc76d062022fa41406de4c0895fb77",
+        source_hash: "2ae9eb90ab406610d812c657f3334e240bc125bf8fb2441d69c3280c82faa087",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "9f9887ff7e6059bfee63331fff1f11886f162c05f5a3d1a58229c0c94a98c526",
+        source_hash: "7714fa81d7befec45541969921ce27b5ccc2481ec0acd8ca78b3ca69d281940b",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "be61dd56b611ef37b52fa8eabf108404390486ba50e0e433c12c01a2c4640917",
+        source_hash: "a282598056929ab2405885565aba66f10888f8401bd3f8362501dbef1f03aef2",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "b82153fc98700482564c6309a100c93d6cfff08c5ae65de970a51f303c8dc78a",
+        source_hash: "ae3d4bc9ccf8100bd0ce7ed822eb4ad7b5bd0560b81c394a3d3d9c03a2c15943",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "15ebaa48228748fbca7c7c25482b077bedc375a3f407f2a0a9af33ba82334c33",
+        source_hash: "3768c8697b993208c90adaa0adb6221e6c2455fae0cdda14f78136e48b098711",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "4ba36b20dbcc84276fbce2003729851be2187c10bb917f7a4ad65dcfec76a79c",
+        source_hash: "f7c2717b593b009f5ee3006a0f339e77faf0cee0c75e4802d31a84725b420db7",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "643c6524ec3c59613c6074a3cad294ee15d90542f5f7ab331e7d545a27fcbba4",
+        source_hash: "c5e61a47965efa2679211e077fff3a03b362351649c2b172148d272c8f639811",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "775c244fae8fd8c28a9cd5809c51c6794a6f9b720c678c2cd89afef326b7fa57",
+        source_hash: "db5ce21c4817733d4dccbad39922b5d5d874d65517368c3149c1af8ff9591ec6",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "97d97a82677bc6f09beab1ce90960188129cfd6b54965718f51dd8d21f8a363c",
+        source_hash: "035aa25554cee3f1c177be046dfb5ece7d2f70a2fa020c1e1b470ea0f75d2260",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "f3deeddfe58e6abcd97d5c01c2bc253147547a0022030abd3a4a081fe7d56c09",
+        source_hash: "2fa9baa2910024d6fceb7d6004e636067de1fd2be026172b9f31bec53d871209",
     },
     Kernel {
         name: "kv_validate_sm80",

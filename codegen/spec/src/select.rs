@@ -228,6 +228,15 @@ impl SelectSpec {
             _ => 0,
         }
     }
+    /// Of `kv_select_fine`, scores of a group's bracket that have room in shared memory: where exponentials make them dear and
+    /// units are tokens, chosen by number.
+    pub const fn kept_scores(&self) -> u32 {
+        match (self.group_rule, self.kv_block, self.budget, self.arch) {
+            (GroupRule::Mass4, 1, Budget::TopK, Arch::Sm90a) => 2816,
+            (GroupRule::Mass4, 1, Budget::TopK, Arch::Sm80) => 1792,
+            _ => 0,
+        }
+    }
     /// The architecture.
     pub const fn arch(&self) -> Arch {
         self.arch

@@ -35,6 +35,7 @@ constexpr bool kTopP = false;
 constexpr bool kBlockMass = false;
 constexpr bool kQueryMass = false;
 constexpr int kStoredSteps = 0;
+constexpr int kKept = 0;
 constexpr int kThreads = 512;
 constexpr int kCtasPerSm = 1;
 constexpr int kSmemBytes = 141616;
@@ -79,6 +80,9 @@ constexpr float kFirstPlace = 8388608.0f;  // 2^23: from here on floats are inte
 constexpr int kLanePlaces = 8 * kBinStride;  // from one row of a lane to the next
 constexpr int kWaiting = 32;                 // places a lane keeps before it counts them
 constexpr int kWaitingWarps = kMaySample ? kWarps : 1;
+// Where a pass is dear (tokens of the rule mass4) and a bracket's scores have room, kKept a row, the pass that counts them
+// keeps them, and no other looks for the k-th.
+constexpr bool kMayKeep = kMaySample && kKept > 0;
 // Top-p: how far a score lies below the largest, its depth, in 2^-27 of a halving of mass; deeper ones have no mass.
 constexpr float kDepthsPerHalving = 134217728.0f;
 constexpr uint32 kDepths = 31u << 27;
@@ -181,10 +185,14 @@ struct SharedStorage {
     int32 above[kGroups];
     Line lines[kGroups];
     Mass masses[kTopP ? kGroups : 1];
-    float waiting[kWaitingWarps][kWaiting][32];
+    union {
+        float waiting[kWaitingWarps][kWaiting][32];
+        float kept[kMayKeep ? kGroups : 1][kMayKeep ? kKept : 1];
+    };
     // Of each query over all keys: a product, or unit's score, near the largest, and LSE less its logit, in base 2.
     float2 lse[kQueryMass ? 16 * kTiles : 1];
     float stored[kStoredSteps > 0 ? kStoredSteps * kStepScores : 1];
+    int32 num_kept[kMayKeep ? kGroups : 1];
     alignas(16) QueryOperand<kRank> queries[kTiles];
 };
 static_assert(sizeof(SharedStorage) == kSmemBytes, "SharedStorage differs from Facts");
@@ -839,6 +847,19 @@ __device__ __forceinline__ void store_scores(
     __syncthreads();
 }
 
+// A row's range as scores; empty once the search is done.
+struct Range {
+    float low;
+    float last;
+};
+
+__device__ __forceinline__ Range range_of(const Row& row) {
+    if (row.shift == kDone) return {kInf, -kInf};
+    // The integer of -0 is nobody's: as a float it would let +0 in.
+    const uint32 top = min(row.last == 0x7fffffffu ? row.last - 1 : row.last, ~kLowest);
+    return {unordered(max(row.low, kLowest)), unordered(top)};
+}
+
 // Adds the scores inside each row's range to its bins.
 __device__ __forceinline__ void fill_bins(
     const Params& p, SharedStorage& shared, const Queries& queries, int group0, int stride) {
@@ -852,11 +873,9 @@ __device__ __forceinline__ void fill_bins(
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const Row row = shared.rows[16 * tile + 8 * half + lane / 4];
-            const bool searches = row.shift != kDone;
-            low[tile][half] = searches ? unordered(max(row.low, kLowest)) : kInf;
-            // The integer of -0 is nobody's: as a float it would let +0 in.
-            const uint32 top = min(row.last == 0x7fffffffu ? row.last - 1 : row.last, ~kLowest);
-            last[tile][half] = searches ? unordered(top) : -kInf;
+            const Range range = range_of(row);
+            low[tile][half] = range.low;
+            last[tile][half] = range.last;
             origin[tile][half] = row.low;
             shift[tile][half] = row.shift;
         }
@@ -984,6 +1003,72 @@ __device__ __forceinline__ void fill_bracket(
     }
 }
 
+// Keeps the scores inside each row's range, counted by shared.num_kept, and counts those above it in shared.above.
+__device__ __forceinline__ void keep_range(const Params& p, SharedStorage& shared, const Queries& queries, int group0) {
+    const int lane = lane_index();
+    Range range[2];
+    int above[2] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) range[half] = range_of(shared.rows[8 * half + lane / 4]);
+    const int steps = (p.seqlen_kv + kStepKeys - 1) / kStepKeys;
+    walk<1>(
+        p, shared, queries, group0, 1, (steps + kWarps - 1) / kWarps,
+        [&](int, int half, const float(&scores)[kLaneUnits], int) {
+            const float low = range[half].low;
+            const float last = range[half].last;
+            int reached = 0;
+            int larger = 0;
+#pragma unroll
+            for (int i = 0; i < kLaneUnits; ++i) {
+                reached += scores[i] >= low ? 1 : 0;
+                larger += scores[i] > last ? 1 : 0;
+            }
+            above[half] += larger;
+            if (reached == larger) return;
+            const int row = (8 * half + lane / 4) % (kMayKeep ? kGroups : 1);
+            const int slot = atomicAdd(&shared.num_kept[row], reached - larger);
+            if (slot + reached - larger > kKept) return;
+            uint32 to = static_cast<uint32>(__cvta_generic_to_shared(&shared.kept[row][slot]));
+#pragma unroll
+            for (int i = 0; i < kLaneUnits; ++i) {
+                // Branches would be taken by some lane of the warp.
+                asm volatile(
+                    "{\n"
+                    ".reg .pred inside;\n"
+                    "setp.ge.f32 inside, %1, %2;\n"
+                    "setp.le.and.f32 inside, %1, %3, inside;\n"
+                    "@inside st.shared.f32 [%0], %1;\n"
+                    "@inside add.u32 %0, %0, 4;\n"
+                    "}\n"
+                    : "+r"(to)
+                    : "f"(scores[i]), "f"(low), "f"(last)
+                    : "memory");
+            }
+        },
+        [](int) {});
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        int sum = above[half];
+        sum += __shfl_xor_sync(kFullWarp, sum, 1);
+        sum += __shfl_xor_sync(kFullWarp, sum, 2);
+        if (lane % 4 == 0) atomicAdd(&shared.above[8 * half + lane / 4], sum);
+    }
+}
+
+// fill_bins from what is kept.
+__device__ __forceinline__ void fill_bins_from_kept(SharedStorage& shared) {
+#pragma unroll 1
+    for (int r = 0; r < kRowsPerWarp; ++r) {
+        const int i = (warp_index() * kRowsPerWarp + r) % (kMayKeep ? kGroups : 1);
+        const Row row = shared.rows[i];
+        if (row.shift == kDone) continue;
+        for (int n = lane_index(); n < shared.num_kept[i]; n += 32) {
+            const uint32 score = ordered(shared.kept[i][n]);
+            if (score >= row.low && score <= row.last) atomicAdd(&shared.bins[i][(score - row.low) >> row.shift], 1u);
+        }
+    }
+}
+
 // Collects, as ordered integers in the bins' room, the scores of each row's bin; shared.above counts them.
 __device__ __forceinline__ void collect(
     const Params& p, SharedStorage& shared, const Queries& queries, int group0) {
@@ -1059,11 +1144,14 @@ __device__ __forceinline__ int count_bins(const uint32* bins) {
     return warp_sum(sum);
 }
 
+// How many ranks of a sample lie between the k-th's and an end of its bracket.
+__device__ __forceinline__ int margin_of(float rank) { return static_cast<int>(4.5f * sqrtf(rank)) + 4; }
+
 // Narrows a row's range to where, by a sample of `samples` of `units` scores, the k-th will lie. A wrong guess costs a
 // pass, never a wrong list. One warp.
 __device__ __forceinline__ Row bracketed(Row row, const uint32* bins, int samples, int units) {
     const float rank = static_cast<float>(row.k) * static_cast<float>(samples) / static_cast<float>(units);
-    const int margin = static_cast<int>(4.5f * sqrtf(rank)) + 4;
+    const int margin = margin_of(rank);
     const int upper = static_cast<int>(rank) - margin - row.above;
     const int lower = static_cast<int>(rank) + margin - row.above;
     const uint32 origin = row.low;
@@ -1584,6 +1672,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_fin
         shared.rows[i] = row;
         shared.above[i] = 0;
         shared.lines[i] = no_line();
+        if constexpr (kMayKeep) shared.num_kept[i] = 0;
     }
     for (int i = warp; i < 16 * kTiles; i += kWarps) {
         // Tile i / 16 is of query i / 16 % kQueries of 16 groups.
@@ -1651,29 +1740,56 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_fin
             __syncthreads();
             each_open_row(shared, [&](Row row, int i) { return bracketed(row, shared.bins[i], samples, units); });
         }
-        each_open_row(shared, [&](Row row, int i) {
-            const Line line = line_of(row, i);
-            if (lane == 0) shared.lines[i] = line;
-            return row;
-        });
-        fill_bracket(p, shared, queries, group0);
-        __syncthreads();
-        each_open_row(shared, [&](Row row, int i) {
-            const Line line = located(shared.lines[i], shared.bins[i], shared.above[i], row.k, i);
-            __syncwarp();
-            if (lane == 0) {
-                shared.lines[i] = line;
-                shared.above[i] = 0;
+        bool keeps = false;
+        if constexpr (kMayKeep) {
+            const float rank = static_cast<float>(k) * static_cast<float>(samples) / static_cast<float>(units);
+            const int margin = margin_of(rank);
+            // The first k are bracketed on one side only.
+            keeps = margin < static_cast<int>(rank) && 2 * margin * kSampleStride <= kKept / 10 * 9;
+        }
+        if (keeps) {
+            keep_range(p, shared, queries, group0);
+            __syncthreads();
+            bool all = true;
+            each_open_row(shared, [&](Row row, int i) {
+                row.above = shared.above[i];
+                const int count = shared.num_kept[i % (kMayKeep ? kGroups : 1)];
+                const bool has_it = row.k > row.above && row.k - row.above <= count && count <= kKept;
+                all &= has_it;
+                return has_it ? row : restarted(row);
+            });
+            // Of all rows, or the keys are passed again for all.
+            keeps = __syncthreads_and(all) != 0;
+            while (keeps && searches) {
+                fill_bins_from_kept(shared);
+                __syncthreads();
+                searches = each_open_row(shared, [&](Row row, int i) { return narrowed(row, shared.bins[i], units); });
             }
-            return row;
-        });
-        collect(p, shared, queries, group0);
-        __syncthreads();
-        searches = each_open_row(shared, [&](Row row, int i) {
-            const Line line = shared.lines[i];
-            if (line.needed == 0) return restarted(row);
-            return resolved(row, shared.bins[i], min(shared.above[i], kBins), line.needed);
-        });
+        } else {
+            each_open_row(shared, [&](Row row, int i) {
+                const Line line = line_of(row, i);
+                if (lane == 0) shared.lines[i] = line;
+                return row;
+            });
+            fill_bracket(p, shared, queries, group0);
+            __syncthreads();
+            each_open_row(shared, [&](Row row, int i) {
+                const Line line = located(shared.lines[i], shared.bins[i], shared.above[i], row.k, i);
+                __syncwarp();
+                if (lane == 0) {
+                    shared.lines[i] = line;
+                    shared.above[i] = 0;
+                }
+                return row;
+            });
+            collect(p, shared, queries, group0);
+            __syncthreads();
+            searches = each_open_row(shared, [&](Row row, int i) {
+                const Line line = shared.lines[i];
+                if (line.needed == 0) return restarted(row);
+                return resolved(row, shared.bins[i], min(shared.above[i], kBins), line.needed);
+            });
+        }
     }
     // What is still open. Where nothing is searched, no round is needed.
     while (searches) {
