@@ -1013,70 +1013,70 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "2ae9eb90ab406610d812c657f3334e240bc125bf8fb2441d69c3280c82faa087",
+        source_hash: "515e007fad260148eaf9149be30e2bba637919456c940523d228c67a1391afd2",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "7714fa81d7befec45541969921ce27b5ccc2481ec0acd8ca78b3ca69d281940b",
+        source_hash: "699e76b4c40ad91db4c8dd98569279a9edf0791a2701f99a61628a21daf05e94",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "a282598056929ab2405885565aba66f10888f8401bd3f8362501dbef1f03aef2",
+        source_hash: "2c481b4e7d3f1a666335a646db8384a3344d717e257a667d6b23bb1d32ec810e",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "ae3d4bc9ccf8100bd0ce7ed822eb4ad7b5bd0560b81c394a3d3d9c03a2c15943",
+        source_hash: "290bf1dfc2d25acf47b80c1cbf3812f71c329f1eceac481ab90d11e0962ef02f",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "3768c8697b993208c90adaa0adb6221e6c2455fae0cdda14f78136e48b098711",
+        source_hash: "97042433b2c1d29dfdc8fa706a346815ad3279fa73e796bfdc888ed4e3852c91",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "f7c2717b593b009f5ee3006a0f339e77faf0cee0c75e4802d31a84725b420db7",
+        source_hash: "c91a16f5a360a24ce689a8ec828a960cfff17a6046e18a53afb1536433ea246a",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "c5e61a47965efa2679211e077fff3a03b362351649c2b172148d272c8f639811",
+        source_hash: "c25fcb4b0ced1a1d36688fcc8bc4b937c9ddac59ba44f95628e23c7d1a9dfcf1",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "db5ce21c4817733d4dccbad39922b5d5d874d65517368c3149c1af8ff9591ec6",
+        source_hash: "98db8a490f40580d6013027cbd26fca1ace2eba649694b7f3dbde0394163ca77",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "035aa25554cee3f1c177be046dfb5ece7d2f70a2fa020c1e1b470ea0f75d2260",
+        source_hash: "7f4b0a46b0689424db74cd7732cf8f9a6752590e732535f071afd38c59688317",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "2fa9baa2910024d6fceb7d6004e636067de1fd2be026172b9f31bec53d871209",
+        source_hash: "5a6b26fc3fe21ee4a2879101638479900c83267e73f5642c123b7e3bbc969ec5",
     },
     Kernel {
         name: "kv_validate_sm80",

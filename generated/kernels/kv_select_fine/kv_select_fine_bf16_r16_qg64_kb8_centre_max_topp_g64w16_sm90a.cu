@@ -13,7 +13,8 @@
 //                 hold the share top_p[h] of all units' mass; at most max_selected
 // Floors for 268M scores (H=16, S=32,768, groups of 64) on 132 SMs at 1.7 GHz: a pass 15 us of mma.sync and 20 us of k_lr
 // through L2 for each 16 of d_lr, 18 us of max where units are blocks; tokens' ids 36 us of stores. Estimates in kv.md.
-// Budget: 512 threads, one CTA an SM, under 128 registers; 133 to 140 KB of shared memory, most of it bins.
+// Of mass4, 0.3 ms of exponentials a pass. Budget: 512 threads, one CTA an SM, under 128 registers; 133 to 140 KB of shared
+// memory, most of it bins; of mass4 up to 226 KB, most of it scores.
 #include "dsv/math.cuh"
 #include "dsv/mma.cuh"
 #include "dsv/select/operand.cuh"
@@ -42,11 +43,11 @@ constexpr int kSmemBytes = 143632;
 constexpr int kParamsBytes = 168;
 // END CONFIG
 
-// Scores are stored for the first kStoredSteps steps at most, where exponentials make them dear (the rule mass4, units that
-// are blocks); a pass over the keys recomputes the others, the same bits every time. Passes narrow a range of
-// ordered integers around each group's k-th score by a histogram of 512 bins (9 bits a pass); the last one sets a bit a
-// unit and turns the bits into ids. Tokens: two passes over every 16th key guess a bracket, one pass counts its scores in
-// 512 even bins, one collects the scores of the bin that holds the k-th; a wrong guess goes back to the narrowing.
+// Scores are stored for kStoredSteps steps at most, where exponentials make them dear (the rule mass4, units that are blocks);
+// a pass over the keys recomputes the others, the same bits every time. Passes narrow a range of ordered integers around each
+// group's k-th score by a histogram of 512 bins (9 bits a pass); the last one sets a bit a unit and turns the bits into ids.
+// Tokens: two passes over every 16th key guess a bracket, one pass counts its scores in 512 even bins, one collects the scores
+// of the bin that holds the k-th; a wrong guess goes back to the narrowing.
 
 // A CTA's score rows are four m16 tiles: one query of 64 groups, or four queries of 16.
 constexpr int kTiles = 4;
@@ -58,7 +59,7 @@ constexpr int kLaneUnits = kLaneKeys / kKvBlock;
 constexpr int kSteps = kRank / 16;  // of a product
 // Where much arithmetic makes one score, a row's bounds are loaded for it: registers are dearer.
 constexpr bool kBoundsInShared = kLaneUnits == 1 && (kChunks > 1 || kBlockMass || kTopP || kSteps > 3);
-// Queries of one step stay in registers; of more, or where exponentials bound, they are read from shared memory for each product.
+// Queries of one step stay in registers; of more, or beside exponentials, they are read from shared memory for each product.
 constexpr bool kHoldsQueries = kSteps == 1 && !kQueryMass;
 // Where exponentials or keys take the registers, other warps hide a load.
 constexpr bool kPrefetches = !kBlockMass && kSteps == 1;
@@ -80,9 +81,9 @@ constexpr float kFirstPlace = 8388608.0f;  // 2^23: from here on floats are inte
 constexpr int kLanePlaces = 8 * kBinStride;  // from one row of a lane to the next
 constexpr int kWaiting = 32;                 // places a lane keeps before it counts them
 constexpr int kWaitingWarps = kMaySample ? kWarps : 1;
-// Where a pass is dear (tokens of the rule mass4) and a bracket's scores have room, kKept a row, the pass that counts them
-// keeps them, and no other looks for the k-th.
-constexpr bool kMayKeep = kMaySample && kKept > 0;
+// Where a pass is dear (the rule mass4) and a bracket's scores have room, kKept a row, one pass keeps them, and no other looks
+// for the k-th. Of blocks, the stored scores are the sample.
+constexpr bool kMayKeep = kKept > 0;
 // Top-p: how far a score lies below the largest, its depth, in 2^-27 of a halving of mass; deeper ones have no mass.
 constexpr float kDepthsPerHalving = 134217728.0f;
 constexpr uint32 kDepths = 31u << 27;
@@ -422,7 +423,7 @@ __device__ __forceinline__ void score_chunk(
     if (__any_sync(kFullWarp, is_light)) score_light(p, shared, queries, keys, key, sums, scores);
 }
 
-// The same, units of several chunks, where the sums of score_queries were too heavy or no numbers. Rare, but for the last step.
+// The same, units of several chunks, where sums of score_queries were too heavy or no numbers. Rare, but for the last step.
 __device__ __forceinline__ void score_heavy(
     const Params& p, const SharedStorage& shared, const Queries& queries, int step, const float (&sums)[kTiles][2],
     float (&scores)[kTiles][2]) {
@@ -527,10 +528,25 @@ __device__ __forceinline__ float score_of_queries(
     return score_of_log2(queries, most, sum);
 }
 
+// Where a step's scores are stored, of the first kSharedSteps or of turns of the warps spread over all keys; -1 for nowhere.
+__device__ __forceinline__ int slot_of(const Params& p, int step) {
+    if constexpr (kStoredSteps == 0) return -1;
+    constexpr uint32 kStoredTurns = kStoredSteps / kWarps;
+    const uint32 turns = (p.seqlen_kv + kWarps * kStepKeys - 1) / (kWarps * kStepKeys);
+    if (kHasQueryScores || turns <= kStoredTurns) return step < kStoredSteps ? step : -1;
+    const uint32 share = (65536 * kStoredTurns + turns - 1) / turns;
+    const uint32 turn = step / kWarps;
+    const uint32 slot = turn * share >> 16;
+    return (turn + 1) * share >> 16 == slot ? -1 : static_cast<int>(slot) * kWarps + step % kWarps;
+}
+
+// The steps of a walk. Scores are read where they are stored, unless they are to be.
+enum class Part { kAll, kStored, kToStore };
+
 // Scores every stride-th key. Warp w takes runs w, w + kWarps, ... of kRun steps. visit(tile, half, scores, unit) gets the
 // scores of kLaneUnits consecutive units for group 16 tile + 8 half + lane / 4 of the CTA; after(turn) follows each of the
 // `turns` steps of a warp, those past the end included.
-template <int kRun, bool kReadsStored = true, class Visit, class After>
+template <int kRun, Part kPart = Part::kAll, class Visit, class After>
 __device__ __forceinline__ void walk(
     const Params& p, const SharedStorage& shared, const Queries& queries, int group0, int stride, int turns,
     Visit visit, After after, int first_turn = 0) {
@@ -546,16 +562,17 @@ __device__ __forceinline__ void walk(
         const int first = step * kStepKeys * stride;
         const int end = first + kStepKeys * stride;
         const int own_first = group0 * kQueryGroup;
-        if (first < p.seqlen_kv) {
+        const int slot = slot_of(p, step);
+        if (first < p.seqlen_kv && (kPart == Part::kAll || slot >= 0)) {
             const bool is_judged =
                 end > p.seqlen_kv || first < p.keep_first ||
                 (p.keep_own != 0 && first < own_first + kGroups * kQueryGroup && end > own_first);
             const int unit = step * kStepUnits + lane % 4 * kLaneUnits;
             if constexpr (kQueryMass) {
                 float scores[2][kLaneUnits];
-                if (kReadsStored && step < kStoredSteps) {
-                    scores[0][0] = shared.stored[step * kStepScores + lane];
-                    scores[1][0] = shared.stored[step * kStepScores + 32 + lane];
+                if (kPart != Part::kToStore && slot >= 0) {
+                    scores[0][0] = shared.stored[slot * kStepScores + lane];
+                    scores[1][0] = shared.stored[slot * kStepScores + 32 + lane];
                 } else if constexpr (kHasQueryScores) {
                     float of_queries[kTiles][2];
                     score_queries(p, shared, queries, step, of_queries);
@@ -812,12 +829,12 @@ __device__ __forceinline__ void find_lse(
     __syncthreads();
 }
 
-// Stores the scores of the first steps, as walk reads them.
+// Stores scores, as walk reads them.
 __device__ __forceinline__ void store_scores(
     const Params& p, SharedStorage& shared, const Queries& queries, int group0) {
     const int lane = lane_index();
     const int warp = warp_index();
-    const int steps = min((p.seqlen_kv + kStepKeys - 1) / kStepKeys, kStoredSteps);
+    const int steps = (p.seqlen_kv + kStepKeys - 1) / kStepKeys;
     if constexpr (kHasQueryScores) {
         // In place: a turn of the warps writes where no later turn reads.
 #pragma unroll 1
@@ -838,10 +855,10 @@ __device__ __forceinline__ void store_scores(
             shared.stored[step * kStepScores + 32 + lane] = score[1];
         }
     }
-    walk<1, false>(
+    walk<1, Part::kToStore>(
         p, shared, queries, group0, 1, (steps + kWarps - 1) / kWarps,
         [&](int, int half, const float(&scores)[kLaneUnits], int unit) {
-            shared.stored[unit / kStepUnits * kStepScores + 32 * half + lane] = scores[0];
+            shared.stored[slot_of(p, unit / kStepUnits) * kStepScores + 32 * half + lane] = scores[0];
         },
         [](int) {}, kSharedSteps / kWarps);
     __syncthreads();
@@ -861,6 +878,7 @@ __device__ __forceinline__ Range range_of(const Row& row) {
 }
 
 // Adds the scores inside each row's range to its bins.
+template <Part kPart = Part::kAll>
 __device__ __forceinline__ void fill_bins(
     const Params& p, SharedStorage& shared, const Queries& queries, int group0, int stride) {
     const int lane = lane_index();
@@ -882,7 +900,7 @@ __device__ __forceinline__ void fill_bins(
     }
     uint32* lane_bins = shared.bins[lane / 4];
     const int steps = ((p.seqlen_kv + stride - 1) / stride + kStepKeys - 1) / kStepKeys;
-    walk<1>(
+    walk<1, kPart>(
         p, shared, queries, group0, stride, (steps + kWarps - 1) / kWarps,
         [&](int tile, int half, const float(&scores)[kLaneUnits], int) {
             uint32* row_bins = lane_bins + (16 * tile + 8 * half) * kBinStride;
@@ -1732,20 +1750,32 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_fin
             return mass_resolved(p, row, shared.bins[i], shared.above[i], shared.masses[i]);
         });
     }
-    if constexpr (kMaySample) if (searches && units >= kSampleFrom) {
-        const int samples = (units + kSampleStride - 1) / kSampleStride;
+    int samples = 0;
+    if constexpr (kMaySample) {
+        if (units >= kSampleFrom) samples = (units + kSampleStride - 1) / kSampleStride;
+    } else if constexpr (kMayKeep) {
+        // The last turn is always stored.
+        const int turns = (units + kWarps * kStepUnits - 1) / (kWarps * kStepUnits);
+        if (turns * kWarps > kStoredSteps) samples = units - (turns * kWarps - kStoredSteps) * kStepUnits;
+    }
+    bool keeps = false;
+    if constexpr (kMayKeep) {
+        const float share = static_cast<float>(samples) / static_cast<float>(units);
+        const float rank = static_cast<float>(k) * share;
+        const int margin = margin_of(rank);
+        // The first k are bracketed on one side only.
+        keeps = margin < static_cast<int>(rank) && static_cast<float>(2 * margin) < share * static_cast<float>(kKept / 10 * 9);
+    }
+    if constexpr (kMaySample || kMayKeep) if (searches && samples > 0 && (kMaySample || keeps)) {
 #pragma unroll 1
         for (int round = 0; round < 2; ++round) {
-            fill_bins(p, shared, queries, group0, kSampleStride);
+            if constexpr (kMaySample) {
+                fill_bins(p, shared, queries, group0, kSampleStride);
+            } else {
+                fill_bins<Part::kStored>(p, shared, queries, group0, 1);
+            }
             __syncthreads();
             each_open_row(shared, [&](Row row, int i) { return bracketed(row, shared.bins[i], samples, units); });
-        }
-        bool keeps = false;
-        if constexpr (kMayKeep) {
-            const float rank = static_cast<float>(k) * static_cast<float>(samples) / static_cast<float>(units);
-            const int margin = margin_of(rank);
-            // The first k are bracketed on one side only.
-            keeps = margin < static_cast<int>(rank) && 2 * margin * kSampleStride <= kKept / 10 * 9;
         }
         if (keeps) {
             keep_range(p, shared, queries, group0);
@@ -1765,7 +1795,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_fin
                 __syncthreads();
                 searches = each_open_row(shared, [&](Row row, int i) { return narrowed(row, shared.bins[i], units); });
             }
-        } else {
+        } else if constexpr (kMaySample) {
             each_open_row(shared, [&](Row row, int i) {
                 const Line line = line_of(row, i);
                 if (lane == 0) shared.lines[i] = line;
