@@ -1013,70 +1013,70 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "b6666828d44b6584f2737cf58edac3b7c82421deb7daf435d9eb2de2a1b3e22f",
+        source_hash: "515e007fad260148eaf9149be30e2bba637919456c940523d228c67a1391afd2",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "fa677dce531c2f4a6e3817e30849dfa016f56e730b75911d58fc7dd670b7a02a",
+        source_hash: "699e76b4c40ad91db4c8dd98569279a9edf0791a2701f99a61628a21daf05e94",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "8a550549a8887a482e6b11a805dad926131aed2e16a4f5b2f737ab1a5a1ee47a",
+        source_hash: "2c481b4e7d3f1a666335a646db8384a3344d717e257a667d6b23bb1d32ec810e",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "dd832655244dba068beb3c810b1574364bc079a916920fb37eb7d5777f687f43",
+        source_hash: "290bf1dfc2d25acf47b80c1cbf3812f71c329f1eceac481ab90d11e0962ef02f",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "6bced79004cc00443190a2da82d3127c16038b50a585702edd38dd51722e80da",
+        source_hash: "97042433b2c1d29dfdc8fa706a346815ad3279fa73e796bfdc888ed4e3852c91",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "c5230976a8f7add2d06d8e8a27a0e097618b7b8a9aabf6b3af58456f0a135bed",
+        source_hash: "c91a16f5a360a24ce689a8ec828a960cfff17a6046e18a53afb1536433ea246a",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "44764a403ee8b21d964044339f179aca9f2f0e7519ccfed9935188653ca592a4",
+        source_hash: "c25fcb4b0ced1a1d36688fcc8bc4b937c9ddac59ba44f95628e23c7d1a9dfcf1",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "b82687e0be306e9f6b2a41268a49f495bcf5704daee995ba77a50a797b1ad20b",
+        source_hash: "98db8a490f40580d6013027cbd26fca1ace2eba649694b7f3dbde0394163ca77",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "4a6036f3493431b72828218b16d51675fb0a07f7953b22b28f0a88019bd02fc1",
+        source_hash: "7f4b0a46b0689424db74cd7732cf8f9a6752590e732535f071afd38c59688317",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "567cd92322d9127afa9a6422d7e53cd05e68344381598c2142a1004087375076",
+        source_hash: "5a6b26fc3fe21ee4a2879101638479900c83267e73f5642c123b7e3bbc969ec5",
     },
     Kernel {
         name: "kv_validate_sm80",

@@ -68,6 +68,8 @@ pub(crate) fn variables(spec: &KernelSpec) -> Variables {
                     v.insert("group_rule_mean", (s.group_rule() == GroupRule::Mean).to_string());
                     v.insert("group_rule_mass", (s.group_rule() == GroupRule::Mass4).to_string());
                     v.insert("block_score_mass", (s.block_score() == BlockScore::Mass).to_string());
+                    v.insert("stored_steps", s.stored_steps().to_string());
+                    v.insert("kept_scores", s.kept_scores().to_string());
                     v.insert("queries", s.group_rule().queries().to_string());
                     v.insert("budget_top_p", (s.budget() == Budget::TopP).to_string());
                 }

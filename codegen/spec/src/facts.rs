@@ -174,17 +174,24 @@ impl Facts {
 
 /// Shared memory of a `kv_select_fine` CTA: for each group 512 bins, whose room later serves two bits for each of two
 /// tiles of 1024 units, and 1024 ids a warp; the groups' searches, counts and brackets; scores that wait to be counted, 32 a
-/// thread; the groups' masses; the queries' LSE; 64 queries. What a kernel does not use keeps one element (of the waiting
-/// scores one warp's): those wait for tokens by top-k alone, masses are top-p's, LSE is mass4's.
+/// thread, or in their place the scores kept for a group; the groups' masses; the queries' LSE; stored scores; the numbers of
+/// kept ones; 64 queries. What a kernel does not use keeps one element (of the waiting scores one warp's): those wait for tokens
+/// by top-k alone, masses are top-p's, LSE, stored and kept scores are mass4's.
 fn select_fine_smem_bytes(spec: &SelectSpec) -> u32 {
     let (groups, warps) = (spec.tile().groups as u32, spec.tile().warps as u32);
     let bins = groups * (512 + 4) * 4;
     let bits = 2 * 2 * groups * (32 + 1) * 4 + warps * 1024 * 2;
     let samples = spec.kv_block() == 1 && spec.budget() == Budget::TopK;
     let waiting = if samples { warps } else { 1 } * 32 * 32 * 4;
+    let kept = spec.kept_scores();
     let masses = if spec.budget() == Budget::TopP { groups } else { 1 } * 32;
     let lse: u32 = if spec.group_rule() == GroupRule::Mass4 { 64 } else { 1 } * 8;
-    let searches = groups * (32 + 4 + 16) + masses + waiting + lse.next_multiple_of(16);
+    let stored = (64 * spec.stored_steps()).max(1) * 4;
+    let num_kept = if kept > 0 { groups } else { 1 } * 4;
+    let searches = groups * (32 + 4 + 16)
+        + masses
+        + waiting.max(groups * kept * 4)
+        + (lse + stored + num_kept).next_multiple_of(16);
     bins.max(bits) + searches + 64 * spec.rank() as u32 * spec.dtype().bytes()
 }
 

@@ -219,6 +219,27 @@ impl SelectSpec {
     pub const fn tile(&self) -> SelectTile {
         self.tile
     }
+    /// Of `kv_select_fine`, steps (four units of the CTA's groups) whose scores stay in shared memory: where exponentials make
+    /// them dear and units are blocks, as many turns of 16 warps as there is room for.
+    pub const fn stored_steps(&self) -> u32 {
+        let turns = match (self.group_rule, self.kv_block, self.arch) {
+            (GroupRule::Mass4, 2.., Arch::Sm90a) => 43,
+            (GroupRule::Mass4, 2.., Arch::Sm80) => 26,
+            _ => 0,
+        };
+        // Kept scores take the room of 128 steps.
+        16 * if turns > 0 && self.kept_scores() > 0 { turns - 7 } else { turns }
+    }
+    /// Of `kv_select_fine`, scores of a group's bracket that have room in shared memory: where exponentials make them dear, not
+    /// all scores are stored, and units are chosen by number.
+    pub const fn kept_scores(&self) -> u32 {
+        match (self.group_rule, self.budget, self.kv_block, self.arch) {
+            (GroupRule::Mass4, Budget::TopK, 1, Arch::Sm90a) => 2816,
+            (GroupRule::Mass4, Budget::TopK, 1, Arch::Sm80) => 1792,
+            (GroupRule::Mass4, Budget::TopK, 8, _) => 512,
+            _ => 0,
+        }
+    }
     /// The architecture.
     pub const fn arch(&self) -> Arch {
         self.arch

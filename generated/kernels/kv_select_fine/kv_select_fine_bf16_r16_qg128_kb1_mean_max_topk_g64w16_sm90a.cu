@@ -13,7 +13,8 @@
 //                 hold the share top_p[h] of all units' mass; at most max_selected
 // Floors for 268M scores (H=16, S=32,768, groups of 64) on 132 SMs at 1.7 GHz: a pass 15 us of mma.sync and 20 us of k_lr
 // through L2 for each 16 of d_lr, 18 us of max where units are blocks; tokens' ids 36 us of stores. Estimates in kv.md.
-// Budget: 512 threads, one CTA an SM, under 128 registers; 133 to 140 KB of shared memory, most of it bins.
+// Of mass4, 0.3 ms of exponentials a pass. Budget: 512 threads, one CTA an SM, under 128 registers; 133 to 140 KB of shared
+// memory, most of it bins; of mass4 up to 226 KB, most of it scores.
 #include "dsv/math.cuh"
 #include "dsv/mma.cuh"
 #include "dsv/select/operand.cuh"
@@ -34,16 +35,19 @@ constexpr bool kProxyIsMean = true;
 constexpr bool kTopP = false;
 constexpr bool kBlockMass = false;
 constexpr bool kQueryMass = false;
+constexpr int kStoredSteps = 0;
+constexpr int kKept = 0;
 constexpr int kThreads = 512;
 constexpr int kCtasPerSm = 1;
 constexpr int kSmemBytes = 203056;
 constexpr int kParamsBytes = 168;
 // END CONFIG
 
-// Scores are never stored: a pass over the keys recomputes them, the same bits every time. Passes narrow a range of
-// ordered integers around each group's k-th score by a histogram of 512 bins (9 bits a pass); the last one sets a bit a
-// unit and turns the bits into ids. Tokens: two passes over every 16th key guess a bracket, one pass counts its scores in
-// 512 even bins, one collects the scores of the bin that holds the k-th; a wrong guess goes back to the narrowing.
+// Scores are stored for kStoredSteps steps at most, where exponentials make them dear (the rule mass4, units that are blocks);
+// a pass over the keys recomputes the others, the same bits every time. Passes narrow a range of ordered integers around each
+// group's k-th score by a histogram of 512 bins (9 bits a pass); the last one sets a bit a unit and turns the bits into ids.
+// Tokens: two passes over every 16th key guess a bracket, one pass counts its scores in 512 even bins, one collects the scores
+// of the bin that holds the k-th; a wrong guess goes back to the narrowing.
 
 // A CTA's score rows are four m16 tiles: one query of 64 groups, or four queries of 16.
 constexpr int kTiles = 4;
@@ -55,8 +59,8 @@ constexpr int kLaneUnits = kLaneKeys / kKvBlock;
 constexpr int kSteps = kRank / 16;  // of a product
 // Where much arithmetic makes one score, a row's bounds are loaded for it: registers are dearer.
 constexpr bool kBoundsInShared = kLaneUnits == 1 && (kChunks > 1 || kBlockMass || kTopP || kSteps > 3);
-// Queries of one step stay in registers; of more they are read from shared memory for each product.
-constexpr bool kHoldsQueries = kSteps == 1;
+// Queries of one step stay in registers; of more, or beside exponentials, they are read from shared memory for each product.
+constexpr bool kHoldsQueries = kSteps == 1 && !kQueryMass;
 // Where exponentials or keys take the registers, other warps hide a load.
 constexpr bool kPrefetches = !kBlockMass && kSteps == 1;
 constexpr int kStepKeys = 4 * kLaneKeys;
@@ -77,11 +81,26 @@ constexpr float kFirstPlace = 8388608.0f;  // 2^23: from here on floats are inte
 constexpr int kLanePlaces = 8 * kBinStride;  // from one row of a lane to the next
 constexpr int kWaiting = 32;                 // places a lane keeps before it counts them
 constexpr int kWaitingWarps = kMaySample ? kWarps : 1;
+// Where a pass is dear (the rule mass4) and a bracket's scores have room, kKept a row, one pass keeps them, and no other looks
+// for the k-th. Of blocks, the stored scores are the sample.
+constexpr bool kMayKeep = kKept > 0;
 // Top-p: how far a score lies below the largest, its depth, in 2^-27 of a halving of mass; deeper ones have no mass.
 constexpr float kDepthsPerHalving = 134217728.0f;
 constexpr uint32 kDepths = 31u << 27;
 constexpr int kMassBins = kBins / 2;  // a bin is two words
 constexpr int kMassBinBits = 8;
+// Of the rule mass4: units of one chunk sum their keys' masses relative to LSE. A unit of several has a score of each query
+// first, which needs no LSE: find_lse leaves those of the first steps in the room of what is stored, four times a score's.
+constexpr bool kHasQueryScores = kQueryMass && kChunks > 1;
+constexpr int kStepScores = 2 * 32 * kGroupTiles;
+constexpr int kSharedSteps = kHasQueryScores ? kStoredSteps / kQueries / kWarps * kWarps : 0;
+// A sum lighter than this may lack masses that ex2.approx.ftz took for zero: it is made again relative to its largest.
+constexpr float kLightest = 0x1p-96f;
+// A sum's reference may be this much lighter than what is added: one exponential less than following the largest.
+constexpr float kHeadroomLog2 = 8.0f;
+constexpr float kHeadroom = 256.0f;
+// A unit's sum heavier than this, relative to its first keys, is made again: its logarithm would be rounded too coarsely.
+constexpr float kHeaviest = 65536.0f;
 constexpr int32 kAllTies = 0x7fffffff;
 constexpr int32 kDone = -1;
 constexpr uint32 kLowest = 0x007fffffu;  // ordered(-inf)
@@ -91,6 +110,8 @@ static_assert(kGroups == 16 * kGroupTiles, "every score row belongs to a group")
 static_assert(kKvBlock == 1 || kKvBlock % 8 == 0, "a lane owns whole units");
 static_assert(kTileWords == 2 * kWarps && kThreads == 32 * kWarps, "two words a warp fill a tile");
 static_assert(!kQueryMass || kBlockMass, "masses of queries are summed over keys too");
+static_assert(!kQueryMass || kGroupTiles == 1, "a lane has all queries of its two groups");
+static_assert(kStoredSteps % kWarps == 0 && kSharedSteps % kWarps == 0, "a turn of the warps is stored or it is not");
 static_assert(kGroups % kWarps == 0, "a row of bins belongs to one warp");
 
 struct Params {
@@ -153,7 +174,7 @@ struct Mass {
 struct SharedStorage {
     union {
         uint32 bins[kGroups][kBinStride];
-        // (largest product, sum of 2^(logit - its logit)) of each warp's keys, of each query.
+        // (a product near the largest, sum of 2^(logit - its logit)) of each warp's keys, of each query.
         float partial[2][kQueryMass ? kWarps : 1][16 * kTiles];
         struct {
             uint32 reach[2][kGroups][kTileWords + 1];   // bit: the score is at least the row's low
@@ -165,9 +186,14 @@ struct SharedStorage {
     int32 above[kGroups];
     Line lines[kGroups];
     Mass masses[kTopP ? kGroups : 1];
-    float waiting[kWaitingWarps][kWaiting][32];
-    // Of each query over all keys: the largest finite product, and LSE less its logit, in base 2.
+    union {
+        float waiting[kWaitingWarps][kWaiting][32];
+        float kept[kMayKeep ? kGroups : 1][kMayKeep ? kKept : 1];
+    };
+    // Of each query over all keys: a product, or unit's score, near the largest, and LSE less its logit, in base 2.
     float2 lse[kQueryMass ? 16 * kTiles : 1];
+    float stored[kStoredSteps > 0 ? kStoredSteps * kStepScores : 1];
+    int32 num_kept[kMayKeep ? kGroups : 1];
     alignas(16) QueryOperand<kRank> queries[kTiles];
 };
 static_assert(sizeof(SharedStorage) == kSmemBytes, "SharedStorage differs from Facts");
@@ -198,9 +224,11 @@ __device__ __forceinline__ uint32 place(uint32 bits) {
     return ((bits | bits << 3) & 0x11111111u) << (lane_index() % 4);
 }
 
-// The queries of score rows, where they are held: registers of each tile's operand.
+// The queries of score rows, where they are held: registers of each tile's operand. And of masses, what a score rises by as
+// its mass doubles.
 struct Queries {
     uint32 held[kHoldsQueries ? kTiles : 1][4];
+    float per_doubling;
 };
 
 // Operand B of four products: columns 2c and 2c + 1 of tile j hold keys 2j and 2j + 1 of the chunk of quad lane c, so
@@ -216,26 +244,26 @@ __device__ __forceinline__ void load_keys(const Params& p, int step, int chunk, 
     }
 }
 
-// Products of the 16 score rows of `tile` with tiles of keys.
-template <int kColumns>
+// Products of the 16 score rows of `tile` with four tiles of keys.
+template <bool kHeld = kHoldsQueries>
 __device__ __forceinline__ void multiply(const SharedStorage& shared, const Queries& queries, int tile,
-                                         const uint2 (*keys)[kSteps], float (&products)[kColumns][4]) {
+                                         const uint2 (&keys)[4][kSteps], float (&products)[4][4]) {
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
+    for (int j = 0; j < 4; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) products[j][i] = 0.0f;
     }
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
         uint32 query[4];
-        if constexpr (kHoldsQueries) {
+        if constexpr (kHeld) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) query[i] = queries.held[tile][i];
         } else {
             read_operand(shared.queries[tile], step, query);
         }
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) mma_16x8x16<Element>(products[j], query, keys[j][step].x, keys[j][step].y);
+        for (int j = 0; j < 4; ++j) mma_16x8x16<Element>(products[j], query, keys[j][step].x, keys[j][step].y);
     }
 }
 
@@ -249,84 +277,324 @@ __device__ __forceinline__ float judged(const Params& p, float score, int key, i
 
 // The sums below are written rounding by rounding: every pass must find the same bits.
 
-// Of the rule mass4: the logarithm of the mass of query `row`'s product, in base 2. The product is compared with the
-// query's largest before it is scaled: f32 holds their difference where it does not hold logits and LSE well enough.
-__device__ __forceinline__ float mass_log2(const Params& p, const SharedStorage& shared, float product, int row) {
-    const float2 lse = shared.lse[row % (kQueryMass ? 16 * kTiles : 1)];
-    return __fmaf_rn(__fadd_rn(product, -lse.x), p.scale_log2, -lse.y);
+__device__ __forceinline__ float sum_of(const float (&terms)[8]) {
+    const float even = __fadd_rn(__fadd_rn(terms[0], terms[4]), __fadd_rn(terms[2], terms[6]));
+    const float odd = __fadd_rn(__fadd_rn(terms[1], terms[5]), __fadd_rn(terms[3], terms[7]));
+    return __fadd_rn(even, odd);
 }
 
-// Adds the masses of eight scores, or of eight logarithms of mass, and keeps them relative to the largest so far: by
-// themselves many would fall below 2^-126, which is zero to ex2.approx.ftz, and yet be of weight together.
-__device__ __forceinline__ void add_mass(const Params& p, float& largest, float& sum, const float (&scores)[8]) {
-    const float scale_log2 = kQueryMass ? 1.0f : p.scale_log2;
+__device__ __forceinline__ float log2_approx(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Adds the masses of eight scores relative to a reference, which is raised where one of them is much heavier: by themselves
+// many would fall below 2^-126, which is zero to ex2.approx.ftz, and yet be of weight together.
+__device__ __forceinline__ void add_mass(const Params& p, float& reference, float& sum, const float (&scores)[8]) {
     float most = scores[0];
 #pragma unroll
     for (int i = 1; i < 8; ++i) most = max_or_nan(most, scores[i]);
-    most = max_or_nan(most, largest);
-    // An infinite or NaN maximum is the score whatever the sum: see score_of_mass.
-    sum = __fmul_rn(sum, exp2_approx(__fmul_rn(__fadd_rn(largest, -most), scale_log2)));
-    if (largest == -kInf) sum = 0.0f;
-    largest = most;
+    most = max_or_nan(most, reference);
+    // Also with the first scores, whose reference is -inf. An infinite or NaN reference is the score whatever the sum: see
+    // score_of_mass.
+    if (!(__fmul_rn(__fadd_rn(most, -reference), p.scale_log2) <= kHeadroomLog2)) {
+        sum = reference == -kInf ? 0.0f : __fmul_rn(sum, exp2_approx(__fmul_rn(__fadd_rn(reference, -most), p.scale_log2)));
+        reference = most;
+    }
     float terms[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        terms[i] = exp2_approx(__fmul_rn(__fadd_rn(scores[i], -most), scale_log2));
+        terms[i] = exp2_approx(__fmul_rn(__fadd_rn(scores[i], -reference), p.scale_log2));
     }
-#pragma unroll
-    for (int apart = 4; apart > 0; apart /= 2) {
-#pragma unroll
-        for (int i = 0; i < apart; ++i) terms[i] = __fadd_rn(terms[i], terms[i + apart]);
-    }
-    sum = __fadd_rn(sum, terms[0]);
+    sum = __fadd_rn(sum, sum_of(terms));
 }
 
-// The score whose mass is 2^(scale_log2 largest) sum; of mass4, 2^largest sum.
-__device__ __forceinline__ float score_of_mass(const Params& p, float largest, float sum) {
-    if (!(largest > -kInf && largest < kInf)) return largest;
-    float log;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log) : "f"(sum));
-    if constexpr (kQueryMass) return __fdiv_rn(__fadd_rn(largest, log), p.scale_log2);
-    return __fadd_rn(largest, __fdiv_rn(log, p.scale_log2));
+// The score whose mass is 2^(scale_log2 reference) sum.
+__device__ __forceinline__ float score_of_mass(const Queries& queries, float reference, float sum) {
+    if (!(reference > -kInf && reference < kInf)) return reference;
+    return __fmaf_rn(log2_approx(sum), queries.per_doubling, reference);
 }
 
-// The score of one key from the logarithms of its masses.
-__device__ __forceinline__ float score_of_queries(const Params& p, const float (&masses)[kQueries]) {
-    float most = masses[0];
+// The score whose mass is 2^most sum.
+__device__ __forceinline__ float score_of_log2(const Queries& queries, float most, float sum) {
+    if (!(most > -kInf && most < kInf)) return most;
+    return __fmul_rn(__fadd_rn(most, log2_approx(sum)), queries.per_doubling);
+}
+
+// Of the rule mass4: the logarithm of a query's mass in base 2, from its score alone. Scores are compared before they are
+// scaled: f32 holds their difference where it does not hold logits and LSE well enough.
+__device__ __forceinline__ float mass_log2(const Params& p, float score, float2 lse) {
+    return __fmaf_rn(__fadd_rn(score, -lse.x), p.scale_log2, -lse.y);
+}
+
+// LSE of query `query` of group 8 half + lane / 4.
+__device__ __forceinline__ float2 lse_of(const SharedStorage& shared, int query, int half) {
+    return shared.lse[(16 * query + 8 * half + lane_index() / 4) % (kQueryMass ? 16 * kTiles : 1)];
+}
+
+// Of a lane's products with its eight keys, that of row 8 half + lane / 4 with key i.
+__device__ __forceinline__ float product_of(const float (&products)[4][4], int half, int i) {
+    return products[i / 2][2 * half + i % 2];
+}
+
+// Of the rule mass4, units of one chunk: the scores whose sums were too light, relative to their heaviest mass. Rare.
+__device__ __forceinline__ void score_light(
+    const Params& p, const SharedStorage& shared, const Queries& queries, const uint2 (&keys)[4][kSteps], int key,
+    const float (&sums)[2][8], float (&scores)[2][kLaneUnits]) {
+    const auto each_mass = [&](int half, auto f) {
+#pragma unroll 1
+        for (int query = 0; query < kQueries; ++query) {
+            float products[4][4];
+            multiply<false>(shared, queries, query, keys, products);
+            const float2 lse = lse_of(shared, query, half);
 #pragma unroll
-    for (int query = 1; query < kQueries; ++query) most = max_or_nan(most, masses[query]);
+            for (int i = 0; i < 8; ++i) f(i, mass_log2(p, product_of(products, half, i), lse));
+        }
+    };
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float most[8];
+        float sum[8] = {};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) most[i] = -kInf;
+        each_mass(half, [&](int i, float mass) { most[i] = max_or_nan(most[i], mass); });
+        if constexpr (kLaneUnits == 1) {
+            // Keys past the end are the last key once more: no maximum is changed.
+#pragma unroll
+            for (int i = 1; i < 8; ++i) most[0] = max_or_nan(most[0], most[i]);
+        }
+        each_mass(half, [&](int i, float mass) {
+            const bool counts = kLaneUnits > 1 || key + i < p.seqlen_kv;
+            const float above = __fadd_rn(mass, -most[i % kLaneUnits]);
+            if (counts) sum[i] = __fadd_rn(sum[i], exp2_approx(above));
+        });
+        if constexpr (kLaneUnits == 1) sum[0] = sum_of(sum);
+#pragma unroll
+        for (int i = 0; i < kLaneUnits; ++i) {
+            if (!(sums[half][i] >= kLightest)) scores[half][i] = score_of_log2(queries, most[i], sum[i]);
+        }
+    }
+}
+
+// The same, units of one chunk: scores of a step's units for groups 8 half + lane / 4. No mass relative to LSE is above 1,
+// whose sums need no reference.
+__device__ __forceinline__ void score_chunk(
+    const Params& p, const SharedStorage& shared, const Queries& queries, int step, int stride,
+    float (&scores)[2][kLaneUnits]) {
+    uint2 keys[4][kSteps];
+    load_keys(p, step, 0, stride, keys);
+    float sums[2][8];
+#pragma unroll
+    for (int query = 0; query < kQueries; ++query) {
+        float products[4][4];
+        multiply(shared, queries, query, keys, products);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float2 lse = lse_of(shared, query, half);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const float mass = exp2_approx(mass_log2(p, product_of(products, half, i), lse));
+                sums[half][i] = query == 0 ? mass : __fadd_rn(sums[half][i], mass);
+            }
+        }
+    }
+    const int key = step * kStepKeys + lane_index() % 4 * kLaneKeys;
+    if constexpr (kLaneUnits == 1) {
+        if (key + 8 > p.seqlen_kv) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                // The last key once more: no mass.
+                if (key + i >= p.seqlen_kv) sums[0][i] = sums[1][i] = 0.0f;
+            }
+        }
+        sums[0][0] = sum_of(sums[0]);
+        sums[1][0] = sum_of(sums[1]);
+    }
+    bool is_light = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < kLaneUnits; ++i) {
+            is_light |= !(sums[half][i] >= kLightest);
+            scores[half][i] = __fmul_rn(log2_approx(sums[half][i]), queries.per_doubling);
+        }
+    }
+    if (__any_sync(kFullWarp, is_light)) score_light(p, shared, queries, keys, key, sums, scores);
+}
+
+// The same, units of several chunks, where sums of score_queries were too heavy or no numbers. Rare, but for the last step.
+__device__ __forceinline__ void score_heavy(
+    const Params& p, const SharedStorage& shared, const Queries& queries, int step, const float (&sums)[kTiles][2],
+    float (&scores)[kTiles][2]) {
+    const int first = step * kStepKeys + lane_index() % 4 * kLaneKeys;
+    const bool is_end = (step + 1) * kStepKeys > p.seqlen_kv;
+#pragma unroll 1
+    for (int query = 0; query < kTiles; ++query) {
+        float reference[2] = {-kInf, -kInf};
+        float sum[2] = {};
+#pragma unroll 1
+        for (int chunk = 0; chunk < kChunks; ++chunk) {
+            uint2 keys[4][kSteps];
+            load_keys(p, step, chunk, 1, keys);
+            float products[4][4];
+            multiply<false>(shared, queries, query, keys, products);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float terms[8];
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    // The last key once more: no mass.
+                    terms[i] = first + 8 * chunk + i < p.seqlen_kv ? product_of(products, half, i) : -kInf;
+                }
+                add_mass(p, reference[half], sum[half], terms);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2 * kTiles; ++i) {
+            const int half = i % 2;
+            if (i / 2 == query && (is_end || !(sums[i / 2][half] < kHeaviest))) {
+                scores[i / 2][half] = score_of_mass(queries, reference[half], sum[half]);
+            }
+        }
+    }
+}
+
+// Adds the masses of a chunk's keys to the sums of each query, relative to the largest product of the unit's first chunk.
+template <bool kFirst>
+__device__ __forceinline__ void add_chunk(
+    const Params& p, const SharedStorage& shared, const Queries& queries, int step, int chunk, float (&reference)[kTiles][2],
+    float (&sums)[kTiles][2]) {
+    uint2 keys[4][kSteps];
+    load_keys(p, step, chunk, 1, keys);
+#pragma unroll
+    for (int query = 0; query < kTiles; ++query) {
+        float products[4][4];
+        multiply(shared, queries, query, keys, products);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            if constexpr (kFirst) {
+                float most = product_of(products, half, 0);
+#pragma unroll
+                for (int i = 1; i < 8; ++i) most = max_or_nan(most, product_of(products, half, i));
+                reference[query][half] = most;
+            }
+            float terms[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const float above = __fadd_rn(product_of(products, half, i), -reference[query][half]);
+                terms[i] = exp2_approx(__fmul_rn(above, p.scale_log2));
+            }
+            sums[query][half] = kFirst ? sum_of(terms) : __fadd_rn(sums[query][half], sum_of(terms));
+        }
+    }
+}
+
+// The same, units of several chunks: the score of a step's units by each query alone.
+__device__ __forceinline__ void score_queries(
+    const Params& p, const SharedStorage& shared, const Queries& queries, int step, float (&scores)[kTiles][2]) {
+    float reference[kTiles][2];
+    float sums[kTiles][2];
+    add_chunk<true>(p, shared, queries, step, 0, reference, sums);
+#pragma unroll 1
+    for (int chunk = 1; chunk < kChunks; ++chunk) add_chunk<false>(p, shared, queries, step, chunk, reference, sums);
+    bool is_heavy = (step + 1) * kStepKeys > p.seqlen_kv;
+#pragma unroll
+    for (int query = 0; query < kTiles; ++query) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            is_heavy |= !(sums[query][half] < kHeaviest);
+            scores[query][half] = score_of_mass(queries, reference[query][half], sums[query][half]);
+        }
+    }
+    if (__any_sync(kFullWarp, is_heavy)) score_heavy(p, shared, queries, step, sums, scores);
+}
+
+// The score of a unit from its scores by each query.
+__device__ __forceinline__ float score_of_queries(
+    const Params& p, const SharedStorage& shared, const Queries& queries, const float (&scores)[kTiles][2], int half) {
+    float masses[kQueries];
+    float most = -kInf;
+#pragma unroll
+    for (int query = 0; query < kQueries; ++query) {
+        masses[query] = mass_log2(p, scores[query][half], lse_of(shared, query, half));
+        most = max_or_nan(most, masses[query]);
+    }
     float sum = exp2_approx(__fadd_rn(masses[0], -most));
 #pragma unroll
     for (int query = 1; query < kQueries; ++query) {
         sum = __fadd_rn(sum, exp2_approx(__fadd_rn(masses[query], -most)));
     }
-    return score_of_mass(p, most, sum);
+    return score_of_log2(queries, most, sum);
 }
+
+// Where a step's scores are stored, of the first kSharedSteps or of turns of the warps spread over all keys; -1 for nowhere.
+__device__ __forceinline__ int slot_of(const Params& p, int step) {
+    if constexpr (kStoredSteps == 0) return -1;
+    constexpr uint32 kStoredTurns = kStoredSteps / kWarps;
+    const uint32 turns = (p.seqlen_kv + kWarps * kStepKeys - 1) / (kWarps * kStepKeys);
+    if (kHasQueryScores || turns <= kStoredTurns) return step < kStoredSteps ? step : -1;
+    const uint32 share = (65536 * kStoredTurns + turns - 1) / turns;
+    const uint32 turn = step / kWarps;
+    const uint32 slot = turn * share >> 16;
+    return (turn + 1) * share >> 16 == slot ? -1 : static_cast<int>(slot) * kWarps + step % kWarps;
+}
+
+// The steps of a walk. Scores are read where they are stored, unless they are to be.
+enum class Part { kAll, kStored, kToStore };
 
 // Scores every stride-th key. Warp w takes runs w, w + kWarps, ... of kRun steps. visit(tile, half, scores, unit) gets the
 // scores of kLaneUnits consecutive units for group 16 tile + 8 half + lane / 4 of the CTA; after(turn) follows each of the
 // `turns` steps of a warp, those past the end included.
-template <int kRun, class Visit, class After>
+template <int kRun, Part kPart = Part::kAll, class Visit, class After>
 __device__ __forceinline__ void walk(
     const Params& p, const SharedStorage& shared, const Queries& queries, int group0, int stride, int turns,
-    Visit visit, After after) {
+    Visit visit, After after, int first_turn = 0) {
     const int lane = lane_index();
     const int warp = warp_index();
     const auto step_of = [&](int turn) { return (turn / kRun * kWarps + warp) * kRun + turn % kRun; };
     uint2 keys[4][kSteps];
-    if constexpr (kPrefetches) load_keys(p, step_of(0), 0, stride, keys);
+    if constexpr (kPrefetches) load_keys(p, step_of(first_turn), 0, stride, keys);
 #pragma unroll 1
-    for (int turn = 0; turn < turns; ++turn) {
+    for (int turn = first_turn; turn < turns; ++turn) {
         const int step = step_of(turn);
         const int next_step = step_of(turn + 1);
         const int first = step * kStepKeys * stride;
         const int end = first + kStepKeys * stride;
         const int own_first = group0 * kQueryGroup;
-        if (first < p.seqlen_kv) {
+        const int slot = slot_of(p, step);
+        if (first < p.seqlen_kv && (kPart == Part::kAll || slot >= 0)) {
             const bool is_judged =
                 end > p.seqlen_kv || first < p.keep_first ||
                 (p.keep_own != 0 && first < own_first + kGroups * kQueryGroup && end > own_first);
             const int unit = step * kStepUnits + lane % 4 * kLaneUnits;
+            if constexpr (kQueryMass) {
+                float scores[2][kLaneUnits];
+                if (kPart != Part::kToStore && slot >= 0) {
+                    scores[0][0] = shared.stored[slot * kStepScores + lane];
+                    scores[1][0] = shared.stored[slot * kStepScores + 32 + lane];
+                } else if constexpr (kHasQueryScores) {
+                    float of_queries[kTiles][2];
+                    score_queries(p, shared, queries, step, of_queries);
+                    scores[0][0] = score_of_queries(p, shared, queries, of_queries, 0);
+                    scores[1][0] = score_of_queries(p, shared, queries, of_queries, 1);
+                } else {
+                    score_chunk(p, shared, queries, step, stride, scores);
+                }
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    if (is_judged) {
+                        const int group = group0 + 8 * half + lane / 4;
+#pragma unroll
+                        for (int i = 0; i < kLaneUnits; ++i) {
+                            scores[half][i] = judged(p, scores[half][i], (unit + i) * kKvBlock * stride, group);
+                        }
+                    }
+                    visit(0, half, scores[half], unit);
+                }
+                after(turn);
+                continue;
+            }
             float best[kGroupTiles][2];
             float sum[kGroupTiles][2] = {};  // of masses
 #pragma unroll
@@ -354,46 +622,16 @@ __device__ __forceinline__ void walk(
 #pragma unroll
                 for (int tile = 0; tile < kGroupTiles; ++tile) {
                     float scores[2][8];
-                    if constexpr (kQueryMass && kLaneUnits > 1) {
+#pragma unroll
+                    for (int query = 0; query < kQueries; ++query) {
+                        float d[4][4];
+                        multiply(shared, queries, tile * kQueries + query, keys, d);
 #pragma unroll
                         for (int j = 0; j < 4; ++j) {
-                            float masses[4][kQueries];
-#pragma unroll
-                            for (int query = 0; query < kQueries; ++query) {
-                                float d[1][4];
-                                multiply(shared, queries, tile * kQueries + query, &keys[j], d);
-#pragma unroll
-                                for (int i = 0; i < 4; ++i) {
-                                    const int row = 16 * query + lane / 4 + i / 2 * 8;
-                                    masses[i][query] = mass_log2(p, shared, d[0][i], row);
-                                }
-                            }
 #pragma unroll
                             for (int i = 0; i < 4; ++i) {
-                                scores[i / 2][2 * j + i % 2] = score_of_queries(p, masses[i]);
-                            }
-                        }
-                    } else {
-#pragma unroll
-                        for (int query = 0; query < kQueries; ++query) {
-                            float d[4][4];
-                            multiply(shared, queries, tile * kQueries + query, keys, d);
-#pragma unroll
-                            for (int j = 0; j < 4; ++j) {
-#pragma unroll
-                                for (int i = 0; i < 4; ++i) {
-                                    float& score = scores[i / 2][2 * j + i % 2];
-                                    if constexpr (kQueryMass) {
-                                        const int row = 16 * query + lane / 4 + i / 2 * 8;
-                                        score = mass_log2(p, shared, d[j][i], row);
-                                    } else {
-                                        score = query == 0 ? d[j][i] : max_or_nan(score, d[j][i]);
-                                    }
-                                }
-                            }
-                            if constexpr (kQueryMass) {
-#pragma unroll
-                                for (int half = 0; half < 2; ++half) add_masses(tile, half, chunk, scores[half]);
+                                float& score = scores[i / 2][2 * j + i % 2];
+                                score = query == 0 ? d[j][i] : max_or_nan(score, d[j][i]);
                             }
                         }
                     }
@@ -401,7 +639,7 @@ __device__ __forceinline__ void walk(
                     for (int half = 0; half < 2; ++half) {
                         const int group = group0 + 16 * tile + 8 * half + lane / 4;
                         if constexpr (kBlockMass && kLaneUnits == 1) {
-                            if constexpr (!kQueryMass) add_masses(tile, half, chunk, scores[half]);
+                            add_masses(tile, half, chunk, scores[half]);
                             continue;
                         }
                         if constexpr (kLaneUnits > 1) {
@@ -436,7 +674,7 @@ __device__ __forceinline__ void walk(
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         float score[1] = {best[tile][half]};
-                        if constexpr (kBlockMass) score[0] = score_of_mass(p, score[0], sum[tile][half]);
+                        if constexpr (kBlockMass) score[0] = score_of_mass(queries, score[0], sum[tile][half]);
                         const int group = group0 + 16 * tile + 8 * half + lane / 4;
                         if (is_judged) score[0] = judged(p, score[0], unit * kKvBlock, group);
                         visit(tile, half, score, unit);
@@ -448,50 +686,105 @@ __device__ __forceinline__ void walk(
     }
 }
 
-// LSE of every query over all finite logits, by the largest product.
+// LSE of every query over all finite logits. Of units of several chunks, also the first units' scores by each query.
 __device__ __forceinline__ void find_lse(
     const Params& p, SharedStorage& shared, const Queries& queries) {
     const int lane = lane_index();
     const int warp = warp_index();
-    float largest[kTiles][2];
+    float reference[kTiles][2];
     float sum[kTiles][2] = {};
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) largest[tile][0] = largest[tile][1] = -kInf;
+    for (int tile = 0; tile < kTiles; ++tile) reference[tile][0] = reference[tile][1] = -kInf;
+    // A chunk's finite products, relative to the largest so far.
+    const auto add_finite = [&](const uint2(&keys)[4][kSteps], int key) {
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+            float products[4][4];
+            multiply<false>(shared, queries, tile, keys, products);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float terms[8];
+                float most = reference[tile][half];
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const float product = product_of(products, half, i);
+                    terms[i] = product < kInf && key + i < p.seqlen_kv ? product : -kInf;
+                    most = fmaxf(most, terms[i]);
+                }
+                if (most == -kInf) continue;
+                sum[tile][half] *= exp2_approx((reference[tile][half] - most) * p.scale_log2);
+                reference[tile][half] = most;
+#pragma unroll
+                for (int i = 0; i < 8; ++i) sum[tile][half] += exp2_approx((terms[i] - most) * p.scale_log2);
+            }
+        }
+    };
     const int steps = (p.seqlen_kv + kStepKeys - 1) / kStepKeys;
 #pragma unroll 1
-    for (int i = warp * kChunks; i < steps * kChunks; i += kChunks * kWarps) {
-#pragma unroll 1
-        for (int chunk = 0; chunk < kChunks; ++chunk) {
-            const int step = i / kChunks;
-            uint2 keys[4][kSteps];
-            load_keys(p, step, chunk, 1, keys);
-            const int key = step * kStepKeys + lane % 4 * kLaneKeys + 8 * chunk;
+    for (int step = warp; step < steps; step += kWarps) {
+        const int key = step * kStepKeys + lane % 4 * kLaneKeys;
+        bool counts = true;
+        if constexpr (kHasQueryScores) {
+            float scores[kTiles][2];
+            score_queries(p, shared, queries, step, scores);
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
-                float d[4][4];
-                multiply(shared, queries, tile, keys, d);
-                float products[2][8];
-                float most[2] = {largest[tile][0], largest[tile][1]};
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-#pragma unroll
-                    for (int n = 0; n < 4; ++n) {
-                        const bool counts = d[j][n] < kInf && key + 2 * j + n % 2 < p.seqlen_kv;
-                        const float product = counts ? d[j][n] : -kInf;
-                        products[n / 2][2 * j + n % 2] = product;
-                        most[n / 2] = fmaxf(most[n / 2], product);
-                    }
-                }
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    if (most[half] == -kInf) continue;
-                    sum[tile][half] *= exp2_approx((largest[tile][half] - most[half]) * p.scale_log2);
-                    largest[tile][half] = most[half];
+                    const float score = scores[tile][half];
+                    if (step < kSharedSteps) shared.stored[((step * kTiles + tile) * 2 + half) * 32 + lane] = score;
+                    counts &= score < kInf;  // not NaN either
+                }
+            }
+            if (__all_sync(kFullWarp, counts)) {
 #pragma unroll
-                    for (int n = 0; n < 8; ++n) {
-                        sum[tile][half] += exp2_approx((products[half][n] - most[half]) * p.scale_log2);
+                for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const float most = fmaxf(reference[tile][half], scores[tile][half]);
+                        if (most == -kInf) continue;
+                        sum[tile][half] = sum[tile][half] * exp2_approx((reference[tile][half] - most) * p.scale_log2) +
+                                          exp2_approx((scores[tile][half] - most) * p.scale_log2);
+                        reference[tile][half] = most;
                     }
                 }
+            } else {
+#pragma unroll 1
+                for (int chunk = 0; chunk < kChunks; ++chunk) {
+                    uint2 keys[4][kSteps];
+                    load_keys(p, step, chunk, 1, keys);
+                    add_finite(keys, key + 8 * chunk);
+                }
+            }
+        } else {
+            uint2 keys[4][kSteps];
+            load_keys(p, step, 0, 1, keys);
+            float more[kTiles][2];
+            // Infinite with a first reference, and with an infinite product; too large with one that is much larger.
+            counts = (step + 1) * kStepKeys <= p.seqlen_kv;
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
+                float products[4][4];
+                multiply(shared, queries, tile, keys, products);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    float terms[8];
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) {
+                        terms[i] = exp2_approx((product_of(products, half, i) - reference[tile][half]) * p.scale_log2);
+                    }
+                    more[tile][half] = sum_of(terms);
+                    counts &= more[tile][half] < kHeadroom;
+                }
+            }
+            if (__all_sync(kFullWarp, counts)) {
+#pragma unroll
+                for (int tile = 0; tile < kTiles; ++tile) {
+                    sum[tile][0] += more[tile][0];
+                    sum[tile][1] += more[tile][1];
+                }
+            } else {
+                add_finite(keys, key);
             }
         }
     }
@@ -506,7 +799,7 @@ __device__ __forceinline__ void find_lse(
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float a = largest[tile][half];
+            float a = reference[tile][half];
             float b = sum[tile][half];
 #pragma unroll
             for (int apart = 1; apart < 4; apart *= 2) {
@@ -536,7 +829,56 @@ __device__ __forceinline__ void find_lse(
     __syncthreads();
 }
 
+// Stores scores, as walk reads them.
+__device__ __forceinline__ void store_scores(
+    const Params& p, SharedStorage& shared, const Queries& queries, int group0) {
+    const int lane = lane_index();
+    const int warp = warp_index();
+    const int steps = (p.seqlen_kv + kStepKeys - 1) / kStepKeys;
+    if constexpr (kHasQueryScores) {
+        // In place: a turn of the warps writes where no later turn reads.
+#pragma unroll 1
+        for (int first = 0; first < min(steps, kSharedSteps); first += kWarps) {
+            const int step = first + warp;
+            float score[2] = {};
+            if (step < steps) {
+                float of_queries[kTiles][2];
+#pragma unroll
+                for (int i = 0; i < 2 * kTiles; ++i) {
+                    of_queries[i / 2][i % 2] = shared.stored[(step * 2 * kTiles + i) * 32 + lane];
+                }
+                score[0] = score_of_queries(p, shared, queries, of_queries, 0);
+                score[1] = score_of_queries(p, shared, queries, of_queries, 1);
+            }
+            __syncthreads();
+            shared.stored[step * kStepScores + lane] = score[0];
+            shared.stored[step * kStepScores + 32 + lane] = score[1];
+        }
+    }
+    walk<1, Part::kToStore>(
+        p, shared, queries, group0, 1, (steps + kWarps - 1) / kWarps,
+        [&](int, int half, const float(&scores)[kLaneUnits], int unit) {
+            shared.stored[slot_of(p, unit / kStepUnits) * kStepScores + 32 * half + lane] = scores[0];
+        },
+        [](int) {}, kSharedSteps / kWarps);
+    __syncthreads();
+}
+
+// A row's range as scores; empty once the search is done.
+struct Range {
+    float low;
+    float last;
+};
+
+__device__ __forceinline__ Range range_of(const Row& row) {
+    if (row.shift == kDone) return {kInf, -kInf};
+    // The integer of -0 is nobody's: as a float it would let +0 in.
+    const uint32 top = min(row.last == 0x7fffffffu ? row.last - 1 : row.last, ~kLowest);
+    return {unordered(max(row.low, kLowest)), unordered(top)};
+}
+
 // Adds the scores inside each row's range to its bins.
+template <Part kPart = Part::kAll>
 __device__ __forceinline__ void fill_bins(
     const Params& p, SharedStorage& shared, const Queries& queries, int group0, int stride) {
     const int lane = lane_index();
@@ -549,18 +891,16 @@ __device__ __forceinline__ void fill_bins(
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const Row row = shared.rows[16 * tile + 8 * half + lane / 4];
-            const bool searches = row.shift != kDone;
-            low[tile][half] = searches ? unordered(max(row.low, kLowest)) : kInf;
-            // The integer of -0 is nobody's: as a float it would let +0 in.
-            const uint32 top = min(row.last == 0x7fffffffu ? row.last - 1 : row.last, ~kLowest);
-            last[tile][half] = searches ? unordered(top) : -kInf;
+            const Range range = range_of(row);
+            low[tile][half] = range.low;
+            last[tile][half] = range.last;
             origin[tile][half] = row.low;
             shift[tile][half] = row.shift;
         }
     }
     uint32* lane_bins = shared.bins[lane / 4];
     const int steps = ((p.seqlen_kv + stride - 1) / stride + kStepKeys - 1) / kStepKeys;
-    walk<1>(
+    walk<1, kPart>(
         p, shared, queries, group0, stride, (steps + kWarps - 1) / kWarps,
         [&](int tile, int half, const float(&scores)[kLaneUnits], int) {
             uint32* row_bins = lane_bins + (16 * tile + 8 * half) * kBinStride;
@@ -681,6 +1021,72 @@ __device__ __forceinline__ void fill_bracket(
     }
 }
 
+// Keeps the scores inside each row's range, counted by shared.num_kept, and counts those above it in shared.above.
+__device__ __forceinline__ void keep_range(const Params& p, SharedStorage& shared, const Queries& queries, int group0) {
+    const int lane = lane_index();
+    Range range[2];
+    int above[2] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) range[half] = range_of(shared.rows[8 * half + lane / 4]);
+    const int steps = (p.seqlen_kv + kStepKeys - 1) / kStepKeys;
+    walk<1>(
+        p, shared, queries, group0, 1, (steps + kWarps - 1) / kWarps,
+        [&](int, int half, const float(&scores)[kLaneUnits], int) {
+            const float low = range[half].low;
+            const float last = range[half].last;
+            int reached = 0;
+            int larger = 0;
+#pragma unroll
+            for (int i = 0; i < kLaneUnits; ++i) {
+                reached += scores[i] >= low ? 1 : 0;
+                larger += scores[i] > last ? 1 : 0;
+            }
+            above[half] += larger;
+            if (reached == larger) return;
+            const int row = (8 * half + lane / 4) % (kMayKeep ? kGroups : 1);
+            const int slot = atomicAdd(&shared.num_kept[row], reached - larger);
+            if (slot + reached - larger > kKept) return;
+            uint32 to = static_cast<uint32>(__cvta_generic_to_shared(&shared.kept[row][slot]));
+#pragma unroll
+            for (int i = 0; i < kLaneUnits; ++i) {
+                // Branches would be taken by some lane of the warp.
+                asm volatile(
+                    "{\n"
+                    ".reg .pred inside;\n"
+                    "setp.ge.f32 inside, %1, %2;\n"
+                    "setp.le.and.f32 inside, %1, %3, inside;\n"
+                    "@inside st.shared.f32 [%0], %1;\n"
+                    "@inside add.u32 %0, %0, 4;\n"
+                    "}\n"
+                    : "+r"(to)
+                    : "f"(scores[i]), "f"(low), "f"(last)
+                    : "memory");
+            }
+        },
+        [](int) {});
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        int sum = above[half];
+        sum += __shfl_xor_sync(kFullWarp, sum, 1);
+        sum += __shfl_xor_sync(kFullWarp, sum, 2);
+        if (lane % 4 == 0) atomicAdd(&shared.above[8 * half + lane / 4], sum);
+    }
+}
+
+// fill_bins from what is kept.
+__device__ __forceinline__ void fill_bins_from_kept(SharedStorage& shared) {
+#pragma unroll 1
+    for (int r = 0; r < kRowsPerWarp; ++r) {
+        const int i = (warp_index() * kRowsPerWarp + r) % (kMayKeep ? kGroups : 1);
+        const Row row = shared.rows[i];
+        if (row.shift == kDone) continue;
+        for (int n = lane_index(); n < shared.num_kept[i]; n += 32) {
+            const uint32 score = ordered(shared.kept[i][n]);
+            if (score >= row.low && score <= row.last) atomicAdd(&shared.bins[i][(score - row.low) >> row.shift], 1u);
+        }
+    }
+}
+
 // Collects, as ordered integers in the bins' room, the scores of each row's bin; shared.above counts them.
 __device__ __forceinline__ void collect(
     const Params& p, SharedStorage& shared, const Queries& queries, int group0) {
@@ -756,11 +1162,14 @@ __device__ __forceinline__ int count_bins(const uint32* bins) {
     return warp_sum(sum);
 }
 
+// How many ranks of a sample lie between the k-th's and an end of its bracket.
+__device__ __forceinline__ int margin_of(float rank) { return static_cast<int>(4.5f * sqrtf(rank)) + 4; }
+
 // Narrows a row's range to where, by a sample of `samples` of `units` scores, the k-th will lie. A wrong guess costs a
 // pass, never a wrong list. One warp.
 __device__ __forceinline__ Row bracketed(Row row, const uint32* bins, int samples, int units) {
     const float rank = static_cast<float>(row.k) * static_cast<float>(samples) / static_cast<float>(units);
-    const int margin = static_cast<int>(4.5f * sqrtf(rank)) + 4;
+    const int margin = margin_of(rank);
     const int upper = static_cast<int>(rank) - margin - row.above;
     const int lower = static_cast<int>(rank) + margin - row.above;
     const uint32 origin = row.low;
@@ -1281,6 +1690,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_fin
         shared.rows[i] = row;
         shared.above[i] = 0;
         shared.lines[i] = no_line();
+        if constexpr (kMayKeep) shared.num_kept[i] = 0;
     }
     for (int i = warp; i < 16 * kTiles; i += kWarps) {
         // Tile i / 16 is of query i / 16 % kQueries of 16 groups.
@@ -1297,7 +1707,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_fin
         for (int tile = 0; tile < kTiles; ++tile) read_operand(shared.queries[tile], 0, queries.held[tile]);
     }
 
+    queries.per_doubling = kBlockMass ? __fdiv_rn(1.0f, p.scale_log2) : 1.0f;
+
     if constexpr (kQueryMass) find_lse(p, shared, queries);
+    if constexpr (kStoredSteps > 0) store_scores(p, shared, queries, group0);
     uint32* all_bins = &shared.bins[0][0];
     for (int i = threadIdx.x; i < kGroups * kBinStride; i += kThreads) all_bins[i] = 0;
     __syncthreads();
@@ -1337,37 +1750,76 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_fin
             return mass_resolved(p, row, shared.bins[i], shared.above[i], shared.masses[i]);
         });
     }
-    if constexpr (kMaySample) if (searches && units >= kSampleFrom) {
-        const int samples = (units + kSampleStride - 1) / kSampleStride;
+    int samples = 0;
+    if constexpr (kMaySample) {
+        if (units >= kSampleFrom) samples = (units + kSampleStride - 1) / kSampleStride;
+    } else if constexpr (kMayKeep) {
+        // The last turn is always stored.
+        const int turns = (units + kWarps * kStepUnits - 1) / (kWarps * kStepUnits);
+        if (turns * kWarps > kStoredSteps) samples = units - (turns * kWarps - kStoredSteps) * kStepUnits;
+    }
+    bool keeps = false;
+    if constexpr (kMayKeep) {
+        const float share = static_cast<float>(samples) / static_cast<float>(units);
+        const float rank = static_cast<float>(k) * share;
+        const int margin = margin_of(rank);
+        // The first k are bracketed on one side only.
+        keeps = margin < static_cast<int>(rank) && static_cast<float>(2 * margin) < share * static_cast<float>(kKept / 10 * 9);
+    }
+    if constexpr (kMaySample || kMayKeep) if (searches && samples > 0 && (kMaySample || keeps)) {
 #pragma unroll 1
         for (int round = 0; round < 2; ++round) {
-            fill_bins(p, shared, queries, group0, kSampleStride);
+            if constexpr (kMaySample) {
+                fill_bins(p, shared, queries, group0, kSampleStride);
+            } else {
+                fill_bins<Part::kStored>(p, shared, queries, group0, 1);
+            }
             __syncthreads();
             each_open_row(shared, [&](Row row, int i) { return bracketed(row, shared.bins[i], samples, units); });
         }
-        each_open_row(shared, [&](Row row, int i) {
-            const Line line = line_of(row, i);
-            if (lane == 0) shared.lines[i] = line;
-            return row;
-        });
-        fill_bracket(p, shared, queries, group0);
-        __syncthreads();
-        each_open_row(shared, [&](Row row, int i) {
-            const Line line = located(shared.lines[i], shared.bins[i], shared.above[i], row.k, i);
-            __syncwarp();
-            if (lane == 0) {
-                shared.lines[i] = line;
-                shared.above[i] = 0;
+        if (keeps) {
+            keep_range(p, shared, queries, group0);
+            __syncthreads();
+            bool all = true;
+            each_open_row(shared, [&](Row row, int i) {
+                row.above = shared.above[i];
+                const int count = shared.num_kept[i % (kMayKeep ? kGroups : 1)];
+                const bool has_it = row.k > row.above && row.k - row.above <= count && count <= kKept;
+                all &= has_it;
+                return has_it ? row : restarted(row);
+            });
+            // Of all rows, or the keys are passed again for all.
+            keeps = __syncthreads_and(all) != 0;
+            while (keeps && searches) {
+                fill_bins_from_kept(shared);
+                __syncthreads();
+                searches = each_open_row(shared, [&](Row row, int i) { return narrowed(row, shared.bins[i], units); });
             }
-            return row;
-        });
-        collect(p, shared, queries, group0);
-        __syncthreads();
-        searches = each_open_row(shared, [&](Row row, int i) {
-            const Line line = shared.lines[i];
-            if (line.needed == 0) return restarted(row);
-            return resolved(row, shared.bins[i], min(shared.above[i], kBins), line.needed);
-        });
+        } else if constexpr (kMaySample) {
+            each_open_row(shared, [&](Row row, int i) {
+                const Line line = line_of(row, i);
+                if (lane == 0) shared.lines[i] = line;
+                return row;
+            });
+            fill_bracket(p, shared, queries, group0);
+            __syncthreads();
+            each_open_row(shared, [&](Row row, int i) {
+                const Line line = located(shared.lines[i], shared.bins[i], shared.above[i], row.k, i);
+                __syncwarp();
+                if (lane == 0) {
+                    shared.lines[i] = line;
+                    shared.above[i] = 0;
+                }
+                return row;
+            });
+            collect(p, shared, queries, group0);
+            __syncthreads();
+            searches = each_open_row(shared, [&](Row row, int i) {
+                const Line line = shared.lines[i];
+                if (line.needed == 0) return restarted(row);
+                return resolved(row, shared.bins[i], min(shared.above[i], kBins), line.needed);
+            });
+        }
     }
     // What is still open. Where nothing is searched, no round is needed.
     while (searches) {
