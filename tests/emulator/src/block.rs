@@ -458,13 +458,8 @@ impl<'a> Block<'a> {
         Fault::new(LAUNCH_FAILED, lines.join("\n"))
     }
 
-    /// Checks what a CTA must not leave behind, and lets stores end.
+    /// Lets the stores of CTAs that have ended end.
     fn finish(&mut self) -> Result<(), Fault> {
-        for one in &self.asyncs {
-            if let Some(what) = one.reads_or_writes_shared() {
-                return Err(Fault::new(LAUNCH_FAILED, format!("the CTA ended while {what}")));
-            }
-        }
         while !self.asyncs.is_empty() {
             let one = self.random.below(self.asyncs.len());
             self.perform(one)?;
@@ -670,6 +665,11 @@ impl<'a> Block<'a> {
                 return Err(Fault::new(LAUNCH_FAILED, "the warp ends with a wgmma in flight"));
             }
             self.ctas[cta].live_warps -= 1;
+            if self.ctas[cta].live_warps == 0
+                && let Some(what) = self.asyncs.iter().find_map(|one| one.needs_shared_of(cta))
+            {
+                return Err(Fault::new(LAUNCH_FAILED, format!("the CTA ended while {what}")));
+            }
             for id in 0..16 {
                 self.settle_named(cta, id);
             }
@@ -728,6 +728,16 @@ impl<'a> Block<'a> {
         }
     }
 
+    /// The shared memory of a CTA of the cluster goes with its last warp.
+    #[inline(always)]
+    pub(crate) fn still_there(&self, w: usize, cta: usize) -> Result<(), Fault> {
+        if cta != self.cta_of(w) && self.ctas[cta].live_warps == 0 {
+            let text = format!("shared memory of CTA {:?}, which has ended", self.ctas[cta].index);
+            return Err(Fault::new(ILLEGAL_ADDRESS, text));
+        }
+        Ok(())
+    }
+
     /// Where an access of `bytes` bytes really goes. Checks alignment and bounds.
     #[inline(always)]
     pub(crate) fn resolve(
@@ -752,6 +762,7 @@ impl<'a> Block<'a> {
         match space {
             Where::Shared => {
                 let (cta, place) = self.shared_place(w, address);
+                self.still_there(w, cta)?;
                 let inside = self.ctas[cta].shared.holds(place, bytes);
                 if !inside {
                     self.here.1 = Some(lane);

@@ -25,6 +25,7 @@ struct Piece {
 /// Who issued it: warp, lane and instruction, for messages.
 type Issuer = (usize, Option<u32>, u32);
 
+/// A load of several CTAs is one for each: they need not have it at the same time. `into` is the CTA.
 #[derive(Clone, Debug)]
 enum Work {
     TensorLoad {
@@ -32,14 +33,14 @@ enum Work {
         coordinates: [i32; 5],
         to: u32,
         barrier: u32,
-        ctas: u32,
+        into: usize,
     },
     BulkLoad {
         from: u64,
         to: u32,
         bytes: u32,
         barrier: u32,
-        ctas: u32,
+        into: usize,
     },
     ToShared {
         from: u32,
@@ -79,13 +80,21 @@ pub(crate) struct Async {
 }
 
 impl Async {
-    /// What would go wrong if the CTA's shared memory went away now.
-    pub(crate) fn reads_or_writes_shared(&self) -> Option<&'static str> {
+    /// What would go wrong if a CTA's shared memory went away now.
+    pub(crate) fn needs_shared_of(&self, cta: usize) -> Option<&'static str> {
         match &self.work {
-            Work::Store { data: Some(_), .. } => None,
-            Work::Store { .. } => Some("a bulk store of its shared memory had not been waited for"),
+            Work::TensorLoad { into, .. } | Work::BulkLoad { into, .. } if *into == cta => {
+                Some("a bulk load into its shared memory had not been waited for")
+            }
+            Work::ToShared { to, .. } if to.0 == cta => {
+                Some("a bulk copy into its shared memory had not been waited for")
+            }
+            _ if self.cta != cta => None,
+            Work::TensorLoad { .. } | Work::BulkLoad { .. } | Work::Store { data: Some(_), .. } => None,
+            Work::Store { .. } | Work::ToShared { .. } => {
+                Some("a bulk store of its shared memory had not been waited for")
+            }
             Work::CpAsync { .. } | Work::CpArrive { .. } => Some("a cp.async had not been waited for"),
-            _ => Some("a bulk load into its shared memory had not been waited for"),
         }
     }
 }
@@ -138,9 +147,10 @@ impl Block<'_> {
         Ok(place as u32)
     }
 
-    fn multicast(&self, w: usize, multicast: u32, lane: u32) -> Result<u32, Fault> {
+    /// The CTAs a load is for.
+    fn multicast(&self, w: usize, multicast: u32, lane: u32) -> Result<Vec<usize>, Fault> {
         if multicast == NONE {
-            return Ok(1 << self.cta_of(w));
+            return Ok(vec![self.cta_of(w)]);
         }
         let mask = self.word_of(w, multicast, lane) & 0xFFFF;
         if mask == 0 || mask >> self.ctas.len() != 0 {
@@ -149,7 +159,9 @@ impl Block<'_> {
                 format!("multicast to {mask:#x} in a cluster of {}", self.ctas.len()),
             ));
         }
-        Ok(mask)
+        let ctas: Vec<usize> = (0..self.ctas.len()).filter(|cta| mask >> cta & 1 != 0).collect();
+        ctas.iter().try_for_each(|&cta| self.still_there(w, cta))?;
+        Ok(ctas)
     }
 
     /// Issues, commits and waits. The copies come back to [`Block::perform`].
@@ -168,9 +180,10 @@ impl Block<'_> {
                     let to = self.engine_address(w, *to, lane, map.box_bytes(), 128)?;
                     let (_, barrier) = self.barrier_address(w, *barrier, lane)?;
                     let coordinates = self.coordinates(w, coordinates, lane);
-                    let ctas = self.multicast(w, *multicast, lane)?;
-                    let map = Box::new(map);
-                    self.push(w, lane, Work::TensorLoad { map, coordinates, to, barrier, ctas });
+                    for into in self.multicast(w, *multicast, lane)? {
+                        let map = Box::new(map);
+                        self.push(w, lane, Work::TensorLoad { map, coordinates, to, barrier, into });
+                    }
                 }
             }
             Op::TensorStore { from, map, coordinates, rank, reduce } => {
@@ -203,8 +216,9 @@ impl Block<'_> {
                     let to = self.engine_address(w, *to, lane, bytes, 16)?;
                     let from = self.line(w, *from, lane, bytes, false)?;
                     let (_, barrier) = self.barrier_address(w, *barrier, lane)?;
-                    let ctas = self.multicast(w, *multicast, lane)?;
-                    self.push(w, lane, Work::BulkLoad { from, to, bytes, barrier, ctas });
+                    for into in self.multicast(w, *multicast, lane)? {
+                        self.push(w, lane, Work::BulkLoad { from, to, bytes, barrier, into });
+                    }
                 }
             }
             Op::BulkStore { to, from, bytes, reduce } => {
@@ -230,6 +244,7 @@ impl Block<'_> {
                     let from = self.engine_address(w, *from, lane, bytes, 16)?;
                     let to = self.address_of(w, *to, lane);
                     let (cta, place) = self.shared_place(w, to);
+                    self.still_there(w, cta)?;
                     if !place.is_multiple_of(16) || !self.ctas[cta].shared.holds(place, bytes) {
                         return Err(Fault::new(
                             ILLEGAL_ADDRESS,
@@ -414,7 +429,7 @@ impl Block<'_> {
         let (w, lane, _) = issuer;
         let thread_of_issuer = self.thread_of(w, lane.unwrap_or(0));
         match work {
-            Work::TensorLoad { map, coordinates, to, barrier, ctas } => {
+            Work::TensorLoad { map, coordinates, to, barrier, into } => {
                 let inner = map.inner_bytes();
                 let mut tile = vec![0u8; map.box_bytes() as usize];
                 if map.nan {
@@ -441,32 +456,26 @@ impl Block<'_> {
                     };
                     Ok(())
                 })?;
-                for cta in (0..self.ctas.len()).filter(|cta| ctas >> cta & 1 != 0) {
-                    self.engine_writes(cta, to, map.box_bytes(), thread_of_issuer)?;
-                    let shared = &mut self.ctas[cta].shared;
-                    if map.swizzle != 0 && inner != map.swizzle {
-                        return Err("a box narrower than its swizzle is not emulated".to_string().into());
-                    }
-                    for (i, chunk) in tile.chunks_exact(16).enumerate() {
-                        let at = swizzled(to + 16 * i as u32, map.swizzle);
-                        if !shared.holds(at as u64, 16) {
-                            return Err(Fault::new(ILLEGAL_ADDRESS, format!("a tensor load into {at:#x}")));
-                        }
-                        shared.at_mut(at, 16).copy_from_slice(chunk);
-                    }
-                    self.barrier(cta, barrier)?.complete(map.box_bytes() as i64);
+                self.engine_writes(into, to, map.box_bytes(), thread_of_issuer)?;
+                let shared = &mut self.ctas[into].shared;
+                if map.swizzle != 0 && inner != map.swizzle {
+                    return Err("a box narrower than its swizzle is not emulated".to_string().into());
                 }
+                for (i, chunk) in tile.chunks_exact(16).enumerate() {
+                    let at = swizzled(to + 16 * i as u32, map.swizzle);
+                    if !shared.holds(at as u64, 16) {
+                        return Err(Fault::new(ILLEGAL_ADDRESS, format!("a tensor load into {at:#x}")));
+                    }
+                    shared.at_mut(at, 16).copy_from_slice(chunk);
+                }
+                self.barrier(into, barrier)?.complete(map.box_bytes() as i64);
             }
-            Work::BulkLoad { from, to, bytes, barrier, ctas } => {
-                for cta in (0..self.ctas.len()).filter(|cta| ctas >> cta & 1 != 0) {
-                    self.engine_writes(cta, to, bytes, thread_of_issuer)?;
-                    let into = self.ctas[cta].shared.at_mut(to, bytes as usize);
-                    // SAFETY: checked when it was issued; allocations outlive the launch.
-                    unsafe {
-                        std::ptr::copy_nonoverlapping(from as *const u8, into.as_mut_ptr(), into.len())
-                    };
-                    self.barrier(cta, barrier)?.complete(bytes as i64);
-                }
+            Work::BulkLoad { from, to, bytes, barrier, into } => {
+                self.engine_writes(into, to, bytes, thread_of_issuer)?;
+                let line = self.ctas[into].shared.at_mut(to, bytes as usize);
+                // SAFETY: checked when it was issued; allocations outlive the launch.
+                unsafe { std::ptr::copy_nonoverlapping(from as *const u8, line.as_mut_ptr(), line.len()) };
+                self.barrier(into, barrier)?.complete(bytes as i64);
             }
             Work::ToShared { from, to, bytes, barrier } => {
                 let data = self.engine_reads(cta, from, bytes, thread_of_issuer)?;

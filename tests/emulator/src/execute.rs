@@ -646,6 +646,7 @@ impl Block<'_> {
     pub(crate) fn barrier_address(&mut self, w: usize, at: At, lane: u32) -> Result<(usize, u32), Fault> {
         let address = self.address_of(w, at, lane);
         let (cta, place) = self.shared_place(w, address);
+        self.still_there(w, cta)?;
         if !place.is_multiple_of(8) {
             return Err(Fault::new(MISALIGNED, format!("a barrier at {place:#x}; allowed: multiples of 8")));
         }

@@ -30,10 +30,23 @@ impl Buffer {
     }
 }
 
-/// Runs `body` as a kernel of `threads` threads and one CTA, with two buffers at %rd1 and %rd2 and `params`' first
-/// tensor map at %rd3; it has 64 registers of each kind, and shared memory at `raw`.
+/// Runs `body` as a kernel of `threads` threads and one CTA: see [`run_cluster`].
 fn run_with(
     body: &str,
+    threads: u32,
+    a: &Buffer,
+    b: &Buffer,
+    map: Option<TensorMap>,
+    seed: u64,
+) -> Result<(), Fault> {
+    run_cluster(body, 1, threads, a, b, map, seed)
+}
+
+/// Runs `body` as a kernel of `threads` threads and one cluster of `ctas` CTAs, with two buffers at %rd1 and %rd2 and `params`' first
+/// tensor map at %rd3; it has 64 registers of each kind, and shared memory at `raw`.
+fn run_cluster(
+    body: &str,
+    ctas: u32,
     threads: u32,
     a: &Buffer,
     b: &Buffer,
@@ -56,7 +69,9 @@ fn run_with(
         params.extend_from_slice(&buffer.region().start.to_le_bytes());
     }
     params.resize(160, 0);
-    let shape = Shape { grid: [1, 1, 1], block: [threads, 1, 1], cluster: [1; 3], dynamic_shared: 64 << 10 };
+    let of_x = |n| [n, 1, 1];
+    let shape =
+        Shape { grid: of_x(ctas), block: of_x(threads), cluster: of_x(ctas), dynamic_shared: 64 << 10 };
     launch(&kernel, &shape, &params, &[a.region(), b.region()], seed)
 }
 
@@ -520,6 +535,63 @@ fn a_copy_that_nobody_waits_for_is_found() {
         seen.insert(out.words()[0]);
     }
     assert_eq!(seen.into_iter().collect::<Vec<_>>(), [5, u32::MAX], "both orders happen");
+}
+
+/// Two CTAs of a warp each: the first loads a line for both, each waits for it, one thread of each then arrives at the first's
+/// second barrier. `after` follows, and each stores its line.
+fn one_loads_for_two(wait: &str, after: &str) -> String {
+    format!(
+        "mov.u64 %rd10, raw;\ncvt.u32.u64 %r10, %rd10;\nadd.u32 %r11, %r10, 61440;\nadd.u32 %r12, %r11, 8;\n\
+         mov.u32 %r13, %cluster_ctarank;\nsetp.ne.u32 %p1, %r0, 0;\nsetp.ne.u32 %p2, %r13, 0;\n@%p1 bra INIT;\n\
+         mbarrier.init.shared::cta.b64 [%r11], 1;\nmbarrier.init.shared::cta.b64 [%r12], 2;\n\
+         fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;\n\
+         mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r11], 128;\nINIT:\n{CLUSTER_SYNC}\
+         or.pred %p3, %p1, %p2;\n@%p3 bra LOADED;\nmov.u16 %h1, 3;\n\
+         cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r10], [%rd1], 128, [%r11], %h1;\n\
+         LOADED:\n{wait}shl.b32 %r20, %r0, 2;\nadd.u32 %r20, %r20, %r10;\nld.shared.u32 %r40, [%r20];\n@%p1 bra ARRIVED;\n\
+         mov.u32 %r21, 0;\nmapa.shared::cluster.u32 %r22, %r12, %r21;\nmbarrier.arrive.shared::cluster.b64 _, [%r22];\n\
+         ARRIVED:\n{after}shl.b32 %r13, %r13, 5;\nadd.u32 %r0, %r0, %r13;\n{STORE}"
+    )
+}
+
+const CLUSTER_SYNC: &str = "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n";
+const WAIT_FOR_LINE: &str =
+    "LINE:\nmbarrier.try_wait.parity.shared::cta.b64 %p4, [%r11], 0;\n@!%p4 bra LINE;\n";
+
+#[test]
+fn a_cluster_shares_loads_and_barriers() {
+    let line: Vec<u32> = (100..132).collect();
+    // The first CTA waits for the word of both.
+    let words = "@%p2 bra BOTH;\nWORDS:\nmbarrier.try_wait.parity.shared::cta.b64 %p5, [%r12], 0;\n@!%p5 bra WORDS;\nBOTH:\n";
+    for after in [CLUSTER_SYNC, words] {
+        for seed in 0..16 {
+            let out = empty();
+            run_cluster(
+                &one_loads_for_two(WAIT_FOR_LINE, after),
+                2,
+                32,
+                &Buffer::of(&line),
+                &out,
+                None,
+                seed,
+            )
+            .unwrap_or_else(|fault| panic!("seed {seed}: {}", fault.text));
+            assert_eq!(out.words()[..64], [&line[..], &line[..]].concat());
+        }
+    }
+}
+
+#[test]
+fn shared_memory_goes_with_its_cta() {
+    // A word to a CTA that may have left; a line on its way to one that does not wait.
+    let checks = [
+        (one_loads_for_two(WAIT_FOR_LINE, ""), "shared memory of CTA [0, 0, 0], which has ended"),
+        (one_loads_for_two("", ""), "the CTA ended while a bulk load into its shared memory"),
+    ];
+    for (body, words) in checks {
+        let found = |seed| run_cluster(&body, 2, 32, &Buffer::of(&[7; 32]), &empty(), None, seed).err();
+        assert!((0..32).filter_map(found).any(|fault| fault.text.contains(words)), "wanted '{words}'");
+    }
 }
 
 #[test]
