@@ -17,7 +17,7 @@ use crate::rng::{self, Purpose};
 use crate::train::{self, Layout, TrainError, Trainer};
 use serde::Serialize;
 use std::fmt;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use timed::Timed;
 pub use timed::{OpTime, Part};
 
@@ -56,7 +56,7 @@ pub enum BenchError {
 
 /// Share that fixed lists keep where the configuration says nothing.
 const KEEP: f64 = 0.1;
-/// Passes before any is timed.
+/// Passes before any is timed, at least.
 const WARM_UP: usize = 3;
 
 /// The configuration of one measurement: so many tokens (by the number of frames), this attention, these
@@ -226,13 +226,16 @@ pub struct Bench<'a> {
     engine: &'a mut dyn Engine,
     /// Before anything was reserved.
     free: Option<usize>,
+    /// Passes run for so long before any is timed.
+    warm_up: Duration,
 }
 
 impl<'a> Bench<'a> {
-    /// On an engine that has nothing reserved yet.
-    pub fn new(engine: &'a mut dyn Engine) -> Bench<'a> {
+    /// On an engine that has nothing reserved yet. Passes run for `warm_up` before any is timed: a GPU at its power limit holds
+    /// its first clocks for less than a second, and a training step is longer.
+    pub fn new(engine: &'a mut dyn Engine, warm_up: Duration) -> Bench<'a> {
         let free = engine.free_bytes();
-        Bench { engine, free }
+        Bench { engine, free, warm_up }
     }
 
     /// Times `layers` blocks of a configuration from [`config_of`], `repeats` times.
@@ -261,8 +264,10 @@ impl<'a> Bench<'a> {
         let pass = Pass { config: &config, model: &model, layout: &layout, attention: &attention };
 
         let predicts = model.predictors.is_some();
-        for i in 0..WARM_UP {
-            pass.run(e, predicts && i == 0)?;
+        let (began, mut passes) = (Instant::now(), 0);
+        while passes < WARM_UP || began.elapsed() < self.warm_up {
+            pass.run(e, predicts && passes == 0)?;
+            passes += 1;
         }
         let mut runs = Vec::new();
         let mut profiled = Vec::new();
@@ -529,7 +534,7 @@ mod tests {
     #[test]
     fn every_attention_is_timed_and_its_parts_are_named() {
         let mut engine = CpuEngine::<f32>::new();
-        let mut bench = Bench::new(&mut engine);
+        let mut bench = Bench::new(&mut engine, Duration::ZERO);
         let parts = |t: &BlockTime| t.parts().iter().map(|p| p.0).collect::<Vec<_>>();
         for attention in [Attention::Full, Attention::Fixed, Attention::Dsv, Attention::WaM] {
             let config = config_of(&small(), Some(256), attention, None).unwrap();
@@ -560,7 +565,7 @@ mod tests {
     fn the_blocks_are_timed_on_numbers_that_are_not_zero() {
         let config = config_of(&small(), None, Attention::Fixed, None).unwrap();
         let mut engine = CpuEngine::<f32>::new();
-        Bench::new(&mut engine).block(&config, 1, 1).unwrap();
+        Bench::new(&mut engine, Duration::ZERO).block(&config, 1, 1).unwrap();
         let mut one = config;
         one.model.layers = 1;
         one.train.ema_decay = 0.0;

@@ -20,7 +20,7 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 #[derive(Parser)]
 #[command(
@@ -223,6 +223,9 @@ struct BenchArgs {
     /// Timed passes of each
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..))]
     repeats: u16,
+    /// Seconds of passes before the timed ones, so that the GPU has the clocks that it can hold
+    #[arg(long, default_value_t = 1.0, value_name = "SECONDS", value_parser = warm_up)]
+    warm_up: f64,
     /// Print every op, not only what they are for
     #[arg(long)]
     ops: bool,
@@ -232,6 +235,11 @@ struct BenchArgs {
     /// Write everything to this JSON file, after each measurement
     #[arg(long)]
     json: Option<PathBuf>,
+}
+
+fn warm_up(word: &str) -> Result<f64, String> {
+    let allowed = || "allowed: 0 to 60".to_string();
+    word.parse().ok().filter(|s| (0.0..=60.0).contains(s)).ok_or_else(allowed)
 }
 
 fn attention(word: &str) -> Result<config::Attention, String> {
@@ -546,7 +554,7 @@ fn time_blocks(args: &BenchArgs) -> anyhow::Result<()> {
     println!("{about}");
     let mut done = Vec::new();
     {
-        let mut bench = Bench::new(&mut *engine);
+        let mut bench = Bench::new(&mut *engine, Duration::from_secs_f64(args.warm_up));
         for config in cases {
             let time = bench.block(&config, args.layers.into(), args.repeats.into());
             println!();
