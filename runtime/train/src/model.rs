@@ -197,6 +197,7 @@ impl ModelShape {
         let dim = self.dim();
         let std = |inputs: usize| (1.0 / inputs as f32).sqrt();
         let table = Init::Normal(std(dim));
+        let gain = Init::Constant(self.qk_gain);
         let width = self.patch.width();
         let weights = Weights {
             patch: p.linear("patch", dim, width, std(width)),
@@ -210,18 +211,8 @@ impl ModelShape {
                 .map(|l| BlockWeights {
                     table: p.add(format!("block.{l}.table"), &[6, dim], table, false),
                     qkv: p.linear(&format!("block.{l}.qkv"), 3 * dim, dim, std(dim)),
-                    q_norm: p.add(
-                        format!("block.{l}.q_norm"),
-                        &[self.head_dim],
-                        Init::Constant(self.qk_gain),
-                        false,
-                    ),
-                    k_norm: p.add(
-                        format!("block.{l}.k_norm"),
-                        &[self.head_dim],
-                        Init::Constant(self.qk_gain),
-                        false,
-                    ),
+                    q_norm: p.add(format!("block.{l}.q_norm"), &[self.head_dim], gain, false),
+                    k_norm: p.add(format!("block.{l}.k_norm"), &[self.head_dim], gain, false),
                     o: p.linear(&format!("block.{l}.o"), dim, dim, std(dim)),
                     cq: p.linear(&format!("block.{l}.cross.q"), dim, dim, std(dim)),
                     ckv: p.linear(&format!("block.{l}.cross.kv"), 2 * dim, dim, std(dim)),

@@ -9,9 +9,6 @@ use std::ops::Range;
 const SLOTS: usize = 4;
 /// Elements of a chunk: 16 MiB of f32, a third of a millisecond over PCIe 5.
 const CHUNK: usize = 4 << 20;
-/// Chunks of a pass at most; long buffers have longer ones. A stream takes about a thousand operations ahead and a chunk is
-/// five of them. A pass beside the next step that is longer holds up the thread that queues this step.
-const CHUNKS: usize = 128;
 
 /// Ops on one chunk: its elements, and the device's copies of them.
 pub type Work<'a> = dyn FnMut(&mut dyn Engine, Range<usize>, &[Buf]) + 'a;
@@ -28,8 +25,7 @@ impl Ring {
     /// Lays out a ring for `parts` host buffers of `len` elements that pass together.
     pub fn reserve(plan: &mut ArenaPlan, label: &str, parts: usize, len: usize) -> Ring {
         // Short buffers too are cut, so that their copies and ops overlap.
-        let short = len.div_ceil(2 * SLOTS).clamp(1, CHUNK);
-        let chunk = short.max(len.div_ceil(CHUNKS)).next_multiple_of(PARAM_ALIGN);
+        let chunk = len.div_ceil(2 * SLOTS).next_multiple_of(PARAM_ALIGN).clamp(PARAM_ALIGN, CHUNK);
         let slots = (0..SLOTS).map(|_| (0..parts).map(|_| plan.f32(label, chunk)).collect()).collect();
         Ring { slots, chunk }
     }

@@ -7,14 +7,14 @@ use dsv_reference::layers::eight_bits;
 use dsv_reference::layers::{
     self, GateInputs, Math, MlpForm, ModDims, PatchDims, QkDims, QkInputs, Transpose,
 };
-use dsv_reference::lists::{KvListsBuf, ListDims};
+use dsv_reference::lists::ListDims;
 use dsv_reference::predictor::{PredictorInputs, gram};
 use dsv_reference::profile::{HeadProfile, profile_rows, summarise};
-use dsv_reference::select;
+use dsv_reference::select::{self, SelectError};
 use std::time::Instant;
 
 /// A number the CPU engine can compute in.
-pub trait CpuReal: Math + Plain + std::fmt::Debug {
+pub trait CpuReal: Math + Plain + From<f32> + std::fmt::Debug {
     /// Width of the engine's types.
     const PRECISION: Precision;
     /// Attention forward.
@@ -32,15 +32,14 @@ pub trait CpuReal: Math + Plain + std::fmt::Debug {
         lse: &[Self],
         d_out: &attention::View<'_, Self>,
     ) -> Result<AttnGrads<Self>, String>;
-    /// Lists of the best blocks.
-    fn select(
+    /// Scores of every group's blocks.
+    fn scores(
         dims: &ListDims,
         rank: usize,
         q_lr: &attention::View<'_, Self>,
         k_lr: &attention::View<'_, Self>,
-        choice: (GroupRule, select::Keep),
-        top_k: &[i32],
-    ) -> Result<KvListsBuf, String>;
+        rule: GroupRule,
+    ) -> Result<Vec<Self>, SelectError>;
 }
 
 impl CpuReal for f32 {
@@ -62,20 +61,14 @@ impl CpuReal for f32 {
     ) -> Result<AttnGrads<f32>, String> {
         attention::tiled::backward(shape, inputs, lists, out, lse, d_out, None).map_err(|e| e.to_string())
     }
-    fn select(
+    fn scores(
         dims: &ListDims,
         rank: usize,
         q_lr: &attention::View<'_, f32>,
         k_lr: &attention::View<'_, f32>,
-        (rule, keep): (GroupRule, select::Keep),
-        top_k: &[i32],
-    ) -> Result<KvListsBuf, String> {
+        rule: GroupRule,
+    ) -> Result<Vec<f32>, SelectError> {
         select::scores_f32(dims, rank, q_lr, k_lr, rule)
-            .and_then(|mut scores| {
-                select::keep(dims, keep, &mut scores)?;
-                select::top_k(dims, &scores, top_k)
-            })
-            .map_err(|e| e.to_string())
     }
 }
 
@@ -98,20 +91,14 @@ impl CpuReal for f64 {
     ) -> Result<AttnGrads<f64>, String> {
         attention::oracle::backward(shape, inputs, lists, d_out, None).map_err(|e| e.to_string())
     }
-    fn select(
+    fn scores(
         dims: &ListDims,
         rank: usize,
         q_lr: &attention::View<'_, f64>,
         k_lr: &attention::View<'_, f64>,
-        (rule, keep): (GroupRule, select::Keep),
-        top_k: &[i32],
-    ) -> Result<KvListsBuf, String> {
+        rule: GroupRule,
+    ) -> Result<Vec<f64>, SelectError> {
         select::scores_f64(dims, rank, q_lr, k_lr, rule, None)
-            .and_then(|mut scores| {
-                select::keep(dims, keep, &mut scores)?;
-                select::top_k(dims, &scores, top_k)
-            })
-            .map_err(|e| e.to_string())
     }
 }
 
@@ -755,13 +742,17 @@ impl<T: CpuReal> Engine for CpuEngine<T> {
     fn kv_select(&mut self, args: &KvSelect) {
         let dims = list_dims(&args.lists.shape);
         let (q_lr, k_lr) = (self.view(&args.q_lr), self.view(&args.k_lr));
-        let choice = (args.rule, select::Keep { first: 0, own: args.keep_own });
-        match T::select(&dims, args.d_lr, &q_lr, &k_lr, choice, self.ints(args.top_k)) {
+        let keep = select::Keep { first: 0, own: args.keep_own };
+        let lists = T::scores(&dims, args.d_lr, &q_lr, &k_lr, args.rule).and_then(|mut scores| {
+            select::keep(&dims, keep, &mut scores)?;
+            select::top_k(&dims, &scores, self.ints(args.top_k))
+        });
+        match lists {
             Ok(lists) => {
                 self.write_ints(args.lists.q2k_index, &lists.index);
                 self.write_ints(args.lists.q2k_count, &lists.count);
             }
-            Err(reason) => self.fail("kv_select", reason),
+            Err(reason) => self.fail("kv_select", reason.to_string()),
         }
     }
 
