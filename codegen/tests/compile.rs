@@ -182,7 +182,8 @@ fn kernels_of_every_rank_compile() {
         };
         let selections =
             space::shipped_selections(rank, Arch::Sm90a).filter(one_rule).map(KernelSpec::Select);
-        let predictor = [PointwiseOp::GramQuery, PointwiseOp::GramKey].into_iter().flat_map(move |op| {
+        let ops = [PointwiseOp::GramSums, PointwiseOp::GramQuery, PointwiseOp::GramKey];
+        let predictor = ops.into_iter().flat_map(move |op| {
             let spec = move |dim| PointwiseSpec::shipped(op, Dtype::Bf16, dim, rank, Arch::Sm90a);
             space::TRAINER_HEAD_DIMS
                 .map(|dim| KernelSpec::Pointwise(spec(dim).unwrap_or_else(|e| panic!("{e}"))))
