@@ -945,17 +945,17 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "gram_sums_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "6e940e09e0310db13e1b4ebb166f514b1db6a806f3c1a2fa882521c65f49781c",
+        source_hash: "a6cd7ae63f7d8e6cbbb2210ce89949f9692551560884e026b799b02b9f311eae",
     },
     Kernel {
         name: "gram_sums_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "3cc38a07a224c7b12bdfaee97e10aa9b5fe0a45ad0d5000d644d6fc3fca616b5",
+        source_hash: "6c376c12d5a74290a6fda380914d96ea55f91cbee309e519d92cd3aa26f6ca41",
     },
     Kernel {
         name: "gram_sums_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "8dec2351cdbae4abaa56d18da0546f2660e1b8cfc03f3260418786a702664b7c",
+        source_hash: "aa7516e50b9b276a9f4e8470c23cca97f142b2a71b4ea164a0c664c46a6d658e",
     },
     Kernel {
         name: "kv_invert_sm80",
