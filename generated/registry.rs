@@ -17,1170 +17,1185 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_8bit_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw_8bit/adamw_8bit_bf16_d0_v4_sm90a.cu"),
-        source_hash: "e9793dde2ffffe452f090cd9f19ef8bdba899d957ea335fd93404df4192aca11",
+        source_hash: "c181d4344c2d4f55ca1111ffb3217cd2aace611cde47a5ccb2feba6987c332f0",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
-        source_hash: "0630c9ca48375f0c45b18d20ced9eb5fdada11d3a2e80286380bd227efaa1f60",
+        source_hash: "c2f5db5796e31f434ae1cfc8423c9344f286852796a35eaf9e6caef08fbed4c8",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "efe1d8d07cec7a3903312784c5dbcaf52aae1c71f3abd07adbaa09238b379e14",
+        source_hash: "63620ed6ef68e1a7a9dae3561322217528681208c813e7add9934f1a85fe3991",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "c3c8a2ebfb20d5962c70a1cb53a447841c6d681c825309a364c6caa48a4f03d6",
+        source_hash: "34d9a18e74687d531be001d8c37a7eaaf70ffed3d8307c546306cdce8eae5d9b",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a831d84ef377b4b40d645926c3683f7956b25b950ce2b9db981894cf929df405",
+        source_hash: "ff1c1094478a35530e844c2d919d16303c0b45f99d2690e4ad0e769a5fe6067a",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "a376ba3869858f31cf3159953660e4d944bb0926b56badb4daa6c412396193c2",
+        source_hash: "2f5f4c21c10ecca39ad3974e3f942f9ab284915f658778e44d3ab3056fd4d86d",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "1cc5c5267e985c12e37cf066e48fc5e51fba1640b7f1932ffde09a6043413977",
+        source_hash: "a5a06927814fa5c14cd01f881fe2d0da49fae2214788e7a774899e41d6e96a8e",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "dca2b494535fbca0c74363e6c2f7e543d25ba5d85a8592b4379ddc51270da446",
+        source_hash: "63a10e6bc5609060ebdd2470978ce234384dff1eb24d72561b516585201b16a2",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c502989bf079728e127e648763d0084f0b7b69f571e9c8ee99e8293038fe67dd",
+        source_hash: "6c943f2366d0f153423ea896e68202f37a9c14c511a9fff899926d97d7ac91fc",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "8240c14b5d177e04031c4bf5390a7cc420a2c32ee3c51e9138ad0e04be7e0a86",
+        source_hash: "469758aa99f49f4998a89fb66f6147b1ae466a3a733c2ad6133b9cc0f9aeb235",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "0c23f71a681a7505a3e5450896dc615c48036d9d77d1d3d34133babc015f733b",
+        source_hash: "0cc7580577b7f9736f895d2a2b637ca68031a7f7a693e16b8ff0e1a988cddaa2",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "17805c30b29e3ad056b4774fd947b363b33b3cece148b7b94c908a54f23b49ed",
+        source_hash: "d3d4349dc1f99246e655b10bb47b3316be87f2f66c1fc180655d16264d0481de",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "02c3b90aff3004942da9edead19eed228e7955a7b0196a558b3d75d831205a01",
+        source_hash: "321bbe48034e5b04df40ffac40ca41edb997324d04e70217f08f6bb3b207eedd",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "2fae95b3b9c841bb44b60d79ccfa146035ed6f6ac8c0c6cbf5604403ffc05f0a",
+        source_hash: "4e8c959b6eed6efb07d12e8429437b1241c1dac4c2fc124801944f8f545a2b25",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "545ad5cdffe8f0434cb6007f58e3c1796b7257548fa3d156fe5ac4521cb64631",
+        source_hash: "117fe3d4e48f527b5203a36643a2d89b7242a2e1bd7cf120afd1e52ca7407b93",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "f64daed2a60c61e74dc5332af4a0bffb3684e3f52a6fd401a33508bf306f5f8a",
+        source_hash: "bf9b3fef3297fb2b3f06f514bb23197fdb9b732787a23c6bdf295644c3168360",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "e268eaf1de2be2e10b6076869d0cff3360cabda65c2f1210f3a678aca0209add",
+        source_hash: "6ffcf0285ba3c9a3bcc827409c6b94030cf8a2f0a69ef501b675f8f141654ed0",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7c8162fb5ca6b1a87651f30f35378d7fe8bdd662b167a0ce992d332863327515",
+        source_hash: "6b5aa6d44a297cf4dde7fe745e35a9eb8dc9dd7969c4f5c5f069169a7d204766",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "df866f6ce1effa431ed7d5bc4b590026ab70983b553f329afe1e75af6f4b027d",
+        source_hash: "1718abbe9b091582c762b6a5f4e20abbf368c1934bb1a09e86ab5ff132e4ebbf",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "fa289ace0e26dd1a5eef4ab2f9ce2ab36eb96b2ec4cc6208005ec2306187cd91",
+        source_hash: "316b8ff51f665bbea6b8a3640840c967dbfedabf03efb22fd63f64ad0dd852d0",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2197f4c7cc8368309a97be5d928ad0604e39483aae0af56beb86051c702533be",
+        source_hash: "463de43cb10d796c13fb829f3f48f4966b90368a04915bb22b045b95e3fba868",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "44af4a58b869da250c3f8a45edcdd407df4604e96ffa44b855b7d462794b2b1a",
+        source_hash: "6fc8d423af350bab8ec8eeb211a69b1ddca51a52a08522a11195f177eadd946c",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1f4a751c5b89a6f351c99e6328f6cfde3ef5aeda9c46dd76e08fdb8794282682",
+        source_hash: "10fc4e32c0569d5f6fe669ab4706fe26a3ff6f8aca83dc4a41b7a15cdecf510b",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ca0137c27f8eacaf7aa557d8e28b969270f8338e7462abcc9fbaa998598df1f1",
+        source_hash: "303920fbc269b1cead5059d8cbf5d40792e8a225fca05d0b76f8d6923b191072",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d5d958dd58914f80688a4cbeeff131ec4f23d6b7b0851d0fe60047644e98eaa0",
+        source_hash: "ecd99a2d5b26fa2f7947096359892416769c563c8d5c8f93251940e6259c2fb8",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "c20e2a678eae7bc2fd3599f9d4e9f31c1ef68563a3d4d89855da1c66e941e876",
+        source_hash: "b5ef9ede2627ae96d4151269b58b0f5a65372038e33afcd1cb711163dd25519f",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "1b8622c89a50f5467e8b004a87f4a8ec41941c6ccd5b882e4438c88895dfe805",
+        source_hash: "0b0d5841c7c14728fc70a5c20d6eee42d73dcc1cfd7ad4edf8f8e5a813728b75",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "062715177663b06a0e9ae4289fc1c33b0688c7bfb288639e6b291d3d7dbb39d5",
+        source_hash: "619588d0c33939582f95973b6957644e872459208b980431e10bd1b673b1c61c",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "81505ad72c37b67677747c40c47c8320b13f26cbd435980fe5f7f96961a1b973",
+        source_hash: "2cc0b56b2e1389d18e7d33ed3220f29070fc52e1d4ac7c065b72d33db5b865f0",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "0c4fdeadc906705f27a70c2922637a119891326eae846a39679339329a72bbd3",
+        source_hash: "2416d7dc221a054cf06a1b3494fbbb60e630809734b5c4c3b47282332f93eda9",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "5a2dcb2dc39e998052ba268d130dfc6499d46d687be1e7cb91cc02535ce2b0cd",
+        source_hash: "52c9a3d75a9daec591785c23aa51fd302b6f744df28e71d833014a12c8ef33ea",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bd6c9c6c1833fef98bf4adac0aaf067ef36fb1db8aed711bb30f9e2b2f7e52c7",
+        source_hash: "5647c4ed51bbfa18f8af88cb9c68970e412dc7a81598d718a7d555ef9b0855c9",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b3f7e5aa01f60e5839fb896108114801e3c4345ba3ccc78909f4dcfad53cadd6",
+        source_hash: "595678649f1f21d1e05c461089345854260e9272ca336006fa374c05e79e2172",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "dd0a3cad27bfb53dbc6735b06455947d8c481602e604f492c617f95ff0153359",
+        source_hash: "5fe1d6ccbb801add0352e283212ddc022bd082854c4e8258fd9d70e1c8ef4c8b",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7c3a597c20d2d0f2a9d113617379d36a33d0cdfebccd464afb4917d088a5faa2",
+        source_hash: "e0568f125d6a20900138995f952d710af9aa187fe716b5b8e5655204b45e7397",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "40210dc7ca57f3865dffcb70c6df4222f7dbba900ca5c26f6c287aa702d91e70",
+        source_hash: "474f9c97ec6d462e8305fbb8f89c6cbfbb5c39d9c283707e2141d1d8c5317512",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "3494b8985a4c6bd1b2ac28ae807b56901d9f21b6438954c29d872f65ce5e84e1",
+        source_hash: "d8155a8adaf73761dce1d0ca392b971d4fe50618341b70886489d1798a48e6ee",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "3cf4517ef2c41a3d815c16e2ff2b7779494d1f99106c1c463580c0ad9bf49579",
+        source_hash: "c3e830c6b734f8fda7adcefbfc0c3264c4d1a41b1920dad56693a1c75a1c0e09",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5e9a8f1e7d35a797a9292e0d974b6dc181884a1fd8aa3e55867cc074ae58c69c",
+        source_hash: "da658faae3d71db67d3fdae825e264e9309770229f9f286b21f7383bc2b1c265",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "1cba8e30882fcb3ee603d873e22a579a977f3f06aac4bd696777ba4fb1f3f37f",
+        source_hash: "de215206ce6121ffd803faf7f740ad09218398b4bb811bbe1b073bbc5abae57b",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "8b679ff5c866d341540dca92acfd615a512de13606b16f8e36ced6fa9496c05e",
+        source_hash: "88f7dfd23c790d51425f949d66999e2f0a8f373647a4169264b2c94bb130fee4",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "17c7b6c958ed5bb584d89e71290362940facd2ddd6fb53588e56521db70524de",
+        source_hash: "57d2c37999ab880fe01d6f8f753ce551bbe2b2d94798729d3704f65010ccd30b",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "dac44bf6c02f60eedfd260a4db69e0b2e25afadbc851dd2a0dd4a7095ea91abc",
+        source_hash: "4bcb34f6a7305983d02fe8b4d2ba864b04a0a5412fc9f4702a0ce604b132e882",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "faa0d0f18ddabbb15a61e918b19119a944568c8b3033aa6730f00fe47c0fbeb0",
+        source_hash: "448697e9f4999edd6d8d020d1dec1619e2c027abac3bb5c09bbb6b773e33d905",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "1cf4f74aca6125bf02b49c00b58cdbe9cd3d8805f2c966155733b122db57eca5",
+        source_hash: "32211735723cf468be83118fe9714b80dbaaa31e7039dd955730dd99e18005fa",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "6932df523118eaf328ef454921c5220dadf767ca237c922d12cd17403da3ba4c",
+        source_hash: "1734ec754d476b23d8aa0e89ca58fabc6f9172b3a39b0aa8da5ae9ea4f9078a1",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "af75321b993fb83c607dcd86f8acf12c67ba5238d24b9e0debc0010073d2eb22",
+        source_hash: "366ea2778925d5eabb98666acb438d364b2d9cc3190accc1d2323163187eb23c",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ebbc8a895ff280183c225d5b05e2859e2d80cad6c29163c34cc99c99b7fd6066",
+        source_hash: "e705d7e4f29a52a6c7008265564e1be633137e4dea8e6f48443e8d6139b2dadf",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "d021e374086db57fa99a2a2d572e3f8653557fb7d8b066b514135ebdeffffdd4",
+        source_hash: "fdc3c84eacb373ebb30dfeb994d99eebf805418f6bae753e4abf4d7687fd9b01",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "513f443ea6dd514e8331849cc232e67a1e90281cfcbb15827a66e496784dbfe4",
+        source_hash: "a40ec4ea2cc00d63607ca2c86f7c6f3a1a445cea8f5cccbd9e457dfa68ad201d",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "73361b895bcf08e0dbe0f0f8838a5ddd9bbfd792748876c53383ece7442d1877",
+        source_hash: "1846f6035e43927cf151e95b30f8a930c6833a7885a2048205b5117fbd6ac890",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "e940d1b1b3dddae9e8ee4b627c7b90bccd2e364560b89747724db8b03950d086",
+        source_hash: "7221fcb4b786d1cbd0fb7e3db0974fda1f485ab8d919bbdd3797c39810095d74",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "aacdebce7306d66f89142fe7863da3df08581de18a359c08274375048a8875d9",
+        source_hash: "c87d66d380769a3e67b871a12b293fbeb966acf5d36428c4992fcb572ef9c76d",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e2dceaef4c1f5e5ac9132d124993618e055e224981fb2e8fd989cc84f507f1d4",
+        source_hash: "a49363071cfa211371c6a7569b5ab0ed87cff457dd8a6025bbedc28c3341bd87",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "dc96980bb4975b1ee10eee64dda09bca2de47530bdbc0d8b66ef6725f63d3cf2",
+        source_hash: "56a5786fb414944131874fb0139cc4b218d9ae88b5c64cd7af97a589df007e92",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "02569c68d40b2205fcef9f8af3c864a5bbc74129d8e1ce7a1b49afe47b527b9c",
+        source_hash: "981ee4f7511627fd4a1d608efc8d1493725620ce566d8add66597f81d5bcd5eb",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e37d2715bc80579ba610348775ad34c255df4ee3b4da7eaa3f06c10de0187e80",
+        source_hash: "cb5c0f2a69c3ee211370cd0967c2cd8cd8ea6eff779b2341355a463364f8dee3",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "65f33238649ab817f4374deac65a5565a95779a3ad2b2c6e45e1a7436b0356ca",
+        source_hash: "404a52b9236ca490ae91d100653c4568501ff65a384a3b0abf9d15824e8b1171",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0a51ab14e19f905d0993428204904764157aef53697f6101160700f56e2d1636",
+        source_hash: "131f927da58bd887e75da5af07498caea028a34d7ebcc8b4dd415829bd977554",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a5be8aec3517ee09d6ae0c49da88cd7c3fb55bfa74a9b0099861565a513b9f60",
+        source_hash: "a4f31abe6eff1be25343fb5357c960908b98613b23f224cfaeeb93af80642270",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "45c84b3563dbee760bd3aa3ec8604d8ead5aaea27684408b9bf4f45d7fd41dbe",
+        source_hash: "f979b96f1dba88e8f0b988c708ea2b9b97729c216e217f9303bd87224369f9a6",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a.cu"
         ),
-        source_hash: "41d6bfc349857235600ce3cd95fc353f0aa291a8326a8861b068fc1e2d8a9b46",
+        source_hash: "f4aa0b54dd7fddaabfc52929525e9a1a143d91927fedec85876cc482081a74ce",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3f72f48432b59134a6ae951f6c7ffae810da4d6d1f6166a033d5823f61e8c6e8",
+        source_hash: "7a997c876843b642c8ff85c570a1c1898741222a479a42afafe1dfbc2de902bb",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3adad5ef89a07155bee2d60dc8a1f4e26600dc23588e4d3109d54ab5577765f1",
+        source_hash: "b016f649066056d64ad1dd65c11766a19ef4700e27f5fdaadb71974b1bbb31fb",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "12913ca10e033e07e46bda909095e4cd7d244d450d25c03bdb9014c17f8ab24f",
+        source_hash: "e073ab7ebdb1a708b5cbc769c84fe1a36a096e6add1765795019ee1f5fcebdb9",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9d409750cb2743befe9e969f65dba4683cd20575313fe40b3db867cf101e1709",
+        source_hash: "d003eb1ba51ee7e0f2d8fec7e9744e2a1ca0e9dab080b18d4f8e140167c8fff6",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3dcb4b1ace8d7e60833a8a0d7c91f2d7d74c229952b7b6a132582f1377867098",
+        source_hash: "1e0ee0fc869fa6b9fe9c6fb67628f2d1dcdcd2c58a14ce6709089b48c6c92185",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7b4a66812be4eb5c98cc07bce8360e5e50965c8c48ccd0d0eeb2976307c08be6",
+        source_hash: "db899db241b6e9a8e091944cd23a5a1d869adaae6cd671f975c269ec6368f4ce",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "d8f64b87e38f0d227035d761e3c68a07e181e95d55e9bb9af8aebad709aa21dc",
+        source_hash: "a3a8005591209f791d935fae7aae8e79e04c2e44a327768e63e9850a7cf13370",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9d34677b5e8ad322762a4900f0d1d7282d8ea5498806fe86490e426e956b7618",
+        source_hash: "aee1d5aa3cff32b59e9b4129c16792faaf80041d5be1a28f4822ca7b28c51830",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7895e4f587d5af069a5fcfd0f20ce22451e6919e87d945f982a9967d4139b04a",
+        source_hash: "75d6dd3a753f37dd99ba32c0b2a2fdb66f9b0a375540d37d79dd8fd431625a07",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "b84c4bca165fe4ac99e88b47a6c3550fc34e892acf4b2dd58bad1c6400211383",
+        source_hash: "16bf9cd053234562b9bb2ce0c19f936a53fc3df29acc205fe3f457b911b14b83",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2145388301f957cbc8e43b20ed4f363300fb3c81c0b5a96c7bee16c02209b1cb",
+        source_hash: "1ea09c5f6c81d6d2ddbad346561c76675962ed7af748da6e6d9979df8039a47c",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "48c461322a0a71fbe85f6ed8f47250f37857c02612515febe3f3e4b454f8e518",
+        source_hash: "be6585211dcd3957e9196fddac787dc490ecb40471d0c4eb7a17812a3d4d1c7e",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a4c32ff057dfdd5e38a0f650de94712bf18684bab845c6e2f4ae2616af1380f2",
+        source_hash: "7cec07a1bd4c4a51505b997f3cf9a1c6ca907f43bd57156af2afa01a08d241c4",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "97ea217f4262c74db8c5cbf3a3687b354cf71d91a31659641bc1a31c776af0dc",
+        source_hash: "6046d4fa6bb3b88f6825cbd3b7d75b0be66b84467d659374237d67aae602a624",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "29e9020061b7349694b4fba0be7381c050747f08fd9dd28dc5c6c261ffc6060f",
+        source_hash: "3d5a8b18221dc91346ae4cce10c63e59d454917be12b3d4e07103dfd90589996",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5f9ccbc9dae53f993b236c06e96605a916651287e5db473c8902a3b78d5039ae",
+        source_hash: "9889fcf34be6120bb8f2819248e4e342eb28d3030b2fa8a6152eb250b2d55073",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "72919dd061131011a25bbfd180b236dcb428f57f6572d07a99d1f7384834db15",
+        source_hash: "1e3cbeddb2ffebdfa37bd5c50a0c41e1e69fd8143e56fd1b73cd1b32a3057377",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "883654ba61c84daca0d94f8e9a398a9e28bc3dc34d0ca22efd5ff01b88840bf1",
+        source_hash: "75a8398a9430cb8295b918e8e240912d3edddf94cc08a380f270a4ed223097c3",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "392ebed1e98f75a10da1174963edd72f3dc9db1a5d705d0807c9b2386ff20956",
+        source_hash: "4700b00fe6429d0021d0f8ffd4800d9e562c62348139a1701a4c11145877f404",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "40984eeffad7b06c0a440ddb94f2819050aa16553ba3f7316cde37bddf5a9aab",
+        source_hash: "2fa9ece115efcef17ddf15dc596f79671e905e27e5ec20c2c511f989c2d27852",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "50d5198c828236c144669eda19704854a9c72a0bad178743019e7606364bedd1",
+        source_hash: "b96750f11313bbb49d85c77da2c965213606cfe508a94101dd39407ee125fbb9",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "dae82f59a7a222dbdf226278380a38911e134be319851e29fe305823abdccf47",
+        source_hash: "7f163d3750da158f43fc01ef9bd92721fa823d22eb7b37a7cf1e3a5abed70734",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d79aa6f2a58a3a4d7ccf4adaa28856b016ee4d07de13acc58e4ae58135de515e",
+        source_hash: "ea5261d64a9e4be634ee016d0f16b38d7e8b32353cc9b882d29eda6a976e7b36",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e587e64bc4027cd6ff28b081cb57d73469274fd1e451c05f03c8cb7121a78171",
+        source_hash: "322a6130e6975aebc3e5df7cb2f91164d00348b7e24d0c9ecc1598519c3d672a",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "a17423d48a5d8ee6af6d665120b3fb4a7c1c370ea2fa44d0d66b3e71452d6847",
+        source_hash: "c74fb861f8fbbfa1153ae458aa0493ea71b1f54d46a3cd24c6e1aae269623e0a",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e5727549d28d84c4dcfe4fdf83e38d8bfe3b780b3d305b3bbbd7a0e0eeb9e584",
+        source_hash: "864a37d6b01aab382f353f851e4fb8cb7c60715885a3cb985ca9c082c1d92fc3",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "3623b11a70d20d13a6465cdaf38b1ddcce9209db53d28289fcb1a1bb8db94f57",
+        source_hash: "256443abe0a151b66974a42a64f56500b22c46a0d308f7dcb329d3473e78fda0",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6545ccf0f28419362339a8b38fb85ae469ca38f9530f3e15bc996f51693bc63b",
+        source_hash: "0dde9a70593c5155ca462677a5e0a22accd45254487f3a189b5d5351a7be9244",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a9c3e9ce75991f7c9c19b362a750b77c3382bfeaa9709c8d90f415a99f03b388",
+        source_hash: "589299c1f5d2ab7622b4e227fe19e0c0cffff334edf1a76e95bd1233e59afecb",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "491f34a29dda5668e89a62e25de08ec458aa25dbf76c8181027c8faee66cef0f",
+        source_hash: "7ce6bb436056dc1fc005a4595677f9e555e18d424d927972f357aaf082738588",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "2aff736d2e077fd43d848aa71be1ed9b5e706ac10124fb21d67335b605aba9c9",
+        source_hash: "628c2196db49a9039d9ae0b644cd8188a4312b27bf7233e4e72f0b212e8aa386",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f19799b36aac5e21a0645fecdf394b96331e99598be3f5fa3e10a53eb6f27aa7",
+        source_hash: "b63b82974dc5a6a65e559f09dd6a3c4c6846d3143bc1a4656a059077cb3e2950",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "39cf08004547b5ee439ce933873868ad6d8bb09d16ecd86e42908108805272f2",
+        source_hash: "a822bf1d1ef569fbae36031ce9fdfec57b14aaca2a4fd616131336f8e6dc9549",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9854cd3e319d41344cecd5d8f2358e99b7bc9f6d8a04c4396375b984f1d0811d",
+        source_hash: "15132d97ef1a39915e2e0f26eae9298dd827560c8f1ce58d2fe74f895797efae",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2727ffec0bf8e37992040adc0c43f68a73d2c492769d6848914e0575eb595060",
+        source_hash: "2c2d831fdcd54d5f1ff1246e0bf0d5e946205a7787d3c02f6b8346d4799ea307",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6e8f8b42d0d0462621e843313584371c190ca273be5d870c6eb689a2ad25b64b",
+        source_hash: "06ec1e0bbe844ebb7f3a28ebfa3fd118a98470b52fc5a4fcb6f886b374f5591f",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "761c8bcdd8e6422b5b87f6b75426df0791692ce197651856e6e94a58e8e7536b",
+        source_hash: "b0f0316a1f0d82fb5cf2359c57650622babe2ca253829f29a4f26849d95c93a7",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5c95e2ff8cf0f2b3ebca903431ce804eacc5e1e6bd4f563281bf0cdeb007fb76",
+        source_hash: "f25b42b7501fefafb0e7ab0c2cecab0025846340d46f48ffc83b386323bd82b0",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "fc78cd6888352262cb124673cd8c79413890d9cf28fbd2e923980c7d4eeb0118",
+        source_hash: "cb57d281682c17c387820c99acba2a90aca32b2a8e94259b227580163bdf6e7a",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d303b07e6bcd3ae4014ac8b0cbecf5728c89aa0b3a7f1a5cd3e19384020675b7",
+        source_hash: "ee9a3cbd22c3701bca5e35a37a31f97d5013caf09b23ab3d326f5770792dc204",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "26bb1bb53cd462d819ae4d4455f05ff65d805c6a854d7c3063bde2d8b93243f0",
+        source_hash: "598ffb94267a01d3b96e8509867f27309ac57b3d02e7139e874a008d48d7fc4f",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "dac25deca893b357b32d82d114cf08fe713d5e8971da303198e009728f2d0b58",
+        source_hash: "049ff05ab7a1ca942fa5d90224223d6a67a243d259f60f7bd2f0f93891c0204e",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "948a7f185d0491d6e1fa52b357a5ca6e361f587a7793e834bc6867eeb60269d7",
+        source_hash: "fba9e0f874da3f0cd5ff7cff06f34c64192650e55580a98c066fe85dbb356201",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2009a882e596cba78278baa48c8afa100c92c883c81855cd10822313315bb1b9",
+        source_hash: "5c724d40914cf1a80804341e69c4ebf98311827655f5c66a036dbbecf83d7fec",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8379addd5cd70ed5e32bfdca3ec972efc65d04ff67b6b047b8c73fe3463bc74b",
+        source_hash: "241b0d6121ae0635d711be0afa491075dda05729907f3eab01ec1d38363225af",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0035afb28356972bbb035d427b3cb465f49e6e2568ab2f9a2d22b0208f09bd31",
+        source_hash: "5e6ce2a51d69048fade3ff97219e73f92fff7a342714db585e04421aa06272df",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "05bb2124f2d9dbd5e2f7614001e910d0073431bee3c1e53aa9519436a4425a6e",
+        source_hash: "2c9ddbd57d158ec3c1b47f98d3462fb80bd4c8d2a3a86af75c88e9ae641fd171",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "77cd7dea9f89859ea67aa8b2adaf3d1b9e9d88b3fa5f28bc9e39d15caa6c6181",
+        source_hash: "d83130b3362f2be53faf6d622f79698e8f140782cab30b47a7a0005a65ed0463",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "62c23b60bb4b1900391178dae99d38a1dc2e21a2bdf135e5a6a3532a90bb0d4d",
+        source_hash: "1372d8f05edc0d5ce0550f2ed4a52cb294728218ec05da2aa1b9f731fdada532",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "fa850e7034643325a297770520721b7ffe7695dd3850bf2dc1eaa7b4f801c76b",
+        source_hash: "8e395253937ce011481f21c4b5f48f11d42124b0c335e541f173313b33ac5362",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d4e5e3afe3afa275cb74652ed482f5725b26a205cdda980ecf865885a630f96b",
+        source_hash: "c01674168626ba584adeef8d48ddf7a2ac371800e8ed818960685e095514dc69",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3d3c04a7a9f6ab1cce2c75a335621ac739aad7887e2a9c25435fe5212330c16b",
+        source_hash: "789bae8dd4d5d2df32209fe79b16a3b8b0aa1525ea79ade201ceed796e4a13c3",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4a0b1c44e2f1139890796631fe7ff9f66c16a6bcbdf3e067a235b0dd792c0cab",
+        source_hash: "e396e9030790a9150c80382e17c09679cee183470eade6ced8f5368a6619093e",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2cab34b48eab5166085e8d8f805282a2135e2f0a6406310c3bec8c17dcfec465",
+        source_hash: "0517a464c485e343f36c0f8e570270b2616e2023ac047cc1d81b826a7dcef6e9",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e8a3aa816d2f1ab1519a7cbdf06febfe60cdad55d55dae065dddca849b55196b",
+        source_hash: "85355966237b5fa22680afea6876c46182476749682aded42e262bbe1b11db7c",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8f19c0c336da9c7c9c3dbd743c3a57f1cfb6f1f6ec1967d421be60c99a00423c",
+        source_hash: "b295b9e29ecd434b89ce12236486de949b7e5b448532d881693bef79ae412194",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3d49f0bfa44b62153d43cdaabe44c1450088a1a6754c3a6935e86af4e35bf216",
+        source_hash: "36f2a9ad345937e38f826425a6271bfd5f6f3ccae2fa89ca47c306f67327468d",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c7045e50a505c2d3a9f0bd54258f21c6a8aabcc6b9bfb50ecb06b22cf6f246ad",
+        source_hash: "945fdaa601a0623b3e7648c9cd8fd4b92d5e892659c31b377ef8f0789a3a9528",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a.cu"
         ),
-        source_hash: "03f035ffead824773bc0101a488c4962468d050bc9b4346848437f55b754ca65",
+        source_hash: "24b1433588b8c2d7c91b14f5a55e0921484d9ede2123f5180f50157905944351",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "92101994684c2d65f25229d89694ac27b023824051260fd31d4a9c21c9334e9b",
+        source_hash: "ea7255fa95e9132403211ddf2222d3d98168e11ee5a9286351f8ee24b1c1c71a",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e6cc3c2a86e0ca826e8fd91bf5f94d6b69296d4a93a03908da53cf6de88ec8ce",
+        source_hash: "d72495eadbe6142047d9ffe3f12d987759aa54494c2a69b9c6db3d8c76a40eac",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "9c979b27566645dcc19a95ef22ad9ea043084d5c4306e5093c679805f32162f8",
+        source_hash: "6991f4c024b85ffc2577082710acf940be467bc85583c8731e36866679be7b68",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "43f2f0e385e553c8d291f9da4f6f193765c6ad57c845efb8fa6deec6b40a7dcc",
+        source_hash: "83b97b812d329ec7453cee5e0d5a39738cd30710e0135ab32a70c37bf1c5bd2a",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "e0adb8764b9d03ec57021a00270c9ac015acbb31b2381d0925b45815b07f6a09",
+        source_hash: "ca7931642635a94a229d690b689f1b522231bae39e32d7c85b82c9dfd729cfd2",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "1aa364814dbea5e6a07cbcfd83829bd70091290ccd2e28b8d3c760243d78ba0f",
+        source_hash: "cc928ae1d4eb3c6ce5e7caab2034a30c0586fea9f0ea3c241838113642fd1d66",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "a020686b01aecb60b42f9bce2287b3f7242ad6e319736a9d428cd40fd4c6fd58",
+        source_hash: "1b004e8f697bef04723c4be38344fd7a9a3a2376210fc47013d5c802a26c7b75",
     },
     Kernel {
         name: "gate_grad_bf16_d0_v8_sm90a",
         source: include_str!("kernels/gate_grad/gate_grad_bf16_d0_v8_sm90a.cu"),
-        source_hash: "bd2839be084e31939bffa94585edc4e76cddc0cba39f7dd2bd7119029ec725cc",
+        source_hash: "2f156907861e7d34c666b0979b0c629a73e73e7db10d072efb890ccea1ebcae9",
     },
     Kernel {
         name: "gate_weight_bf16_d0_v8_sm90a",
         source: include_str!("kernels/gate_weight/gate_weight_bf16_d0_v8_sm90a.cu"),
-        source_hash: "5576cf8e1b8200fcc19635ea1eea1cc36958378a94270ce26baec77567d8a8ac",
+        source_hash: "a9a5a1c9c25c805039861a0073ed6dcfb7838bd19436ef5c3b2dd3291749cba3",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "2eab245cadbacf3d7f32dec4ac4b1af3b63ca3c5626302211357c2086fd0adbc",
+        source_hash: "3538dc73ab33b49d3f3c75bb6931c126faa34a528ca2ebe4fb73a14bb5812e64",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "8b13f8326d213a5f20743bdedb455b060d94fd8289de8cec97b47185a8fa9563",
+        source_hash: "3f0dc9b459ee251c71450261936a7344fe7600aae030637a73da7f5a3c41cb91",
     },
     Kernel {
         name: "gram_key_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "e19715f4c2c782d3e31230752f4a95062b256eabbd3dd739a3274d372cc8e0e0",
+        source_hash: "cd957aec1a8ac31f228f6ca7653b3a0af4f56239203a991dd0b70f991ac16d5d",
     },
     Kernel {
         name: "gram_key_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "5ed52a071d7542634af11ecdd0b01f3b9daa30929dd5497b7b77814e21aa956f",
+        source_hash: "447bf851fbf2a41ed6774a41295a6dd089d38762403d756f8c28e31d948c6e40",
     },
     Kernel {
         name: "gram_key_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "7efd7290f4f66c1b50bdc73f29b2c5ef69f72f8e1b0183cc2c426ab6598835b1",
+        source_hash: "a4dae1a580fc716a266515a6c3a0edda5df5d5260e5b6e8c4450ba47fd799e6c",
     },
     Kernel {
         name: "gram_query_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "2f50364e63b0a67e0b09c0a141bc640c4bbfcd78744491a0ea92ab86862ae9e6",
+        source_hash: "6c0c1e27201fde0d8b76aa568d2fdfdf5da3649d02111c18358e4e5224d1f97f",
     },
     Kernel {
         name: "gram_query_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "9b2d8ea25512a2d88f0ee41fbffa63ba678ad3ec7dac7e7088b2bd29906eb384",
+        source_hash: "efcb387eef52de2a560b3e93eeab6a85ee1330844c69f98d29888a724b23c6a1",
     },
     Kernel {
         name: "gram_query_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "dde03e18eb7e844087f5791191932b96d4dd528598f066841fa58e25ead26671",
+        source_hash: "a77e474d5ec547c5c05c8e64fccfcd7dc11ff0876d391b2b91ee6c8294453773",
+    },
+    Kernel {
+        name: "gram_sums_bf16_d128_r16_v1_sm90a",
+        source: include_str!("kernels/gram_sums/gram_sums_bf16_d128_r16_v1_sm90a.cu"),
+        source_hash: "a6cd7ae63f7d8e6cbbb2210ce89949f9692551560884e026b799b02b9f311eae",
+    },
+    Kernel {
+        name: "gram_sums_bf16_d64_r16_v1_sm90a",
+        source: include_str!("kernels/gram_sums/gram_sums_bf16_d64_r16_v1_sm90a.cu"),
+        source_hash: "6c376c12d5a74290a6fda380914d96ea55f91cbee309e519d92cd3aa26f6ca41",
+    },
+    Kernel {
+        name: "gram_sums_bf16_d96_r16_v1_sm90a",
+        source: include_str!("kernels/gram_sums/gram_sums_bf16_d96_r16_v1_sm90a.cu"),
+        source_hash: "aa7516e50b9b276a9f4e8470c23cca97f142b2a71b4ea164a0c664c46a6d658e",
     },
     Kernel {
         name: "kv_invert_sm80",
         source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
-        source_hash: "36bd2fd91a11a6ae991c46ad9f21b2d58bcbb58bed2b3fbb215775288d85a58a",
+        source_hash: "7387bf81decdefe96eaa7d12273926c22bb816ce108d8cb37c22de616238d64e",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "0d54cb825343f2041c031ff2b6283d2a7a813579c5ae174b218e5ae0ea1e0b4f",
+        source_hash: "ee2b06c0a30b88e87f7576cbf13e949327fefe665150dccb03797e73c692a558",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "db39bcb2f2bbde6b293009d993e311615074c328e74d27de62d53bb11741c171",
+        source_hash: "3ad972e55b5b6b93d6caa994d3afa98fc3e050eb79327092fd69a903d8c9f203",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "c035cf31258fc799a5bb909a0a20e3b18058d18783b522655667fc612e144d8a",
+        source_hash: "19b8c1138aa4a391dfde4e8f1ee75a58a1b874862daafc8de36008ae02ddc938",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "4c93ef1f69bf7dc50eabcf44108f89ba7eec7ba92029aaccd58fb0034ebdf1af",
+        source_hash: "782d7205ae0cb21c70a10ec271b3e8beafbe2c0e233b1c6b0bef5216b61c58c7",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "e3e23a1975c4a007452fe2a8385cbdd6eeea86dc734498321f775597720dee72",
+        source_hash: "1fa66b6a813351f73b1ca7f535a58c3cfceee14bbbff32059f773c17aa9cc3d2",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "9e013434452580175f4c34482b51d6d66754eda605ab322f5923dcdf7ac78e2c",
+        source_hash: "473af81d75f7ad57a550f7e90de580cb3ce6bf0912c0028e9b47dedd9cbd4630",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "24b899ec318947ad711ec5475ab8d51701e398c80e9abcd452dfcd0fc0b4344b",
+        source_hash: "b8a821947af628ae54c9ef046d53e2158de62dbf61d40361662fdeea6aa104fe",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "32a840e6eae8d41944df93d66feca9a1395c9f2eb99144a9c6dfa7acdc32e4dd",
+        source_hash: "e539512f59541873d638692d36ca963f410b093c9df6dd01f437fc27b6f83bca",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "f80765543450393ee2a63d81086c285296118063ea28f1c30d21aadbcfd569a4",
+        source_hash: "77f5849d5dce9044a1003cfa2a7bc44e684f02747954becdc83d69106b77071e",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "515e007fad260148eaf9149be30e2bba637919456c940523d228c67a1391afd2",
+        source_hash: "21dc3ad14cf6e44b6d99a7a41a3ec3fc2ff24abaeb20512a8d738ddad1833709",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "699e76b4c40ad91db4c8dd98569279a9edf0791a2701f99a61628a21daf05e94",
+        source_hash: "fda919682abd0c0a2b7b567f366885327602f674720d57d020ddf70d76962673",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "2c481b4e7d3f1a666335a646db8384a3344d717e257a667d6b23bb1d32ec810e",
+        source_hash: "d89621dbbb340b39d1f46e509ae871ef374dee4489668893fba79b9a549ab6ce",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "290bf1dfc2d25acf47b80c1cbf3812f71c329f1eceac481ab90d11e0962ef02f",
+        source_hash: "a6c82fca3ea74a873513b5d02d03ff14cbfa263629aceee1013a0110abcfb0e8",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "97042433b2c1d29dfdc8fa706a346815ad3279fa73e796bfdc888ed4e3852c91",
+        source_hash: "a6d7ae6a8e4923b15c7825917fb40f698da3bb97205f06d9678c8335c2c8457b",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "c91a16f5a360a24ce689a8ec828a960cfff17a6046e18a53afb1536433ea246a",
+        source_hash: "8d720c6d334ebad41595c5eb9e8ab1e7b90f2b926336af36563812ace01722f8",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "c25fcb4b0ced1a1d36688fcc8bc4b937c9ddac59ba44f95628e23c7d1a9dfcf1",
+        source_hash: "be7c108765e490bf514915ea967a6317fc95979abc91adcd5098d0c0703e791e",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "98db8a490f40580d6013027cbd26fca1ace2eba649694b7f3dbde0394163ca77",
+        source_hash: "438efc10bd7c6e33e7a088045999de659368aba08acf4261827bb2e5879fd7b9",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "7f4b0a46b0689424db74cd7732cf8f9a6752590e732535f071afd38c59688317",
+        source_hash: "ecb8527b28d2a5916527154a6ba1b5139fc95a6b05c2efa3a65a722799549eed",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "5a6b26fc3fe21ee4a2879101638479900c83267e73f5642c123b7e3bbc969ec5",
+        source_hash: "ad375818b994d88fe305d589ffbaff02e3a7c33e39ed81c1a621cdff5c010f22",
     },
     Kernel {
         name: "kv_validate_sm80",
         source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
-        source_hash: "3b92836b46c007c40ef76149005c06d3acd92a9dab9ac59526bb3023238d1279",
+        source_hash: "83d09ee75f3adb069756f89529ef65485c349af9a40e7e762b9d19b315880076",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "b3f2d632fe10b96c4bad509b3026c1d6e12ea688649fe9be041d94114eac3f0d",
+        source_hash: "c42a480ca690ad6852229010a3ca4016d122203a451348d8773cf7ae6c748f78",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "6b55bcf7014126bf1a03104e22ee41fcde435c47658cd8d0c7c40c2ecf279e27",
+        source_hash: "86d4c47fa3712c8152e3e592541e7bda2da112f027f4d2f4484e9702b1f54541",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "8fb39d5ec73a480487dcd941c45bae57a12dbb6a1c88c293e2b02b27bf08f960",
+        source_hash: "6fdba512f8eb57d23716acebc9bda5517ab1d285cb783126423bb4fb4cf95ac1",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "a192ec5fb6f9488119ceb5e36b689a092b497a3b0f5d786fa87abcffcdc75c19",
+        source_hash: "83ef6ad14c88fa01440c320a8d9bd49f92e31e6c2850d06d2f5591f6c98626dc",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "07f8db1ac93186bb8610d91efbd86e6c06fa727935580263e6a8473a905cdfae",
+        source_hash: "dd41e3af5b692a0d19b146c79e082b8bace33386df6ea7c124647b33889de77b",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "eea233d7f0413f21c4c471a47c25960fa9d406595461d49f887cefd285465a82",
+        source_hash: "38a5dc2587671e111ec04fef40ab22cfa49bee9fe09d1bd45db8d4427c89250b",
     },
     Kernel {
         name: "profile_bf16_d128_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d128_v1_sm90a.cu"),
-        source_hash: "0f9f2b805f29482ad19d45064c9f40313393a042cb00882482a4170552563519",
+        source_hash: "4170d25e378b01d90c35c88086c15a78b81bc070502356aea88cb266422e05f8",
     },
     Kernel {
         name: "profile_bf16_d64_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d64_v1_sm90a.cu"),
-        source_hash: "a5934868fe1be7165100778d36f22e1c779a3f9acef5632c64a9eecb02a9bca1",
+        source_hash: "03599b9d14f23763ea86e0afba5d3826ca380166107ecc50cfb4a6c444a3ac41",
     },
     Kernel {
         name: "profile_bf16_d96_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d96_v1_sm90a.cu"),
-        source_hash: "c777d040692f13e920ef675e3cae89114420d6afb8e134e131f30c553049709c",
+        source_hash: "cf4b133162ff7a70d382e262121164552662fb44b73472a4af9d72fe003162ad",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "b60fc2a6fce6aff0db7315af21f6bdb5a157d9f81b6e9e7ce4dff497fdeaeaee",
+        source_hash: "68f98b05570142dec2502a9592aa2c0644d6d86b3b33bc23074974dff73ae8c2",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "19916b3fb82c40883f249bb996216772e2bb378edd56dc92e569250586b84027",
+        source_hash: "ae4ca61152724b9de6cd096256d8c36a45d28874fc47279f32f4dd4d47bd79f1",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "10ae6b7095cf5b79dd8fc53a3efeff1f658374ba2d8359de0d95215e41ac6053",
+        source_hash: "f48be71453ad07b68258f3de13acd447c3f87d9ed6211b614a3ffa6ed6a8e7c3",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "420c201277a0b3efa5e7f64fa0f87b379753c658a3254398dc02b0cf092ae763",
+        source_hash: "634995e3a648010e989bb1d9d7cdad0dacb8c9ad27e7f32c9e37fd3602978c81",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "8f4021ecf41853f57dcc212e507719fcf2eb2b2ae45de9617bd4c30b4fdd79d2",
+        source_hash: "7c83e8199809dc875a57d452153f0df664a2e755f6c7771a6b39263864bcc251",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "f78e012e707ef430d7721f6639eed3de850ae034ce8a93491369307c0e415a6e",
+        source_hash: "b5f97858eadfe0b04c5a4edddcd7c97a0eb8d79f7d84c9d358c05676c203194d",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "9649e2afea9505905c5845b9c6fbcdb68c860f650edd13228c04c0d6508a4e5f",
+        source_hash: "d2140a6428dc2e7fd20113f4f42dec2ce7556a16d190fc5f887c93a8f1d85322",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "c5ab5bcc00cf3b15757a7d597a81e86feb525f3d8d930e493d379bd0a99be447",
+        source_hash: "d03c284a3e53bd2911713be9c7a5363c50dba2c339a2d377e90b7a0e22ccfc9d",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "ed58e47b46d315c6331ab5dccd9710ae39e41f23e400aca8acb9a2dc90ecc488",
+        source_hash: "55d09412a4261dea8e3740593360be10fe12e097695904aa0d1f14ffad9500fd",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "b702800c0825679c8121bb74ef78abc1105906ae2422774eb32f47cfdad877b9",
+        source_hash: "f8fc7956cecabe98b048e05f40c736c1323446d4b4247f5058260fc4a4069882",
     },
 ];
 
@@ -1195,6 +1210,7 @@ pub static HEADERS: &[(&str, &str)] = &[
     ("dsv/gather/load.cuh", include_str!("../templates/include/dsv/gather/load.cuh")),
     ("dsv/gather/tile.cuh", include_str!("../templates/include/dsv/gather/tile.cuh")),
     ("dsv/gather/walk.cuh", include_str!("../templates/include/dsv/gather/walk.cuh")),
+    ("dsv/gram.cuh", include_str!("../templates/include/dsv/gram.cuh")),
     ("dsv/kv_walk.cuh", include_str!("../templates/include/dsv/kv_walk.cuh")),
     ("dsv/math.cuh", include_str!("../templates/include/dsv/math.cuh")),
     ("dsv/mbarrier.cuh", include_str!("../templates/include/dsv/mbarrier.cuh")),

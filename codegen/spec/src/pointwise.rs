@@ -61,6 +61,8 @@ tokens! {
         GradNorm = "grad_norm",
         /// Gradient norm and clip factor.
         GradClip = "grad_clip",
+        /// Sums over the keys that the predictor's loss is made of.
+        GramSums = "gram_sums",
         /// Predictor loss and gradient of the low-rank queries.
         GramQuery = "gram_query",
         /// Gradient of the low-rank keys.
@@ -80,12 +82,12 @@ impl PointwiseOp {
     /// Whether the row length (the head dim) is baked in: operands live in registers.
     pub const fn bakes_dim(self) -> bool {
         use PointwiseOp::*;
-        matches!(self, GramQuery | GramKey | Profile)
+        matches!(self, GramSums | GramQuery | GramKey | Profile)
     }
 
     /// Whether the rank of the low-rank rows is baked in.
     pub const fn bakes_rank(self) -> bool {
-        matches!(self, PointwiseOp::GramQuery | PointwiseOp::GramKey)
+        matches!(self, PointwiseOp::GramSums | PointwiseOp::GramQuery | PointwiseOp::GramKey)
     }
 
     /// Elements a thread of the shipped kernel moves at once.
@@ -94,7 +96,7 @@ impl PointwiseOp {
         match self {
             AdamW | AdamW8 | SumRows => 4,
             QkPrepFwd | QkPrepBwd | Rope | TimeEmbed | FlowPrepare | Unpatchify | Normal | GradClip
-            | GramQuery | GramKey | Profile => 1,
+            | GramSums | GramQuery | GramKey | Profile => 1,
             _ => 8,
         }
     }
@@ -130,6 +132,7 @@ impl PointwiseOp {
             TextSelectBwd => size_of::<params::TextSelectBwd>(),
             GradNorm => size_of::<params::GradNorm>(),
             GradClip => size_of::<params::GradClip>(),
+            GramSums => size_of::<params::GramSums>(),
             GramQuery => size_of::<params::GramQuery>(),
             GramKey => size_of::<params::GramKey>(),
             Profile => size_of::<params::Profile>(),
@@ -228,9 +231,18 @@ impl PointwiseSpec {
         // Rows of D elements, or D + 32 where D is a multiple of 64, and of R + 8; all in two 16-bit parts.
         let stride = if dim.is_multiple_of(64) { dim + 32 } else { dim };
         let rows = |long: u32| 2 * 2 * (long * stride + rank * (rank + 8));
+        // Rows of a token and its low-rank row, 16 bytes from the next.
+        let tokens = |n: u32| 2 * n * (dim + rank + 8);
         match self.op {
-            // The centred Gram matrices, of D + R rows and R; then one f32 a warp.
-            PointwiseOp::GramQuery => rows(dim + rank) + 8 * 4,
+            // Four stages of 64 tokens.
+            PointwiseOp::GramSums => tokens(4 * 64),
+            // Two stages of 32 or 16 tokens of eight warps; blocks of 16 x 16 in two parts: the centred Gram matrices, of the
+            // largest its upper half; then one f32 a warp.
+            PointwiseOp::GramQuery => {
+                let (wide, low) = (dim / 16, rank / 16);
+                let blocks = wide * (wide + 1) / 2 + low * wide + low * low;
+                tokens(8 * 2 * if rank == 16 { 32 } else { 16 }) + blocks * 2 * 512 + 8 * 4
+            }
             // W and M, then one f32 a row.
             PointwiseOp::GramKey => rows(rank) + rank * 4,
             // Eight queries; of each three words in each of 2336 bins, a bit for each of 1024 keys, and 17 f32.
@@ -242,8 +254,10 @@ impl PointwiseSpec {
     /// CTAs meant to share a multiprocessor.
     pub(crate) fn ctas_per_sm(&self) -> u32 {
         match self.op {
-            // Results of more than 16 columns beside a query of more than 64 take over 128 registers.
-            PointwiseOp::GramQuery if self.rank == 16 || self.dim == 64 => 2,
+            // Sums of more than 16 low-rank columns take over 128 registers, and rows of more than 96 shared memory.
+            PointwiseOp::GramSums if self.rank == 16 => 2,
+            // Each warp waits for its own loads: the more of them, the better.
+            PointwiseOp::GramKey if self.rank == 16 => 3,
             _ => 1,
         }
     }

@@ -2,11 +2,12 @@
 // Generated from templates/kernels/gram_key.cu.tera by dsv-codegen: do not edit, change the template or the spec.
 // gram_key, bf16, rows of 96, rank 16, vector 1, sm90a
 
-// Predictor loss, second half: the gradient of the low-rank keys.
-//   d_l_j = W (k_j - mean k) + M (l_j - mean l);   W = sum over queries of s q^T (R x D), M = sum of r l^T (R x R)
-// with s, r from gram_query and the two sums from a matrix product. The means make the gradient's sum over the keys
-// zero, which is what centring demands. W and M are kept as two 16-bit parts.
-// Floor: k and l read, d_l written once. Budget: 2 R rows of D or D + 32 elements in shared memory, R (d_lr) 16 to 64.
+// Predictor loss, the gradient of the low-rank keys.
+//   d_l_j = W (k_j - mean k) + M (l_j - mean l);   W (R x D) and M (R x R): sums over the queries, from gram_query
+// The means make the gradient's sum over the keys zero, which is what centring demands. W and M are kept as two 16-bit
+// parts.
+// Floor: k and l read, d_l written once. Budget: 2 R rows of D or D + 32 elements in shared memory, R (d_lr) 16 to 64; at
+// R = 16 80 registers, three CTAs a multiprocessor: 24 warps that each wait for 4.5 KB most of the time.
 #include "dsv/operand.cuh"
 #include "dsv/types.cuh"
 #include "dsv/warp.cuh"
@@ -18,32 +19,30 @@ using Element = dsv::Bf16;
 constexpr int kHeadDim = 96;
 constexpr int kRank = 16;
 constexpr int kThreads = 256;
-constexpr int kCtasPerSm = 1;
+constexpr int kCtasPerSm = 3;
 constexpr int kSmemBytes = 7744;
-constexpr int kParamsBytes = 144;
+constexpr int kParamsBytes = 128;
 // END CONFIG
 
 constexpr int kSteps = kRank / 16;
 constexpr int kWarps = kThreads / 32;
-constexpr int kRowsPerCta = 512;
+constexpr int kColumns = kHeadDim + kRank;
+constexpr int kRecord = kHeadDim * kColumns + kRank * kRank + kColumns;
 // Rows 4 pieces of 16 bytes apart modulo 8: no bank is met twice.
 constexpr int kStride = kHeadDim % 64 == 0 ? kHeadDim + 32 : kHeadDim;
 constexpr int kRankStride = kRank + 8;
 static_assert(kHeadDim % 32 == 0 && kStride % 64 == 32, "whole 16-byte pieces, and rows that fall into different banks");
 static_assert(kRank % 16 == 0, "low-rank rows are whole k16 steps");
-static_assert(kRowsPerCta % (16 * kWarps) == 0, "every warp takes as many tiles of 16 keys");
 
 struct Params {
     TensorView k;           // [B, S, H, D]
     TensorView k_lr;        // [B, S, H, R]; all pointers and strides multiples of 8 elements
     TensorView d_k_lr;      // [B, S, H, R], written
-    const float* weight_k;  // [B, H, R, D]: W
-    const float* weight_l;  // [B, H, R, R]: M
-    const float* sum_k;     // [B, H, D]
-    const float* sum_l;     // [B, H, R]
-    int32 batch;
+    const float* weights;   // [B, H, R, D + R]: [W | M]
+    const float* sums;      // [B, H, record] of gram_sums, which ends with the column sums of [K | L]
     int32 num_heads;
     int32 seqlen;
+    int32 rows_per_cta;     // a multiple of 16
     int32 reserved;
 };
 static_assert(sizeof(Params) == kParamsBytes, "Params differs from dsv_spec::params::GramKey");
@@ -60,27 +59,30 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_key_bf16
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(dynamic);
     const int lane = lane_index();
     const int64 head = static_cast<int64>(blockIdx.z) * p.num_heads + blockIdx.y;
-    const float* weight_k = p.weight_k + head * kRank * kHeadDim;
-    const float* weight_l = p.weight_l + head * kRank * kRank;
+    const float* weights = p.weights + head * kRank * kColumns;
+    const float* sum = p.sums + (head + 1) * kRecord - kColumns;
     for (int i = threadIdx.x; i < kRank * kHeadDim; i += kThreads) {
         const int row = i / kHeadDim;
         const int column = i % kHeadDim;
-        split(weight_k[i], shared.weight_k[0][row][column], shared.weight_k[1][row][column]);
+        split(weights[row * kColumns + column], shared.weight_k[0][row][column], shared.weight_k[1][row][column]);
     }
     for (int i = threadIdx.x; i < kRank * kRank; i += kThreads) {
-        split(weight_l[i], shared.weight_l[0][i / kRank][i % kRank], shared.weight_l[1][i / kRank][i % kRank]);
+        const int row = i / kRank;
+        const int column = i % kRank;
+        split(weights[row * kColumns + kHeadDim + column], shared.weight_l[0][row][column], shared.weight_l[1][row][column]);
     }
     for (int row = warp_index(); row < kRank; row += kWarps) {
-        float sum = 0.0f;
-        for (int i = lane; i < kHeadDim; i += 32) sum += weight_k[row * kHeadDim + i] * p.sum_k[head * kHeadDim + i];
-        for (int i = lane; i < kRank; i += 32) sum += weight_l[row * kRank + i] * p.sum_l[head * kRank + i];
-        sum = warp_sum(sum);
-        if (lane == 0) shared.mean[row] = sum / p.seqlen;
+        float mean = 0.0f;
+        for (int i = lane; i < kColumns; i += 32) mean += weights[row * kColumns + i] * sum[i];
+        mean = warp_sum(mean);
+        if (lane == 0) shared.mean[row] = mean / p.seqlen;
     }
     __syncthreads();
 
-    for (int tile = warp_index(); tile < kRowsPerCta / 16; tile += kWarps) {
-        const int token_low = blockIdx.x * kRowsPerCta + 16 * tile + lane / 4;
+    const int begin = blockIdx.x * p.rows_per_cta;
+    const int end = min(begin + p.rows_per_cta, p.seqlen);
+    for (int first = begin + 16 * warp_index(); first < end; first += 16 * kWarps) {
+        const int token_low = first + lane / 4;
         const int token_high = token_low + 8;
         const bool valid_low = token_low < p.seqlen;
         const bool valid_high = token_high < p.seqlen;

@@ -2,14 +2,15 @@
 // Generated from templates/kernels/gram_query.cu.tera by dsv-codegen: do not edit, change the template or the spec.
 // gram_query, bf16, rows of 64, rank 16, vector 1, sm90a
 
-// Predictor loss, first half: everything a query contributes, from Gram matrices of the centred keys of its head.
+// Predictor loss, everything a query contributes, from Gram matrices of the centred keys of its head.
 //   G = Kc^T Kc,  C = Lc^T Kc,  A = Lc^T Lc      (Kc, Lc: keys and low-rank keys minus their mean over S)
 //   ab = scale l^T C q,  aa = l^T A l,  bb = scale^2 q^T G q      (q: query, l: low-rank query)
-//   loss = 0.95 (1 - ab / |a||b|) + 0.05 (|a| / |b| - 1)^2
-//   d_l = by_ab scale C q + 2 by_aa A l;   s = by_ab scale l, r = 2 by_aa l for gram_key
-// G, C, A are exact sums kept as two 16-bit parts. Floors: q and l read once; S (D^2 + 2 R D) products a head, twice.
-// Budget: 2 (D + R) rows of D or D + 32 elements in shared memory, R (d_lr) 16 to 64: at D = 128 and R = 16 90 KB, two CTAs a
-// multiprocessor.
+//   loss = 0.95 (1 - ab / |a||b|) + 0.05 (|a| / |b| - 1)^2;   d_l = by_ab scale C q + 2 by_aa A l
+//   [W | M] = sum of [by_ab scale l q^T | 2 by_aa l l^T] for gram_key: one partial record a CTA, added up by sum_rows
+// G, C, A are exact sums kept as two 16-bit parts, and of G the blocks on and above the diagonal, those above doubled.
+// Floors: q and l read once; S (D^2 + 16 D + 5 R D) products a head. Budget at D = 128, R = 16: W and q in 128 of about 250
+// registers; 202 KB, of which 78 are the next tokens of eight warps that wait for nobody; one CTA a multiprocessor.
+#include "dsv/gram.cuh"
 #include "dsv/operand.cuh"
 #include "dsv/types.cuh"
 #include "dsv/warp.cuh"
@@ -21,24 +22,23 @@ using Element = dsv::Bf16;
 constexpr int kHeadDim = 64;
 constexpr int kRank = 16;
 constexpr int kThreads = 256;
-constexpr int kCtasPerSm = 2;
-constexpr int kSmemBytes = 32288;
-constexpr int kParamsBytes = 232;
+constexpr int kCtasPerSm = 1;
+constexpr int kSmemBytes = 105504;
+constexpr int kParamsBytes = 144;
 // END CONFIG
 
-constexpr int kSteps = kRank / 16;
+constexpr int kColumns = kHeadDim + kRank;
+constexpr int kStride = padded_stride(kColumns);
+constexpr int kRecord = kHeadDim * kColumns + kRank * kRank + kColumns;
 constexpr int kWarps = kThreads / 32;
-constexpr int kRowsPerCta = 512;
-// Rows of shared memory 4 pieces of 16 bytes apart modulo 8: a quarter warp's two rows of four pieces meet no bank
-// twice.
-constexpr int kStride = kHeadDim % 64 == 0 ? kHeadDim + 32 : kHeadDim;
-constexpr int kRankStride = kRank + 8;
-static_assert(kHeadDim % 32 == 0 && kStride % 64 == 32, "whole 16-byte pieces, and rows that fall into different banks");
-static_assert(kRank % 16 == 0, "low-rank rows are whole k16 steps");
-static_assert(kRowsPerCta % (16 * kWarps) == 0, "every warp takes as many tiles of 16 queries");
-// Low-rank queries are read before the products with G, or after them: at 96 columns the one spills a register, at 128 the
-// other.
-constexpr bool kLoadsEarly = kHeadDim % 64 == 0;
+constexpr int kBlocks = kHeadDim / 16;
+constexpr int kPairs = kBlocks * (kBlocks + 1) / 2;
+// A CTA has 16 rows of W and M; those of a higher rank are as many CTAs, of which the first has all other results.
+constexpr int kSlices = kRank / 16;
+constexpr int kRowTiles = kRank == 16 ? 2 : 1;
+constexpr int kRows = 16 * kRowTiles;
+static_assert(kHeadDim % 16 == 0 && kRank % 16 == 0, "whole tiles of 16");
+static_assert(kThreads == 256, "a thread has the same place in every block of 16 x 16");
 constexpr float kCosineWeight = 0.95f;
 constexpr float kNormWeight = 0.05f;
 // |a|^2 is raised by this share of |b|^2: finite where the prediction is constant over the keys.
@@ -47,49 +47,38 @@ constexpr float kNormEpsilon = 1e-6f;
 constexpr float kFlatRow = 1e-10f;
 
 struct Params {
-    TensorView q;            // [B, S, H, D]
-    TensorView q_lr;         // [B, S, H, R]; all pointers and strides multiples of 8 elements
-    TensorView d_q_lr;       // [B, S, H, R], written
-    TensorView by_ab_rows;   // [B, S, H, R], written: s
-    TensorView by_aa_rows;   // [B, S, H, R], written: r
-    const float* gram_kk;    // [B, H, D, D]: K^T K, not centred
-    const float* gram_lk;    // [B, H, R, D]: L^T K
-    const float* gram_ll;    // [B, H, R, R]: L^T L
-    const float* sum_k;      // [B, H, D]
-    const float* sum_l;      // [B, H, R]
-    float* loss;             // [B, gridDim.x, H], written: sum over the CTA's queries
-    int32 batch;
+    TensorView q;           // [B, S, H, D]
+    TensorView q_lr;        // [B, S, H, R]; all pointers and strides multiples of 8 elements
+    TensorView d_q_lr;      // [B, S, H, R], written
+    const float* sums;      // [B, H, record] of gram_sums: K^T [K | L] as [D, D + R], L^T L [R, R], sums of [K | L]
+    float* weights;         // [B, H, gridDim.x, R, D + R], written: [W | M] of the CTA's queries
+    float* loss;            // [B, gridDim.x, H], written: sum over the CTA's queries
     int32 num_heads;
     int32 seqlen;
+    int32 rows_per_cta;     // a multiple of 32
     float scale;
-    float gradient_factor;   // of the mean: weight / (B S H)
+    float gradient_factor;  // of the mean: weight / (B S H)
     int32 reserved;
 };
 static_assert(sizeof(Params) == kParamsBytes, "Params differs from dsv_spec::params::GramQuery");
 
+// 16 columns x 16 inner indices in two parts; each part four 8x8 matrices in ldmatrix's order.
+struct Block {
+    Element part[2][256];
+};
+
 struct SharedStorage {
-    alignas(16) Element kk[2][kHeadDim][kStride];
-    Element lk[2][kRank][kStride];
-    Element ll[2][kRank][kRankStride];
+    alignas(16) Element x[kWarps][2][kRows][kStride];  // at last [16][D + R] f32 a warp: its W and M
+    Block kk[kPairs];                                  // row by row, from the diagonal on
+    Block lk[kSlices][kBlocks];
+    Block ll[kSlices][kSlices];
     float loss[kWarps];
 };
-static_assert(sizeof(SharedStorage) <= kSmemBytes, "dynamic shared memory");
+static_assert(sizeof(SharedStorage) == kSmemBytes, "SharedStorage differs from Facts");
+static_assert(sizeof(SharedStorage::x) >= kWarps * 16 * kColumns * sizeof(float), "a warp's sums take the place of its tokens");
 
-// Copies a Gram matrix to shared memory, centred: sum x y - (sum x)(sum y) / S, in two parts.
-template <int kRows, int kColumns, int kRowStride>
-__device__ __forceinline__ void load_centred(Element (&to)[2][kRows][kRowStride], const float* gram,
-                                             const float* row_sum, const float* column_sum, float seqlen) {
-    for (int i = threadIdx.x; i < kRows * kColumns; i += kThreads) {
-        const int row = i / kColumns;
-        const int column = i % kColumns;
-        split(gram[i] - row_sum[row] * (column_sum[column] / seqlen), to[0][row][column], to[1][row][column]);
-    }
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(kFullWarp, x, 1);
-    return x + __shfl_xor_sync(kFullWarp, x, 2);
-}
+// Where column n and inner index k of a block lie.
+__device__ __forceinline__ int block_offset(int n, int k) { return (n / 8 * 2 + k / 8) * 64 + n % 8 * 8 + k % 8; }
 
 struct QueryLoss {
     float loss;
@@ -108,120 +97,253 @@ __device__ __forceinline__ QueryLoss query_loss(float ab, float aa, float bb) {
             0.5f * kCosineWeight * cosine / aa + kNormWeight * excess / norms};
 }
 
-// Columns 4 c .. 4 c + 3 of a step of a low-rank row.
-__device__ __forceinline__ void store_row(const TensorView& to, int token, int step, float x0, float x1, float x2, float x3) {
-    Element* row = to.at<Element>(blockIdx.z, token, blockIdx.y) + 16 * step + 4 * (lane_index() % 4);
-    *reinterpret_cast<uint2*>(row) = {pack2<Element>(x0, x1), pack2<Element>(x2, x3)};
+// Sums x . d over this lane's columns of a 16 x 16 block: of row l / 4, and of row l / 4 + 8.
+__device__ __forceinline__ void add_dots(float (&sum)[2], const uint32 (&x)[4], const float (&d)[8]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        sum[i % 2] = fmaf(unpack_low<Element>(x[i]), d[2 * i], sum[i % 2]);
+        sum[i % 2] = fmaf(unpack_high<Element>(x[i]), d[2 * i + 1], sum[i % 2]);
+    }
+}
+
+// A^T of 16 tokens, each times its factor: lane 4 r + own has that of token r, lane 4 r + own + 1 that of token r + 8.
+__device__ __forceinline__ void scale_tokens(uint32 (&to)[4], const uint32 (&a)[4], float mine, int own) {
+    const int from = 8 * (lane_index() % 4) + own;
+    const float factor[2][2] = {
+        {__shfl_sync(kFullWarp, mine, from), __shfl_sync(kFullWarp, mine, from + 4)},
+        {__shfl_sync(kFullWarp, mine, from + 1), __shfl_sync(kFullWarp, mine, from + 5)},
+    };
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        to[i] = pack2<Element>(factor[i / 2][0] * unpack_low<Element>(a[i]), factor[i / 2][1] * unpack_high<Element>(a[i]));
+    }
+}
+
+// Sums x y minus (sum x)(sum y) / S, in two parts.
+__device__ __forceinline__ void centre(const float* sums, SharedStorage& shared, float per_token) {
+    const float* low = sums + kHeadDim * kColumns;
+    const float* sum = low + kRank * kRank;
+    // Neighbouring threads read neighbouring floats; G and A are symmetric.
+    const int row = threadIdx.x / 16;
+    const int column = threadIdx.x % 16;
+    const int at = block_offset(column, row);
+    const auto put = [&](Block& block, float x, int i, int j, float factor) {
+        x -= __ldg(sum + i + row) * (__ldg(sum + j + column) * per_token);
+        split(factor * x, block.part[0][at], block.part[1][at]);
+    };
+    int i = 0;
+    int j = 0;
+#pragma unroll 6
+    for (int pair = 0; pair < kPairs; ++pair) {
+        // Column block i, inner block j.
+        put(shared.kk[pair], __ldg(sums + (16 * j + row) * kColumns + 16 * i + column), 16 * j, 16 * i, i == j ? 1.0f : 2.0f);
+        if (++j == kBlocks) j = ++i;
+    }
+#pragma unroll
+    for (int n = 0; n < kSlices; ++n) {
+        const int n0 = kHeadDim + 16 * n;
+#pragma unroll
+        for (int j = 0; j < kBlocks; ++j) {
+            put(shared.lk[n][j], __ldg(sums + (16 * j + row) * kColumns + n0 + column), 16 * j, n0, 1.0f);
+        }
+#pragma unroll
+        for (int j = 0; j < kSlices; ++j) {
+            put(shared.ll[n][j], __ldg(low + (16 * j + row) * kRank + 16 * n + column), kHeadDim + 16 * j, n0, 1.0f);
+        }
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_query_bf16_d64_r16_v1_sm90a(const __grid_constant__ Params p) {
     extern __shared__ uint4 dynamic[];
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(dynamic);
     const int lane = lane_index();
-    {
-        const int64 head = static_cast<int64>(blockIdx.z) * p.num_heads + blockIdx.y;
-        const float* sum_k = p.sum_k + head * kHeadDim;
-        const float* sum_l = p.sum_l + head * kRank;
-        const float seqlen = static_cast<float>(p.seqlen);
-        load_centred<kHeadDim, kHeadDim>(shared.kk, p.gram_kk + head * kHeadDim * kHeadDim, sum_k, sum_k, seqlen);
-        load_centred<kRank, kHeadDim>(shared.lk, p.gram_lk + head * kRank * kHeadDim, sum_l, sum_k, seqlen);
-        load_centred<kRank, kRank>(shared.ll, p.gram_ll + head * kRank * kRank, sum_l, sum_l, seqlen);
-    }
+    const int warp = warp_index();
+    const int batch = blockIdx.z / kSlices;
+    const int slice = blockIdx.z % kSlices;
+    const int64 head = static_cast<int64>(batch) * p.num_heads + blockIdx.y;
+    const int begin = blockIdx.x * p.rows_per_cta;
+    const int end = min(begin + p.rows_per_cta, p.seqlen);
+    const int tiles = (end - begin + kRows - 1) / kRows;
+    const Element* q_head = p.q.at<const Element>(batch, 0, blockIdx.y);
+    const Element* l_head = p.q_lr.at<const Element>(batch, 0, blockIdx.y);
+    const auto copy = [&](int tile, int stage) {
+        if (tile < tiles) {
+            const int first = begin + tile * kRows;
+            auto& to = shared.x[warp][stage];
+            copy_columns<kHeadDim, 32>(to, 0, lane, q_head, p.q.stride_seq, first, p.seqlen);
+            copy_columns<kRank, 32>(to, kHeadDim, lane, l_head, p.q_lr.stride_seq, first, p.seqlen);
+        }
+        copy_commit();
+    };
+    copy(warp, 0);
+    centre(p.sums + head * kRecord, shared, 1.0f / static_cast<float>(p.seqlen));
     __syncthreads();
 
+    // Two operands of 16 columns and 16 inner indices in one: registers 0, 1 of the first eight columns, 2, 3 of the others.
+    const auto load_block = [&](uint32 (&b)[4], const Block& block, int part) {
+        load_matrices(b, smem_address(&block.part[part][8 * lane]));
+    };
     float loss = 0.0f;
-    for (int tile = warp_index(); tile < kRowsPerCta / 16; tile += kWarps) {
-        const int token_low = blockIdx.x * kRowsPerCta + 16 * tile + lane / 4;
-        const int token_high = token_low + 8;
-        const bool valid_low = token_low < p.seqlen;
-        const bool valid_high = token_high < p.seqlen;
-        RowOperand<kHeadDim> q;
-        q.load(valid_low ? p.q.at<const Element>(blockIdx.z, token_low, blockIdx.y) : nullptr,
-               valid_high ? p.q.at<const Element>(blockIdx.z, token_high, blockIdx.y) : nullptr);
-        LowRankOperand l[kSteps];
-        const auto load_low_rank = [&] {
-            const Element* low = p.q_lr.at<const Element>(blockIdx.z, token_low, blockIdx.y);
-            const Element* high = p.q_lr.at<const Element>(blockIdx.z, token_high, blockIdx.y);
-#pragma unroll
-            for (int step = 0; step < kSteps; ++step) {
-                l[step].load(valid_low ? low + 16 * step : nullptr, valid_high ? high + 16 * step : nullptr);
-            }
-        };
-        if constexpr (kLoadsEarly) load_low_rank();
+    float w[kBlocks][8] = {};
+    float m[kSlices][8] = {};
+    for (int tile = warp; tile < tiles; tile += kWarps) {
+        const int stage = tile / kWarps % 2;
+        copy(tile + kWarps, stage ^ 1);
+        copy_wait<1>();
+        __syncwarp();
+        const uint32 x = smem_address(&shared.x[warp][stage][0][0]);
+        const uint32 by_rows = x + sizeof(Element) * rows_first_offset<kStride>();
+        const uint32 by_chunks = x + sizeof(Element) * chunks_first_offset<kStride>();
+        constexpr uint32 kTileBytes = 16 * kStride * sizeof(Element);
+        constexpr uint32 kLowBytes = kHeadDim * sizeof(Element);
 
-        float bb_low = 0.0f;
-        float bb_high = 0.0f;
+        uint32 q[kRowTiles][kBlocks][4];
 #pragma unroll
-        for (int k = 0; k < kHeadDim / 32; ++k) {
-            const uint32 pair_low[4] = {q.low[k].x, q.low[k].y, q.low[k].z, q.low[k].w};
-            const uint32 pair_high[4] = {q.high[k].x, q.high[k].y, q.high[k].z, q.high[k].w};
+        for (int t = 0; t < kRowTiles; ++t) {
 #pragma unroll
-            for (int u = 0; u < 4; ++u) {
-                float d[4] = {};
-                multiply_rows(d, q, &shared.kk[0][result_row(k, u)][0]);
-                multiply_rows(d, q, &shared.kk[1][result_row(k, u)][0]);
-                bb_low += d[0] * unpack_low<Element>(pair_low[u]) + d[1] * unpack_high<Element>(pair_low[u]);
-                bb_high += d[2] * unpack_low<Element>(pair_high[u]) + d[3] * unpack_high<Element>(pair_high[u]);
-            }
+            for (int i = 0; i < kBlocks; ++i) load_matrices(q[t][i], by_rows + t * kTileBytes + 32 * i);
         }
-        if constexpr (!kLoadsEarly) load_low_rank();
-        // Result tiles v of step v / 2: columns 16 (v / 2) + 4 c + 2 (v % 2) and the next, which are register v % 2 of l.
-        float cq[2 * kSteps][4] = {};
-        float al[2 * kSteps][4] = {};
-        float ab_low = 0.0f;
-        float ab_high = 0.0f;
-        float aa_low = 0.0f;
-        float aa_high = 0.0f;
-        const auto pair_low = [&](int v) { return v % 2 == 0 ? l[v / 2].low.x : l[v / 2].low.y; };
-        const auto pair_high = [&](int v) { return v % 2 == 0 ? l[v / 2].high.x : l[v / 2].high.y; };
+        float bb[kRowTiles][2] = {};
+        int pair = 0;
 #pragma unroll
-        for (int v = 0; v < 2 * kSteps; ++v) {
-            const int row = 16 * (v / 2) + low_rank_result_row(v % 2);
+        for (int i = 0; i < kBlocks; ++i) {
+            float d[kRowTiles][8] = {};
+#pragma unroll
+            for (int j = i; j < kBlocks; ++j, ++pair) {
+#pragma unroll
+                for (int part = 0; part < 2; ++part) {
+                    uint32 b[4];
+                    load_block(b, shared.kk[pair], part);
+#pragma unroll
+                    for (int t = 0; t < kRowTiles; ++t) multiply<Element>(d[t], q[t][j], b);
+                }
+            }
+#pragma unroll
+            for (int t = 0; t < kRowTiles; ++t) add_dots(bb[t], q[t][i], d[t]);
+        }
+
+        uint32 l[kRowTiles][kSlices][4];
+#pragma unroll
+        for (int t = 0; t < kRowTiles; ++t) {
+#pragma unroll
+            for (int n = 0; n < kSlices; ++n) load_matrices(l[t][n], by_rows + t * kTileBytes + kLowBytes + 32 * n);
+        }
+        float cq[kRowTiles][kSlices][8] = {};
+        float al[kRowTiles][kSlices][8] = {};
+        float ab[kRowTiles][2] = {};
+        float aa[kRowTiles][2] = {};
+#pragma unroll
+        for (int n = 0; n < kSlices; ++n) {
 #pragma unroll
             for (int part = 0; part < 2; ++part) {
-                multiply_rows(cq[v], q, &shared.lk[part][row][0]);
+                uint32 b[4];
 #pragma unroll
-                for (int step = 0; step < kSteps; ++step) {
-                    multiply_rows(al[v], l[step], &shared.ll[part][row][16 * step]);
+                for (int j = 0; j < kBlocks; ++j) {
+                    load_block(b, shared.lk[n][j], part);
+#pragma unroll
+                    for (int t = 0; t < kRowTiles; ++t) multiply<Element>(cq[t][n], q[t][j], b);
+                }
+#pragma unroll
+                for (int j = 0; j < kSlices; ++j) {
+                    load_block(b, shared.ll[n][j], part);
+#pragma unroll
+                    for (int t = 0; t < kRowTiles; ++t) multiply<Element>(al[t][n], l[t][j], b);
                 }
             }
-            const float low0 = unpack_low<Element>(pair_low(v));
-            const float low1 = unpack_high<Element>(pair_low(v));
-            const float high0 = unpack_low<Element>(pair_high(v));
-            const float high1 = unpack_high<Element>(pair_high(v));
-            ab_low += low0 * cq[v][0] + low1 * cq[v][1];
-            ab_high += high0 * cq[v][2] + high1 * cq[v][3];
-            aa_low += low0 * al[v][0] + low1 * al[v][1];
-            aa_high += high0 * al[v][2] + high1 * al[v][3];
+#pragma unroll
+            for (int t = 0; t < kRowTiles; ++t) {
+                add_dots(ab[t], l[t][n], cq[t][n]);
+                add_dots(aa[t], l[t][n], al[t][n]);
+            }
         }
-        const QueryLoss low = query_loss(p.scale * quad_sum(ab_low), quad_sum(aa_low), p.scale * p.scale * quad_sum(bb_low));
-        const QueryLoss high =
-            query_loss(p.scale * quad_sum(ab_high), quad_sum(aa_high), p.scale * p.scale * quad_sum(bb_high));
-        // Of one row: its loss's derivatives, its registers of each step, and where its results stand in their tiles.
-        const auto store = [&](int token, const QueryLoss& row, auto pair, int at) {
-            if (lane % 4 == 0) loss += row.loss;
-            const float by_ab = p.gradient_factor * row.by_ab * p.scale;
-            const float by_aa = p.gradient_factor * 2.0f * row.by_aa;
+
+        // Of the rows that four lanes share, each takes one: tile c / 2, token l / 4 + 8 (c % 2).
+        float row_ab = 0.0f;
+        float row_aa = 0.0f;
+        float row_bb = 0.0f;
 #pragma unroll
-            for (int step = 0; step < kSteps; ++step) {
-                float d[4];
-                float x[4];
+        for (int own = 0; own < 2 * kRowTiles; ++own) {
+            const float sum_ab = quad_sum(ab[own / 2][own % 2]);
+            const float sum_aa = quad_sum(aa[own / 2][own % 2]);
+            const float sum_bb = quad_sum(bb[own / 2][own % 2]);
+            if (lane % 4 == own) {
+                row_ab = sum_ab;
+                row_aa = sum_aa;
+                row_bb = sum_bb;
+            }
+        }
+        // No row: |b| is zero.
+        const QueryLoss row = query_loss(p.scale * row_ab, row_aa, p.scale * p.scale * row_bb);
+        loss += row.loss;
+        const float row_by_ab = p.gradient_factor * row.by_ab * p.scale;
+        const float row_by_aa = p.gradient_factor * 2.0f * row.by_aa;
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int v = 2 * step + i / 2;
-                    d[i] = by_ab * cq[v][at + i % 2] + by_aa * al[v][at + i % 2];
-                    x[i] = i % 2 == 0 ? unpack_low<Element>(pair(v)) : unpack_high<Element>(pair(v));
+        for (int own = 0; own < 2 * kRowTiles; ++own) {
+            const float by_ab = __shfl_sync(kFullWarp, row_by_ab, own, 4);
+            const float by_aa = __shfl_sync(kFullWarp, row_by_aa, own, 4);
+            const int token = begin + tile * kRows + 8 * own + lane / 4;
+            if (token < p.seqlen && slice == 0) {
+                Element* to = p.d_q_lr.at<Element>(batch, token, blockIdx.y) + 2 * (lane % 4);
+#pragma unroll
+                for (int i = 0; i < 2 * kSlices; ++i) {
+                    const int at = 4 * (i % 2) + 2 * (own % 2);
+                    const float(&c)[8] = cq[own / 2][i / 2];
+                    const float(&a)[8] = al[own / 2][i / 2];
+                    *reinterpret_cast<uint32*>(to + 8 * i) =
+                        pack2<Element>(by_ab * c[at] + by_aa * a[at], by_ab * c[at + 1] + by_aa * a[at + 1]);
                 }
-                store_row(p.d_q_lr, token, step, d[0], d[1], d[2], d[3]);
-                store_row(p.by_ab_rows, token, step, by_ab * x[0], by_ab * x[1], by_ab * x[2], by_ab * x[3]);
-                store_row(p.by_aa_rows, token, step, by_aa * x[0], by_aa * x[1], by_aa * x[2], by_aa * x[3]);
+            }
+        }
+#pragma unroll
+        for (int t = 0; t < kRowTiles; ++t) {
+            // The same tokens as inner indices.
+            uint32 low[4];
+            load_matrices_transposed(low, by_chunks + t * kTileBytes + kLowBytes + 32 * slice);
+            uint32 weighted[4];
+            scale_tokens(weighted, low, row_by_ab, 2 * t);
+            uint32 b[4];
+#pragma unroll
+            for (int i = 0; i < kBlocks; ++i) {
+                load_matrices_transposed(b, by_rows + t * kTileBytes + 32 * i);
+                multiply<Element>(w[i], weighted, b);
+            }
+            scale_tokens(weighted, low, row_by_aa, 2 * t);
+#pragma unroll
+            for (int i = 0; i < kSlices; ++i) {
+                load_matrices_transposed(b, by_rows + t * kTileBytes + kLowBytes + 32 * i);
+                multiply<Element>(m[i], weighted, b);
+            }
+        }
+        // Whoever reads this stage is done before the next copy into it.
+        __syncwarp();
+    }
+
+    // The warps' sums, in order.
+    copy_wait<0>();
+    __syncthreads();
+    float* sums = reinterpret_cast<float*>(&shared.x[0][0][0][0]);
+    {
+        float* mine = sums + warp * 16 * kColumns + lane / 4 * kColumns + 2 * (lane % 4);
+        const auto put = [&](int column, const float(&d)[8]) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                *reinterpret_cast<float2*>(mine + i % 2 * 8 * kColumns + column + i / 2 * 8) = {d[2 * i], d[2 * i + 1]};
             }
         };
-        if (valid_low) store(token_low, low, pair_low, 0);
-        if (valid_high) store(token_high, high, pair_high, 2);
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) put(16 * i, w[i]);
+#pragma unroll
+        for (int i = 0; i < kSlices; ++i) put(kHeadDim + 16 * i, m[i]);
     }
     loss = cta_sum(loss, shared.loss);
-    if (threadIdx.x == 0) {
-        p.loss[(static_cast<int64>(blockIdx.z) * gridDim.x + blockIdx.x) * p.num_heads + blockIdx.y] = loss;
+    float* to = p.weights + ((head * gridDim.x + blockIdx.x) * kRank + 16 * slice) * kColumns;
+    for (int i = threadIdx.x; i < 16 * kColumns; i += kThreads) {
+        float total = sums[i];
+#pragma unroll
+        for (int other = 1; other < kWarps; ++other) total += sums[other * 16 * kColumns + i];
+        to[i] = total;
+    }
+    if (threadIdx.x == 0 && slice == 0) {
+        p.loss[(static_cast<int64>(batch) * gridDim.x + blockIdx.x) * p.num_heads + blockIdx.y] = loss;
     }
 }

@@ -1,5 +1,5 @@
-//! `gram_query` and `gram_key` against the predictor's loss and gradients by definition, in f64. The sums over tokens that
-//! stand before and between the two are made here: the trainer takes them by cublasLt.
+//! `gram_sums`, `gram_query` and `gram_key` against the predictor's loss and gradients by definition, in f64. The records of
+//! their CTAs are added up here: the trainer has `sum_rows` for that.
 
 use super::tensor::{Flat, Tensor};
 use super::{ARCH, Gpu, GpuTest, Outcome};
@@ -9,14 +9,14 @@ use dsv_reference::attention::{AttnShape, Layout as Rows, View};
 use dsv_reference::predictor::{PredictorInputs, definition};
 use dsv_reference::rng::SplitMix64;
 use dsv_runtime::Layout;
-use dsv_spec::params::{GramKey, GramQuery, TensorView};
+use dsv_spec::params::{GramKey, GramQuery, GramSums, TensorView, gram_record};
 use dsv_spec::{Dtype, KernelSpec, PointwiseOp, PointwiseSpec, space};
 use half::bf16;
 
 /// Kernels of other ranks than those shipped: head_dim and rank.
 const OTHER_RANKS: [(u16, u8); 4] = [(64, 64), (96, 32), (128, 48), (128, 64)];
-/// Tokens of a CTA.
-const CTA_ROWS: usize = 512;
+/// Tokens of a CTA: nine stages of `gram_sums`, three turns of some warps of `gram_query` and two of the others.
+const CTA_ROWS: usize = 576;
 const HEADS: usize = 2;
 const BATCH: usize = 2;
 
@@ -32,7 +32,7 @@ pub(super) fn tests() -> Vec<GpuTest> {
                 let spec = PointwiseSpec::shipped(op, Dtype::Bf16, head_dim, rank, ARCH);
                 KernelSpec::Pointwise(spec.unwrap_or_else(|e| panic!("no {op} of {head_dim}, {rank}: {e}")))
             };
-            let specs = [PointwiseOp::GramQuery, PointwiseOp::GramKey].map(spec);
+            let specs = [PointwiseOp::GramSums, PointwiseOp::GramQuery, PointwiseOp::GramKey].map(spec);
             GpuTest::new(format!("predictor/d{head_dim}_r{rank}"), specs.to_vec(), move |gpu| {
                 run(gpu, usize::from(head_dim), usize::from(rank), 611, specs)
             })
@@ -40,20 +40,18 @@ pub(super) fn tests() -> Vec<GpuTest> {
         .collect()
 }
 
-/// sum over tokens of a^T b for each (sequence, head): [B, H, m, n] of rows [B, S, H, m] and [B, S, H, n].
-fn token_sums(a: &[f32], m: usize, b: &[f32], n: usize, seqlen: usize) -> Vec<f32> {
-    let mut sums = vec![0.0f64; BATCH * HEADS * m * n];
-    for (row, (a, b)) in a.chunks_exact(m).zip(b.chunks_exact(n)).enumerate() {
-        let slab = row / (seqlen * HEADS) * HEADS + row % HEADS;
-        for (x, sums) in a.iter().zip(sums[slab * m * n..][..m * n].chunks_exact_mut(n)) {
-            sums.iter_mut().zip(b).for_each(|(sum, y)| *sum += f64::from(*x) * f64::from(*y));
-        }
-    }
-    sums.into_iter().map(|sum| sum as f32).collect()
+/// The CTAs' records of each (sequence, head), added up.
+fn added(records: &[f32], ctas: usize, record: usize) -> Vec<f32> {
+    let of_slab = |slab: &[f32]| {
+        let sum = |i: usize| slab.iter().skip(i).step_by(record).map(|&x| f64::from(x)).sum::<f64>() as f32;
+        (0..record).map(sum).collect::<Vec<f32>>()
+    };
+    records.chunks_exact(ctas * record).flat_map(of_slab).collect()
 }
 
-fn run(gpu: &mut Gpu, head_dim: usize, rank: usize, seqlen: usize, specs: [KernelSpec; 2]) -> Outcome {
-    let (query_kernel, key_kernel) = (gpu.kernel(&specs[0])?, gpu.kernel(&specs[1])?);
+fn run(gpu: &mut Gpu, head_dim: usize, rank: usize, seqlen: usize, specs: [KernelSpec; 3]) -> Outcome {
+    let sums_kernel = gpu.kernel(&specs[0])?;
+    let (query_kernel, key_kernel) = (gpu.kernel(&specs[1])?, gpu.kernel(&specs[2])?);
     let gpu = &*gpu;
     let shape = AttnShape::new(BATCH, seqlen, HEADS, head_dim);
     let mut rng = SplitMix64::new(head_dim as u64);
@@ -75,60 +73,62 @@ fn run(gpu: &mut Gpu, head_dim: usize, rank: usize, seqlen: usize, specs: [Kerne
     let (q_rows, k_rows) = (given("q", head_dim, &q)?, given("k", head_dim, &k)?);
     let (q_lr_rows, k_lr_rows) = (given("q_lr", rank, &q_lr)?, given("k_lr", rank, &k_lr)?);
     let (d_q_lr, d_k_lr) = (made("d_q_lr")?, made("d_k_lr")?);
-    let (by_ab, by_aa) = (made("by_ab_rows")?, made("by_aa_rows")?);
     let view = |tensor: &Tensor, columns| {
         let Layout { batch, seq, head } = Tensor::layout(&place(columns));
         TensorView { ptr: tensor.address(), stride_batch: batch, stride_seq: seq, stride_head: head }
     };
-    let sums = |name, a: &[f32], m, b: &[f32], n| Flat::of(gpu, name, &token_sums(a, m, b, n, seqlen));
-    let ones = vec![1.0f32; BATCH * seqlen * HEADS];
-    let gram_kk = sums("gram_kk", &k, head_dim, &k, head_dim)?;
-    let gram_lk = sums("gram_lk", &k_lr, rank, &k, head_dim)?;
-    let gram_ll = sums("gram_ll", &k_lr, rank, &k_lr, rank)?;
-    let sum_k = sums("sum_k", &ones, 1, &k, head_dim)?;
-    let sum_l = sums("sum_l", &ones, 1, &k_lr, rank)?;
     let ctas = seqlen.div_ceil(CTA_ROWS);
     let loss = Flat::poisoned(gpu, "loss", 4 * BATCH * ctas * HEADS, 0xFF)?;
     let grid = [ctas as u32, HEADS as u32, BATCH as u32];
+    let record = gram_record(head_dim, rank);
+    let partial = Flat::poisoned(gpu, "partial sums", 4 * BATCH * HEADS * ctas * record, 0xFF)?;
+    let params = GramSums {
+        k: view(&k_rows, head_dim),
+        k_lr: view(&k_lr_rows, rank),
+        partial: partial.address(),
+        num_heads: HEADS as i32,
+        seqlen: seqlen as i32,
+        rows_per_cta: CTA_ROWS as i32,
+        reserved: 0,
+    };
+    // SAFETY: the parameters are the kernel's; every buffer has the size they say and lives past the wait.
+    unsafe { sums_kernel.launch(&gpu.stream, grid, specs[0].facts().smem_bytes, &params)? };
+    gpu.wait()?;
+    let sums = Flat::of(gpu, "sums", &added(&partial.read::<f32>(gpu)?, ctas, record))?;
+    let columns = rank * (head_dim + rank);
+    let partial = Flat::poisoned(gpu, "partial weights", 4 * BATCH * HEADS * ctas * columns, 0xFF)?;
     let params = GramQuery {
         q: view(&q_rows, head_dim),
         q_lr: view(&q_lr_rows, rank),
         d_q_lr: view(&d_q_lr, rank),
-        by_ab_rows: view(&by_ab, rank),
-        by_aa_rows: view(&by_aa, rank),
-        gram_kk: gram_kk.address(),
-        gram_lk: gram_lk.address(),
-        gram_ll: gram_ll.address(),
-        sum_k: sum_k.address(),
-        sum_l: sum_l.address(),
+        sums: sums.address(),
+        weights: partial.address(),
         loss: loss.address(),
-        batch: BATCH as i32,
         num_heads: HEADS as i32,
         seqlen: seqlen as i32,
+        rows_per_cta: CTA_ROWS as i32,
         scale: shape.scale as f32,
         gradient_factor: 1.0 / (BATCH * HEADS * seqlen) as f32,
         reserved: 0,
     };
-    // SAFETY: the parameters are the kernel's; every buffer has the size they say and lives past the wait.
-    unsafe { query_kernel.launch(&gpu.stream, grid, specs[0].facts().smem_bytes, &params)? };
+    let sliced = [grid[0], grid[1], grid[2] * (rank / 16) as u32];
+    // SAFETY: as above.
+    unsafe { query_kernel.launch(&gpu.stream, sliced, specs[1].facts().smem_bytes, &params)? };
     gpu.wait()?;
-    let weight_k = sums("weight_k", &by_ab.rows(gpu)?, rank, &q, head_dim)?;
-    let weight_l = sums("weight_l", &by_aa.rows(gpu)?, rank, &q_lr, rank)?;
+    let weights = Flat::of(gpu, "weights", &added(&partial.read::<f32>(gpu)?, ctas, columns))?;
     let params = GramKey {
         k: view(&k_rows, head_dim),
         k_lr: view(&k_lr_rows, rank),
         d_k_lr: view(&d_k_lr, rank),
-        weight_k: weight_k.address(),
-        weight_l: weight_l.address(),
-        sum_k: sum_k.address(),
-        sum_l: sum_l.address(),
-        batch: BATCH as i32,
+        weights: weights.address(),
+        sums: sums.address(),
         num_heads: HEADS as i32,
         seqlen: seqlen as i32,
+        rows_per_cta: CTA_ROWS as i32,
         reserved: 0,
     };
     // SAFETY: as above.
-    unsafe { key_kernel.launch(&gpu.stream, grid, specs[1].facts().smem_bytes, &params)? };
+    unsafe { key_kernel.launch(&gpu.stream, grid, specs[2].facts().smem_bytes, &params)? };
     gpu.wait()?;
 
     let low = |data| View::new(data, Rows::bshd(seqlen, HEADS, rank));

@@ -544,8 +544,35 @@ pub struct GradClip {
     pub max_norm: f32,
 }
 
-/// Launch parameters of `gram_query`, of low-rank rows of R columns. Grid: (ceil(S / 512), H, B); dynamic shared memory from
-/// `Facts`.
+/// Launch parameters of `gram_sums`, of low-rank rows of R columns. Grid: (ceil(S / rows_per_cta), H, B); dynamic shared
+/// memory from `Facts`. A record is K^T \[K | K_lr\] as [D, D + R], K_lr^T K_lr [R, R] and the column sums of \[K | K_lr\]:
+/// [`gram_record`] f32.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct GramSums {
+    /// Element [B, S, H, D].
+    pub k: TensorView,
+    /// Element [B, S, H, R].
+    pub k_lr: TensorView,
+    /// f32 [B, H, gridDim.x, record] out: of the CTA's tokens.
+    pub partial: u64,
+    /// Heads.
+    pub num_heads: i32,
+    /// Tokens S.
+    pub seqlen: i32,
+    /// Tokens of a CTA, a multiple of 64.
+    pub rows_per_cta: i32,
+    /// Keeps the struct's size a multiple of 8.
+    pub reserved: i32,
+}
+
+/// f32 of a record of [`GramSums`].
+pub const fn gram_record(head_dim: usize, rank: usize) -> usize {
+    head_dim * (head_dim + rank) + rank * rank + head_dim + rank
+}
+
+/// Launch parameters of `gram_query`, of low-rank rows of R columns. Grid: (ceil(S / rows_per_cta), H, B R / 16); dynamic
+/// shared memory from `Facts`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct GramQuery {
@@ -555,28 +582,19 @@ pub struct GramQuery {
     pub q_lr: TensorView,
     /// Element [B, S, H, R] out: gradient of the low-rank queries.
     pub d_q_lr: TensorView,
-    /// Element [B, S, H, R] out: low-rank queries times the loss's derivative by a.b and the scale.
-    pub by_ab_rows: TensorView,
-    /// Element [B, S, H, R] out: low-rank queries times twice the derivative by a.a.
-    pub by_aa_rows: TensorView,
-    /// f32 [B, H, D, D]: K^T K.
-    pub gram_kk: u64,
-    /// f32 [B, H, R, D]: K_lr^T K.
-    pub gram_lk: u64,
-    /// f32 [B, H, R, R]: K_lr^T K_lr.
-    pub gram_ll: u64,
-    /// f32 [B, H, D]: column sums of K.
-    pub sum_k: u64,
-    /// f32 [B, H, R]: column sums of K_lr.
-    pub sum_l: u64,
+    /// f32 [B, H, record] as of [`GramSums`], of all tokens.
+    pub sums: u64,
+    /// f32 [B, H, gridDim.x, R, D + R] out: of the CTA's queries, the sums of the low-rank query times the loss's derivative by
+    /// a.b and the scale, by the query; and of the same times twice the derivative by a.a, by the low-rank query.
+    pub weights: u64,
     /// f32 [B, gridDim.x, H] out: sums over the CTA's queries.
     pub loss: u64,
-    /// Sequences.
-    pub batch: i32,
     /// Heads.
     pub num_heads: i32,
     /// Tokens S.
     pub seqlen: i32,
+    /// Tokens of a CTA, a multiple of 32.
+    pub rows_per_cta: i32,
     /// Logit scale.
     pub scale: f32,
     /// Factor of every query's gradient: weight / (B S H).
@@ -585,8 +603,8 @@ pub struct GramQuery {
     pub reserved: i32,
 }
 
-/// Launch parameters of `gram_key`, of low-rank rows of R columns. Grid: (ceil(S / 512), H, B); dynamic shared memory from
-/// `Facts`.
+/// Launch parameters of `gram_key`, of low-rank rows of R columns. Grid: (ceil(S / rows_per_cta), H, B); dynamic shared
+/// memory from `Facts`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct GramKey {
@@ -596,20 +614,16 @@ pub struct GramKey {
     pub k_lr: TensorView,
     /// Element [B, S, H, R] out: gradient of the low-rank keys.
     pub d_k_lr: TensorView,
-    /// f32 [B, H, R, D]: by_ab_rows^T q.
-    pub weight_k: u64,
-    /// f32 [B, H, R, R]: by_aa_rows^T q_lr.
-    pub weight_l: u64,
-    /// f32 [B, H, D]: column sums of K.
-    pub sum_k: u64,
-    /// f32 [B, H, R]: column sums of K_lr.
-    pub sum_l: u64,
-    /// Sequences.
-    pub batch: i32,
+    /// f32 [B, H, R, D + R] as of [`GramQuery`], of all queries.
+    pub weights: u64,
+    /// f32 [B, H, record] as of [`GramSums`], of all tokens.
+    pub sums: u64,
     /// Heads.
     pub num_heads: i32,
     /// Tokens S.
     pub seqlen: i32,
+    /// Tokens of a CTA, a multiple of 16.
+    pub rows_per_cta: i32,
     /// Keeps the struct's size a multiple of 8.
     pub reserved: i32,
 }

@@ -28,7 +28,7 @@ use half::bf16;
 use lanes::{Lanes, mark};
 use matmul::{Matmul, Operands, Product};
 pub use planned::PlannedGpu;
-use scratch::{Bump, GRAM_ROWS};
+use scratch::{Bump, GramPlan};
 use staging::Staging;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -817,24 +817,6 @@ fn shape_of(args: &Gated) -> (usize, usize) {
     (rows, columns)
 }
 
-/// `c[m,n] = sum over tokens of a[s, m] b[s, n]` for every head of one sequence; a and b strided, c packed f32.
-fn token_sum(seqlen: usize, heads: usize, a: (&View, usize), b: (&View, usize)) -> Product {
-    let ((a, m), (b, n)) = (a, b);
-    Product {
-        a_transposed: true,
-        b_transposed: false,
-        m,
-        n,
-        k: seqlen,
-        row_strides: [a.seq_stride, b.seq_stride, n],
-        batch: heads,
-        batch_strides: [a.head_stride, b.head_stride, m * n],
-        c_is_f32: true,
-        accumulate: false,
-        bias: false,
-    }
-}
-
 impl DeviceFacts for CudaEngine {
     fn name(&self) -> String {
         format!("{}, bf16", self.device().info().name)
@@ -1534,117 +1516,64 @@ impl Engine for CudaEngine {
         let AttnShape { batch, heads, seqlen_q: seqlen, head_dim, scale, .. } = args.shape;
         let rank = args.d_lr;
         assert_eq!(args.shape.seqlen_kv, seqlen, "{args:?}");
-        for view in [&args.q, &args.k] {
-            assert_eq!(view.head_stride, head_dim, "gram_loss reads heads side by side: {view:?}");
-        }
         let slabs = batch * heads;
-        let ctas = seqlen.div_ceil(GRAM_ROWS);
-        let (kk, lk, ll) = (head_dim * head_dim, rank * head_dim, rank * rank);
-        let rows_bytes = 2 * slabs * seqlen * rank;
-        let bytes = [
-            4 * slabs * kk,
-            4 * slabs * lk,
-            4 * slabs * ll,
-            4 * slabs * head_dim,
-            4 * slabs * rank,
-            4 * slabs * lk,
-            4 * slabs * ll,
-            rows_bytes,
-            rows_bytes,
-            4 * slabs * ctas,
-        ];
-        let Some(taken) = self.take("gram_loss", bytes) else { return };
-        let [gram_kk, gram_lk, gram_ll, sum_k, sum_l, weight_k, weight_l, by_ab, by_aa, loss] = taken;
+        let multiprocessors = self.device().info().multiprocessors as usize;
+        let plan = GramPlan::new([batch, heads, seqlen, head_dim, rank], multiprocessors);
+        let Some(taken) = self.take("gram_loss", plan.floats.map(|n| 4 * n)) else { return };
+        let [sum_parts, sums, weight_parts, weights, loss] = taken;
+        let [of_sums, of_query, of_key] = plan.splits;
 
         let low = |buf: Buf, part: usize| View::packed(buf, 2, part, seqlen, heads, rank);
         let (q_lr, k_lr) = (low(args.lowrank, 0), low(args.lowrank, 1));
-        for (view, columns, dst) in [(&args.k, heads * head_dim, sum_k), (&k_lr, heads * rank, sum_l)] {
-            let to = params::SumRows {
-                src: params::Flat { ptr: self.act(view.buf), is_f32: 0, reserved: 0 },
-                dst,
-                rows: seqlen as i64,
-                columns: columns as i64,
-                row_stride: view.seq_stride as i64,
-                segment_stride: view.batch_stride as i64,
-                dst_segment_stride: columns as i64,
-                factor: 1.0,
-                ..Default::default()
-            };
-            self.reduce(batch, to);
-        }
-        // The weighted rows are packed [B, S, H, R] in scratch.
-        let rows = View { batch_stride: seqlen * heads * rank, seq_stride: heads * rank, ..k_lr };
-        let start =
-            |engine: &Self, view: &View, b: usize| engine.act(view.buf) + (2 * b * view.batch_stride) as u64;
-        for b in 0..batch {
-            let (k, l) = (start(self, &args.k, b), start(self, &k_lr, b));
-            let at = |base: u64, each: usize| base + (4 * b * heads * each) as u64;
-            let sums = [
-                (&args.k, head_dim, k, &args.k, head_dim, k, at(gram_kk, kk)),
-                (&k_lr, rank, l, &args.k, head_dim, k, at(gram_lk, lk)),
-                (&k_lr, rank, l, &k_lr, rank, l, at(gram_ll, ll)),
-            ];
-            for (a_view, m, a, b_view, n, b, c) in sums {
-                let product = token_sum(seqlen, heads, (a_view, m), (b_view, n));
-                self.multiply(&product, &Operands { a, b, c, add: None, bias: None });
-            }
-        }
-        let packed = |address: u64| params::TensorView {
-            ptr: address,
-            stride_batch: rows.batch_stride as i64,
-            stride_seq: rows.seq_stride as i64,
-            stride_head: rank as i64,
+        let (rows_per_cta, parts) = of_sums;
+        let of_keys = params::GramSums {
+            k: self.view(&args.k),
+            k_lr: self.view(&k_lr),
+            partial: sum_parts,
+            num_heads: heads as i32,
+            seqlen: seqlen as i32,
+            rows_per_cta: rows_per_cta as i32,
+            reserved: 0,
         };
+        self.launch_with(PointwiseOp::GramSums, [parts, heads, batch], &of_keys);
+        let columns = plan.record;
+        self.reduce_partials(sum_parts, [slabs, parts, columns, columns], sums, columns, false, 1.0);
+
+        let (rows_per_cta, parts) = of_query;
         let query = params::GramQuery {
             q: self.view(&args.q),
             q_lr: self.view(&q_lr),
             d_q_lr: self.view(&low(args.d_lowrank, 0)),
-            by_ab_rows: packed(by_ab),
-            by_aa_rows: packed(by_aa),
-            gram_kk,
-            gram_lk,
-            gram_ll,
-            sum_k,
-            sum_l,
+            sums,
+            weights: weight_parts,
             loss,
-            batch: batch as i32,
             num_heads: heads as i32,
             seqlen: seqlen as i32,
+            rows_per_cta: rows_per_cta as i32,
             scale,
             gradient_factor: (f64::from(args.weight) / (slabs * seqlen) as f64) as f32,
             reserved: 0,
         };
-        self.launch_with(PointwiseOp::GramQuery, [ctas, heads, batch], &query);
-        for b in 0..batch {
-            let weighted = (2 * b * rows.batch_stride) as u64;
-            let at = |base: u64, each: usize| base + (4 * b * heads * each) as u64;
-            let (q, l) = (start(self, &args.q, b), start(self, &q_lr, b));
-            let sums = [
-                (by_ab + weighted, &args.q, head_dim, q, at(weight_k, lk)),
-                (by_aa + weighted, &q_lr, rank, l, at(weight_l, ll)),
-            ];
-            for (a, b_view, n, b, c) in sums {
-                let product = token_sum(seqlen, heads, (&rows, rank), (b_view, n));
-                self.multiply(&product, &Operands { a, b, c, add: None, bias: None });
-            }
-        }
+        self.launch_with(PointwiseOp::GramQuery, [parts, heads, batch * (rank / 16)], &query);
+        let columns = plan.weights;
+        self.reduce_partials(weight_parts, [slabs, parts, columns, columns], weights, columns, false, 1.0);
+        let dst = self.f32(args.loss);
+        let factor = (1.0 / (batch * seqlen) as f64) as f32;
+        self.reduce_partials(loss, [1, batch * parts, heads, heads], dst, 0, false, factor);
+
+        let (rows_per_cta, parts) = of_key;
         let key = params::GramKey {
             k: self.view(&args.k),
             k_lr: self.view(&k_lr),
             d_k_lr: self.view(&low(args.d_lowrank, 1)),
-            weight_k,
-            weight_l,
-            sum_k,
-            sum_l,
-            batch: batch as i32,
+            weights,
+            sums,
             num_heads: heads as i32,
             seqlen: seqlen as i32,
+            rows_per_cta: rows_per_cta as i32,
             reserved: 0,
         };
-        self.launch_with(PointwiseOp::GramKey, [ctas, heads, batch], &key);
-        let dst = self.f32(args.loss);
-        let factor = (1.0 / (batch * seqlen) as f64) as f32;
-        self.reduce_partials(loss, [1, batch * ctas, heads, heads], dst, 0, false, factor);
+        self.launch_with(PointwiseOp::GramKey, [parts, heads, batch], &key);
     }
 
     fn profile(&mut self, args: &Profile) {

@@ -4,13 +4,17 @@
 //! Ops run in stream order, so every op may use all of it. cublasLt's workspace and the partial sums of a two-step
 //! reduction lie apart, for ops use them while they hold scratch of their own.
 
+use dsv_spec::params;
+
 use super::super::Dims;
-use super::matmul;
+use super::{CTAS_PER_SM, matmul};
 
 /// f32 partial sums a two-step column sum may use.
 pub(super) const PARTIAL_SUMS: usize = 1 << 22;
-/// Queries or keys one CTA of the predictor's kernels walks.
-pub(super) const GRAM_ROWS: usize = 512;
+/// Tokens that eight warps of a predictor's kernel take at once: a CTA has a multiple of them.
+const GRAM_TILE: usize = 256;
+/// CTAs that share a multiprocessor, of `gram_sums`, `gram_query` and `gram_key`.
+const GRAM_CTAS_PER_SM: [usize; 3] = [2, 1, 3];
 
 /// Ranges begin at multiples of this many bytes.
 const ALIGN: usize = 256;
@@ -70,21 +74,61 @@ fn mlp_bytes(rows: usize, hidden: usize, width: usize, ctas: usize) -> usize {
     floats(&[mlp_chunks(rows, hidden, ctas).1 * width])
 }
 
-/// The predictor's Gram matrices, column sums, weighted rows and losses.
-pub(super) fn gram_bytes(batch: usize, heads: usize, seqlen: usize, head_dim: usize, rank: usize) -> usize {
-    let slabs = batch * heads;
-    floats(&[
-        slabs * head_dim * head_dim,
-        slabs * rank * head_dim,
-        slabs * rank * rank,
-        slabs * head_dim,
-        slabs * rank,
-        slabs * rank * head_dim,
-        slabs * rank * rank,
-        (slabs * seqlen * rank).div_ceil(2),
-        (slabs * seqlen * rank).div_ceil(2),
-        slabs * seqlen.div_ceil(GRAM_ROWS),
-    ])
+/// Tokens of a CTA and CTAs of a head, where `slabs` heads of `seqlen` tokens share a GPU that `slots` CTAs fill: those by
+/// which the last CTA is done first, if one spends on its head what a tile takes. At most twice as many CTAs as slots, or one
+/// a head.
+fn gram_split(slabs: usize, seqlen: usize, slots: usize) -> (usize, usize) {
+    let tiles = seqlen.div_ceil(GRAM_TILE).max(1);
+    let most = (2 * slots / slabs.max(1)).clamp(1, tiles);
+    let time = |parts: usize| (slabs * parts).div_ceil(slots.max(1)) * (tiles.div_ceil(parts) + 1);
+    let parts = (1..=most).min_by_key(|&parts| time(parts)).unwrap_or(1);
+    let rows = GRAM_TILE * tiles.div_ceil(parts);
+    (rows, seqlen.div_ceil(rows).max(1))
+}
+
+/// How the predictor's three kernels are launched, and what lies between them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct GramPlan {
+    /// Tokens of a CTA and CTAs of a head: of `gram_sums`, `gram_query` and `gram_key`.
+    pub(super) splits: [(usize, usize); 3],
+    /// f32 of a record of `gram_sums`.
+    pub(super) record: usize,
+    /// f32 of a record of `gram_query`.
+    pub(super) weights: usize,
+    /// f32 of each range: records of the CTAs of `gram_sums`, their sum for each head, the same of `gram_query`, losses.
+    pub(super) floats: [usize; 5],
+}
+
+impl GramPlan {
+    /// On a GPU of `multiprocessors`.
+    pub(super) fn new(
+        [batch, heads, seqlen, head_dim, rank]: [usize; 5],
+        multiprocessors: usize,
+    ) -> GramPlan {
+        let slabs = batch * heads;
+        let splits = GRAM_CTAS_PER_SM.map(|n| gram_split(slabs, seqlen, n * multiprocessors));
+        let (record, weights) = (params::gram_record(head_dim, rank), rank * (head_dim + rank));
+        let [(_, sum_parts), (_, query_parts), _] = splits;
+        let floats = [
+            slabs * sum_parts * record,
+            slabs * record,
+            slabs * query_parts * weights,
+            slabs * weights,
+            slabs * query_parts,
+        ];
+        GramPlan { splits, record, weights, floats }
+    }
+
+    /// What a run of up to `batch` sequences of up to `seqlen` tokens takes.
+    fn most_bytes([batch, heads, seqlen, head_dim, rank]: [usize; 5], multiprocessors: usize) -> usize {
+        let slabs = batch * heads;
+        let (record, weights) = (params::gram_record(head_dim, rank), rank * (head_dim + rank));
+        let parts = |ctas_per_sm: usize| {
+            (2 * ctas_per_sm * multiprocessors).max(slabs).min(slabs * seqlen.div_ceil(GRAM_TILE).max(1))
+        };
+        let (sums, queries) = (parts(GRAM_CTAS_PER_SM[0]), parts(GRAM_CTAS_PER_SM[1]));
+        floats(&[sums * record, slabs * record, queries * weights, slabs * weights, queries])
+    }
 }
 
 /// The profiler's numbers of each sample and head: needed share, covered mass and recall.
@@ -111,7 +155,10 @@ pub(super) fn op_bytes(dims: &Dims, ctas: usize) -> usize {
     let weights = floats(&[chunks(batch * seqlen, ctas).1 * 2 * head_dim]);
     // One f32 (loss) or f64 and i32 (norm) a CTA.
     let scalars = floats(&[batch * 8 * ctas, 2 * 8 * ctas, 8 * ctas]);
-    let predictor = if d_lr > 0 { gram_bytes(batch, heads, seqlen, head_dim, d_lr) } else { 0 };
+    let predictor = match d_lr {
+        0 => 0,
+        rank => GramPlan::most_bytes([batch, heads, seqlen, head_dim, rank], ctas.div_ceil(CTAS_PER_SM)),
+    };
     let profile = if samples > 0 { profile_bytes(batch, heads, samples) } else { 0 };
     [modulation, mlp, weights, scalars, predictor, profile].into_iter().max().unwrap_or(0)
 }
@@ -150,6 +197,35 @@ mod tests {
             assert!(rows_per_chunk * n >= rows && rows_per_chunk * (n - 1) < rows, "{rows} {ctas}");
             assert!(n <= ctas.max(1) && rows_per_chunk >= 16, "{rows} {ctas}");
         }
+    }
+
+    #[test]
+    fn the_predictors_chunks_cover_the_tokens_and_fit_the_scratch() {
+        for (batch, heads, seqlen) in [
+            (1, 16, 32_768),
+            (1, 1, 1),
+            (1, 12, 4096),
+            (2, 2, 611),
+            (8, 12, 4096),
+            (9, 30, 257),
+            (1, 133, 1000),
+        ] {
+            let dims = [batch, heads, seqlen, 128, 16];
+            let plan = GramPlan::new(dims, 132);
+            for (rows, parts) in plan.splits {
+                let covered = rows * parts >= seqlen && rows * (parts - 1) < seqlen;
+                assert!(covered && rows % GRAM_TILE == 0, "{dims:?}: {rows} x {parts}");
+            }
+            let larger = [batch + 1, heads, seqlen + 700, 128, 16];
+            for largest in [dims, larger] {
+                assert!(
+                    floats(&plan.floats) <= GramPlan::most_bytes(largest, 132),
+                    "{dims:?} of {largest:?}"
+                );
+            }
+        }
+        // One CTA of gram_query a multiprocessor: eight for each of sixteen heads.
+        assert_eq!(GramPlan::new([1, 16, 32_768, 128, 16], 132).splits[1], (4096, 8));
     }
 
     #[test]
