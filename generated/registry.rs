@@ -915,17 +915,17 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "gram_key_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "cd957aec1a8ac31f228f6ca7653b3a0af4f56239203a991dd0b70f991ac16d5d",
+        source_hash: "a4be571a5d5a66957d6192d53bc52958a9c9e78a50432cd9c40a4ae3cad41e04",
     },
     Kernel {
         name: "gram_key_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "447bf851fbf2a41ed6774a41295a6dd089d38762403d756f8c28e31d948c6e40",
+        source_hash: "5b506fb8ea6d6355fbfdc8d0bc67a5f51c981b067f02f4888bf3f0e768f078e6",
     },
     Kernel {
         name: "gram_key_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "a4dae1a580fc716a266515a6c3a0edda5df5d5260e5b6e8c4450ba47fd799e6c",
+        source_hash: "d75080d4737f774d14c13e4dcd6747668313fa720da2290c682b51c6ca12c7d0",
     },
     Kernel {
         name: "gram_query_bf16_d128_r16_v1_sm90a",

@@ -5,7 +5,7 @@
 // Predictor loss, the gradient of the low-rank keys.
 //   d_l_j = W (k_j - mean k) + M (l_j - mean l);   W (R x D) and M (R x R): sums over the queries, from gram_query
 // The means make the gradient's sum over the keys zero, which is what centring demands. W and M are kept as two 16-bit
-// parts.
+// parts. The first CTA of a head adds up the losses that gram_query left, too.
 // Floor: k and l read, d_l written once. Budget: 2 R rows of D or D + 32 elements in shared memory, R (d_lr) 16 to 64; at
 // R = 16 80 registers, three CTAs a multiprocessor: 24 warps that each wait for 4.5 KB most of the time.
 #include "dsv/operand.cuh"
@@ -21,7 +21,7 @@ constexpr int kRank = 16;
 constexpr int kThreads = 256;
 constexpr int kCtasPerSm = 3;
 constexpr int kSmemBytes = 11840;
-constexpr int kParamsBytes = 128;
+constexpr int kParamsBytes = 152;
 // END CONFIG
 
 constexpr int kSteps = kRank / 16;
@@ -40,9 +40,13 @@ struct Params {
     TensorView d_k_lr;      // [B, S, H, R], written
     const float* weights;   // [B, H, R, D + R]: [W | M]
     const float* sums;      // [B, H, record] of gram_sums, which ends with the column sums of [K | L]
+    const float* loss_partial;  // [loss_parts, H] of gram_query
+    float* loss;            // [H], written
     int32 num_heads;
     int32 seqlen;
     int32 rows_per_cta;     // a multiple of 16
+    int32 loss_parts;
+    float loss_factor;
     int32 reserved;
 };
 static_assert(sizeof(Params) == kParamsBytes, "Params differs from dsv_spec::params::GramKey");
@@ -76,6 +80,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_key_bf16
         for (int i = lane; i < kColumns; i += 32) mean += weights[row * kColumns + i] * sum[i];
         mean = warp_sum(mean);
         if (lane == 0) shared.mean[row] = mean / p.seqlen;
+    }
+    if (blockIdx.x == 0 && blockIdx.z == 0 && warp_index() == 0) {
+        float loss = 0.0f;
+        for (int i = lane; i < p.loss_parts; i += 32) loss += p.loss_partial[static_cast<int64>(i) * p.num_heads + blockIdx.y];
+        loss = warp_sum(loss);
+        if (lane == 0) p.loss[blockIdx.y] = p.loss_factor * loss;
     }
     __syncthreads();
 

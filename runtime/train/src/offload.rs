@@ -7,8 +7,11 @@ use std::ops::Range;
 
 /// Chunks on the device at a time: one comes, one is worked on, one goes, and one more so that none waits.
 const SLOTS: usize = 4;
-/// Elements of a chunk: 16 MiB of f32, a third of a millisecond over PCIe 5.
+/// Elements of a chunk, at most: 16 MiB of f32, a third of a millisecond over PCIe 5.
 const CHUNK: usize = 4 << 20;
+/// Chunks of a pass beside other ops, at most. A chunk is five operations of a stream, which takes some thousand ahead: with
+/// more, the thread that queues them would stand still in the middle, and the ops beside would not be queued either.
+const CHUNKS_BESIDE: usize = 128;
 
 /// Ops on one chunk: its elements, and the device's copies of them.
 pub type Work<'a> = dyn FnMut(&mut dyn Engine, Range<usize>, &[Buf]) + 'a;
@@ -22,10 +25,11 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// Lays out a ring for `parts` host buffers of `len` elements that pass together.
-    pub fn reserve(plan: &mut ArenaPlan, label: &str, parts: usize, len: usize) -> Ring {
+    /// Lays out a ring for `parts` host buffers of `len` elements that pass together, `beside` other ops or in their midst.
+    pub fn reserve(plan: &mut ArenaPlan, label: &str, parts: usize, len: usize, beside: bool) -> Ring {
+        let most = if beside { CHUNK.max(len.div_ceil(CHUNKS_BESIDE)) } else { CHUNK };
         // Short buffers too are cut, so that their copies and ops overlap.
-        let chunk = len.div_ceil(2 * SLOTS).next_multiple_of(PARAM_ALIGN).clamp(PARAM_ALIGN, CHUNK);
+        let chunk = len.div_ceil(2 * SLOTS).min(most).max(1).next_multiple_of(PARAM_ALIGN);
         let slots = (0..SLOTS).map(|_| (0..parts).map(|_| plan.f32(label, chunk)).collect()).collect();
         Ring { slots, chunk }
     }
@@ -88,7 +92,7 @@ mod tests {
         let len = 5000;
         let (like, add) = (plan.f32("like", len), plan.f32("add", len));
         let host = [plan.on_host("a", like), plan.on_host("b", like)];
-        let ring = Ring::reserve(&mut plan, "staging", 2, len);
+        let ring = Ring::reserve(&mut plan, "staging", 2, len, false);
         let mut e = CpuEngine::<f32>::new();
         let dims = Dims {
             batch: 1,

@@ -116,10 +116,10 @@ impl ParamPlan {
                 moments: moments(plan, kind),
                 segments: plan.i32(&format!("{label}/segments"), order.len() + 1),
             }),
-            moments_ring: on_host.then(|| Ring::reserve(plan, "staging/moments", 2, end)),
+            moments_ring: on_host.then(|| Ring::reserve(plan, "staging/moments", 2, end, false)),
             ema: keeps.ema.map(|space| flat_in(plan, space, "averaged weights")),
             ema_ring: (keeps.ema == Some(Space::Host))
-                .then(|| Ring::reserve(plan, "staging/averaged weights", 1, end)),
+                .then(|| Ring::reserve(plan, "staging/averaged weights", 1, end, true)),
             keys: plan.i32(&format!("{label}/init key"), 2),
             specs: self.specs,
             offsets,

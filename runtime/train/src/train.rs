@@ -196,7 +196,9 @@ pub struct Trainer {
     ring: Buf,
     culprits: Buf,
     pending: Vec<Pending>,
-    /// The last step's averages, which may still be made from its weights.
+    /// Whether the last step's weights are still to be averaged, see [`Trainer::average`].
+    to_average: bool,
+    /// The last averages that were queued, which may still be made from the weights.
     averaged: Done,
     /// Which grid the last step had.
     last_grid: usize,
@@ -379,6 +381,7 @@ impl Trainer {
             ring,
             culprits,
             pending: Vec::new(),
+            to_average: false,
             averaged: Done::default(),
         };
         trainer.write_top_k()?;
@@ -415,9 +418,18 @@ impl Trainer {
         self.skipped_in_a_row
     }
 
-    /// The device.
+    /// The device, with everything queued that belongs to the steps so far.
     pub fn engine(&mut self) -> &mut dyn Engine {
+        self.average();
         &mut *self.engine
+    }
+
+    /// Queues the averages of the last step's weights, unless they are. A step leaves them to the next one, to be queued behind
+    /// its inputs: copies to the device share one queue, and inputs that wait for 11 GB of averages keep the ops waiting too.
+    fn average(&mut self) {
+        if std::mem::take(&mut self.to_average) {
+            self.averaged = self.model.params.average(&mut *self.engine, self.config.train.ema_decay as f32);
+        }
     }
 
     fn write_top_k(&mut self) -> Result<(), EngineError> {
@@ -552,6 +564,7 @@ impl Trainer {
         let micros = clips.len() / batch;
         let head = self.slot(0, HEAD);
         let grid = self.last_grid as u32;
+        let first = self.step * clips.len() as u64;
         let e = &mut *self.engine;
         e.fill(model.params.state().grad, 0.0);
         if let Some(predictors) = &model.predictors {
@@ -559,13 +572,10 @@ impl Trainer {
         }
         e.fill(head, 0.0);
         for (micro, clips) in clips.chunks(batch).enumerate() {
-            write_clips(
-                e,
-                model,
-                clips,
-                &self.config,
-                self.step * (micros * batch) as u64 + (micro * batch) as u64,
-            )?;
+            let e = &mut *self.engine;
+            write_clips(e, model, clips, &self.config, first + (micro * batch) as u64)?;
+            self.average();
+            let e = &mut *self.engine;
             let task = PredictorTask { train: model.predictors.is_some(), profile: profiles && micro == 0 };
             e.repeat(&repeat_key(grid, task, attention), &mut |e| {
                 model.prepare(e);
@@ -620,7 +630,6 @@ impl Trainer {
         e.after(&self.averaged);
         adamw(e, set, 0..set.decayed(), lr, t.weight_decay as f32, clip);
         adamw(e, set, set.decayed()..set.master.len(), lr, 0.0, clip);
-        self.averaged = set.average(e, t.ema_decay as f32);
         if let Some(predictors) = &self.model.predictors {
             let set = &predictors.params;
             adamw(e, set, 0..set.master.len(), predictor_lr, 0.0, predictor_clip);
@@ -628,6 +637,7 @@ impl Trainer {
         if let Some((from, to)) = losses {
             e.copy(from, to);
         }
+        self.to_average = true;
         Ok(())
     }
 
@@ -753,6 +763,7 @@ impl Trainer {
         events: &mut Vec<Event>,
     ) -> Result<Snapshot, TrainError> {
         self.flush(events)?;
+        self.average();
         let more = More {
             stages: self.stages,
             profile: self.profile.clone(),
@@ -787,6 +798,7 @@ impl Trainer {
     /// Losses of the validation triples with the averaged weights (where the run keeps them) and the attention of the
     /// present stage.
     pub fn evaluate(&mut self, data: &Dataset) -> Result<EvalResult, crate::run::RunError> {
+        self.average();
         let attention = self.decision.attention();
         let (model, config, step) = (&self.model, &self.config, self.step);
         eval::with_averaged(&mut *self.engine, model, |engine| {
@@ -796,6 +808,7 @@ impl Trainer {
 
     /// What the attention of every block looks like on a held-out clip.
     pub fn observe(&mut self, data: &Dataset) -> Result<Vec<BlockObservation>, crate::run::RunError> {
+        self.average();
         let attention = self.decision.attention();
         let (model, config) = (&self.model, &self.config);
         eval::with_averaged(&mut *self.engine, model, |engine| {

@@ -618,12 +618,20 @@ pub struct GramKey {
     pub weights: u64,
     /// f32 [B, H, record] as of [`GramSums`], of all tokens.
     pub sums: u64,
+    /// f32 [loss_parts, H]: what [`GramQuery`] left in `loss`.
+    pub loss_partial: u64,
+    /// f32 [H] out: the losses of each head added up, times `loss_factor`.
+    pub loss: u64,
     /// Heads.
     pub num_heads: i32,
     /// Tokens S.
     pub seqlen: i32,
     /// Tokens of a CTA, a multiple of 16.
     pub rows_per_cta: i32,
+    /// Losses of a head: B times the CTAs of [`GramQuery`] along the tokens.
+    pub loss_parts: i32,
+    /// 1 / (B S) for the mean.
+    pub loss_factor: f32,
     /// Keeps the struct's size a multiple of 8.
     pub reserved: i32,
 }

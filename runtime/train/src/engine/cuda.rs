@@ -1557,9 +1557,7 @@ impl Engine for CudaEngine {
         self.launch_with(PointwiseOp::GramQuery, [parts, heads, batch * (rank / 16)], &query);
         let columns = plan.weights;
         self.reduce_partials(weight_parts, [slabs, parts, columns, columns], weights, columns, false, 1.0);
-        let dst = self.f32(args.loss);
-        let factor = (1.0 / (batch * seqlen) as f64) as f32;
-        self.reduce_partials(loss, [1, batch * parts, heads, heads], dst, 0, false, factor);
+        let loss_parts = batch * parts;
 
         let (rows_per_cta, parts) = of_key;
         let key = params::GramKey {
@@ -1568,9 +1566,13 @@ impl Engine for CudaEngine {
             d_k_lr: self.view(&low(args.d_lowrank, 1)),
             weights,
             sums,
+            loss_partial: loss,
+            loss: self.f32(args.loss),
             num_heads: heads as i32,
             seqlen: seqlen as i32,
             rows_per_cta: rows_per_cta as i32,
+            loss_parts: loss_parts as i32,
+            loss_factor: (1.0 / (batch * seqlen) as f64) as f32,
             reserved: 0,
         };
         self.launch_with(PointwiseOp::GramKey, [parts, heads, batch], &key);
