@@ -572,8 +572,7 @@ impl Trainer {
         }
         e.fill(head, 0.0);
         for (micro, clips) in clips.chunks(batch).enumerate() {
-            let e = &mut *self.engine;
-            write_clips(e, model, clips, &self.config, first + (micro * batch) as u64)?;
+            write_clips(&mut *self.engine, model, clips, &self.config, first + (micro * batch) as u64)?;
             self.average();
             let e = &mut *self.engine;
             let task = PredictorTask { train: model.predictors.is_some(), profile: profiles && micro == 0 };
@@ -599,7 +598,7 @@ impl Trainer {
         self.ring.slice(step as usize % ring * width + start, len)
     }
 
-    /// Norms, optimizer steps, averaged weights.
+    /// Norms and optimizer steps. The averages are left to [`Trainer::average`].
     fn update(&mut self) -> Result<(), EngineError> {
         let t = &self.config.train;
         let max_norm = if t.grad_clip > 0.0 { t.grad_clip as f32 } else { f32::INFINITY };
