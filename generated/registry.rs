@@ -17,1185 +17,1185 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_8bit_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw_8bit/adamw_8bit_bf16_d0_v4_sm90a.cu"),
-        source_hash: "c181d4344c2d4f55ca1111ffb3217cd2aace611cde47a5ccb2feba6987c332f0",
+        source_hash: "06016695e1a0963c9da5c1c9bdcc347aa77611972ebbddbfb1846a3802f69be8",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
-        source_hash: "c2f5db5796e31f434ae1cfc8423c9344f286852796a35eaf9e6caef08fbed4c8",
+        source_hash: "9095dd0513d8b04702c283d664441b17c61b105f33437e1c0f9bfac22bfd7305",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "63620ed6ef68e1a7a9dae3561322217528681208c813e7add9934f1a85fe3991",
+        source_hash: "fa8a081f4c67209422c270c0af6a6d3205eaf16a0f3d1ec5c5d57407171625f5",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "34d9a18e74687d531be001d8c37a7eaaf70ffed3d8307c546306cdce8eae5d9b",
+        source_hash: "bbc9dbd2f006ce02f8682f96c1628dc2b0e32266f5a2ee00dcc2fc6af26554fa",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ff1c1094478a35530e844c2d919d16303c0b45f99d2690e4ad0e769a5fe6067a",
+        source_hash: "b8ba7ca6202e904748231d97c85e95890e0f120c1a5ef734cb04dbc84ae893b5",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "2f5f4c21c10ecca39ad3974e3f942f9ab284915f658778e44d3ab3056fd4d86d",
+        source_hash: "65348b7a304af2ae7c76d21d2d7b620de20724a92abbf0cecf5cdebc91eed764",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "a5a06927814fa5c14cd01f881fe2d0da49fae2214788e7a774899e41d6e96a8e",
+        source_hash: "1a9f302c76c3800c4db17abac543b1490d517b4b6fec165ec133532271e88b11",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "63a10e6bc5609060ebdd2470978ce234384dff1eb24d72561b516585201b16a2",
+        source_hash: "f2972127b2edd84ed2474b00309eceb4361f0b8f3ffb8d2c70dcfe8fbdee3857",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6c943f2366d0f153423ea896e68202f37a9c14c511a9fff899926d97d7ac91fc",
+        source_hash: "ef0826d873a71299f0d08b77bf02e4b1f6a249196409110b19c178c9e3d05b20",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "469758aa99f49f4998a89fb66f6147b1ae466a3a733c2ad6133b9cc0f9aeb235",
+        source_hash: "a50f277b17ad5c8cf93fdf9b8eeb155d290671d88b3a3b67cba785398abae200",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "0cc7580577b7f9736f895d2a2b637ca68031a7f7a693e16b8ff0e1a988cddaa2",
+        source_hash: "fdb31a94037b719424bdfbc21f9f6c8f140b668d2194de28d354c2547d2e9fcb",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "d3d4349dc1f99246e655b10bb47b3316be87f2f66c1fc180655d16264d0481de",
+        source_hash: "fa229b8831f444a540d3608f09c8f17a0becd6e62fe1893880d97a2913ed27bf",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "321bbe48034e5b04df40ffac40ca41edb997324d04e70217f08f6bb3b207eedd",
+        source_hash: "48f0fb679649d76db5cb3a82f48a80d3deb172914400615d51dd711982007c59",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "4e8c959b6eed6efb07d12e8429437b1241c1dac4c2fc124801944f8f545a2b25",
+        source_hash: "31404bd6d75ae6221e4a069a602610d4123e69d9f926596bd763e9ee3c1ae6d6",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "117fe3d4e48f527b5203a36643a2d89b7242a2e1bd7cf120afd1e52ca7407b93",
+        source_hash: "a2a5e9911f815d09f4e434b8db205d1889cf5a70a236b01b67a66056dc7a79ef",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "bf9b3fef3297fb2b3f06f514bb23197fdb9b732787a23c6bdf295644c3168360",
+        source_hash: "c999cf8c0e7e14ccc645b7a8261560cd05cf7c3266d69746add2497f937cab5d",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "6ffcf0285ba3c9a3bcc827409c6b94030cf8a2f0a69ef501b675f8f141654ed0",
+        source_hash: "9d330bdb1f2bb38395e83d33057efa23eccececaf8c2df182d14861ff2f6e70c",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6b5aa6d44a297cf4dde7fe745e35a9eb8dc9dd7969c4f5c5f069169a7d204766",
+        source_hash: "e14974b7d8152d4ef432391f44d3f371768f2a4f7e2340714995bc4135fb253e",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "1718abbe9b091582c762b6a5f4e20abbf368c1934bb1a09e86ab5ff132e4ebbf",
+        source_hash: "7eb7939c6b52c3dfb3b1e1f0082adf1499be849b42db123cd9182c7f4ebd6617",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "316b8ff51f665bbea6b8a3640840c967dbfedabf03efb22fd63f64ad0dd852d0",
+        source_hash: "7e14d7515d6ffff2d69bab3d4dda52aa7541307112b184e40d6b572aa665ab36",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "463de43cb10d796c13fb829f3f48f4966b90368a04915bb22b045b95e3fba868",
+        source_hash: "f42f450b2d541126ce9ab3a425a510f244b5cf746405705e38f1daf7e4f325a3",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "6fc8d423af350bab8ec8eeb211a69b1ddca51a52a08522a11195f177eadd946c",
+        source_hash: "cde38c8ab0392e7d7d20d9bf976c06e8f5f410f9e46c0ea0740301fa90541c32",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "10fc4e32c0569d5f6fe669ab4706fe26a3ff6f8aca83dc4a41b7a15cdecf510b",
+        source_hash: "e796375121eb8559875eb13664b377e62ca1fdce900f8ec90cbbc4bbe2a5d188",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "303920fbc269b1cead5059d8cbf5d40792e8a225fca05d0b76f8d6923b191072",
+        source_hash: "e5477bdd23aa87ba4aa16dff0c22d6248d2032c223b88bb3a4a98b018bc0cef7",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ecd99a2d5b26fa2f7947096359892416769c563c8d5c8f93251940e6259c2fb8",
+        source_hash: "b10f1396d62af2f7a9c7f2353cdb6342ead7214b0ff1fb7465ea815c479d7e35",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b5ef9ede2627ae96d4151269b58b0f5a65372038e33afcd1cb711163dd25519f",
+        source_hash: "b3c1edbd2f62b0af148d4299feb10cb6dd5258589657dfb4e0ef5d9081e5f5aa",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "0b0d5841c7c14728fc70a5c20d6eee42d73dcc1cfd7ad4edf8f8e5a813728b75",
+        source_hash: "8dc9cb65409e54ff0618a6fd6af7a15cfefd42112d561486461bc69944e71c04",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "619588d0c33939582f95973b6957644e872459208b980431e10bd1b673b1c61c",
+        source_hash: "6003dcaba49877825398f818aafcc820ac1eebe24db577d15a71d4a9a6e5a47e",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "2cc0b56b2e1389d18e7d33ed3220f29070fc52e1d4ac7c065b72d33db5b865f0",
+        source_hash: "755adf04f5fa5522e17ee6f9614abf2364677104364d69f645d1f0941a54ecfc",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "2416d7dc221a054cf06a1b3494fbbb60e630809734b5c4c3b47282332f93eda9",
+        source_hash: "388a95c1f36b634adccc4370724b987c6623addb50ffdc8ffb20b9957943138c",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "52c9a3d75a9daec591785c23aa51fd302b6f744df28e71d833014a12c8ef33ea",
+        source_hash: "d299c9e10b8a121c2698e07d0eb46d2a69b6be45da0452d9556e279b83df5d52",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5647c4ed51bbfa18f8af88cb9c68970e412dc7a81598d718a7d555ef9b0855c9",
+        source_hash: "b75dfbe41ca0683ff5b2a52ad656ddc6eb72d3c9e9e2fe0de49b46c4bec7f293",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "595678649f1f21d1e05c461089345854260e9272ca336006fa374c05e79e2172",
+        source_hash: "d3234428530476d1236d8ef7a2c5bb0b350436cf7f2067fe431d969443ff1039",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "5fe1d6ccbb801add0352e283212ddc022bd082854c4e8258fd9d70e1c8ef4c8b",
+        source_hash: "a5991ef62dbb19d66990d2128af0fca3500568846da4e1afdc7f388cee4ad97f",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e0568f125d6a20900138995f952d710af9aa187fe716b5b8e5655204b45e7397",
+        source_hash: "7148c13aea96c643e9c56549e91e8ba683767af07a027bdcaa5c2a75ff23ea04",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "474f9c97ec6d462e8305fbb8f89c6cbfbb5c39d9c283707e2141d1d8c5317512",
+        source_hash: "166a5421835361e78934b6e61b890b61880f2d4343a7fe163fc8313477f85c19",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "d8155a8adaf73761dce1d0ca392b971d4fe50618341b70886489d1798a48e6ee",
+        source_hash: "c0b250e3456160212c8ea8c237f1edd604ec185f3d603f6bb1325e000aa50388",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "c3e830c6b734f8fda7adcefbfc0c3264c4d1a41b1920dad56693a1c75a1c0e09",
+        source_hash: "f871d4e65658b6fdc8680a89bb2ba005f3f089fb2b1ed0cc0dfe87d037005be1",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "da658faae3d71db67d3fdae825e264e9309770229f9f286b21f7383bc2b1c265",
+        source_hash: "c140a3f709bfedb0a8554ef2e33ac5a523adb10313a91bb74b4a094bd2e70314",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "de215206ce6121ffd803faf7f740ad09218398b4bb811bbe1b073bbc5abae57b",
+        source_hash: "62c6a5cc7c225cf200ad88c28af8a864ae1d00375ae8fdeed4c880c6c118b420",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "88f7dfd23c790d51425f949d66999e2f0a8f373647a4169264b2c94bb130fee4",
+        source_hash: "fb59201db221ab64042d31adbe490d41152d8f4b1b1e8ecbc1c58a5024da85a4",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "57d2c37999ab880fe01d6f8f753ce551bbe2b2d94798729d3704f65010ccd30b",
+        source_hash: "9d565346d969f5804cf3b8e4c3ae3f8a65d465bbde4e9aa8b2e37e9073504354",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "4bcb34f6a7305983d02fe8b4d2ba864b04a0a5412fc9f4702a0ce604b132e882",
+        source_hash: "503533df853b9b8c3c7d884c44b3acd12c97dbf239da08ba93941bc3fb01cf20",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "448697e9f4999edd6d8d020d1dec1619e2c027abac3bb5c09bbb6b773e33d905",
+        source_hash: "9104b7123f2dab73a91b0c30a3cdde0130ab3004bf75f4425be0c82cdfe6b2af",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "32211735723cf468be83118fe9714b80dbaaa31e7039dd955730dd99e18005fa",
+        source_hash: "ae7454bd3a896dfbcb61dae55494a1a17714e06599d031f2e57f031f16424e5a",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "1734ec754d476b23d8aa0e89ca58fabc6f9172b3a39b0aa8da5ae9ea4f9078a1",
+        source_hash: "97ba526c36c007e6fb8709bbd52f0cb92ec06d325123070831156ad628d2bfb9",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "366ea2778925d5eabb98666acb438d364b2d9cc3190accc1d2323163187eb23c",
+        source_hash: "4dbf9abdb1a604e65934b3c5c654adca409409b66b625682b0d044379bf63e0b",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e705d7e4f29a52a6c7008265564e1be633137e4dea8e6f48443e8d6139b2dadf",
+        source_hash: "f6229f1b9bbf3769355f9879a40072edfde5a9db4a6ce96ec12bc25ef70df7f0",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "fdc3c84eacb373ebb30dfeb994d99eebf805418f6bae753e4abf4d7687fd9b01",
+        source_hash: "8d5cab71243c53ec598208f32518ad501242f9711244e76e006298a0654ec85d",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a40ec4ea2cc00d63607ca2c86f7c6f3a1a445cea8f5cccbd9e457dfa68ad201d",
+        source_hash: "99c30465dd7115356e7b4b850224d9d11e739f0df2454006754e33bd091ab8a6",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "1846f6035e43927cf151e95b30f8a930c6833a7885a2048205b5117fbd6ac890",
+        source_hash: "ae477398d2d1483db4a74d822e89398a9ed2300b6ed03eca337935cfb46b6efd",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "7221fcb4b786d1cbd0fb7e3db0974fda1f485ab8d919bbdd3797c39810095d74",
+        source_hash: "8f60a352a3e0436d9d9317ab58c14a6ab0ac08271571ef9f90ca29a20286bfaa",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "c87d66d380769a3e67b871a12b293fbeb966acf5d36428c4992fcb572ef9c76d",
+        source_hash: "b085c9516be014cdb8daaaaf779b8bae305169759c5bbd17ddec42e856d39ff3",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a49363071cfa211371c6a7569b5ab0ed87cff457dd8a6025bbedc28c3341bd87",
+        source_hash: "d1e214d86b0e8afecf3df353a3ea222e36c886d627e79c28450fe6953ec2bf12",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "56a5786fb414944131874fb0139cc4b218d9ae88b5c64cd7af97a589df007e92",
+        source_hash: "ca3acb7b31019115be363804bb968fe61015b87771c3300fe60a58d685dc4f76",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "981ee4f7511627fd4a1d608efc8d1493725620ce566d8add66597f81d5bcd5eb",
+        source_hash: "716b927d8ef35a7ac4344842833d0bf4524394ea777e918640cc2dfbd2f00d92",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "cb5c0f2a69c3ee211370cd0967c2cd8cd8ea6eff779b2341355a463364f8dee3",
+        source_hash: "19e7e42d909ec3e720c88eb857e52271cf2c75550d5b89a563e93ab6461032eb",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "404a52b9236ca490ae91d100653c4568501ff65a384a3b0abf9d15824e8b1171",
+        source_hash: "ceeb9e243af38fd5ed5ae06a959b5609a2ce955774d766afe8fd5cbe908206e4",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "131f927da58bd887e75da5af07498caea028a34d7ebcc8b4dd415829bd977554",
+        source_hash: "5d8264f9be15117b1a6341be41601d04add6464ac969da8a14722b0201cd82b5",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a4f31abe6eff1be25343fb5357c960908b98613b23f224cfaeeb93af80642270",
+        source_hash: "fef5ccf7420503e08ebdbe4fa189324a77426779f8b61e3c18fb196fa6ead88c",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f979b96f1dba88e8f0b988c708ea2b9b97729c216e217f9303bd87224369f9a6",
+        source_hash: "bfeddebaa133d58f2ee795d56c6a1bf063ceccbc5681b9ef914a6a5273237aee",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f4aa0b54dd7fddaabfc52929525e9a1a143d91927fedec85876cc482081a74ce",
+        source_hash: "eb6ba47fc5722525d9b90e5e55306ef582ba61c70ca67816e564823cf5ccd13c",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7a997c876843b642c8ff85c570a1c1898741222a479a42afafe1dfbc2de902bb",
+        source_hash: "4ed84eecc519558b2c25bbeee8cc712b6979ed4991ebea493129a7ab99757810",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b016f649066056d64ad1dd65c11766a19ef4700e27f5fdaadb71974b1bbb31fb",
+        source_hash: "a8214c9190ca3412877e47c4177d29cd308f7aa0c3cd345130beb5eee73cfc71",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e073ab7ebdb1a708b5cbc769c84fe1a36a096e6add1765795019ee1f5fcebdb9",
+        source_hash: "1f4579a56882fb801ea0d6030378813d1556f196ddbfbf235f93b8e455a92e67",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d003eb1ba51ee7e0f2d8fec7e9744e2a1ca0e9dab080b18d4f8e140167c8fff6",
+        source_hash: "3026a8f89839a7f02d021515ae5af5537d91e54660585d6811af5c225840549f",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1e0ee0fc869fa6b9fe9c6fb67628f2d1dcdcd2c58a14ce6709089b48c6c92185",
+        source_hash: "fda387bd397b41de08c4c55e37244d06633b056134e2df15e89e41d03eda1794",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "db899db241b6e9a8e091944cd23a5a1d869adaae6cd671f975c269ec6368f4ce",
+        source_hash: "94300d0dfd455ea938f062adf87c07b9b82e38f6dbb4b56630ee47e1003ef281",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "a3a8005591209f791d935fae7aae8e79e04c2e44a327768e63e9850a7cf13370",
+        source_hash: "f10aa7faa8f4a7a44a110d2bbd8bccf305adf64e41df445452d936c387032217",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "aee1d5aa3cff32b59e9b4129c16792faaf80041d5be1a28f4822ca7b28c51830",
+        source_hash: "f36d3c90fe077967e5badfb760f4066c6476b424ed549a55ea2d8f34767497cb",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "75d6dd3a753f37dd99ba32c0b2a2fdb66f9b0a375540d37d79dd8fd431625a07",
+        source_hash: "c04977c271520f420601da1334c9e2f38314db81a6c7be3785d5f2dc865fa58c",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "16bf9cd053234562b9bb2ce0c19f936a53fc3df29acc205fe3f457b911b14b83",
+        source_hash: "c36737c9097b784434dabd1c93a70a55c7d83909d3b95fa32d7c4b7d591223bc",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1ea09c5f6c81d6d2ddbad346561c76675962ed7af748da6e6d9979df8039a47c",
+        source_hash: "24f1a35ac81f7428c339b3eaebdef2b1351a789577dae7a92fbbe2ac1d4a4764",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "be6585211dcd3957e9196fddac787dc490ecb40471d0c4eb7a17812a3d4d1c7e",
+        source_hash: "ea1e398bd5576b369bebba22159d837874eff8ab60d2fad7749febf2c9e276a3",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7cec07a1bd4c4a51505b997f3cf9a1c6ca907f43bd57156af2afa01a08d241c4",
+        source_hash: "ae29eb1e2ed09d006c0c4006b8b25d35ab30796a971bc62568d029b809f5c036",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6046d4fa6bb3b88f6825cbd3b7d75b0be66b84467d659374237d67aae602a624",
+        source_hash: "1ff7d1bcd3ed520a79e4cda46b80286230bed205c308c5d28e5eeb81a8449940",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3d5a8b18221dc91346ae4cce10c63e59d454917be12b3d4e07103dfd90589996",
+        source_hash: "5fb247fe175930784f4981d8fee891674ece6abe07ad2d0b0c725cec27a56d23",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9889fcf34be6120bb8f2819248e4e342eb28d3030b2fa8a6152eb250b2d55073",
+        source_hash: "1e7647bf54f67ecf373b2372d288788a8a6369213ab369e4fa0ca88d4e54bf4e",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "1e3cbeddb2ffebdfa37bd5c50a0c41e1e69fd8143e56fd1b73cd1b32a3057377",
+        source_hash: "c41d0d30aa01f4c956ea18a7a277a2973c59d1299c99523d92ced3008bc493a2",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "75a8398a9430cb8295b918e8e240912d3edddf94cc08a380f270a4ed223097c3",
+        source_hash: "d8767eb5b3343d8ad72bd74867e02213dcfb9d417db96199a05ce64cb1edc52e",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4700b00fe6429d0021d0f8ffd4800d9e562c62348139a1701a4c11145877f404",
+        source_hash: "16372c0c23a6fff01c1de67d1ba3e1ee80b6f40cb088bcba636a079963e1c9ad",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "2fa9ece115efcef17ddf15dc596f79671e905e27e5ec20c2c511f989c2d27852",
+        source_hash: "c5a3277f2df24085a5300c873531d32b4d5a4185546462aea90bdd4b5d8f483d",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b96750f11313bbb49d85c77da2c965213606cfe508a94101dd39407ee125fbb9",
+        source_hash: "1899e62e64a74f777fc17d2684a5d228230c92567323085ae8fdf55829c992ce",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7f163d3750da158f43fc01ef9bd92721fa823d22eb7b37a7cf1e3a5abed70734",
+        source_hash: "7f58a98881eecfb1380375838fd7fb440185b4d7a659caf805d5ca86e7ae0b89",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ea5261d64a9e4be634ee016d0f16b38d7e8b32353cc9b882d29eda6a976e7b36",
+        source_hash: "b5f3ef399fd9476d3b60d97edfa43956461281385567c4fd5767173f99fc887e",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "322a6130e6975aebc3e5df7cb2f91164d00348b7e24d0c9ecc1598519c3d672a",
+        source_hash: "f204b00bca4bcaab5a83bb60b1b597b00b06371377b42b5527b2a0d3166fafae",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "c74fb861f8fbbfa1153ae458aa0493ea71b1f54d46a3cd24c6e1aae269623e0a",
+        source_hash: "4497b3c12cc97dee538a3d48ef9ddfbc5b56b7fa85c41c45ada197e9b0f2baba",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "864a37d6b01aab382f353f851e4fb8cb7c60715885a3cb985ca9c082c1d92fc3",
+        source_hash: "968f37b64a1502a256d4148669471705124c9bc9b985bd614f73e0888737edf4",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "256443abe0a151b66974a42a64f56500b22c46a0d308f7dcb329d3473e78fda0",
+        source_hash: "c9516d6293c273591722bb2f91db6320390a03eceffa390eba3b8d0b5922d2b9",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0dde9a70593c5155ca462677a5e0a22accd45254487f3a189b5d5351a7be9244",
+        source_hash: "3904ca87913433f5557c79efa94a011aa81ebcb94752fd9073b2e47fc9074afe",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "589299c1f5d2ab7622b4e227fe19e0c0cffff334edf1a76e95bd1233e59afecb",
+        source_hash: "503115ddd48fb737f42f154e0a809fa6d7856b5a8bee0bf6b2aaeb7793808966",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7ce6bb436056dc1fc005a4595677f9e555e18d424d927972f357aaf082738588",
+        source_hash: "73eedf16faf4e8156664963bcb2cc1828547446f3b1a730eb01f286bf8464aba",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "628c2196db49a9039d9ae0b644cd8188a4312b27bf7233e4e72f0b212e8aa386",
+        source_hash: "7aeb40c450228c25f5307776a5bfba2e4db9b9c76496dd5a486e48141f60b565",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b63b82974dc5a6a65e559f09dd6a3c4c6846d3143bc1a4656a059077cb3e2950",
+        source_hash: "734fabac66e195b903c138778ff178711ee5d9c341b5e8553d47064681c4dd8f",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a822bf1d1ef569fbae36031ce9fdfec57b14aaca2a4fd616131336f8e6dc9549",
+        source_hash: "3befbb9c1716a10843ba2245bf6e867930fa3fc60f5f8f6be38c678c0d71086b",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "15132d97ef1a39915e2e0f26eae9298dd827560c8f1ce58d2fe74f895797efae",
+        source_hash: "6a60213aeaaea3ec1b96fd3a04d4b6ceaea8a256add4f91bc867297c79c2dadf",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2c2d831fdcd54d5f1ff1246e0bf0d5e946205a7787d3c02f6b8346d4799ea307",
+        source_hash: "9a324cca62b47a29061fac240f91c89f695656da3f0bf028deb84f4de79fc47d",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "06ec1e0bbe844ebb7f3a28ebfa3fd118a98470b52fc5a4fcb6f886b374f5591f",
+        source_hash: "6f5199107e069d06d6271fdb89142e9c1e296a5cc2decbea110a7a66b8fbd93e",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b0f0316a1f0d82fb5cf2359c57650622babe2ca253829f29a4f26849d95c93a7",
+        source_hash: "46b1aa243c9a07ae4ff890f699bcaad95127775e85eeeed5294d8a9e7a234d1c",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f25b42b7501fefafb0e7ab0c2cecab0025846340d46f48ffc83b386323bd82b0",
+        source_hash: "aa29c693a3f35e1821d43d9d261eb0baec3037627a9f2134baf0cc48c606f3d4",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "cb57d281682c17c387820c99acba2a90aca32b2a8e94259b227580163bdf6e7a",
+        source_hash: "eabedf948784ae632caf6bc4981e2edc45c98bb178caa789d0d1d034e99e0954",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ee9a3cbd22c3701bca5e35a37a31f97d5013caf09b23ab3d326f5770792dc204",
+        source_hash: "76d7ae1aeae91bdb7f220c8051111f7d16eae5618a45f1656d56e465c1817927",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "598ffb94267a01d3b96e8509867f27309ac57b3d02e7139e874a008d48d7fc4f",
+        source_hash: "fbc5412222c11dcc844d46d6043ac047720083793daf00469565cba6ddd12af2",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "049ff05ab7a1ca942fa5d90224223d6a67a243d259f60f7bd2f0f93891c0204e",
+        source_hash: "8e7577b6e9a44cb0a9e2e72064931b8893a48d67faa5485f9c5e8a01234e788d",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "fba9e0f874da3f0cd5ff7cff06f34c64192650e55580a98c066fe85dbb356201",
+        source_hash: "e327c8175cda7aa273e1ebe259721907f6c9e4d96f0132ce11e03b6b1cf43a2d",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5c724d40914cf1a80804341e69c4ebf98311827655f5c66a036dbbecf83d7fec",
+        source_hash: "f570c9ab1febd03f79b4665d451bc984dcb0ffc7b54b4add4f5fc82dfc3f6529",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "241b0d6121ae0635d711be0afa491075dda05729907f3eab01ec1d38363225af",
+        source_hash: "754284904c95154a8056ab6bc001cde5773a82d9c2419328ce92cd008d8b60c7",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5e6ce2a51d69048fade3ff97219e73f92fff7a342714db585e04421aa06272df",
+        source_hash: "3f07f3610848d9ff1ad7dde5e87c548e53f82103855422c622b9318cee260db5",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2c9ddbd57d158ec3c1b47f98d3462fb80bd4c8d2a3a86af75c88e9ae641fd171",
+        source_hash: "118d83b7fd898b11732cabc66ac605418f1f4172327620d616a156edf53d5df7",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d83130b3362f2be53faf6d622f79698e8f140782cab30b47a7a0005a65ed0463",
+        source_hash: "c20519873566ee662fe94688b4255cee05fbc73f0bf89b893ec8242ad52bb663",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "1372d8f05edc0d5ce0550f2ed4a52cb294728218ec05da2aa1b9f731fdada532",
+        source_hash: "033df4abdab98c09a036efbcdccfea90a1bfeab7a6793f7994b83d43ce622e86",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8e395253937ce011481f21c4b5f48f11d42124b0c335e541f173313b33ac5362",
+        source_hash: "217fbb4a4dd9721799b4d524b71b3093c293c2d7e9075e80767dcf4e9e066780",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c01674168626ba584adeef8d48ddf7a2ac371800e8ed818960685e095514dc69",
+        source_hash: "9b0589254124c34e1de145ca830b847354452f95b1deca04f747a2b64a68f5e6",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "789bae8dd4d5d2df32209fe79b16a3b8b0aa1525ea79ade201ceed796e4a13c3",
+        source_hash: "051b1c98de660233cccfab4c2f97c7ebdda1d7c558e047c475d3bbc73f75b2a8",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e396e9030790a9150c80382e17c09679cee183470eade6ced8f5368a6619093e",
+        source_hash: "30c7fea00d5db2ab013138dfa784e26a28a7af4f68c5be5bd53b64a27cfa2576",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0517a464c485e343f36c0f8e570270b2616e2023ac047cc1d81b826a7dcef6e9",
+        source_hash: "b9375e2eeaed48fafc60bf829449b5e509b4943768cecb527f835d5539a9c60f",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "85355966237b5fa22680afea6876c46182476749682aded42e262bbe1b11db7c",
+        source_hash: "8391980ec82e9fda2c1c7ba355bcc57d26e41478ba6e9d3c7c03fe557dec99ff",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b295b9e29ecd434b89ce12236486de949b7e5b448532d881693bef79ae412194",
+        source_hash: "b353eca0633a391de4d92561d8ec843c7813aa249c0bb8bfd08eb6c1ea26bb4f",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "36f2a9ad345937e38f826425a6271bfd5f6f3ccae2fa89ca47c306f67327468d",
+        source_hash: "5f529b296aa3a769d8a52fbfecd23f3e338f420c55f8a5775c3f5244849e3438",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "945fdaa601a0623b3e7648c9cd8fd4b92d5e892659c31b377ef8f0789a3a9528",
+        source_hash: "c1c4131eb0fa63af5d9dcf6338dff507c01a42bbeeb04818e0bbc90ff0892aed",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a.cu"
         ),
-        source_hash: "24b1433588b8c2d7c91b14f5a55e0921484d9ede2123f5180f50157905944351",
+        source_hash: "632b4f78b61d8e38a7d774808fe8f4a2c667e92becd88221084087573f2ff523",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ea7255fa95e9132403211ddf2222d3d98168e11ee5a9286351f8ee24b1c1c71a",
+        source_hash: "18bfff0e58ed1c1a80636d91ec0f25b8780f01debac7e83731bcdcbf019b03dd",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d72495eadbe6142047d9ffe3f12d987759aa54494c2a69b9c6db3d8c76a40eac",
+        source_hash: "38d9c9029302426de5b838fd304dd51c9c6f97e0e6f65788320a30992251157b",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "6991f4c024b85ffc2577082710acf940be467bc85583c8731e36866679be7b68",
+        source_hash: "17e89d32f595c7b60ac30d61c6bd4b70928c7e78aafecbaf4e9d472bf7f12518",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "83b97b812d329ec7453cee5e0d5a39738cd30710e0135ab32a70c37bf1c5bd2a",
+        source_hash: "5da1456bc9152656be7d3af860d5403d9d4c3bd24d3289ce5ea7e26f17fd13d8",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "ca7931642635a94a229d690b689f1b522231bae39e32d7c85b82c9dfd729cfd2",
+        source_hash: "6042db9f50bcd694259833fa7bdd3d261c71a3a615a16a0fcb4c8a509dc273ea",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "cc928ae1d4eb3c6ce5e7caab2034a30c0586fea9f0ea3c241838113642fd1d66",
+        source_hash: "04045679be46085b0c59ee16bfc2219eeb18d3698f7a9263ac943d6c168b3a62",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "1b004e8f697bef04723c4be38344fd7a9a3a2376210fc47013d5c802a26c7b75",
+        source_hash: "bfd18f1a4c41c33a318303db28f3df953d3caab370eb1051b35a898424e2547f",
     },
     Kernel {
         name: "gate_grad_bf16_d0_v8_sm90a",
         source: include_str!("kernels/gate_grad/gate_grad_bf16_d0_v8_sm90a.cu"),
-        source_hash: "2f156907861e7d34c666b0979b0c629a73e73e7db10d072efb890ccea1ebcae9",
+        source_hash: "cf84960e7be3cea603b3dc76425619fccd9eb839fa513fa6c8653ef121de392a",
     },
     Kernel {
         name: "gate_weight_bf16_d0_v8_sm90a",
         source: include_str!("kernels/gate_weight/gate_weight_bf16_d0_v8_sm90a.cu"),
-        source_hash: "a9a5a1c9c25c805039861a0073ed6dcfb7838bd19436ef5c3b2dd3291749cba3",
+        source_hash: "c267e0673e89c92837adf4506b343f7a341cc6f5afa429525c5775e480100efa",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "3538dc73ab33b49d3f3c75bb6931c126faa34a528ca2ebe4fb73a14bb5812e64",
+        source_hash: "7a11cf63529d29ed3ff56744d1efa9492f8071bfe24d02a6e30b6731619154d0",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "3f0dc9b459ee251c71450261936a7344fe7600aae030637a73da7f5a3c41cb91",
+        source_hash: "7b9a1758cbe7f60bcfea3bbbd2ad6e04ed0d5a06a69236a2b69f051c49dd3177",
     },
     Kernel {
         name: "gram_key_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "a4be571a5d5a66957d6192d53bc52958a9c9e78a50432cd9c40a4ae3cad41e04",
+        source_hash: "32476139d8a1fb566e2a6e4596491512a2edcde0a8ba362ee2e15273b5130aa9",
     },
     Kernel {
         name: "gram_key_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "5b506fb8ea6d6355fbfdc8d0bc67a5f51c981b067f02f4888bf3f0e768f078e6",
+        source_hash: "926ad5d4daa2206756aa8df1b54073d7a1838a0ddc3f5ea5920fa9b440077f9b",
     },
     Kernel {
         name: "gram_key_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "d75080d4737f774d14c13e4dcd6747668313fa720da2290c682b51c6ca12c7d0",
+        source_hash: "e1cfb2e8f3b4d24ee3951f92b1e7ebaa03c021ca9d935953cb4a16169c783d11",
     },
     Kernel {
         name: "gram_query_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "6c0c1e27201fde0d8b76aa568d2fdfdf5da3649d02111c18358e4e5224d1f97f",
+        source_hash: "52f3c7bd785d67e90c7c10bad516ae6dd7bac332082340243c136c812a9d4ac6",
     },
     Kernel {
         name: "gram_query_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "efcb387eef52de2a560b3e93eeab6a85ee1330844c69f98d29888a724b23c6a1",
+        source_hash: "eee715b98795dc2c5af76a66529856663d76d5ce0d9a2fd39555d8d7dac5344c",
     },
     Kernel {
         name: "gram_query_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "a77e474d5ec547c5c05c8e64fccfcd7dc11ff0876d391b2b91ee6c8294453773",
+        source_hash: "e72e04ee95f6be15f1985ae281286494b1591ae7e58faf48859279b4e3e2c3d3",
     },
     Kernel {
         name: "gram_sums_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "a6cd7ae63f7d8e6cbbb2210ce89949f9692551560884e026b799b02b9f311eae",
+        source_hash: "3800b6b85ce826ba4403d858639cabbabf06f1a7088b11df6d8054590ff12dfc",
     },
     Kernel {
         name: "gram_sums_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "6c376c12d5a74290a6fda380914d96ea55f91cbee309e519d92cd3aa26f6ca41",
+        source_hash: "9809b4ae93d550c923423bd751ea29ce84e7e3225a13b4f24b99be97176b91df",
     },
     Kernel {
         name: "gram_sums_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "aa7516e50b9b276a9f4e8470c23cca97f142b2a71b4ea164a0c664c46a6d658e",
+        source_hash: "0f646e0708f6f21416175cde510515568beb86db8f6a130c966e09bf984ee5ae",
     },
     Kernel {
         name: "kv_invert_sm80",
         source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
-        source_hash: "7387bf81decdefe96eaa7d12273926c22bb816ce108d8cb37c22de616238d64e",
+        source_hash: "3105675b25e18840de6cf24d277e6603bce6bd07ae0f3f7f28180e7d52b5697f",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "ee2b06c0a30b88e87f7576cbf13e949327fefe665150dccb03797e73c692a558",
+        source_hash: "2b073dc2195a807ee7d6dfdb065a728b585ab91feda02ed3a1b2600dacaf75ca",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "3ad972e55b5b6b93d6caa994d3afa98fc3e050eb79327092fd69a903d8c9f203",
+        source_hash: "736d91a8f891468b1d094e5966a7449895c79e25087e580044661428eb42161c",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "19b8c1138aa4a391dfde4e8f1ee75a58a1b874862daafc8de36008ae02ddc938",
+        source_hash: "558f2c664557a9abb478b7f9f8ca34ff8ce3e53dcc0c8eb46844f2f40e8d7f2d",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "782d7205ae0cb21c70a10ec271b3e8beafbe2c0e233b1c6b0bef5216b61c58c7",
+        source_hash: "00f526d2ee58679c7a322faef3de5562bb5ebabd0ec780f272863fdae79e7050",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "1fa66b6a813351f73b1ca7f535a58c3cfceee14bbbff32059f773c17aa9cc3d2",
+        source_hash: "593af9c42f941ac95d978d7cbcfb48f0c1d3b1980cb8bc6af76901153b98c697",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "473af81d75f7ad57a550f7e90de580cb3ce6bf0912c0028e9b47dedd9cbd4630",
+        source_hash: "e03e211d7771bfb00fcd691f0614fadb6b51aba733f1d124bb9bbcb5c284b6b7",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "b8a821947af628ae54c9ef046d53e2158de62dbf61d40361662fdeea6aa104fe",
+        source_hash: "2427ae67813aeb40d9ff405473f0096675672ddb4c3901ecb56d3f4d7e667c3d",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "e539512f59541873d638692d36ca963f410b093c9df6dd01f437fc27b6f83bca",
+        source_hash: "1028f75d96cdcf34a8efeffa3fed37ac4b8912140379c0a4db3c5a50dcde7d33",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "77f5849d5dce9044a1003cfa2a7bc44e684f02747954becdc83d69106b77071e",
+        source_hash: "187d7ed347cc2f838785b8bf08914b03ae46ef84863a03f7954ff198551a2877",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "21dc3ad14cf6e44b6d99a7a41a3ec3fc2ff24abaeb20512a8d738ddad1833709",
+        source_hash: "3adcc4788774cb620f6a88f5797754c79946c3761c3f8792fa77abad92384af1",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "fda919682abd0c0a2b7b567f366885327602f674720d57d020ddf70d76962673",
+        source_hash: "5a68e39ace80ae7a1b7f32d0ce74d8d1b51bddd8f58c74f4b6b2150c3a5e07d6",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "d89621dbbb340b39d1f46e509ae871ef374dee4489668893fba79b9a549ab6ce",
+        source_hash: "9e3862c90b30b93bd2fa4009eaa33c3ba3b7f772bd2dbe23e62ebea674cc7ef7",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "a6c82fca3ea74a873513b5d02d03ff14cbfa263629aceee1013a0110abcfb0e8",
+        source_hash: "c7b6d04d958a8a86dbc746e9c7f83dc7a1e905779050b28ed92c3f88cf641349",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "a6d7ae6a8e4923b15c7825917fb40f698da3bb97205f06d9678c8335c2c8457b",
+        source_hash: "ad792e321b58e06cadc7f0688dd73f0fd458cd9db8803f39ca85ab02d9c62b9d",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "8d720c6d334ebad41595c5eb9e8ab1e7b90f2b926336af36563812ace01722f8",
+        source_hash: "1612549d9b3128a07d6e2d740d4f6c0e9d37d385ec2b8a1efdf28aed11cbde4a",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "be7c108765e490bf514915ea967a6317fc95979abc91adcd5098d0c0703e791e",
+        source_hash: "068dbf965c241c606062e06faa25e987f16cecdb23f3cb9deede350992293539",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "438efc10bd7c6e33e7a088045999de659368aba08acf4261827bb2e5879fd7b9",
+        source_hash: "30339f20db6615dc4554130cd14f0b7f5c281ea04820d30a6245c3f4c07a4f86",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "ecb8527b28d2a5916527154a6ba1b5139fc95a6b05c2efa3a65a722799549eed",
+        source_hash: "65f0259b0474384bea18151f26abaf352f1f4f7e6fd744af9dd9e6594ee13596",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "ad375818b994d88fe305d589ffbaff02e3a7c33e39ed81c1a621cdff5c010f22",
+        source_hash: "81e9dcbc2e0951bd04ddea6a582bed9223fd37264849e2d7ce7bd136907f2c50",
     },
     Kernel {
         name: "kv_validate_sm80",
         source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
-        source_hash: "83d09ee75f3adb069756f89529ef65485c349af9a40e7e762b9d19b315880076",
+        source_hash: "34da5c60d281fc89239e13fa69ce9404799cd9196d1362703b89239e7df656db",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "c42a480ca690ad6852229010a3ca4016d122203a451348d8773cf7ae6c748f78",
+        source_hash: "d919131283deb368673212fc1b80ca0aa25b085a88a4f2b9f67ddd1ca3b8b1ef",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "86d4c47fa3712c8152e3e592541e7bda2da112f027f4d2f4484e9702b1f54541",
+        source_hash: "f0fbc8bfcadc5462993e0341b1fe31f47838a2adeb55a5edd03594e4b8b517f8",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "6fdba512f8eb57d23716acebc9bda5517ab1d285cb783126423bb4fb4cf95ac1",
+        source_hash: "1e27528eca4ee5c02c93c23b1341eb8207f31f7d2da798e562cf2a6bf9a4c92f",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "83ef6ad14c88fa01440c320a8d9bd49f92e31e6c2850d06d2f5591f6c98626dc",
+        source_hash: "d195b540fa9cd4fcf9e322e6b586e472962ebf20d5c958eacbff81bebf88a561",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "dd41e3af5b692a0d19b146c79e082b8bace33386df6ea7c124647b33889de77b",
+        source_hash: "ddf9528914acacf4a1a4a8c21e61b5ed45842983e94a5563b95b0e18a19e1984",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "38a5dc2587671e111ec04fef40ab22cfa49bee9fe09d1bd45db8d4427c89250b",
+        source_hash: "e32cde86594351e9f59bbafd3ae326658229e0560dda5065ec56c4574f66285b",
     },
     Kernel {
         name: "profile_bf16_d128_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d128_v1_sm90a.cu"),
-        source_hash: "4170d25e378b01d90c35c88086c15a78b81bc070502356aea88cb266422e05f8",
+        source_hash: "7c70ec004a63fd3add45bc7841fce3b18583e86727a3c35f6e67c6cc7f803c20",
     },
     Kernel {
         name: "profile_bf16_d64_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d64_v1_sm90a.cu"),
-        source_hash: "03599b9d14f23763ea86e0afba5d3826ca380166107ecc50cfb4a6c444a3ac41",
+        source_hash: "22b454abaaba2810aeb3bee007ad05259eacf0e644ede0c9f9b0247fb3dc4e2c",
     },
     Kernel {
         name: "profile_bf16_d96_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d96_v1_sm90a.cu"),
-        source_hash: "cf4b133162ff7a70d382e262121164552662fb44b73472a4af9d72fe003162ad",
+        source_hash: "d27c60cefbd0c3b150819af0d5d01561f2bb65dedf43a689cbe0cb3ff330932d",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "68f98b05570142dec2502a9592aa2c0644d6d86b3b33bc23074974dff73ae8c2",
+        source_hash: "82eb51b3692127d79c20a46817a1a5507f594baceacf2f351137811604924cb3",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "ae4ca61152724b9de6cd096256d8c36a45d28874fc47279f32f4dd4d47bd79f1",
+        source_hash: "41ddeb4fe773cd9315ca0157168e93ca65c5516e011d31ab3f90a36d6bd24f24",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "f48be71453ad07b68258f3de13acd447c3f87d9ed6211b614a3ffa6ed6a8e7c3",
+        source_hash: "b8014d736d5e88542e814cad601ffb2404100d97f990669394f43cafff4af37c",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "634995e3a648010e989bb1d9d7cdad0dacb8c9ad27e7f32c9e37fd3602978c81",
+        source_hash: "f4e1a5cefe88ca510324067bc0b786106d6679ef3daec843769872d6da91446e",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "7c83e8199809dc875a57d452153f0df664a2e755f6c7771a6b39263864bcc251",
+        source_hash: "203009a6458f6fba584295cd2ec866995e7a8937c50c80a0b902a14075f12d79",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "b5f97858eadfe0b04c5a4edddcd7c97a0eb8d79f7d84c9d358c05676c203194d",
+        source_hash: "c9daa687cb60309446dc4debf26163b43f9f526d3d513093e8b9a62c535cc114",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "d2140a6428dc2e7fd20113f4f42dec2ce7556a16d190fc5f887c93a8f1d85322",
+        source_hash: "144e8327e856665fb5549db507c7dab2a72c2a1b1923e0b67860d0fdbc73d354",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "d03c284a3e53bd2911713be9c7a5363c50dba2c339a2d377e90b7a0e22ccfc9d",
+        source_hash: "a603648f726ea53539afeb5da42d35123e5fb11aad11ef583f6c008563ec1f7e",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "55d09412a4261dea8e3740593360be10fe12e097695904aa0d1f14ffad9500fd",
+        source_hash: "7d9c244539274d7e5f57f37be9c562fa9e6a8605f80ecbf7a16bd377bc838209",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "f8fc7956cecabe98b048e05f40c736c1323446d4b4247f5058260fc4a4069882",
+        source_hash: "eee8c1bf3d9509462b95d4e47ba2eb65a01b514bcf0350ae5ee4c7281e10f47b",
     },
 ];
 

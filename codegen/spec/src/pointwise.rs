@@ -236,12 +236,12 @@ impl PointwiseSpec {
         match self.op {
             // Four stages of 64 tokens.
             PointwiseOp::GramSums => tokens(4 * 64),
-            // Two stages of 32 or 16 tokens of eight warps; blocks of 16 x 16 in two parts: the centred Gram matrices, of the
-            // largest its upper half; then one f32 a warp.
+            // Two stages of 32 or 16 tokens of eight warps; blocks of 16 x 16: the centred Gram matrices, of the largest its
+            // upper half in two parts, the smallest in two parts too; then one f32 a warp.
             PointwiseOp::GramQuery => {
                 let (wide, low) = (dim / 16, rank / 16);
-                let blocks = wide * (wide + 1) / 2 + low * wide + low * low;
-                tokens(8 * 2 * if rank == 16 { 32 } else { 16 }) + blocks * 2 * 512 + 8 * 4
+                let blocks = wide * (wide + 1) + low * wide + 2 * low * low;
+                tokens(8 * 2 * if rank == 16 { 32 } else { 16 }) + blocks * 512 + 8 * 4
             }
             // W and M, then one f32 a row.
             PointwiseOp::GramKey => rows(rank) + rank * 4,

@@ -7,9 +7,12 @@
 //   ab = scale l^T C q,  aa = l^T A l,  bb = scale^2 q^T G q      (q: query, l: low-rank query)
 //   loss = 0.95 (1 - ab / |a||b|) + 0.05 (|a| / |b| - 1)^2;   d_l = by_ab scale C q + 2 by_aa A l
 //   [W | M] = sum of [by_ab scale l q^T | 2 by_aa l l^T] for gram_key: one partial record a CTA, added up by sum_rows
-// G, C, A are exact sums kept as two 16-bit parts, and of G the blocks on and above the diagonal, those above doubled.
-// Floors: q and l read once; S (D^2 + 16 D + 5 R D) products a head. Budget at D = 128, R = 16: W and q in 128 of about 250
-// registers; 202 KB, of which 78 are the next tokens of eight warps that wait for nobody; one CTA a multiprocessor.
+// G and C are kept in f16, as shares of bounds of their entries, and so is q: exact from 6e-5 to 65504, where QK-norm has it.
+// Of G there are the blocks on and above the diagonal, those above doubled. Where the keys have most in one direction, a query
+// orthogonal to it has a b that is small beside what rounding G does: tiles with such queries add what f16 left of G.
+// A is kept as two parts.
+// Floors: q and l read once; S (D^2 / 2 + 8 D + 4 R D) products a head. Budget at D = 128, R = 16: W and q in 128 of about 250
+// registers; 197 KB, of which 78 are the next tokens of eight warps that wait for nobody; one CTA a multiprocessor.
 #include "dsv/gram.cuh"
 #include "dsv/operand.cuh"
 #include "dsv/types.cuh"
@@ -23,7 +26,7 @@ constexpr int kHeadDim = 96;
 constexpr int kRank = 16;
 constexpr int kThreads = 256;
 constexpr int kCtasPerSm = 1;
-constexpr int kSmemBytes = 151584;
+constexpr int kSmemBytes = 148512;
 constexpr int kParamsBytes = 144;
 // END CONFIG
 
@@ -45,6 +48,9 @@ constexpr float kNormWeight = 0.05f;
 constexpr float kNormEpsilon = 1e-6f;
 // |b|^2 up to which a query ranks nothing and contributes no gradient.
 constexpr float kFlatRow = 1e-10f;
+// f16 rounds entries of G by 2^-12 / sqrt(3) at a root mean square: q^T G q by that, |G| (Frobenius) and |q|^2 / D. A row is
+// trusted where that is less than 2^-10 of it.
+constexpr float kTrusted = 0.145f / kHeadDim;
 
 struct Params {
     TensorView q;           // [B, S, H, D]
@@ -69,8 +75,9 @@ struct Block {
 
 struct SharedStorage {
     alignas(16) Element x[kWarps][2][kRows][kStride];  // at last [16][D + R] f32 a warp: its W and M
-    Block kk[kPairs];                                  // row by row, from the diagonal on
-    Block lk[kSlices][kBlocks];
+    F16 kk[kPairs][256];                               // row by row, from the diagonal on; a block as a part of Block
+    F16 kk_rest[kPairs][256];
+    F16 lk[kSlices][kBlocks][256];
     Block ll[kSlices][kSlices];
     float loss[kWarps];
 };
@@ -98,12 +105,44 @@ __device__ __forceinline__ QueryLoss query_loss(float ab, float aa, float bb) {
 }
 
 // Sums x . d over this lane's columns of a 16 x 16 block: of row l / 4, and of row l / 4 + 8.
+template <typename T>
 __device__ __forceinline__ void add_dots(float (&sum)[2], const uint32 (&x)[4], const float (&d)[8]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        sum[i % 2] = fmaf(unpack_low<Element>(x[i]), d[2 * i], sum[i % 2]);
-        sum[i % 2] = fmaf(unpack_high<Element>(x[i]), d[2 * i + 1], sum[i % 2]);
+        sum[i % 2] = fmaf(unpack_low<T>(x[i]), d[2 * i], sum[i % 2]);
+        sum[i % 2] = fmaf(unpack_high<T>(x[i]), d[2 * i + 1], sum[i % 2]);
     }
+}
+
+__device__ __forceinline__ void to_half(uint32 (&x)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = pack2<F16>(unpack_low<Element>(x[i]), unpack_high<Element>(x[i]));
+}
+
+// Of the rows that four lanes share, of which each has a part of the sum, the one that is this lane's own: of lane c of the four
+// token l / 4 + 8 (c % 2) of tile c / 2.
+__device__ __forceinline__ float own_row(const float (&x)[kRowTiles][2]) {
+    float row = 0.0f;
+#pragma unroll
+    for (int own = 0; own < 2 * kRowTiles; ++own) {
+        const float sum = quad_sum(x[own / 2][own % 2]);
+        if (lane_index() % 4 == own) row = sum;
+    }
+    return row;
+}
+
+// This lane's part of the rows' squares, in f16: to know how large they are. Infinite where that is too small a type.
+__device__ __forceinline__ void add_squares(float (&sum)[2], const uint32 (&x)[kBlocks][4]) {
+    uint32 squares[2] = {};
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            asm("fma.rn.f16x2 %0, %1, %1, %0;" : "+r"(squares[r % 2]) : "r"(x[i][r]));
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum[r] += unpack_low<F16>(squares[r]) + unpack_high<F16>(squares[r]);
 }
 
 // A^T of 16 tokens, each times its factor: lane 4 r + own has that of token r, lane 4 r + own + 1 that of token r + 8.
@@ -119,24 +158,47 @@ __device__ __forceinline__ void scale_tokens(uint32 (&to)[4], const uint32 (&a)[
     }
 }
 
-// Sums x y minus (sum x)(sum y) / S, in two parts.
-__device__ __forceinline__ void centre(const float* sums, SharedStorage& shared, float per_token) {
+// What f16 entries of G and C are to be multiplied by, powers of two; and the Frobenius norm of G's entries.
+struct Units {
+    float kk;
+    float lk;
+    float norm;
+};
+
+// The power of two above x.
+__device__ __forceinline__ float power_above(float x) { return x > 0.0f ? ldexpf(1.0f, ilogbf(x) + 1) : 1.0f; }
+
+// Sums x y minus (sum x)(sum y) / S.
+__device__ __forceinline__ Units centre(const float* sums, SharedStorage& shared, float per_token) {
     const float* low = sums + kHeadDim * kColumns;
     const float* sum = low + kRank * kRank;
+    const auto centred = [&](float x, int i, int j) { return x - __ldg(sum + i) * (__ldg(sum + j) * per_token); };
+    // No entry is larger than the largest of the diagonal, or than the root of two such.
+    float largest_kk = 0.0f;
+    float largest_ll = 0.0f;
+    for (int i = lane_index(); i < kHeadDim; i += 32) largest_kk = fmaxf(largest_kk, centred(__ldg(sums + i * (kColumns + 1)), i, i));
+    for (int i = lane_index(); i < kRank; i += 32) {
+        largest_ll = fmaxf(largest_ll, centred(__ldg(low + i * (kRank + 1)), kHeadDim + i, kHeadDim + i));
+    }
+    largest_kk = warp_max(largest_kk);
+    largest_ll = warp_max(largest_ll);
+    Units unit = {power_above(largest_kk), power_above(sqrtf(largest_kk) * sqrtf(largest_ll)), 0.0f};
+
     // Neighbouring threads read neighbouring floats; G and A are symmetric.
     const int row = threadIdx.x / 16;
     const int column = threadIdx.x % 16;
     const int at = block_offset(column, row);
-    const auto put = [&](Block& block, float x, int i, int j, float factor) {
-        x -= __ldg(sum + i + row) * (__ldg(sum + j + column) * per_token);
-        split(factor * x, block.part[0][at], block.part[1][at]);
-    };
+    const float per_kk = 1.0f / unit.kk;
+    const float per_lk = 1.0f / unit.lk;
     int i = 0;
     int j = 0;
 #pragma unroll 6
     for (int pair = 0; pair < kPairs; ++pair) {
         // Column block i, inner block j.
-        put(shared.kk[pair], __ldg(sums + (16 * j + row) * kColumns + 16 * i + column), 16 * j, 16 * i, i == j ? 1.0f : 2.0f);
+        const float x = centred(__ldg(sums + (16 * j + row) * kColumns + 16 * i + column), 16 * j + row, 16 * i + column);
+        const float entry = (i == j ? per_kk : 2.0f * per_kk) * x;
+        split(entry, shared.kk[pair][at], shared.kk_rest[pair][at]);
+        unit.norm += (i == j ? 1.0f : 0.5f) * entry * entry;
         if (++j == kBlocks) j = ++i;
     }
 #pragma unroll
@@ -144,13 +206,17 @@ __device__ __forceinline__ void centre(const float* sums, SharedStorage& shared,
         const int n0 = kHeadDim + 16 * n;
 #pragma unroll
         for (int j = 0; j < kBlocks; ++j) {
-            put(shared.lk[n][j], __ldg(sums + (16 * j + row) * kColumns + n0 + column), 16 * j, n0, 1.0f);
+            const float x = centred(__ldg(sums + (16 * j + row) * kColumns + n0 + column), 16 * j + row, n0 + column);
+            shared.lk[n][j][at] = from_float<F16>(per_lk * x);
         }
 #pragma unroll
         for (int j = 0; j < kSlices; ++j) {
-            put(shared.ll[n][j], __ldg(low + (16 * j + row) * kRank + 16 * n + column), kHeadDim + 16 * j, n0, 1.0f);
+            const float x = centred(__ldg(low + (16 * j + row) * kRank + 16 * n + column), kHeadDim + 16 * j + row, n0 + column);
+            split(x, shared.ll[n][j].part[0][at], shared.ll[n][j].part[1][at]);
         }
     }
+    unit.norm = sqrtf(cta_sum(unit.norm, shared.loss));
+    return unit;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_query_bf16_d96_r16_v1_sm90a(const __grid_constant__ Params p) {
@@ -170,19 +236,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_query_bf
         if (tile < tiles) {
             const int first = begin + tile * kRows;
             auto& to = shared.x[warp][stage];
-            copy_columns<kHeadDim, 32>(to, 0, lane, q_head, p.q.stride_seq, first, p.seqlen);
+            // gram_key finds in L2 what gram_sums read last, if the queries do not take its place.
+            copy_columns<kHeadDim, 32, true>(to, 0, lane, q_head, p.q.stride_seq, first, p.seqlen);
             copy_columns<kRank, 32>(to, kHeadDim, lane, l_head, p.q_lr.stride_seq, first, p.seqlen);
         }
         copy_commit();
     };
     copy(warp, 0);
-    centre(p.sums + head * kRecord, shared, 1.0f / static_cast<float>(p.seqlen));
+    const Units unit = centre(p.sums + head * kRecord, shared, 1.0f / static_cast<float>(p.seqlen));
     __syncthreads();
 
     // Two operands of 16 columns and 16 inner indices in one: registers 0, 1 of the first eight columns, 2, 3 of the others.
-    const auto load_block = [&](uint32 (&b)[4], const Block& block, int part) {
-        load_matrices(b, smem_address(&block.part[part][8 * lane]));
-    };
+    const auto load_block = [&](uint32 (&b)[4], const auto& block) { load_matrices(b, smem_address(&block[8 * lane])); };
     float loss = 0.0f;
     float w[kBlocks][8] = {};
     float m[kSlices][8] = {};
@@ -201,26 +266,29 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_query_bf
 #pragma unroll
         for (int t = 0; t < kRowTiles; ++t) {
 #pragma unroll
-            for (int i = 0; i < kBlocks; ++i) load_matrices(q[t][i], by_rows + t * kTileBytes + 32 * i);
+            for (int i = 0; i < kBlocks; ++i) {
+                load_matrices(q[t][i], by_rows + t * kTileBytes + 32 * i);
+                to_half(q[t][i]);
+            }
         }
         float bb[kRowTiles][2] = {};
+        float qq[kRowTiles][2] = {};
         int pair = 0;
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
             float d[kRowTiles][8] = {};
 #pragma unroll
             for (int j = i; j < kBlocks; ++j, ++pair) {
+                uint32 b[4];
+                load_block(b, shared.kk[pair]);
 #pragma unroll
-                for (int part = 0; part < 2; ++part) {
-                    uint32 b[4];
-                    load_block(b, shared.kk[pair], part);
-#pragma unroll
-                    for (int t = 0; t < kRowTiles; ++t) multiply<Element>(d[t], q[t][j], b);
-                }
+                for (int t = 0; t < kRowTiles; ++t) multiply<F16>(d[t], q[t][j], b);
             }
 #pragma unroll
-            for (int t = 0; t < kRowTiles; ++t) add_dots(bb[t], q[t][i], d[t]);
+            for (int t = 0; t < kRowTiles; ++t) add_dots<F16>(bb[t], q[t][i], d[t]);
         }
+#pragma unroll
+        for (int t = 0; t < kRowTiles; ++t) add_squares(qq[t], q[t]);
 
         uint32 l[kRowTiles][kSlices][4];
 #pragma unroll
@@ -234,52 +302,69 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_query_bf
         float aa[kRowTiles][2] = {};
 #pragma unroll
         for (int n = 0; n < kSlices; ++n) {
+            uint32 b[4];
 #pragma unroll
-            for (int part = 0; part < 2; ++part) {
-                uint32 b[4];
+            for (int j = 0; j < kBlocks; ++j) {
+                load_block(b, shared.lk[n][j]);
 #pragma unroll
-                for (int j = 0; j < kBlocks; ++j) {
-                    load_block(b, shared.lk[n][j], part);
+                for (int t = 0; t < kRowTiles; ++t) multiply<F16>(cq[t][n], q[t][j], b);
+            }
 #pragma unroll
-                    for (int t = 0; t < kRowTiles; ++t) multiply<Element>(cq[t][n], q[t][j], b);
-                }
+            for (int j = 0; j < kSlices; ++j) {
 #pragma unroll
-                for (int j = 0; j < kSlices; ++j) {
-                    load_block(b, shared.ll[n][j], part);
+                for (int part = 0; part < 2; ++part) {
+                    load_block(b, shared.ll[n][j].part[part]);
 #pragma unroll
                     for (int t = 0; t < kRowTiles; ++t) multiply<Element>(al[t][n], l[t][j], b);
                 }
             }
 #pragma unroll
             for (int t = 0; t < kRowTiles; ++t) {
-                add_dots(ab[t], l[t][n], cq[t][n]);
-                add_dots(aa[t], l[t][n], al[t][n]);
+                add_dots<Element>(ab[t], l[t][n], cq[t][n]);
+                add_dots<Element>(aa[t], l[t][n], al[t][n]);
             }
         }
 
-        // Of the rows that four lanes share, each takes one: tile c / 2, token l / 4 + 8 (c % 2).
-        float row_ab = 0.0f;
-        float row_aa = 0.0f;
-        float row_bb = 0.0f;
+        float row_bb = own_row(bb);
+        if (__any_sync(kFullWarp, row_bb < kTrusted * unit.norm * own_row(qq))) {
+            // Seldom: with q read again, block by block, so that no register is kept for it.
+            const auto load_query = [&](uint32 (&to)[4], int t, int block) {
+                load_matrices(to, by_rows + t * kTileBytes + 32 * block);
+                to_half(to);
+            };
+            int rest = 0;
+#pragma unroll 1
+            for (int i = 0; i < kBlocks; ++i) {
+                float d[kRowTiles][8] = {};
+                uint32 x[4];
+#pragma unroll 1
+                for (int j = i; j < kBlocks; ++j, ++rest) {
+                    uint32 b[4];
+                    load_block(b, shared.kk_rest[rest]);
 #pragma unroll
-        for (int own = 0; own < 2 * kRowTiles; ++own) {
-            const float sum_ab = quad_sum(ab[own / 2][own % 2]);
-            const float sum_aa = quad_sum(aa[own / 2][own % 2]);
-            const float sum_bb = quad_sum(bb[own / 2][own % 2]);
-            if (lane % 4 == own) {
-                row_ab = sum_ab;
-                row_aa = sum_aa;
-                row_bb = sum_bb;
+                    for (int t = 0; t < kRowTiles; ++t) {
+                        load_query(x, t, j);
+                        multiply<F16>(d[t], x, b);
+                    }
+                }
+#pragma unroll
+                for (int t = 0; t < kRowTiles; ++t) {
+                    load_query(x, t, i);
+                    add_dots<F16>(bb[t], x, d[t]);
+                }
             }
+            row_bb = own_row(bb);
         }
+        const float row_ab = own_row(ab);
+        const float row_aa = own_row(aa);
         // No row: |b| is zero.
-        const QueryLoss row = query_loss(p.scale * row_ab, row_aa, p.scale * p.scale * row_bb);
+        const QueryLoss row = query_loss(p.scale * unit.lk * row_ab, row_aa, p.scale * p.scale * unit.kk * row_bb);
         loss += row.loss;
         const float row_by_ab = p.gradient_factor * row.by_ab * p.scale;
         const float row_by_aa = p.gradient_factor * 2.0f * row.by_aa;
 #pragma unroll
         for (int own = 0; own < 2 * kRowTiles; ++own) {
-            const float by_ab = __shfl_sync(kFullWarp, row_by_ab, own, 4);
+            const float by_ab = unit.lk * __shfl_sync(kFullWarp, row_by_ab, own, 4);
             const float by_aa = __shfl_sync(kFullWarp, row_by_aa, own, 4);
             const int token = begin + tile * kRows + 8 * own + lane / 4;
             if (token < p.seqlen && slice == 0) {

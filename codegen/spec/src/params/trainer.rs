@@ -603,8 +603,8 @@ pub struct GramQuery {
     pub reserved: i32,
 }
 
-/// Launch parameters of `gram_key`, of low-rank rows of R columns. Grid: (ceil(S / rows_per_cta), H, B); dynamic shared
-/// memory from `Facts`.
+/// Launch parameters of `gram_key`, of low-rank rows of R columns. Grid: (any, H, B), of CTAs that take 128 tokens in turn;
+/// dynamic shared memory from `Facts`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct GramKey {
@@ -626,8 +626,8 @@ pub struct GramKey {
     pub num_heads: i32,
     /// Tokens S.
     pub seqlen: i32,
-    /// Tokens of a CTA, a multiple of 16.
-    pub rows_per_cta: i32,
+    /// Tokens of a CTA of [`GramSums`]: those it read last come first.
+    pub rows_per_chunk: i32,
     /// Losses of a head: B times the CTAs of [`GramQuery`] along the tokens.
     pub loss_parts: i32,
     /// 1 / (B S) for the mean.

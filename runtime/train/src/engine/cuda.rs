@@ -1559,7 +1559,7 @@ impl Engine for CudaEngine {
         self.reduce_partials(weight_parts, [slabs, parts, columns, columns], weights, columns, false, 1.0);
         let loss_parts = batch * parts;
 
-        let (rows_per_cta, parts) = of_key;
+        let (_, parts) = of_key;
         let key = params::GramKey {
             k: self.view(&args.k),
             k_lr: self.view(&k_lr),
@@ -1570,7 +1570,7 @@ impl Engine for CudaEngine {
             loss: self.f32(args.loss),
             num_heads: heads as i32,
             seqlen: seqlen as i32,
-            rows_per_cta: rows_per_cta as i32,
+            rows_per_chunk: of_sums.0 as i32,
             loss_parts: loss_parts as i32,
             loss_factor: (1.0 / (batch * seqlen) as f64) as f32,
             reserved: 0,
