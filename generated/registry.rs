@@ -17,1185 +17,1205 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_8bit_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw_8bit/adamw_8bit_bf16_d0_v4_sm90a.cu"),
-        source_hash: "06016695e1a0963c9da5c1c9bdcc347aa77611972ebbddbfb1846a3802f69be8",
+        source_hash: "76aafcf3d637902061c7f0cebe5ecd07c15f121e72d9de6eeffaf2835055b899",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
-        source_hash: "9095dd0513d8b04702c283d664441b17c61b105f33437e1c0f9bfac22bfd7305",
+        source_hash: "907c2c55b0535d37f35ceb438e827046a6330b2bea277500e9bcee2410e406b9",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "fa8a081f4c67209422c270c0af6a6d3205eaf16a0f3d1ec5c5d57407171625f5",
+        source_hash: "9d7439dc8d37f7dcf24daf094fcae8b2f1a17270faa16527b153710614bfd89b",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "bbc9dbd2f006ce02f8682f96c1628dc2b0e32266f5a2ee00dcc2fc6af26554fa",
+        source_hash: "a2453e7e35d03798701b34f694260bb73bb996d8f2b8fee527875f46704bfd6c",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b8ba7ca6202e904748231d97c85e95890e0f120c1a5ef734cb04dbc84ae893b5",
+        source_hash: "8aa1fa611e0e552eaaefd0285933a6e2eb683a5d647424e33a4fa436b9ed03c7",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "65348b7a304af2ae7c76d21d2d7b620de20724a92abbf0cecf5cdebc91eed764",
+        source_hash: "44d8a824b720f40bb8de60156d4d952c3c562430b6a30ef9943ac87922e7bea4",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "1a9f302c76c3800c4db17abac543b1490d517b4b6fec165ec133532271e88b11",
+        source_hash: "94472493baae92f126a8ad19817c389a3ee9abb4d720e4f0b870be766d2db5d9",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f2972127b2edd84ed2474b00309eceb4361f0b8f3ffb8d2c70dcfe8fbdee3857",
+        source_hash: "f09deda67fc71230a067af626baa18969024467b928c570028fbfc54c7ac9ba8",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ef0826d873a71299f0d08b77bf02e4b1f6a249196409110b19c178c9e3d05b20",
+        source_hash: "7a39fa6ff2976dbd9d6af229ab802fbe67057997d4bff244349fbff2c652d424",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "a50f277b17ad5c8cf93fdf9b8eeb155d290671d88b3a3b67cba785398abae200",
+        source_hash: "5c24719af131c83772a1b855822b65a603103b695ff7dbf26221d6078f4e0fc7",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "fdb31a94037b719424bdfbc21f9f6c8f140b668d2194de28d354c2547d2e9fcb",
+        source_hash: "a0babdc92708b269ce893c54682c8ed18bab45cedb5425eb0cccdd9cea342f90",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "fa229b8831f444a540d3608f09c8f17a0becd6e62fe1893880d97a2913ed27bf",
+        source_hash: "b3e7b3b729a06a7eca8428bdc41bb7efe35c3058f7b88d8e1c1b141f2efad717",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "48f0fb679649d76db5cb3a82f48a80d3deb172914400615d51dd711982007c59",
+        source_hash: "ee3efd42b56f000abed6cd6d453dd61bbb4eabf19daf31e9f8417bf628781c20",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "31404bd6d75ae6221e4a069a602610d4123e69d9f926596bd763e9ee3c1ae6d6",
+        source_hash: "2f35b600dc37a0e05dee82e9d90aaf689d0e7bdb90741c15ddf385c327a17d8f",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "a2a5e9911f815d09f4e434b8db205d1889cf5a70a236b01b67a66056dc7a79ef",
+        source_hash: "ed192745ce6d969e7f04d0be059f7534a53d7c09479971d64f2137b32ab8a95a",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "c999cf8c0e7e14ccc645b7a8261560cd05cf7c3266d69746add2497f937cab5d",
+        source_hash: "5505398a8cb31efb0f9e33e36afedcc99c0777bd7c4c8cc29dcebdcfbe487754",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "9d330bdb1f2bb38395e83d33057efa23eccececaf8c2df182d14861ff2f6e70c",
+        source_hash: "6c21bf701dc80af0e81c7bfd95ceb2fc93a0d2137efb105c6b62bbd5254805b3",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e14974b7d8152d4ef432391f44d3f371768f2a4f7e2340714995bc4135fb253e",
+        source_hash: "ae21a6b0eae23b72d631bd5744097c2487127f0a9c411b1de230596a9d9cc22f",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "7eb7939c6b52c3dfb3b1e1f0082adf1499be849b42db123cd9182c7f4ebd6617",
+        source_hash: "9a68e7dd5a69c608dc943cd3a783cd14dda3eae4fd3af36c9c61233a6d6a97bc",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "7e14d7515d6ffff2d69bab3d4dda52aa7541307112b184e40d6b572aa665ab36",
+        source_hash: "2864101ef94a5f64050fd2c485e8e2a99bf4256e48aaa8e680c41349645ea9af",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f42f450b2d541126ce9ab3a425a510f244b5cf746405705e38f1daf7e4f325a3",
+        source_hash: "496dfa18f5d9a1ea66403d0ab2cb157ba65b1bb4be61582b4bf9838c71af8cb0",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "cde38c8ab0392e7d7d20d9bf976c06e8f5f410f9e46c0ea0740301fa90541c32",
+        source_hash: "8f9241ae0d3e03306b6fe8d59de9b5796880fa39e0e863fb9faaf80bfd083374",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e796375121eb8559875eb13664b377e62ca1fdce900f8ec90cbbc4bbe2a5d188",
+        source_hash: "b663a7e367f705ba31d562464f09d8723379ab8bfaa732417a35c9f30a48fd76",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "e5477bdd23aa87ba4aa16dff0c22d6248d2032c223b88bb3a4a98b018bc0cef7",
+        source_hash: "5a101b3124be91a3891b2cdeeb1cd81be91572377005740a6230719050ea3703",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b10f1396d62af2f7a9c7f2353cdb6342ead7214b0ff1fb7465ea815c479d7e35",
+        source_hash: "33243e74acbcb91226869c6b4a4fe0944bb75a73c07c590c1497942fc927353a",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b3c1edbd2f62b0af148d4299feb10cb6dd5258589657dfb4e0ef5d9081e5f5aa",
+        source_hash: "a363b8f456d87f55e9438cf38f55d0bad8080c8f59ce779aa1da2545e6fe6aba",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "8dc9cb65409e54ff0618a6fd6af7a15cfefd42112d561486461bc69944e71c04",
+        source_hash: "4d9a5a9b913f5d24d913ad93611b709d2b03c5b3612a16015a005e3f15a3a189",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6003dcaba49877825398f818aafcc820ac1eebe24db577d15a71d4a9a6e5a47e",
+        source_hash: "c8008c6d74c83b2f55ef61e43613b1b1d1c29618b918a5acc713f5970c25f436",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "755adf04f5fa5522e17ee6f9614abf2364677104364d69f645d1f0941a54ecfc",
+        source_hash: "5a7999231945dc497008a00a266033817437aa1fe7b975073ca9f4575f3e45bb",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "388a95c1f36b634adccc4370724b987c6623addb50ffdc8ffb20b9957943138c",
+        source_hash: "ce0e9b285cf4f1079df4349e51c1f7040d387173f505755b5ec2eddd08f399e7",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "d299c9e10b8a121c2698e07d0eb46d2a69b6be45da0452d9556e279b83df5d52",
+        source_hash: "00981b2cb4b4a612c4a2f5b8489b36567de4b90eb329005feb3d81295accaf2b",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b75dfbe41ca0683ff5b2a52ad656ddc6eb72d3c9e9e2fe0de49b46c4bec7f293",
+        source_hash: "939bdfaa218341202733c6ece9fedddc1727013f8881f1bf3d95d03ed1e04955",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "d3234428530476d1236d8ef7a2c5bb0b350436cf7f2067fe431d969443ff1039",
+        source_hash: "9345708173c518594fce2fc557ec4dd75a785a30382a748f7caa9e187f60fca7",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "a5991ef62dbb19d66990d2128af0fca3500568846da4e1afdc7f388cee4ad97f",
+        source_hash: "bed20e9911be5049abdf96551bcab15c3becff7b77eaeba53ce79df880f6d90e",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7148c13aea96c643e9c56549e91e8ba683767af07a027bdcaa5c2a75ff23ea04",
+        source_hash: "09be6d6d04acb5cc5480bc70dfe233cec47447998475d4d7539983e8084d7df0",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "166a5421835361e78934b6e61b890b61880f2d4343a7fe163fc8313477f85c19",
+        source_hash: "4ff3a77d99eac0ced9e26fbeaab7a24ca652faa947af68c71138c19fd49fda78",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "c0b250e3456160212c8ea8c237f1edd604ec185f3d603f6bb1325e000aa50388",
+        source_hash: "cf9d6cff33563ac78343c4889d88d4e3850a13a1b91d192c8784f0a5c873d37a",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "f871d4e65658b6fdc8680a89bb2ba005f3f089fb2b1ed0cc0dfe87d037005be1",
+        source_hash: "1ee4a96652aa8ff83b97c171d5c529b112996c44f97c4379fb27448a52ba6400",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c140a3f709bfedb0a8554ef2e33ac5a523adb10313a91bb74b4a094bd2e70314",
+        source_hash: "0148c4c4ed223420697269eeb7560f38c3eda98ef69ef8d22322c4b92d97bfea",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "62c6a5cc7c225cf200ad88c28af8a864ae1d00375ae8fdeed4c880c6c118b420",
+        source_hash: "01eee1b82ad8d73b507dcc92a662ad99a377706f367a003b6d64c48c59610b4a",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "fb59201db221ab64042d31adbe490d41152d8f4b1b1e8ecbc1c58a5024da85a4",
+        source_hash: "897d7b538cabb12f53045913066c581de350ffda6ca3f0189ec47d9cbf833919",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9d565346d969f5804cf3b8e4c3ae3f8a65d465bbde4e9aa8b2e37e9073504354",
+        source_hash: "1e0319fdc89564a9748827fa160c865bd27bffdfd51ed327be56f535f138a0ad",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "503533df853b9b8c3c7d884c44b3acd12c97dbf239da08ba93941bc3fb01cf20",
+        source_hash: "664bbb538414a50a5639df17f857014d55e63bff7df21904ff50a61d8ec68055",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9104b7123f2dab73a91b0c30a3cdde0130ab3004bf75f4425be0c82cdfe6b2af",
+        source_hash: "fc29d000a8204e8f8e2e2ff4c603a01fc5b26f257a95839980c27a156c56341c",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ae7454bd3a896dfbcb61dae55494a1a17714e06599d031f2e57f031f16424e5a",
+        source_hash: "b4c399b384ec27ee6e92b588cbc0a815178cdc6ad08335b8a1a7913f62ff924a",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "97ba526c36c007e6fb8709bbd52f0cb92ec06d325123070831156ad628d2bfb9",
+        source_hash: "f8150b673c6c6ced3ad146a8a418abb0663500c60a61e090004b676d3d8956a1",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4dbf9abdb1a604e65934b3c5c654adca409409b66b625682b0d044379bf63e0b",
+        source_hash: "4810856921b41c52c0ee9b3e398de8f9c855d45c89e5ba351c22d6ff34027084",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f6229f1b9bbf3769355f9879a40072edfde5a9db4a6ce96ec12bc25ef70df7f0",
+        source_hash: "30790129f60435ea15264573751984cb0062ee7aaab4a2ad162cb2c794b10c49",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "8d5cab71243c53ec598208f32518ad501242f9711244e76e006298a0654ec85d",
+        source_hash: "caedb0984480035e64a9f42f81aeaa0b5bc34c594a81c21d74ad3eb45969a60d",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "99c30465dd7115356e7b4b850224d9d11e739f0df2454006754e33bd091ab8a6",
+        source_hash: "060679d70de3f259014150039870479c2557ad9f0a9c1e837ccbacf393d5c04e",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ae477398d2d1483db4a74d822e89398a9ed2300b6ed03eca337935cfb46b6efd",
+        source_hash: "34221ac94d8485444c7c037ff8832db6ad08e41f0a57029e12a31f357315f029",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "8f60a352a3e0436d9d9317ab58c14a6ab0ac08271571ef9f90ca29a20286bfaa",
+        source_hash: "79bee752031372933442655677bcbc42b4f1b3426082f7237f69e62b1140f7e4",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b085c9516be014cdb8daaaaf779b8bae305169759c5bbd17ddec42e856d39ff3",
+        source_hash: "76125118c46e79053b59d0693574949c9dba344e4da0d13afb29179431d847e9",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d1e214d86b0e8afecf3df353a3ea222e36c886d627e79c28450fe6953ec2bf12",
+        source_hash: "e5125c58cce0835b189b8146d53d0c3b085870ab426fef72bcf928270661ca70",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ca3acb7b31019115be363804bb968fe61015b87771c3300fe60a58d685dc4f76",
+        source_hash: "9ba97ed53ce22c7add34fcf7734e55672b12ac30e57bf83020f66196a44763d1",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "716b927d8ef35a7ac4344842833d0bf4524394ea777e918640cc2dfbd2f00d92",
+        source_hash: "8c6e356ed8037d119f1ad7d00c20d2aa1e57f8de7f6c91e25c332d5752c055e7",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "19e7e42d909ec3e720c88eb857e52271cf2c75550d5b89a563e93ab6461032eb",
+        source_hash: "bc6afde490d9025abc916bad7657dc795f8cda93f16e90eacf3e760a82862f98",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ceeb9e243af38fd5ed5ae06a959b5609a2ce955774d766afe8fd5cbe908206e4",
+        source_hash: "b4977086d3aafd7c336f7c20a35630485a30b1631a0b25570f36e18ccf7c2d25",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5d8264f9be15117b1a6341be41601d04add6464ac969da8a14722b0201cd82b5",
+        source_hash: "c57e3f7be3ecff2d2ef88dd4f11f9fd56084a7b4bbed48f9e49d52aa3109209f",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "fef5ccf7420503e08ebdbe4fa189324a77426779f8b61e3c18fb196fa6ead88c",
+        source_hash: "d867d58796c5d4a9f4bd0427aac0dbbed3e8050469f68f532a421ce06639ca21",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bfeddebaa133d58f2ee795d56c6a1bf063ceccbc5681b9ef914a6a5273237aee",
+        source_hash: "95b37312292f369b1d879cc26a9cccb75fff605b5895f075b6907a4845c0eb9a",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a.cu"
         ),
-        source_hash: "eb6ba47fc5722525d9b90e5e55306ef582ba61c70ca67816e564823cf5ccd13c",
+        source_hash: "a938ce1415dbdf1f958ee8946497528d02ff1546743acb732825976bbbe8c62e",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4ed84eecc519558b2c25bbeee8cc712b6979ed4991ebea493129a7ab99757810",
+        source_hash: "f1c64177513d9dd75631ec98b5662c3ad24af4098977ae223c8dc4ef4653bffb",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a8214c9190ca3412877e47c4177d29cd308f7aa0c3cd345130beb5eee73cfc71",
+        source_hash: "38eb464949bcf8cd8e062a4372317197524e72675a0646cb82eccce8668d4209",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1f4579a56882fb801ea0d6030378813d1556f196ddbfbf235f93b8e455a92e67",
+        source_hash: "a9245e597aec7e7dfcdad8c5231354a68f2cbc7aadb67779e2debf29637c6220",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3026a8f89839a7f02d021515ae5af5537d91e54660585d6811af5c225840549f",
+        source_hash: "a5c97288fa18fe2ba00dfd612384acb32cfc4364803c5a5f917312eb8b3712d2",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "fda387bd397b41de08c4c55e37244d06633b056134e2df15e89e41d03eda1794",
+        source_hash: "82fe044f85b57e9142288655f23652844824561a5ec9f8fe748ed1e271077eaf",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "94300d0dfd455ea938f062adf87c07b9b82e38f6dbb4b56630ee47e1003ef281",
+        source_hash: "89ea4c43a08b54bffb3e4a4f8baafeacc3cba2ac288635c895050fe42fb41fdf",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "f10aa7faa8f4a7a44a110d2bbd8bccf305adf64e41df445452d936c387032217",
+        source_hash: "038327ebd030737015c90641d690cdbf22cb19ee930625441c1504bfc57ba2a7",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f36d3c90fe077967e5badfb760f4066c6476b424ed549a55ea2d8f34767497cb",
+        source_hash: "4ba2bb58ced1064439e76e79368701253c98ecf45f6631940755806718863b07",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c04977c271520f420601da1334c9e2f38314db81a6c7be3785d5f2dc865fa58c",
+        source_hash: "339fa271bd0410ea201c4ca4f0a90a9d06349d2b43d946c6802da13beb4c5394",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "c36737c9097b784434dabd1c93a70a55c7d83909d3b95fa32d7c4b7d591223bc",
+        source_hash: "316577ca8b7e90a6c73beb2fcd85f3e9c40b0a11b725c03ef92738fd3a558a7a",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "24f1a35ac81f7428c339b3eaebdef2b1351a789577dae7a92fbbe2ac1d4a4764",
+        source_hash: "cc79029f673cba3a5662b6085a9960377d6a250341b47af20214d114ff75ac62",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ea1e398bd5576b369bebba22159d837874eff8ab60d2fad7749febf2c9e276a3",
+        source_hash: "21160e6f5d6f6dc358a3655de65b7271509f869a46655d60f1c3ce8e06d3aee0",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ae29eb1e2ed09d006c0c4006b8b25d35ab30796a971bc62568d029b809f5c036",
+        source_hash: "d28e3f738e169e7aa4aa342a7f985665e16df87f17a7bb44af9cd20dd59a0e8d",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1ff7d1bcd3ed520a79e4cda46b80286230bed205c308c5d28e5eeb81a8449940",
+        source_hash: "fb327aae2e6a348d814731d3e41bcb85efe10ea8ccfc06fe67763e3dcb7a5e02",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5fb247fe175930784f4981d8fee891674ece6abe07ad2d0b0c725cec27a56d23",
+        source_hash: "ab3184ea68159696b13a3d94ecdce40ceb2ab2789fe36dadd67eb0c398066b62",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1e7647bf54f67ecf373b2372d288788a8a6369213ab369e4fa0ca88d4e54bf4e",
+        source_hash: "1566a1bed0742bdf8d6abfd2a21d78a56562d05d0b70e9115051893d5634a3dc",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "c41d0d30aa01f4c956ea18a7a277a2973c59d1299c99523d92ced3008bc493a2",
+        source_hash: "5c01511e4ce61056df011aeaa78fbf57e608f2fa7f05f1f4a1e967ffc4c0a702",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d8767eb5b3343d8ad72bd74867e02213dcfb9d417db96199a05ce64cb1edc52e",
+        source_hash: "c949f27071099571e1703b0409368b283fe9662dfcb7df55151a702d12d4c8af",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "16372c0c23a6fff01c1de67d1ba3e1ee80b6f40cb088bcba636a079963e1c9ad",
+        source_hash: "e32198b37e9abeb40c091a6866cef8095ed2c3c465da0e63f967941a3affdcf3",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "c5a3277f2df24085a5300c873531d32b4d5a4185546462aea90bdd4b5d8f483d",
+        source_hash: "22853d59367c7265787b0687df391c796f05c1fde5a4dccf614990f130933011",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1899e62e64a74f777fc17d2684a5d228230c92567323085ae8fdf55829c992ce",
+        source_hash: "d3b5c481aa89cdf292aa43313b1e5fd497c49cee330be12259aecc555f1ff84b",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7f58a98881eecfb1380375838fd7fb440185b4d7a659caf805d5ca86e7ae0b89",
+        source_hash: "65dcdf5697e5e2e0c74c3ff08bc820df6d7398191659174c2bafadd62942aa68",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b5f3ef399fd9476d3b60d97edfa43956461281385567c4fd5767173f99fc887e",
+        source_hash: "df72b86e8f0e1c044e0c6c4bfe7bf9b9ad0fd25f147ffdb902d76169e818709b",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f204b00bca4bcaab5a83bb60b1b597b00b06371377b42b5527b2a0d3166fafae",
+        source_hash: "cbcd59181808f0a7d67d6b0d5448759239389efb5afca5c1bddfb5730b53e4ea",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "4497b3c12cc97dee538a3d48ef9ddfbc5b56b7fa85c41c45ada197e9b0f2baba",
+        source_hash: "41b782be84557ba0f5bf85b5db9b9366e52441ffa45ce699060da3e3132d0098",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "968f37b64a1502a256d4148669471705124c9bc9b985bd614f73e0888737edf4",
+        source_hash: "c9531e99c505c8079156100fe237c21279aea69951c898d45bbd4f167a074c7e",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "c9516d6293c273591722bb2f91db6320390a03eceffa390eba3b8d0b5922d2b9",
+        source_hash: "d5edeacf9ed52cba9a24063e35d52725a7b570f76399590624b813d9c2bee378",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3904ca87913433f5557c79efa94a011aa81ebcb94752fd9073b2e47fc9074afe",
+        source_hash: "ea103c4d4be5c30e3f55c67e1fb325203686adfad459e830eb73d254ecfbdb29",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "503115ddd48fb737f42f154e0a809fa6d7856b5a8bee0bf6b2aaeb7793808966",
+        source_hash: "db4b9796e8f48e015f861c852e22f90141284e57b1ad0ff6f82b28e48797d919",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "73eedf16faf4e8156664963bcb2cc1828547446f3b1a730eb01f286bf8464aba",
+        source_hash: "a60d4fe8761ceca428ca465914f71285d330f5a71ce3c7c35995d7139612af3a",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "7aeb40c450228c25f5307776a5bfba2e4db9b9c76496dd5a486e48141f60b565",
+        source_hash: "327808be634983712245387723053df514051c260bac0ece861370650ada9a3e",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "734fabac66e195b903c138778ff178711ee5d9c341b5e8553d47064681c4dd8f",
+        source_hash: "e0dc4fa1727aa3a443953f5211c1ce6db4a924d23ee08250de260b8beddf7094",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3befbb9c1716a10843ba2245bf6e867930fa3fc60f5f8f6be38c678c0d71086b",
+        source_hash: "bdb578164dd692e966464b1171ef75868b2f0d295b5b475ef881c36fbbf8e112",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6a60213aeaaea3ec1b96fd3a04d4b6ceaea8a256add4f91bc867297c79c2dadf",
+        source_hash: "840276fa523d8e9fc13ebf8071203572c11e018441df4196d9531159f7d1e5de",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9a324cca62b47a29061fac240f91c89f695656da3f0bf028deb84f4de79fc47d",
+        source_hash: "b790b0fc3281c31818035f08ec3e99b073d9c7df473ef419e294343e26bc3e85",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6f5199107e069d06d6271fdb89142e9c1e296a5cc2decbea110a7a66b8fbd93e",
+        source_hash: "5613f09cf94205f30217d70be45c3590ede1bdaed52aaadfbf3839d8ffff55f4",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "46b1aa243c9a07ae4ff890f699bcaad95127775e85eeeed5294d8a9e7a234d1c",
+        source_hash: "ac46c2ddab0ead06385de230c57d682f24e2d70458ae7223ec81cd6348e767a2",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "aa29c693a3f35e1821d43d9d261eb0baec3037627a9f2134baf0cc48c606f3d4",
+        source_hash: "15e6739f8063a3351203a8983c558ea6ff64a5fd3091294897936b8ca508cccd",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "eabedf948784ae632caf6bc4981e2edc45c98bb178caa789d0d1d034e99e0954",
+        source_hash: "dd8bb1287fcea2e522c838b8f70ed96cfc91286acf3e43f8b42b71ee91767f27",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "76d7ae1aeae91bdb7f220c8051111f7d16eae5618a45f1656d56e465c1817927",
+        source_hash: "ab2fa749f11d0634dd7088144409f47803bd4dbaa31a97b9ee0d736ca1cc7c0c",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "fbc5412222c11dcc844d46d6043ac047720083793daf00469565cba6ddd12af2",
+        source_hash: "745a159ca74c04bba4d1c5361f72bf25f0518e1c8cb40fc2d833711c855104f0",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "8e7577b6e9a44cb0a9e2e72064931b8893a48d67faa5485f9c5e8a01234e788d",
+        source_hash: "169fe0a3e87b6c86a92af8e64ac56ee6bb8eb99fbc3f3e74778211ed43beeb46",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e327c8175cda7aa273e1ebe259721907f6c9e4d96f0132ce11e03b6b1cf43a2d",
+        source_hash: "5fea9005a45ff2243a785cdf88d25add576d3d5387b112284937bb879cc865da",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f570c9ab1febd03f79b4665d451bc984dcb0ffc7b54b4add4f5fc82dfc3f6529",
+        source_hash: "15957689fce4afc4eb9b87521af7560068532c897dcc1283e74a4f12531046cf",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "754284904c95154a8056ab6bc001cde5773a82d9c2419328ce92cd008d8b60c7",
+        source_hash: "8c028e6e17fa50b07e36e57b74fee3f7832c65ba40e2f64797dae038df341278",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3f07f3610848d9ff1ad7dde5e87c548e53f82103855422c622b9318cee260db5",
+        source_hash: "6e9b29cb356463eba2be925f9c57be04e08133c72d3cf93d8fd2ac2a622b138f",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "118d83b7fd898b11732cabc66ac605418f1f4172327620d616a156edf53d5df7",
+        source_hash: "b2d889ca5d9e8b1f887fe1e749f9efd266f1c278f433962dc648e9272bb77703",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c20519873566ee662fe94688b4255cee05fbc73f0bf89b893ec8242ad52bb663",
+        source_hash: "d17a5fa77faad112f85ceb31ae489e663525248bfd53624455d76973f692f6cb",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "033df4abdab98c09a036efbcdccfea90a1bfeab7a6793f7994b83d43ce622e86",
+        source_hash: "5121dbde3e99dafd318dbda2c050be272e9966a59396187f2723f37450d58cc1",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "217fbb4a4dd9721799b4d524b71b3093c293c2d7e9075e80767dcf4e9e066780",
+        source_hash: "1ef7cb92ad4f183db36cec968d1443bb416be88c1e98da0fdbed9c47448dbadb",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9b0589254124c34e1de145ca830b847354452f95b1deca04f747a2b64a68f5e6",
+        source_hash: "bda8ed294503d8caa3f1126f6db8d71b9e9b51771ed7b6750d4d1150009488d8",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "051b1c98de660233cccfab4c2f97c7ebdda1d7c558e047c475d3bbc73f75b2a8",
+        source_hash: "4b4402cac3d87a0649fcbaccf7617c1203252b1cd1ec9fab10686ce3b0acb009",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "30c7fea00d5db2ab013138dfa784e26a28a7af4f68c5be5bd53b64a27cfa2576",
+        source_hash: "57424b4e326ba47cc7aa4185586cd99165a7379e1dfc706e3b24a8249860b0e3",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b9375e2eeaed48fafc60bf829449b5e509b4943768cecb527f835d5539a9c60f",
+        source_hash: "85ae986121cb978675c4799668c88e1a6af7e05d401d590da5df3f317d87ed90",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8391980ec82e9fda2c1c7ba355bcc57d26e41478ba6e9d3c7c03fe557dec99ff",
+        source_hash: "6a78e2121c40baf587f245e5e3e006ea41278c9f9f864a822d648185582ac4bb",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b353eca0633a391de4d92561d8ec843c7813aa249c0bb8bfd08eb6c1ea26bb4f",
+        source_hash: "b059bff0436eced85c5e33d8fb598d85b99f7d02e5d8ad1149eecfb978616f89",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5f529b296aa3a769d8a52fbfecd23f3e338f420c55f8a5775c3f5244849e3438",
+        source_hash: "55c70a4835afc2b9b09766042cddb1e5f654e360348d7cc66f13ba645cf77d98",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c1c4131eb0fa63af5d9dcf6338dff507c01a42bbeeb04818e0bbc90ff0892aed",
+        source_hash: "93400e19cc5f55ab19e7f1857638715ca012da2e1d8751c8ea30ed068f5be165",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a.cu"
         ),
-        source_hash: "632b4f78b61d8e38a7d774808fe8f4a2c667e92becd88221084087573f2ff523",
+        source_hash: "f2af43d4a332a09e1b11e73c075b3376d82451620864c9ef03a5b90805797054",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "18bfff0e58ed1c1a80636d91ec0f25b8780f01debac7e83731bcdcbf019b03dd",
+        source_hash: "a2d97966d307db9e14c04c7573e060539da64e650b06d7b26b6dfd44d36629d1",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "38d9c9029302426de5b838fd304dd51c9c6f97e0e6f65788320a30992251157b",
+        source_hash: "eb31f7f74fd090f624dd38d1df7290b289604a19908d3c70331ca2e235028815",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "17e89d32f595c7b60ac30d61c6bd4b70928c7e78aafecbaf4e9d472bf7f12518",
+        source_hash: "6076e8243871231af0783aab21d791130d4f0b4ed5a911c6585c5923f7626fff",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "5da1456bc9152656be7d3af860d5403d9d4c3bd24d3289ce5ea7e26f17fd13d8",
+        source_hash: "27e6f17091d1d0c57b8e1369f789425ef2192f5e70b586b140ab0b72a9c014c7",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "6042db9f50bcd694259833fa7bdd3d261c71a3a615a16a0fcb4c8a509dc273ea",
+        source_hash: "144a7889e4e8b32ac02e9072af5c948a1ceb64031f97a93b94e05a84282f3bca",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "04045679be46085b0c59ee16bfc2219eeb18d3698f7a9263ac943d6c168b3a62",
+        source_hash: "7dfe1b9c60e74fcc7b67f800a07feac4bb2b7231d674dd52a7515be3964e9808",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "bfd18f1a4c41c33a318303db28f3df953d3caab370eb1051b35a898424e2547f",
+        source_hash: "5c7c5696190efcd4486062937d4c157d1fd60019499159f77f9439943c3c5b2e",
     },
     Kernel {
         name: "gate_grad_bf16_d0_v8_sm90a",
         source: include_str!("kernels/gate_grad/gate_grad_bf16_d0_v8_sm90a.cu"),
-        source_hash: "cf84960e7be3cea603b3dc76425619fccd9eb839fa513fa6c8653ef121de392a",
+        source_hash: "1c34d44fef8fb78ab769ead054a599521b7d5f2ddbc7914a82f9fe6d8da04150",
     },
     Kernel {
         name: "gate_weight_bf16_d0_v8_sm90a",
         source: include_str!("kernels/gate_weight/gate_weight_bf16_d0_v8_sm90a.cu"),
-        source_hash: "c267e0673e89c92837adf4506b343f7a341cc6f5afa429525c5775e480100efa",
+        source_hash: "ba899a9ac647769247475fd16d8bcb99fc00f79ba3bbdff56ffc4093dd6491ef",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "7a11cf63529d29ed3ff56744d1efa9492f8071bfe24d02a6e30b6731619154d0",
+        source_hash: "db93409845e4d26516f3c0d0f512670a6716c673e1c2e9a643c1b0c66c9fb214",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "7b9a1758cbe7f60bcfea3bbbd2ad6e04ed0d5a06a69236a2b69f051c49dd3177",
+        source_hash: "d68b2968fe1666075805ccf67203fc5e6de00f200566eb41ead0943fd560bad8",
     },
     Kernel {
         name: "gram_key_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "32476139d8a1fb566e2a6e4596491512a2edcde0a8ba362ee2e15273b5130aa9",
+        source_hash: "072e5c5da7d9d334c23b459f6bf19de5182090752ff243d91c59836a65933699",
+    },
+    Kernel {
+        name: "gram_key_bf16_d256_r16_v1_sm90a",
+        source: include_str!("kernels/gram_key/gram_key_bf16_d256_r16_v1_sm90a.cu"),
+        source_hash: "b56c663978fb1c097cad86292dd797ae3bbc406ee973a41886448622d0e93946",
     },
     Kernel {
         name: "gram_key_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "926ad5d4daa2206756aa8df1b54073d7a1838a0ddc3f5ea5920fa9b440077f9b",
+        source_hash: "4a1768c6979c3c5654d093effc679177e5d75c8d24d8f71c70c599bd6f80417f",
     },
     Kernel {
         name: "gram_key_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "e1cfb2e8f3b4d24ee3951f92b1e7ebaa03c021ca9d935953cb4a16169c783d11",
+        source_hash: "de6513044aaad2e919b80503866153d7b1fc5718d86f075bc7e0ff32f713a991",
     },
     Kernel {
         name: "gram_query_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "52f3c7bd785d67e90c7c10bad516ae6dd7bac332082340243c136c812a9d4ac6",
+        source_hash: "9ad0a951dd700f026f0c145b81655110ec5a53105219a1e00f40a24494a9fdd7",
+    },
+    Kernel {
+        name: "gram_query_bf16_d256_r16_v1_sm90a",
+        source: include_str!("kernels/gram_query/gram_query_bf16_d256_r16_v1_sm90a.cu"),
+        source_hash: "8919d9c733ffb623619a56be73ac9f38ed4bdc6e4dfad1d77301caf1e643e620",
     },
     Kernel {
         name: "gram_query_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "eee715b98795dc2c5af76a66529856663d76d5ce0d9a2fd39555d8d7dac5344c",
+        source_hash: "925b365a4cdca982c719a674749042c910f1ebb82fc02e6c769b3dbaa9f8ee8c",
     },
     Kernel {
         name: "gram_query_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "e72e04ee95f6be15f1985ae281286494b1591ae7e58faf48859279b4e3e2c3d3",
+        source_hash: "bce1a4853b8d6bbf1a5b636aca6a34413ddfce76e64cd19143b3903e3150b48e",
     },
     Kernel {
         name: "gram_sums_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "3800b6b85ce826ba4403d858639cabbabf06f1a7088b11df6d8054590ff12dfc",
+        source_hash: "0b398e7f85f0128af3433a77f4beacb51bc4018b137ff60c04100b488d883bf9",
+    },
+    Kernel {
+        name: "gram_sums_bf16_d256_r16_v1_sm90a",
+        source: include_str!("kernels/gram_sums/gram_sums_bf16_d256_r16_v1_sm90a.cu"),
+        source_hash: "d7fccefd4c5a601500f3be680be7a7326f68311a39f887547aad1ab6fa2c6399",
     },
     Kernel {
         name: "gram_sums_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "9809b4ae93d550c923423bd751ea29ce84e7e3225a13b4f24b99be97176b91df",
+        source_hash: "afefba00ea37220665b0d511ea02138a9dd44b97353d2088246ad185e901035d",
     },
     Kernel {
         name: "gram_sums_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "0f646e0708f6f21416175cde510515568beb86db8f6a130c966e09bf984ee5ae",
+        source_hash: "35be8f792904fe84fb63395202377a87ecaa4ac6a994d7918f6fa3a113319477",
     },
     Kernel {
         name: "kv_invert_sm80",
         source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
-        source_hash: "3105675b25e18840de6cf24d277e6603bce6bd07ae0f3f7f28180e7d52b5697f",
+        source_hash: "0fe0fa0ef89d516d19e9f01ce6384cc876372706a466d41e40bea523a2c04dd7",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "2b073dc2195a807ee7d6dfdb065a728b585ab91feda02ed3a1b2600dacaf75ca",
+        source_hash: "0e5e477e320f6fe798aedd8726ef630168c17ee28d120144e8009b6b11f04e9e",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "736d91a8f891468b1d094e5966a7449895c79e25087e580044661428eb42161c",
+        source_hash: "27428cba0e86f0fb2bd52768646131e4aa1d8ef918f7df1bc90361f55db2c450",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "558f2c664557a9abb478b7f9f8ca34ff8ce3e53dcc0c8eb46844f2f40e8d7f2d",
+        source_hash: "c0a602c257c86e29c46cde219031e0239a95c95362e47f2d9ffa71894c650131",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "00f526d2ee58679c7a322faef3de5562bb5ebabd0ec780f272863fdae79e7050",
+        source_hash: "9b7044a7169819e339d9733d39d158a81b9879e550a41df71952d09d5b08df92",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "593af9c42f941ac95d978d7cbcfb48f0c1d3b1980cb8bc6af76901153b98c697",
+        source_hash: "4664b41a780bf04b62ff28cf5710c350d48582a9fdc8e14f27a0bc91092841aa",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "e03e211d7771bfb00fcd691f0614fadb6b51aba733f1d124bb9bbcb5c284b6b7",
+        source_hash: "a75e001de99421a48157df3deeec05c35d0075866e197e5826512ec5355911af",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "2427ae67813aeb40d9ff405473f0096675672ddb4c3901ecb56d3f4d7e667c3d",
+        source_hash: "3a916a03cfd809f4473a55e98d29e673e7eb899702763c9e777640d01120a910",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "1028f75d96cdcf34a8efeffa3fed37ac4b8912140379c0a4db3c5a50dcde7d33",
+        source_hash: "84f75381516bf3f4ab2871447bcad0df49ef12670584e98c7a853747abd22c7d",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "187d7ed347cc2f838785b8bf08914b03ae46ef84863a03f7954ff198551a2877",
+        source_hash: "1bceb4a635578015072a34aaa6bdef6e063fa96c209a4856cf21ccaebc990df9",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "3adcc4788774cb620f6a88f5797754c79946c3761c3f8792fa77abad92384af1",
+        source_hash: "2b2aa8383f99727ae10232214dae8e1892d0d700bae415a8d48bc44f7062455b",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "5a68e39ace80ae7a1b7f32d0ce74d8d1b51bddd8f58c74f4b6b2150c3a5e07d6",
+        source_hash: "431123ac8b0b979e455e8cfa339b0465f86801c449eabdf5f409414665dfc622",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "9e3862c90b30b93bd2fa4009eaa33c3ba3b7f772bd2dbe23e62ebea674cc7ef7",
+        source_hash: "be509729e159af1af330bf86e54e5117b448f7724b960da5bfd07fc338ec7af0",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "c7b6d04d958a8a86dbc746e9c7f83dc7a1e905779050b28ed92c3f88cf641349",
+        source_hash: "0728870e008f8ac8defe813f4c75415f477780e4ac55b9808ac12f7f98a0b6a8",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "ad792e321b58e06cadc7f0688dd73f0fd458cd9db8803f39ca85ab02d9c62b9d",
+        source_hash: "a0244c326fb949b23dc996bc1a934827b14d30dce4888ba0266269b51fbecd94",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "1612549d9b3128a07d6e2d740d4f6c0e9d37d385ec2b8a1efdf28aed11cbde4a",
+        source_hash: "75592f7d7f4a93d9b8610547873be17f00b04075ca890cf175a81f4c58076ebb",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "068dbf965c241c606062e06faa25e987f16cecdb23f3cb9deede350992293539",
+        source_hash: "bdca2b548764f663aef92f0bf94af52b66f1fa57f17a6dda3c5bff7020b8da03",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "30339f20db6615dc4554130cd14f0b7f5c281ea04820d30a6245c3f4c07a4f86",
+        source_hash: "7c7ff443072292dc0dab59fd70bb4247d997333e9fe32dba8c83c06dfb8bd431",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "65f0259b0474384bea18151f26abaf352f1f4f7e6fd744af9dd9e6594ee13596",
+        source_hash: "138f869ac0c19dcde598252e5e95f0ac8d70b07b308b137aaa35530444ce65eb",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "81e9dcbc2e0951bd04ddea6a582bed9223fd37264849e2d7ce7bd136907f2c50",
+        source_hash: "03ffc29ade293139ccd04fb90b6b61807b625151da85c9febe01fb2284c82825",
     },
     Kernel {
         name: "kv_validate_sm80",
         source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
-        source_hash: "34da5c60d281fc89239e13fa69ce9404799cd9196d1362703b89239e7df656db",
+        source_hash: "a7a64d6df3506da91a8503893569ce2376992a9cc8c9da9b3eb589fd3c8d730c",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "d919131283deb368673212fc1b80ca0aa25b085a88a4f2b9f67ddd1ca3b8b1ef",
+        source_hash: "1be3338c6eaedbdc938ed7ef393ceca2d2787617115fe7ad407b37b2e03f964d",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "f0fbc8bfcadc5462993e0341b1fe31f47838a2adeb55a5edd03594e4b8b517f8",
+        source_hash: "e2fa1fadd8130a7bec9cfa86929843142d670202832ef440b90afec921062855",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "1e27528eca4ee5c02c93c23b1341eb8207f31f7d2da798e562cf2a6bf9a4c92f",
+        source_hash: "0c5f3b46b528e1fc5e3514edaf313ebfdf5d152919744053304c609a070d9bdc",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "d195b540fa9cd4fcf9e322e6b586e472962ebf20d5c958eacbff81bebf88a561",
+        source_hash: "e2fc46a81f12a020fe3590369eb634939959fd32ed8116de3bcaa4203b9e6af1",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "ddf9528914acacf4a1a4a8c21e61b5ed45842983e94a5563b95b0e18a19e1984",
+        source_hash: "378c930cd6d4ff65284f798b5f9b9ee7e3efd54040ea79a9ace03fe2d8324387",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "e32cde86594351e9f59bbafd3ae326658229e0560dda5065ec56c4574f66285b",
+        source_hash: "9b7ba2369fd9890039487df91c7f7516d300e84474e5c2b1d2514437af38c1b8",
     },
     Kernel {
         name: "profile_bf16_d128_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d128_v1_sm90a.cu"),
-        source_hash: "7c70ec004a63fd3add45bc7841fce3b18583e86727a3c35f6e67c6cc7f803c20",
+        source_hash: "4cbd1c354853e56ebecd63c788ab0f8f808e2a6e2f1ab77b8ef6f28cb88ac390",
+    },
+    Kernel {
+        name: "profile_bf16_d256_v1_sm90a",
+        source: include_str!("kernels/profile/profile_bf16_d256_v1_sm90a.cu"),
+        source_hash: "712f59f4000de547ecac3e3ca2375075ceedcc917e72b7ee14d133c05c8c669f",
     },
     Kernel {
         name: "profile_bf16_d64_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d64_v1_sm90a.cu"),
-        source_hash: "22b454abaaba2810aeb3bee007ad05259eacf0e644ede0c9f9b0247fb3dc4e2c",
+        source_hash: "7dd7a9e8bd56e0d2451599505217e80c84a575a58516dc77974d3a66168bd739",
     },
     Kernel {
         name: "profile_bf16_d96_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d96_v1_sm90a.cu"),
-        source_hash: "d27c60cefbd0c3b150819af0d5d01561f2bb65dedf43a689cbe0cb3ff330932d",
+        source_hash: "61e47b7087f5a9e16e014d2c361b0e13dd644139ec4b5e7be12af16f52a27088",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "82eb51b3692127d79c20a46817a1a5507f594baceacf2f351137811604924cb3",
+        source_hash: "5988ad8986787524d235fca1340a6112164ef8fe22bb7c8c0a1004355e12812f",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "41ddeb4fe773cd9315ca0157168e93ca65c5516e011d31ab3f90a36d6bd24f24",
+        source_hash: "61bfa3c1a829f309cc007b04fb6662bc21f86fba45831988eef0698c56801c3e",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "b8014d736d5e88542e814cad601ffb2404100d97f990669394f43cafff4af37c",
+        source_hash: "14a5762fa86047c9aa1046dc4ebd266d9fb8ab5682cbd8d0a3e4d306921b100a",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "f4e1a5cefe88ca510324067bc0b786106d6679ef3daec843769872d6da91446e",
+        source_hash: "668ef89a9704ecff3cbb8c6b5cc2767f5e4a551f0e3f5cc83ca2ce583138611a",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "203009a6458f6fba584295cd2ec866995e7a8937c50c80a0b902a14075f12d79",
+        source_hash: "af7be0074aa5a24b31dc809883f0e4b3b84f6028eef7c8bc312ddf482c0cbf9b",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "c9daa687cb60309446dc4debf26163b43f9f526d3d513093e8b9a62c535cc114",
+        source_hash: "299bde4b03495d898fc8233f70eeb3bdf1c55f68bc3156194fc3495593968b2d",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "144e8327e856665fb5549db507c7dab2a72c2a1b1923e0b67860d0fdbc73d354",
+        source_hash: "90d263e77fcbf68bc4d8f5393ac38b22349816caddb2d91ba46875ca56d2c797",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "a603648f726ea53539afeb5da42d35123e5fb11aad11ef583f6c008563ec1f7e",
+        source_hash: "9e8ccbbffc78acd0bc4d38c263a3da6ba6d1038651a71b442e71be6b1a686808",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "7d9c244539274d7e5f57f37be9c562fa9e6a8605f80ecbf7a16bd377bc838209",
+        source_hash: "b8cf4bde041b088c124b4c8111680d0fb921aace1045ea08a6471f0809dc03c5",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "eee8c1bf3d9509462b95d4e47ba2eb65a01b514bcf0350ae5ee4c7281e10f47b",
+        source_hash: "6cd732fb30af700f7b776c7ae8d5b3ece2a3c6ca828cfc7eda8b05b750645acc",
     },
 ];
 

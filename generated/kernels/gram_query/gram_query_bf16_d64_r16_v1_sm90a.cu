@@ -36,9 +36,15 @@ constexpr int kRecord = kHeadDim * kColumns + kRank * kRank + kColumns;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlocks = kHeadDim / 16;
 constexpr int kPairs = kBlocks * (kBlocks + 1) / 2;
-// A CTA has 16 rows of W and M; those of a higher rank are as many CTAs, of which the first has all other results.
+// A CTA has 16 rows of W and M, and 128 columns of W, or all if there are fewer; those of a higher rank and head_dim are as many
+// CTAs, of which the first has all other results.
 constexpr int kSlices = kRank / 16;
-constexpr int kRowTiles = kRank == 16 ? 2 : 1;
+constexpr int kColumnSlices = kHeadDim > 128 ? 2 : 1;
+constexpr int kOwnBlocks = kBlocks / kColumnSlices;
+constexpr int kOwnColumns = 16 * kOwnBlocks + kRank;
+constexpr int kRowTiles = kRank == 16 && kHeadDim <= 128 ? 2 : 1;
+// With G of 256 columns there is room for one.
+constexpr int kStages = kHeadDim <= 128 ? 2 : 1;
 constexpr int kRows = 16 * kRowTiles;
 static_assert(kHeadDim % 16 == 0 && kRank % 16 == 0, "whole tiles of 16");
 static_assert(kThreads == 256, "a thread has the same place in every block of 16 x 16");
@@ -74,7 +80,7 @@ struct Block {
 };
 
 struct SharedStorage {
-    alignas(16) Element x[kWarps][2][kRows][kStride];  // at last [16][D + R] f32 a warp: its W and M
+    alignas(16) Element x[kWarps][kStages][kRows][kStride];  // at last, with kk, [16][kOwnColumns] f32 a warp: W and M
     F16 kk[kPairs][256];                               // row by row, from the diagonal on; a block as a part of Block
     F16 kk_rest[kPairs][256];
     F16 lk[kSlices][kBlocks][256];
@@ -82,7 +88,7 @@ struct SharedStorage {
     float loss[kWarps];
 };
 static_assert(sizeof(SharedStorage) == kSmemBytes, "SharedStorage differs from Facts");
-static_assert(sizeof(SharedStorage::x) >= kWarps * 16 * kColumns * sizeof(float), "a warp's sums take the place of its tokens");
+static_assert(sizeof(SharedStorage::x) + sizeof(SharedStorage::kk) >= kWarps * 16 * kOwnColumns * sizeof(float), "the warps' sums take the place of tokens and G");
 
 // Where column n and inner index k of a block lie.
 __device__ __forceinline__ int block_offset(int n, int k) { return (n / 8 * 2 + k / 8) * 64 + n % 8 * 8 + k % 8; }
@@ -224,8 +230,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_query_bf
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(dynamic);
     const int lane = lane_index();
     const int warp = warp_index();
-    const int batch = blockIdx.z / kSlices;
-    const int slice = blockIdx.z % kSlices;
+    const int batch = blockIdx.z / (kSlices * kColumnSlices);
+    const int slice = blockIdx.z / kColumnSlices % kSlices;
+    const int own_block = blockIdx.z % kColumnSlices * kOwnBlocks;
+    const bool is_first = slice == 0 && own_block == 0;
     const int64 head = static_cast<int64>(batch) * p.num_heads + blockIdx.y;
     const int begin = blockIdx.x * p.rows_per_cta;
     const int end = min(begin + p.rows_per_cta, p.seqlen);
@@ -249,12 +257,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_query_bf
     // Two operands of 16 columns and 16 inner indices in one: registers 0, 1 of the first eight columns, 2, 3 of the others.
     const auto load_block = [&](uint32 (&b)[4], const auto& block) { load_matrices(b, smem_address(&block[8 * lane])); };
     float loss = 0.0f;
-    float w[kBlocks][8] = {};
+    float w[kOwnBlocks][8] = {};
     float m[kSlices][8] = {};
     for (int tile = warp; tile < tiles; tile += kWarps) {
-        const int stage = tile / kWarps % 2;
-        copy(tile + kWarps, stage ^ 1);
-        copy_wait<1>();
+        const int stage = tile / kWarps % kStages;
+        if constexpr (kStages == 2) copy(tile + kWarps, stage ^ 1);
+        copy_wait<kStages - 1>();
         __syncwarp();
         const uint32 x = smem_address(&shared.x[warp][stage][0][0]);
         const uint32 by_rows = x + sizeof(Element) * rows_first_offset<kStride>();
@@ -367,7 +375,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_query_bf
             const float by_ab = unit.lk * __shfl_sync(kFullWarp, row_by_ab, own, 4);
             const float by_aa = __shfl_sync(kFullWarp, row_by_aa, own, 4);
             const int token = begin + tile * kRows + 8 * own + lane / 4;
-            if (token < p.seqlen && slice == 0) {
+            if (token < p.seqlen && is_first) {
                 Element* to = p.d_q_lr.at<Element>(batch, token, blockIdx.y) + 2 * (lane % 4);
 #pragma unroll
                 for (int i = 0; i < 2 * kSlices; ++i) {
@@ -388,8 +396,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_query_bf
             scale_tokens(weighted, low, row_by_ab, 2 * t);
             uint32 b[4];
 #pragma unroll
-            for (int i = 0; i < kBlocks; ++i) {
-                load_matrices_transposed(b, by_rows + t * kTileBytes + 32 * i);
+            for (int i = 0; i < kOwnBlocks; ++i) {
+                load_matrices_transposed(b, by_rows + t * kTileBytes + 32 * (own_block + i));
                 multiply<Element>(w[i], weighted, b);
             }
             scale_tokens(weighted, low, row_by_aa, 2 * t);
@@ -401,6 +409,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_query_bf
         }
         // Whoever reads this stage is done before the next copy into it.
         __syncwarp();
+        if constexpr (kStages == 1) copy(tile + kWarps, 0);
     }
 
     // The warps' sums, in order.
@@ -408,27 +417,32 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_query_bf
     __syncthreads();
     float* sums = reinterpret_cast<float*>(&shared.x[0][0][0][0]);
     {
-        float* mine = sums + warp * 16 * kColumns + lane / 4 * kColumns + 2 * (lane % 4);
+        float* mine = sums + warp * 16 * kOwnColumns + lane / 4 * kOwnColumns + 2 * (lane % 4);
         const auto put = [&](int column, const float(&d)[8]) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                *reinterpret_cast<float2*>(mine + i % 2 * 8 * kColumns + column + i / 2 * 8) = {d[2 * i], d[2 * i + 1]};
+                *reinterpret_cast<float2*>(mine + i % 2 * 8 * kOwnColumns + column + i / 2 * 8) = {d[2 * i], d[2 * i + 1]};
             }
         };
 #pragma unroll
-        for (int i = 0; i < kBlocks; ++i) put(16 * i, w[i]);
+        for (int i = 0; i < kOwnBlocks; ++i) put(16 * i, w[i]);
 #pragma unroll
-        for (int i = 0; i < kSlices; ++i) put(kHeadDim + 16 * i, m[i]);
+        for (int i = 0; i < kSlices; ++i) put(16 * kOwnBlocks + 16 * i, m[i]);
     }
     loss = cta_sum(loss, shared.loss);
     float* to = p.weights + ((head * gridDim.x + blockIdx.x) * kRank + 16 * slice) * kColumns;
-    for (int i = threadIdx.x; i < 16 * kColumns; i += kThreads) {
+    for (int i = threadIdx.x; i < 16 * kOwnColumns; i += kThreads) {
         float total = sums[i];
 #pragma unroll
-        for (int other = 1; other < kWarps; ++other) total += sums[other * 16 * kColumns + i];
-        to[i] = total;
+        for (int other = 1; other < kWarps; ++other) total += sums[other * 16 * kOwnColumns + i];
+        const int column = i % kOwnColumns;
+        if (column < 16 * kOwnBlocks) {
+            to[i / kOwnColumns * kColumns + 16 * own_block + column] = total;
+        } else if (own_block == 0) {
+            to[i / kOwnColumns * kColumns + kHeadDim + column - 16 * kOwnBlocks] = total;
+        }
     }
-    if (threadIdx.x == 0 && slice == 0) {
+    if (threadIdx.x == 0 && is_first) {
         p.loss[(static_cast<int64>(batch) * gridDim.x + blockIdx.x) * p.num_heads + blockIdx.y] = loss;
     }
 }

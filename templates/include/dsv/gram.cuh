@@ -25,8 +25,8 @@ template <int kColumns, int kThreads, bool kEvictFirst = false, typename Element
 __device__ __forceinline__ void copy_columns(Element (&to)[kRows][kStride], int column0, int thread, const Element* head,
                                              int64 stride_seq, int first, int seqlen) {
     constexpr int kChunks = kColumns / 8;
-    constexpr int kLanes = kChunks <= 2 ? 2 : kChunks <= 4 ? 4 : kChunks <= 8 ? 8 : 16;
-    static_assert(kChunks <= kLanes, "rows of up to 128 columns");
+    constexpr int kLanes = kChunks <= 2 ? 2 : kChunks <= 4 ? 4 : kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
+    static_assert(kChunks <= kLanes, "rows of up to 256 columns");
     constexpr int kRowsPerPass = kThreads / kLanes;
     const int row = thread / kLanes;
     const int chunk = thread % kLanes;

@@ -9,7 +9,7 @@ use dsv_reference::attention::{AttnShape, Layout as Rows, View};
 use dsv_reference::predictor::{PredictorInputs, definition};
 use dsv_reference::rng::SplitMix64;
 use dsv_runtime::Layout;
-use dsv_spec::params::{GramKey, GramQuery, GramSums, TensorView, gram_record};
+use dsv_spec::params::{GramKey, GramQuery, GramSums, TensorView, gram_record, gram_slices};
 use dsv_spec::{Dtype, KernelSpec, PointwiseOp, PointwiseSpec, space};
 use half::bf16;
 
@@ -124,7 +124,14 @@ fn run(
         reserved: 0,
     };
     // SAFETY: the parameters are the kernel's; every buffer has the size they say and lives past the wait.
-    unsafe { sums_kernel.launch(&gpu.stream, grid, specs[0].facts().smem_bytes, &params)? };
+    unsafe {
+        sums_kernel.launch(
+            &gpu.stream,
+            [grid[0], grid[1], grid[2] * gram_slices(head_dim) as u32],
+            specs[0].facts().smem_bytes,
+            &params,
+        )?
+    };
     gpu.wait()?;
     let sums = Flat::of(gpu, "sums", &added(&partial.read::<f32>(gpu)?, ctas, record))?;
     let columns = rank * (head_dim + rank);
@@ -143,7 +150,7 @@ fn run(
         gradient_factor: 1.0 / (BATCH * HEADS * seqlen) as f32,
         reserved: 0,
     };
-    let sliced = [grid[0], grid[1], grid[2] * (rank / 16) as u32];
+    let sliced = [grid[0], grid[1], grid[2] * (gram_slices(head_dim) * rank / 16) as u32];
     // SAFETY: as above.
     unsafe { query_kernel.launch(&gpu.stream, sliced, specs[1].facts().smem_bytes, &params)? };
     gpu.wait()?;

@@ -544,8 +544,8 @@ pub struct GradClip {
     pub max_norm: f32,
 }
 
-/// Launch parameters of `gram_sums`, of low-rank rows of R columns. Grid: (ceil(S / rows_per_cta), H, B); dynamic shared
-/// memory from `Facts`. A record is K^T \[K | K_lr\] as [D, D + R], K_lr^T K_lr [R, R] and the column sums of \[K | K_lr\]:
+/// Launch parameters of `gram_sums`, of low-rank rows of R columns. Grid: (ceil(S / rows_per_cta), H, B [`gram_slices`]);
+/// dynamic shared memory from `Facts`. A record is K^T \[K | K_lr\] as [D, D + R], K_lr^T K_lr [R, R] and the column sums of \[K | K_lr\]:
 /// [`gram_record`] f32.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -566,13 +566,18 @@ pub struct GramSums {
     pub reserved: i32,
 }
 
+/// CTAs of `gram_sums`, and of `gram_query` for each 16 low-rank columns, that share a chunk of tokens.
+pub const fn gram_slices(head_dim: usize) -> usize {
+    if head_dim > 128 { 2 } else { 1 }
+}
+
 /// f32 of a record of [`GramSums`].
 pub const fn gram_record(head_dim: usize, rank: usize) -> usize {
     head_dim * (head_dim + rank) + rank * rank + head_dim + rank
 }
 
-/// Launch parameters of `gram_query`, of low-rank rows of R columns. Grid: (ceil(S / rows_per_cta), H, B R / 16); dynamic
-/// shared memory from `Facts`.
+/// Launch parameters of `gram_query`, of low-rank rows of R columns. Grid: (ceil(S / rows_per_cta), H, B [`gram_slices`] R / 16);
+/// dynamic shared memory from `Facts`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct GramQuery {

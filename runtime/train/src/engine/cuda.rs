@@ -1535,7 +1535,11 @@ impl Engine for CudaEngine {
             rows_per_cta: rows_per_cta as i32,
             reserved: 0,
         };
-        self.launch_with(PointwiseOp::GramSums, [parts, heads, batch], &of_keys);
+        self.launch_with(
+            PointwiseOp::GramSums,
+            [parts, heads, batch * params::gram_slices(head_dim)],
+            &of_keys,
+        );
         let columns = plan.record;
         self.reduce_partials(sum_parts, [slabs, parts, columns, columns], sums, columns, false, 1.0);
 
@@ -1554,7 +1558,8 @@ impl Engine for CudaEngine {
             gradient_factor: (f64::from(args.weight) / (slabs * seqlen) as f64) as f32,
             reserved: 0,
         };
-        self.launch_with(PointwiseOp::GramQuery, [parts, heads, batch * (rank / 16)], &query);
+        let sharing = params::gram_slices(head_dim) * rank / 16;
+        self.launch_with(PointwiseOp::GramQuery, [parts, heads, batch * sharing], &query);
         let columns = plan.weights;
         self.reduce_partials(weight_parts, [slabs, parts, columns, columns], weights, columns, false, 1.0);
         let loss_parts = batch * parts;

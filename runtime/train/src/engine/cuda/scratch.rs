@@ -14,7 +14,9 @@ pub(super) const PARTIAL_SUMS: usize = 1 << 22;
 /// Tokens that eight warps of `gram_sums`, `gram_query` and `gram_key` take at once: a CTA has a multiple of them.
 const GRAM_TILES: [usize; 3] = [256, 256, 128];
 /// CTAs that share a multiprocessor, of `gram_sums`, `gram_query` and `gram_key`.
-const GRAM_CTAS_PER_SM: [usize; 3] = [2, 1, 3];
+const fn gram_ctas_per_sm(head_dim: usize) -> [usize; 3] {
+    if head_dim > 128 { [1, 1, 2] } else { [2, 1, 3] }
+}
 
 /// Ranges begin at multiples of this many bytes.
 const ALIGN: usize = 256;
@@ -106,8 +108,10 @@ impl GramPlan {
         multiprocessors: usize,
     ) -> GramPlan {
         let slabs = batch * heads;
-        let split =
-            |i: usize| gram_split(slabs, seqlen, GRAM_TILES[i], GRAM_CTAS_PER_SM[i] * multiprocessors);
+        let split = |i: usize| {
+            let slabs = if i < 2 { slabs * params::gram_slices(head_dim) } else { slabs };
+            gram_split(slabs, seqlen, GRAM_TILES[i], gram_ctas_per_sm(head_dim)[i] * multiprocessors)
+        };
         let splits = [split(0), split(1), split(2)];
         let (record, weights) = (params::gram_record(head_dim, rank), rank * (head_dim + rank));
         let [(_, sum_parts), (_, query_parts), _] = splits;
@@ -128,7 +132,8 @@ impl GramPlan {
         let parts = |ctas_per_sm: usize| {
             (2 * ctas_per_sm * multiprocessors).max(slabs).min(slabs * seqlen.div_ceil(GRAM_TILES[0]).max(1))
         };
-        let (sums, queries) = (parts(GRAM_CTAS_PER_SM[0]), parts(GRAM_CTAS_PER_SM[1]));
+        let [of_sums, of_query, _] = gram_ctas_per_sm(head_dim);
+        let (sums, queries) = (parts(of_sums), parts(of_query));
         floats(&[sums * record, slabs * record, queries * weights, slabs * weights, queries])
     }
 }
