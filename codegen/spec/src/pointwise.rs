@@ -213,7 +213,7 @@ impl PointwiseSpec {
                 Err(SpecError::new(
                     "dim",
                     dim,
-                    format!("{allowed}: the head dims whose Gram matrices fit shared memory"),
+                    format!("{allowed}: the head dims whose Gram matrices fit shared memory and registers"),
                 ))
             }
             (false, 0) => Ok(spec),
