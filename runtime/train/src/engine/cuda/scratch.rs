@@ -241,6 +241,7 @@ mod tests {
             batch,
             seqlen: 4096,
             text_tokens: 120,
+            text_copies: 1,
             dim: 1152,
             heads: 12,
             head_dim: 64,
