@@ -935,22 +935,22 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "gram_query_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "9ad0a951dd700f026f0c145b81655110ec5a53105219a1e00f40a24494a9fdd7",
+        source_hash: "063c32ecfe4aa927952b855dbb51e2fdbac7620c6e14531fbf4067b1d11a2957",
     },
     Kernel {
         name: "gram_query_bf16_d256_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d256_r16_v1_sm90a.cu"),
-        source_hash: "8919d9c733ffb623619a56be73ac9f38ed4bdc6e4dfad1d77301caf1e643e620",
+        source_hash: "dde74471bf6ac7dad3f370967241532d06b5aa1ac66bce26e879f2c240326b12",
     },
     Kernel {
         name: "gram_query_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "925b365a4cdca982c719a674749042c910f1ebb82fc02e6c769b3dbaa9f8ee8c",
+        source_hash: "8a7cbb455d3577354f00a112a8f83e0de2cb5ba17409720d9466fc9ff78be8f7",
     },
     Kernel {
         name: "gram_query_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "bce1a4853b8d6bbf1a5b636aca6a34413ddfce76e64cd19143b3903e3150b48e",
+        source_hash: "ad9ce341ac7585315eb488171b80ed33dea5c4d6bb9b3f83b08e8fb72a95dbe5",
     },
     Kernel {
         name: "gram_sums_bf16_d128_r16_v1_sm90a",

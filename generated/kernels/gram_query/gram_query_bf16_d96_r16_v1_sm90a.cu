@@ -88,7 +88,8 @@ struct SharedStorage {
     float loss[kWarps];
 };
 static_assert(sizeof(SharedStorage) == kSmemBytes, "SharedStorage differs from Facts");
-static_assert(sizeof(SharedStorage::x) + sizeof(SharedStorage::kk) >= kWarps * 16 * kOwnColumns * sizeof(float), "the warps' sums take the place of tokens and G");
+static_assert(sizeof(SharedStorage::x) + sizeof(SharedStorage::kk) >= kWarps * 16 * kOwnColumns * sizeof(float),
+              "the warps' sums take the place of tokens and G");
 
 // Where column n and inner index k of a block lie.
 __device__ __forceinline__ int block_offset(int n, int k) { return (n / 8 * 2 + k / 8) * 64 + n % 8 * 8 + k % 8; }
@@ -182,7 +183,9 @@ __device__ __forceinline__ Units centre(const float* sums, SharedStorage& shared
     // No entry is larger than the largest of the diagonal, or than the root of two such.
     float largest_kk = 0.0f;
     float largest_ll = 0.0f;
-    for (int i = lane_index(); i < kHeadDim; i += 32) largest_kk = fmaxf(largest_kk, centred(__ldg(sums + i * (kColumns + 1)), i, i));
+    for (int i = lane_index(); i < kHeadDim; i += 32) {
+        largest_kk = fmaxf(largest_kk, centred(__ldg(sums + i * (kColumns + 1)), i, i));
+    }
     for (int i = lane_index(); i < kRank; i += 32) {
         largest_ll = fmaxf(largest_ll, centred(__ldg(low + i * (kRank + 1)), kHeadDim + i, kHeadDim + i));
     }

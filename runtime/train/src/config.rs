@@ -1517,7 +1517,7 @@ mod tests {
         assert_eq!(on_a_gpu("30b"), Ok(()));
         let error = on_a_gpu("tiny").unwrap_err();
         let wanted =
-            "model.head_dim is 16, which no kernel serves on cuda; available: 64, 96, 128, 256 (any on cpu)";
+            "model.head_dim is 32, which no kernel serves on cuda; available: 64, 96, 128, 256 (any on cpu)";
         assert!(error.contains(wanted), "{error}");
     }
 
