@@ -17,1185 +17,1205 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_8bit_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw_8bit/adamw_8bit_bf16_d0_v4_sm90a.cu"),
-        source_hash: "c181d4344c2d4f55ca1111ffb3217cd2aace611cde47a5ccb2feba6987c332f0",
+        source_hash: "76aafcf3d637902061c7f0cebe5ecd07c15f121e72d9de6eeffaf2835055b899",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
-        source_hash: "c2f5db5796e31f434ae1cfc8423c9344f286852796a35eaf9e6caef08fbed4c8",
+        source_hash: "907c2c55b0535d37f35ceb438e827046a6330b2bea277500e9bcee2410e406b9",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "63620ed6ef68e1a7a9dae3561322217528681208c813e7add9934f1a85fe3991",
+        source_hash: "9d7439dc8d37f7dcf24daf094fcae8b2f1a17270faa16527b153710614bfd89b",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "34d9a18e74687d531be001d8c37a7eaaf70ffed3d8307c546306cdce8eae5d9b",
+        source_hash: "a2453e7e35d03798701b34f694260bb73bb996d8f2b8fee527875f46704bfd6c",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ff1c1094478a35530e844c2d919d16303c0b45f99d2690e4ad0e769a5fe6067a",
+        source_hash: "8aa1fa611e0e552eaaefd0285933a6e2eb683a5d647424e33a4fa436b9ed03c7",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "2f5f4c21c10ecca39ad3974e3f942f9ab284915f658778e44d3ab3056fd4d86d",
+        source_hash: "44d8a824b720f40bb8de60156d4d952c3c562430b6a30ef9943ac87922e7bea4",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "a5a06927814fa5c14cd01f881fe2d0da49fae2214788e7a774899e41d6e96a8e",
+        source_hash: "94472493baae92f126a8ad19817c389a3ee9abb4d720e4f0b870be766d2db5d9",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "63a10e6bc5609060ebdd2470978ce234384dff1eb24d72561b516585201b16a2",
+        source_hash: "f09deda67fc71230a067af626baa18969024467b928c570028fbfc54c7ac9ba8",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6c943f2366d0f153423ea896e68202f37a9c14c511a9fff899926d97d7ac91fc",
+        source_hash: "7a39fa6ff2976dbd9d6af229ab802fbe67057997d4bff244349fbff2c652d424",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "469758aa99f49f4998a89fb66f6147b1ae466a3a733c2ad6133b9cc0f9aeb235",
+        source_hash: "5c24719af131c83772a1b855822b65a603103b695ff7dbf26221d6078f4e0fc7",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "0cc7580577b7f9736f895d2a2b637ca68031a7f7a693e16b8ff0e1a988cddaa2",
+        source_hash: "a0babdc92708b269ce893c54682c8ed18bab45cedb5425eb0cccdd9cea342f90",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "d3d4349dc1f99246e655b10bb47b3316be87f2f66c1fc180655d16264d0481de",
+        source_hash: "b3e7b3b729a06a7eca8428bdc41bb7efe35c3058f7b88d8e1c1b141f2efad717",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "321bbe48034e5b04df40ffac40ca41edb997324d04e70217f08f6bb3b207eedd",
+        source_hash: "ee3efd42b56f000abed6cd6d453dd61bbb4eabf19daf31e9f8417bf628781c20",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "4e8c959b6eed6efb07d12e8429437b1241c1dac4c2fc124801944f8f545a2b25",
+        source_hash: "2f35b600dc37a0e05dee82e9d90aaf689d0e7bdb90741c15ddf385c327a17d8f",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "117fe3d4e48f527b5203a36643a2d89b7242a2e1bd7cf120afd1e52ca7407b93",
+        source_hash: "ed192745ce6d969e7f04d0be059f7534a53d7c09479971d64f2137b32ab8a95a",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "bf9b3fef3297fb2b3f06f514bb23197fdb9b732787a23c6bdf295644c3168360",
+        source_hash: "5505398a8cb31efb0f9e33e36afedcc99c0777bd7c4c8cc29dcebdcfbe487754",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "6ffcf0285ba3c9a3bcc827409c6b94030cf8a2f0a69ef501b675f8f141654ed0",
+        source_hash: "6c21bf701dc80af0e81c7bfd95ceb2fc93a0d2137efb105c6b62bbd5254805b3",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6b5aa6d44a297cf4dde7fe745e35a9eb8dc9dd7969c4f5c5f069169a7d204766",
+        source_hash: "ae21a6b0eae23b72d631bd5744097c2487127f0a9c411b1de230596a9d9cc22f",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "1718abbe9b091582c762b6a5f4e20abbf368c1934bb1a09e86ab5ff132e4ebbf",
+        source_hash: "9a68e7dd5a69c608dc943cd3a783cd14dda3eae4fd3af36c9c61233a6d6a97bc",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "316b8ff51f665bbea6b8a3640840c967dbfedabf03efb22fd63f64ad0dd852d0",
+        source_hash: "2864101ef94a5f64050fd2c485e8e2a99bf4256e48aaa8e680c41349645ea9af",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "463de43cb10d796c13fb829f3f48f4966b90368a04915bb22b045b95e3fba868",
+        source_hash: "496dfa18f5d9a1ea66403d0ab2cb157ba65b1bb4be61582b4bf9838c71af8cb0",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "6fc8d423af350bab8ec8eeb211a69b1ddca51a52a08522a11195f177eadd946c",
+        source_hash: "8f9241ae0d3e03306b6fe8d59de9b5796880fa39e0e863fb9faaf80bfd083374",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "10fc4e32c0569d5f6fe669ab4706fe26a3ff6f8aca83dc4a41b7a15cdecf510b",
+        source_hash: "b663a7e367f705ba31d562464f09d8723379ab8bfaa732417a35c9f30a48fd76",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "303920fbc269b1cead5059d8cbf5d40792e8a225fca05d0b76f8d6923b191072",
+        source_hash: "5a101b3124be91a3891b2cdeeb1cd81be91572377005740a6230719050ea3703",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ecd99a2d5b26fa2f7947096359892416769c563c8d5c8f93251940e6259c2fb8",
+        source_hash: "33243e74acbcb91226869c6b4a4fe0944bb75a73c07c590c1497942fc927353a",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b5ef9ede2627ae96d4151269b58b0f5a65372038e33afcd1cb711163dd25519f",
+        source_hash: "a363b8f456d87f55e9438cf38f55d0bad8080c8f59ce779aa1da2545e6fe6aba",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "0b0d5841c7c14728fc70a5c20d6eee42d73dcc1cfd7ad4edf8f8e5a813728b75",
+        source_hash: "4d9a5a9b913f5d24d913ad93611b709d2b03c5b3612a16015a005e3f15a3a189",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "619588d0c33939582f95973b6957644e872459208b980431e10bd1b673b1c61c",
+        source_hash: "c8008c6d74c83b2f55ef61e43613b1b1d1c29618b918a5acc713f5970c25f436",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "2cc0b56b2e1389d18e7d33ed3220f29070fc52e1d4ac7c065b72d33db5b865f0",
+        source_hash: "5a7999231945dc497008a00a266033817437aa1fe7b975073ca9f4575f3e45bb",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "2416d7dc221a054cf06a1b3494fbbb60e630809734b5c4c3b47282332f93eda9",
+        source_hash: "ce0e9b285cf4f1079df4349e51c1f7040d387173f505755b5ec2eddd08f399e7",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "52c9a3d75a9daec591785c23aa51fd302b6f744df28e71d833014a12c8ef33ea",
+        source_hash: "00981b2cb4b4a612c4a2f5b8489b36567de4b90eb329005feb3d81295accaf2b",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5647c4ed51bbfa18f8af88cb9c68970e412dc7a81598d718a7d555ef9b0855c9",
+        source_hash: "939bdfaa218341202733c6ece9fedddc1727013f8881f1bf3d95d03ed1e04955",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "595678649f1f21d1e05c461089345854260e9272ca336006fa374c05e79e2172",
+        source_hash: "9345708173c518594fce2fc557ec4dd75a785a30382a748f7caa9e187f60fca7",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "5fe1d6ccbb801add0352e283212ddc022bd082854c4e8258fd9d70e1c8ef4c8b",
+        source_hash: "bed20e9911be5049abdf96551bcab15c3becff7b77eaeba53ce79df880f6d90e",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e0568f125d6a20900138995f952d710af9aa187fe716b5b8e5655204b45e7397",
+        source_hash: "09be6d6d04acb5cc5480bc70dfe233cec47447998475d4d7539983e8084d7df0",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "474f9c97ec6d462e8305fbb8f89c6cbfbb5c39d9c283707e2141d1d8c5317512",
+        source_hash: "4ff3a77d99eac0ced9e26fbeaab7a24ca652faa947af68c71138c19fd49fda78",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "d8155a8adaf73761dce1d0ca392b971d4fe50618341b70886489d1798a48e6ee",
+        source_hash: "cf9d6cff33563ac78343c4889d88d4e3850a13a1b91d192c8784f0a5c873d37a",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "c3e830c6b734f8fda7adcefbfc0c3264c4d1a41b1920dad56693a1c75a1c0e09",
+        source_hash: "1ee4a96652aa8ff83b97c171d5c529b112996c44f97c4379fb27448a52ba6400",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "da658faae3d71db67d3fdae825e264e9309770229f9f286b21f7383bc2b1c265",
+        source_hash: "0148c4c4ed223420697269eeb7560f38c3eda98ef69ef8d22322c4b92d97bfea",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "de215206ce6121ffd803faf7f740ad09218398b4bb811bbe1b073bbc5abae57b",
+        source_hash: "01eee1b82ad8d73b507dcc92a662ad99a377706f367a003b6d64c48c59610b4a",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "88f7dfd23c790d51425f949d66999e2f0a8f373647a4169264b2c94bb130fee4",
+        source_hash: "897d7b538cabb12f53045913066c581de350ffda6ca3f0189ec47d9cbf833919",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "57d2c37999ab880fe01d6f8f753ce551bbe2b2d94798729d3704f65010ccd30b",
+        source_hash: "1e0319fdc89564a9748827fa160c865bd27bffdfd51ed327be56f535f138a0ad",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "4bcb34f6a7305983d02fe8b4d2ba864b04a0a5412fc9f4702a0ce604b132e882",
+        source_hash: "664bbb538414a50a5639df17f857014d55e63bff7df21904ff50a61d8ec68055",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "448697e9f4999edd6d8d020d1dec1619e2c027abac3bb5c09bbb6b773e33d905",
+        source_hash: "fc29d000a8204e8f8e2e2ff4c603a01fc5b26f257a95839980c27a156c56341c",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "32211735723cf468be83118fe9714b80dbaaa31e7039dd955730dd99e18005fa",
+        source_hash: "b4c399b384ec27ee6e92b588cbc0a815178cdc6ad08335b8a1a7913f62ff924a",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "1734ec754d476b23d8aa0e89ca58fabc6f9172b3a39b0aa8da5ae9ea4f9078a1",
+        source_hash: "f8150b673c6c6ced3ad146a8a418abb0663500c60a61e090004b676d3d8956a1",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "366ea2778925d5eabb98666acb438d364b2d9cc3190accc1d2323163187eb23c",
+        source_hash: "4810856921b41c52c0ee9b3e398de8f9c855d45c89e5ba351c22d6ff34027084",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e705d7e4f29a52a6c7008265564e1be633137e4dea8e6f48443e8d6139b2dadf",
+        source_hash: "30790129f60435ea15264573751984cb0062ee7aaab4a2ad162cb2c794b10c49",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "fdc3c84eacb373ebb30dfeb994d99eebf805418f6bae753e4abf4d7687fd9b01",
+        source_hash: "caedb0984480035e64a9f42f81aeaa0b5bc34c594a81c21d74ad3eb45969a60d",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a40ec4ea2cc00d63607ca2c86f7c6f3a1a445cea8f5cccbd9e457dfa68ad201d",
+        source_hash: "060679d70de3f259014150039870479c2557ad9f0a9c1e837ccbacf393d5c04e",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "1846f6035e43927cf151e95b30f8a930c6833a7885a2048205b5117fbd6ac890",
+        source_hash: "34221ac94d8485444c7c037ff8832db6ad08e41f0a57029e12a31f357315f029",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "7221fcb4b786d1cbd0fb7e3db0974fda1f485ab8d919bbdd3797c39810095d74",
+        source_hash: "79bee752031372933442655677bcbc42b4f1b3426082f7237f69e62b1140f7e4",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "c87d66d380769a3e67b871a12b293fbeb966acf5d36428c4992fcb572ef9c76d",
+        source_hash: "76125118c46e79053b59d0693574949c9dba344e4da0d13afb29179431d847e9",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a49363071cfa211371c6a7569b5ab0ed87cff457dd8a6025bbedc28c3341bd87",
+        source_hash: "e5125c58cce0835b189b8146d53d0c3b085870ab426fef72bcf928270661ca70",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "56a5786fb414944131874fb0139cc4b218d9ae88b5c64cd7af97a589df007e92",
+        source_hash: "9ba97ed53ce22c7add34fcf7734e55672b12ac30e57bf83020f66196a44763d1",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "981ee4f7511627fd4a1d608efc8d1493725620ce566d8add66597f81d5bcd5eb",
+        source_hash: "8c6e356ed8037d119f1ad7d00c20d2aa1e57f8de7f6c91e25c332d5752c055e7",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "cb5c0f2a69c3ee211370cd0967c2cd8cd8ea6eff779b2341355a463364f8dee3",
+        source_hash: "bc6afde490d9025abc916bad7657dc795f8cda93f16e90eacf3e760a82862f98",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "404a52b9236ca490ae91d100653c4568501ff65a384a3b0abf9d15824e8b1171",
+        source_hash: "b4977086d3aafd7c336f7c20a35630485a30b1631a0b25570f36e18ccf7c2d25",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "131f927da58bd887e75da5af07498caea028a34d7ebcc8b4dd415829bd977554",
+        source_hash: "c57e3f7be3ecff2d2ef88dd4f11f9fd56084a7b4bbed48f9e49d52aa3109209f",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a4f31abe6eff1be25343fb5357c960908b98613b23f224cfaeeb93af80642270",
+        source_hash: "d867d58796c5d4a9f4bd0427aac0dbbed3e8050469f68f532a421ce06639ca21",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f979b96f1dba88e8f0b988c708ea2b9b97729c216e217f9303bd87224369f9a6",
+        source_hash: "95b37312292f369b1d879cc26a9cccb75fff605b5895f075b6907a4845c0eb9a",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f4aa0b54dd7fddaabfc52929525e9a1a143d91927fedec85876cc482081a74ce",
+        source_hash: "a938ce1415dbdf1f958ee8946497528d02ff1546743acb732825976bbbe8c62e",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7a997c876843b642c8ff85c570a1c1898741222a479a42afafe1dfbc2de902bb",
+        source_hash: "f1c64177513d9dd75631ec98b5662c3ad24af4098977ae223c8dc4ef4653bffb",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b016f649066056d64ad1dd65c11766a19ef4700e27f5fdaadb71974b1bbb31fb",
+        source_hash: "38eb464949bcf8cd8e062a4372317197524e72675a0646cb82eccce8668d4209",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e073ab7ebdb1a708b5cbc769c84fe1a36a096e6add1765795019ee1f5fcebdb9",
+        source_hash: "a9245e597aec7e7dfcdad8c5231354a68f2cbc7aadb67779e2debf29637c6220",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d003eb1ba51ee7e0f2d8fec7e9744e2a1ca0e9dab080b18d4f8e140167c8fff6",
+        source_hash: "a5c97288fa18fe2ba00dfd612384acb32cfc4364803c5a5f917312eb8b3712d2",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1e0ee0fc869fa6b9fe9c6fb67628f2d1dcdcd2c58a14ce6709089b48c6c92185",
+        source_hash: "82fe044f85b57e9142288655f23652844824561a5ec9f8fe748ed1e271077eaf",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "db899db241b6e9a8e091944cd23a5a1d869adaae6cd671f975c269ec6368f4ce",
+        source_hash: "89ea4c43a08b54bffb3e4a4f8baafeacc3cba2ac288635c895050fe42fb41fdf",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "a3a8005591209f791d935fae7aae8e79e04c2e44a327768e63e9850a7cf13370",
+        source_hash: "038327ebd030737015c90641d690cdbf22cb19ee930625441c1504bfc57ba2a7",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "aee1d5aa3cff32b59e9b4129c16792faaf80041d5be1a28f4822ca7b28c51830",
+        source_hash: "4ba2bb58ced1064439e76e79368701253c98ecf45f6631940755806718863b07",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "75d6dd3a753f37dd99ba32c0b2a2fdb66f9b0a375540d37d79dd8fd431625a07",
+        source_hash: "339fa271bd0410ea201c4ca4f0a90a9d06349d2b43d946c6802da13beb4c5394",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "16bf9cd053234562b9bb2ce0c19f936a53fc3df29acc205fe3f457b911b14b83",
+        source_hash: "316577ca8b7e90a6c73beb2fcd85f3e9c40b0a11b725c03ef92738fd3a558a7a",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1ea09c5f6c81d6d2ddbad346561c76675962ed7af748da6e6d9979df8039a47c",
+        source_hash: "cc79029f673cba3a5662b6085a9960377d6a250341b47af20214d114ff75ac62",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "be6585211dcd3957e9196fddac787dc490ecb40471d0c4eb7a17812a3d4d1c7e",
+        source_hash: "21160e6f5d6f6dc358a3655de65b7271509f869a46655d60f1c3ce8e06d3aee0",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7cec07a1bd4c4a51505b997f3cf9a1c6ca907f43bd57156af2afa01a08d241c4",
+        source_hash: "d28e3f738e169e7aa4aa342a7f985665e16df87f17a7bb44af9cd20dd59a0e8d",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6046d4fa6bb3b88f6825cbd3b7d75b0be66b84467d659374237d67aae602a624",
+        source_hash: "fb327aae2e6a348d814731d3e41bcb85efe10ea8ccfc06fe67763e3dcb7a5e02",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3d5a8b18221dc91346ae4cce10c63e59d454917be12b3d4e07103dfd90589996",
+        source_hash: "ab3184ea68159696b13a3d94ecdce40ceb2ab2789fe36dadd67eb0c398066b62",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9889fcf34be6120bb8f2819248e4e342eb28d3030b2fa8a6152eb250b2d55073",
+        source_hash: "1566a1bed0742bdf8d6abfd2a21d78a56562d05d0b70e9115051893d5634a3dc",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "1e3cbeddb2ffebdfa37bd5c50a0c41e1e69fd8143e56fd1b73cd1b32a3057377",
+        source_hash: "5c01511e4ce61056df011aeaa78fbf57e608f2fa7f05f1f4a1e967ffc4c0a702",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "75a8398a9430cb8295b918e8e240912d3edddf94cc08a380f270a4ed223097c3",
+        source_hash: "c949f27071099571e1703b0409368b283fe9662dfcb7df55151a702d12d4c8af",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4700b00fe6429d0021d0f8ffd4800d9e562c62348139a1701a4c11145877f404",
+        source_hash: "e32198b37e9abeb40c091a6866cef8095ed2c3c465da0e63f967941a3affdcf3",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "2fa9ece115efcef17ddf15dc596f79671e905e27e5ec20c2c511f989c2d27852",
+        source_hash: "22853d59367c7265787b0687df391c796f05c1fde5a4dccf614990f130933011",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b96750f11313bbb49d85c77da2c965213606cfe508a94101dd39407ee125fbb9",
+        source_hash: "d3b5c481aa89cdf292aa43313b1e5fd497c49cee330be12259aecc555f1ff84b",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7f163d3750da158f43fc01ef9bd92721fa823d22eb7b37a7cf1e3a5abed70734",
+        source_hash: "65dcdf5697e5e2e0c74c3ff08bc820df6d7398191659174c2bafadd62942aa68",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ea5261d64a9e4be634ee016d0f16b38d7e8b32353cc9b882d29eda6a976e7b36",
+        source_hash: "df72b86e8f0e1c044e0c6c4bfe7bf9b9ad0fd25f147ffdb902d76169e818709b",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "322a6130e6975aebc3e5df7cb2f91164d00348b7e24d0c9ecc1598519c3d672a",
+        source_hash: "cbcd59181808f0a7d67d6b0d5448759239389efb5afca5c1bddfb5730b53e4ea",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "c74fb861f8fbbfa1153ae458aa0493ea71b1f54d46a3cd24c6e1aae269623e0a",
+        source_hash: "41b782be84557ba0f5bf85b5db9b9366e52441ffa45ce699060da3e3132d0098",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "864a37d6b01aab382f353f851e4fb8cb7c60715885a3cb985ca9c082c1d92fc3",
+        source_hash: "c9531e99c505c8079156100fe237c21279aea69951c898d45bbd4f167a074c7e",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "256443abe0a151b66974a42a64f56500b22c46a0d308f7dcb329d3473e78fda0",
+        source_hash: "d5edeacf9ed52cba9a24063e35d52725a7b570f76399590624b813d9c2bee378",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0dde9a70593c5155ca462677a5e0a22accd45254487f3a189b5d5351a7be9244",
+        source_hash: "ea103c4d4be5c30e3f55c67e1fb325203686adfad459e830eb73d254ecfbdb29",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "589299c1f5d2ab7622b4e227fe19e0c0cffff334edf1a76e95bd1233e59afecb",
+        source_hash: "db4b9796e8f48e015f861c852e22f90141284e57b1ad0ff6f82b28e48797d919",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7ce6bb436056dc1fc005a4595677f9e555e18d424d927972f357aaf082738588",
+        source_hash: "a60d4fe8761ceca428ca465914f71285d330f5a71ce3c7c35995d7139612af3a",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "628c2196db49a9039d9ae0b644cd8188a4312b27bf7233e4e72f0b212e8aa386",
+        source_hash: "327808be634983712245387723053df514051c260bac0ece861370650ada9a3e",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b63b82974dc5a6a65e559f09dd6a3c4c6846d3143bc1a4656a059077cb3e2950",
+        source_hash: "e0dc4fa1727aa3a443953f5211c1ce6db4a924d23ee08250de260b8beddf7094",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a822bf1d1ef569fbae36031ce9fdfec57b14aaca2a4fd616131336f8e6dc9549",
+        source_hash: "bdb578164dd692e966464b1171ef75868b2f0d295b5b475ef881c36fbbf8e112",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "15132d97ef1a39915e2e0f26eae9298dd827560c8f1ce58d2fe74f895797efae",
+        source_hash: "840276fa523d8e9fc13ebf8071203572c11e018441df4196d9531159f7d1e5de",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2c2d831fdcd54d5f1ff1246e0bf0d5e946205a7787d3c02f6b8346d4799ea307",
+        source_hash: "b790b0fc3281c31818035f08ec3e99b073d9c7df473ef419e294343e26bc3e85",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "06ec1e0bbe844ebb7f3a28ebfa3fd118a98470b52fc5a4fcb6f886b374f5591f",
+        source_hash: "5613f09cf94205f30217d70be45c3590ede1bdaed52aaadfbf3839d8ffff55f4",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b0f0316a1f0d82fb5cf2359c57650622babe2ca253829f29a4f26849d95c93a7",
+        source_hash: "ac46c2ddab0ead06385de230c57d682f24e2d70458ae7223ec81cd6348e767a2",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f25b42b7501fefafb0e7ab0c2cecab0025846340d46f48ffc83b386323bd82b0",
+        source_hash: "15e6739f8063a3351203a8983c558ea6ff64a5fd3091294897936b8ca508cccd",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "cb57d281682c17c387820c99acba2a90aca32b2a8e94259b227580163bdf6e7a",
+        source_hash: "dd8bb1287fcea2e522c838b8f70ed96cfc91286acf3e43f8b42b71ee91767f27",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ee9a3cbd22c3701bca5e35a37a31f97d5013caf09b23ab3d326f5770792dc204",
+        source_hash: "ab2fa749f11d0634dd7088144409f47803bd4dbaa31a97b9ee0d736ca1cc7c0c",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "598ffb94267a01d3b96e8509867f27309ac57b3d02e7139e874a008d48d7fc4f",
+        source_hash: "745a159ca74c04bba4d1c5361f72bf25f0518e1c8cb40fc2d833711c855104f0",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "049ff05ab7a1ca942fa5d90224223d6a67a243d259f60f7bd2f0f93891c0204e",
+        source_hash: "169fe0a3e87b6c86a92af8e64ac56ee6bb8eb99fbc3f3e74778211ed43beeb46",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "fba9e0f874da3f0cd5ff7cff06f34c64192650e55580a98c066fe85dbb356201",
+        source_hash: "5fea9005a45ff2243a785cdf88d25add576d3d5387b112284937bb879cc865da",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5c724d40914cf1a80804341e69c4ebf98311827655f5c66a036dbbecf83d7fec",
+        source_hash: "15957689fce4afc4eb9b87521af7560068532c897dcc1283e74a4f12531046cf",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "241b0d6121ae0635d711be0afa491075dda05729907f3eab01ec1d38363225af",
+        source_hash: "8c028e6e17fa50b07e36e57b74fee3f7832c65ba40e2f64797dae038df341278",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5e6ce2a51d69048fade3ff97219e73f92fff7a342714db585e04421aa06272df",
+        source_hash: "6e9b29cb356463eba2be925f9c57be04e08133c72d3cf93d8fd2ac2a622b138f",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2c9ddbd57d158ec3c1b47f98d3462fb80bd4c8d2a3a86af75c88e9ae641fd171",
+        source_hash: "b2d889ca5d9e8b1f887fe1e749f9efd266f1c278f433962dc648e9272bb77703",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d83130b3362f2be53faf6d622f79698e8f140782cab30b47a7a0005a65ed0463",
+        source_hash: "d17a5fa77faad112f85ceb31ae489e663525248bfd53624455d76973f692f6cb",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "1372d8f05edc0d5ce0550f2ed4a52cb294728218ec05da2aa1b9f731fdada532",
+        source_hash: "5121dbde3e99dafd318dbda2c050be272e9966a59396187f2723f37450d58cc1",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8e395253937ce011481f21c4b5f48f11d42124b0c335e541f173313b33ac5362",
+        source_hash: "1ef7cb92ad4f183db36cec968d1443bb416be88c1e98da0fdbed9c47448dbadb",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c01674168626ba584adeef8d48ddf7a2ac371800e8ed818960685e095514dc69",
+        source_hash: "bda8ed294503d8caa3f1126f6db8d71b9e9b51771ed7b6750d4d1150009488d8",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "789bae8dd4d5d2df32209fe79b16a3b8b0aa1525ea79ade201ceed796e4a13c3",
+        source_hash: "4b4402cac3d87a0649fcbaccf7617c1203252b1cd1ec9fab10686ce3b0acb009",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e396e9030790a9150c80382e17c09679cee183470eade6ced8f5368a6619093e",
+        source_hash: "57424b4e326ba47cc7aa4185586cd99165a7379e1dfc706e3b24a8249860b0e3",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0517a464c485e343f36c0f8e570270b2616e2023ac047cc1d81b826a7dcef6e9",
+        source_hash: "85ae986121cb978675c4799668c88e1a6af7e05d401d590da5df3f317d87ed90",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "85355966237b5fa22680afea6876c46182476749682aded42e262bbe1b11db7c",
+        source_hash: "6a78e2121c40baf587f245e5e3e006ea41278c9f9f864a822d648185582ac4bb",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b295b9e29ecd434b89ce12236486de949b7e5b448532d881693bef79ae412194",
+        source_hash: "b059bff0436eced85c5e33d8fb598d85b99f7d02e5d8ad1149eecfb978616f89",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "36f2a9ad345937e38f826425a6271bfd5f6f3ccae2fa89ca47c306f67327468d",
+        source_hash: "55c70a4835afc2b9b09766042cddb1e5f654e360348d7cc66f13ba645cf77d98",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "945fdaa601a0623b3e7648c9cd8fd4b92d5e892659c31b377ef8f0789a3a9528",
+        source_hash: "93400e19cc5f55ab19e7f1857638715ca012da2e1d8751c8ea30ed068f5be165",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a.cu"
         ),
-        source_hash: "24b1433588b8c2d7c91b14f5a55e0921484d9ede2123f5180f50157905944351",
+        source_hash: "f2af43d4a332a09e1b11e73c075b3376d82451620864c9ef03a5b90805797054",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ea7255fa95e9132403211ddf2222d3d98168e11ee5a9286351f8ee24b1c1c71a",
+        source_hash: "a2d97966d307db9e14c04c7573e060539da64e650b06d7b26b6dfd44d36629d1",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d72495eadbe6142047d9ffe3f12d987759aa54494c2a69b9c6db3d8c76a40eac",
+        source_hash: "eb31f7f74fd090f624dd38d1df7290b289604a19908d3c70331ca2e235028815",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "6991f4c024b85ffc2577082710acf940be467bc85583c8731e36866679be7b68",
+        source_hash: "6076e8243871231af0783aab21d791130d4f0b4ed5a911c6585c5923f7626fff",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "83b97b812d329ec7453cee5e0d5a39738cd30710e0135ab32a70c37bf1c5bd2a",
+        source_hash: "27e6f17091d1d0c57b8e1369f789425ef2192f5e70b586b140ab0b72a9c014c7",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "ca7931642635a94a229d690b689f1b522231bae39e32d7c85b82c9dfd729cfd2",
+        source_hash: "144a7889e4e8b32ac02e9072af5c948a1ceb64031f97a93b94e05a84282f3bca",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "cc928ae1d4eb3c6ce5e7caab2034a30c0586fea9f0ea3c241838113642fd1d66",
+        source_hash: "7dfe1b9c60e74fcc7b67f800a07feac4bb2b7231d674dd52a7515be3964e9808",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "1b004e8f697bef04723c4be38344fd7a9a3a2376210fc47013d5c802a26c7b75",
+        source_hash: "5c7c5696190efcd4486062937d4c157d1fd60019499159f77f9439943c3c5b2e",
     },
     Kernel {
         name: "gate_grad_bf16_d0_v8_sm90a",
         source: include_str!("kernels/gate_grad/gate_grad_bf16_d0_v8_sm90a.cu"),
-        source_hash: "2f156907861e7d34c666b0979b0c629a73e73e7db10d072efb890ccea1ebcae9",
+        source_hash: "1c34d44fef8fb78ab769ead054a599521b7d5f2ddbc7914a82f9fe6d8da04150",
     },
     Kernel {
         name: "gate_weight_bf16_d0_v8_sm90a",
         source: include_str!("kernels/gate_weight/gate_weight_bf16_d0_v8_sm90a.cu"),
-        source_hash: "a9a5a1c9c25c805039861a0073ed6dcfb7838bd19436ef5c3b2dd3291749cba3",
+        source_hash: "ba899a9ac647769247475fd16d8bcb99fc00f79ba3bbdff56ffc4093dd6491ef",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "3538dc73ab33b49d3f3c75bb6931c126faa34a528ca2ebe4fb73a14bb5812e64",
+        source_hash: "db93409845e4d26516f3c0d0f512670a6716c673e1c2e9a643c1b0c66c9fb214",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "3f0dc9b459ee251c71450261936a7344fe7600aae030637a73da7f5a3c41cb91",
+        source_hash: "d68b2968fe1666075805ccf67203fc5e6de00f200566eb41ead0943fd560bad8",
     },
     Kernel {
         name: "gram_key_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "a4be571a5d5a66957d6192d53bc52958a9c9e78a50432cd9c40a4ae3cad41e04",
+        source_hash: "072e5c5da7d9d334c23b459f6bf19de5182090752ff243d91c59836a65933699",
+    },
+    Kernel {
+        name: "gram_key_bf16_d256_r16_v1_sm90a",
+        source: include_str!("kernels/gram_key/gram_key_bf16_d256_r16_v1_sm90a.cu"),
+        source_hash: "b56c663978fb1c097cad86292dd797ae3bbc406ee973a41886448622d0e93946",
     },
     Kernel {
         name: "gram_key_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "5b506fb8ea6d6355fbfdc8d0bc67a5f51c981b067f02f4888bf3f0e768f078e6",
+        source_hash: "4a1768c6979c3c5654d093effc679177e5d75c8d24d8f71c70c599bd6f80417f",
     },
     Kernel {
         name: "gram_key_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "d75080d4737f774d14c13e4dcd6747668313fa720da2290c682b51c6ca12c7d0",
+        source_hash: "de6513044aaad2e919b80503866153d7b1fc5718d86f075bc7e0ff32f713a991",
     },
     Kernel {
         name: "gram_query_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "6c0c1e27201fde0d8b76aa568d2fdfdf5da3649d02111c18358e4e5224d1f97f",
+        source_hash: "063c32ecfe4aa927952b855dbb51e2fdbac7620c6e14531fbf4067b1d11a2957",
+    },
+    Kernel {
+        name: "gram_query_bf16_d256_r16_v1_sm90a",
+        source: include_str!("kernels/gram_query/gram_query_bf16_d256_r16_v1_sm90a.cu"),
+        source_hash: "dde74471bf6ac7dad3f370967241532d06b5aa1ac66bce26e879f2c240326b12",
     },
     Kernel {
         name: "gram_query_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "efcb387eef52de2a560b3e93eeab6a85ee1330844c69f98d29888a724b23c6a1",
+        source_hash: "8a7cbb455d3577354f00a112a8f83e0de2cb5ba17409720d9466fc9ff78be8f7",
     },
     Kernel {
         name: "gram_query_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "a77e474d5ec547c5c05c8e64fccfcd7dc11ff0876d391b2b91ee6c8294453773",
+        source_hash: "ad9ce341ac7585315eb488171b80ed33dea5c4d6bb9b3f83b08e8fb72a95dbe5",
     },
     Kernel {
         name: "gram_sums_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "a6cd7ae63f7d8e6cbbb2210ce89949f9692551560884e026b799b02b9f311eae",
+        source_hash: "0b398e7f85f0128af3433a77f4beacb51bc4018b137ff60c04100b488d883bf9",
+    },
+    Kernel {
+        name: "gram_sums_bf16_d256_r16_v1_sm90a",
+        source: include_str!("kernels/gram_sums/gram_sums_bf16_d256_r16_v1_sm90a.cu"),
+        source_hash: "d7fccefd4c5a601500f3be680be7a7326f68311a39f887547aad1ab6fa2c6399",
     },
     Kernel {
         name: "gram_sums_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "6c376c12d5a74290a6fda380914d96ea55f91cbee309e519d92cd3aa26f6ca41",
+        source_hash: "afefba00ea37220665b0d511ea02138a9dd44b97353d2088246ad185e901035d",
     },
     Kernel {
         name: "gram_sums_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "aa7516e50b9b276a9f4e8470c23cca97f142b2a71b4ea164a0c664c46a6d658e",
+        source_hash: "35be8f792904fe84fb63395202377a87ecaa4ac6a994d7918f6fa3a113319477",
     },
     Kernel {
         name: "kv_invert_sm80",
         source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
-        source_hash: "7387bf81decdefe96eaa7d12273926c22bb816ce108d8cb37c22de616238d64e",
+        source_hash: "0fe0fa0ef89d516d19e9f01ce6384cc876372706a466d41e40bea523a2c04dd7",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "ee2b06c0a30b88e87f7576cbf13e949327fefe665150dccb03797e73c692a558",
+        source_hash: "0e5e477e320f6fe798aedd8726ef630168c17ee28d120144e8009b6b11f04e9e",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "3ad972e55b5b6b93d6caa994d3afa98fc3e050eb79327092fd69a903d8c9f203",
+        source_hash: "27428cba0e86f0fb2bd52768646131e4aa1d8ef918f7df1bc90361f55db2c450",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "19b8c1138aa4a391dfde4e8f1ee75a58a1b874862daafc8de36008ae02ddc938",
+        source_hash: "c0a602c257c86e29c46cde219031e0239a95c95362e47f2d9ffa71894c650131",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "782d7205ae0cb21c70a10ec271b3e8beafbe2c0e233b1c6b0bef5216b61c58c7",
+        source_hash: "9b7044a7169819e339d9733d39d158a81b9879e550a41df71952d09d5b08df92",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "1fa66b6a813351f73b1ca7f535a58c3cfceee14bbbff32059f773c17aa9cc3d2",
+        source_hash: "4664b41a780bf04b62ff28cf5710c350d48582a9fdc8e14f27a0bc91092841aa",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "473af81d75f7ad57a550f7e90de580cb3ce6bf0912c0028e9b47dedd9cbd4630",
+        source_hash: "a75e001de99421a48157df3deeec05c35d0075866e197e5826512ec5355911af",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "b8a821947af628ae54c9ef046d53e2158de62dbf61d40361662fdeea6aa104fe",
+        source_hash: "3a916a03cfd809f4473a55e98d29e673e7eb899702763c9e777640d01120a910",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "e539512f59541873d638692d36ca963f410b093c9df6dd01f437fc27b6f83bca",
+        source_hash: "84f75381516bf3f4ab2871447bcad0df49ef12670584e98c7a853747abd22c7d",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "77f5849d5dce9044a1003cfa2a7bc44e684f02747954becdc83d69106b77071e",
+        source_hash: "1bceb4a635578015072a34aaa6bdef6e063fa96c209a4856cf21ccaebc990df9",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "21dc3ad14cf6e44b6d99a7a41a3ec3fc2ff24abaeb20512a8d738ddad1833709",
+        source_hash: "2b2aa8383f99727ae10232214dae8e1892d0d700bae415a8d48bc44f7062455b",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "fda919682abd0c0a2b7b567f366885327602f674720d57d020ddf70d76962673",
+        source_hash: "431123ac8b0b979e455e8cfa339b0465f86801c449eabdf5f409414665dfc622",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "d89621dbbb340b39d1f46e509ae871ef374dee4489668893fba79b9a549ab6ce",
+        source_hash: "be509729e159af1af330bf86e54e5117b448f7724b960da5bfd07fc338ec7af0",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "a6c82fca3ea74a873513b5d02d03ff14cbfa263629aceee1013a0110abcfb0e8",
+        source_hash: "0728870e008f8ac8defe813f4c75415f477780e4ac55b9808ac12f7f98a0b6a8",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "a6d7ae6a8e4923b15c7825917fb40f698da3bb97205f06d9678c8335c2c8457b",
+        source_hash: "a0244c326fb949b23dc996bc1a934827b14d30dce4888ba0266269b51fbecd94",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "8d720c6d334ebad41595c5eb9e8ab1e7b90f2b926336af36563812ace01722f8",
+        source_hash: "75592f7d7f4a93d9b8610547873be17f00b04075ca890cf175a81f4c58076ebb",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "be7c108765e490bf514915ea967a6317fc95979abc91adcd5098d0c0703e791e",
+        source_hash: "bdca2b548764f663aef92f0bf94af52b66f1fa57f17a6dda3c5bff7020b8da03",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "438efc10bd7c6e33e7a088045999de659368aba08acf4261827bb2e5879fd7b9",
+        source_hash: "7c7ff443072292dc0dab59fd70bb4247d997333e9fe32dba8c83c06dfb8bd431",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "ecb8527b28d2a5916527154a6ba1b5139fc95a6b05c2efa3a65a722799549eed",
+        source_hash: "138f869ac0c19dcde598252e5e95f0ac8d70b07b308b137aaa35530444ce65eb",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "ad375818b994d88fe305d589ffbaff02e3a7c33e39ed81c1a621cdff5c010f22",
+        source_hash: "03ffc29ade293139ccd04fb90b6b61807b625151da85c9febe01fb2284c82825",
     },
     Kernel {
         name: "kv_validate_sm80",
         source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
-        source_hash: "83d09ee75f3adb069756f89529ef65485c349af9a40e7e762b9d19b315880076",
+        source_hash: "a7a64d6df3506da91a8503893569ce2376992a9cc8c9da9b3eb589fd3c8d730c",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "c42a480ca690ad6852229010a3ca4016d122203a451348d8773cf7ae6c748f78",
+        source_hash: "1be3338c6eaedbdc938ed7ef393ceca2d2787617115fe7ad407b37b2e03f964d",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "86d4c47fa3712c8152e3e592541e7bda2da112f027f4d2f4484e9702b1f54541",
+        source_hash: "e2fa1fadd8130a7bec9cfa86929843142d670202832ef440b90afec921062855",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "6fdba512f8eb57d23716acebc9bda5517ab1d285cb783126423bb4fb4cf95ac1",
+        source_hash: "0c5f3b46b528e1fc5e3514edaf313ebfdf5d152919744053304c609a070d9bdc",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "83ef6ad14c88fa01440c320a8d9bd49f92e31e6c2850d06d2f5591f6c98626dc",
+        source_hash: "e2fc46a81f12a020fe3590369eb634939959fd32ed8116de3bcaa4203b9e6af1",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "dd41e3af5b692a0d19b146c79e082b8bace33386df6ea7c124647b33889de77b",
+        source_hash: "378c930cd6d4ff65284f798b5f9b9ee7e3efd54040ea79a9ace03fe2d8324387",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "38a5dc2587671e111ec04fef40ab22cfa49bee9fe09d1bd45db8d4427c89250b",
+        source_hash: "9b7ba2369fd9890039487df91c7f7516d300e84474e5c2b1d2514437af38c1b8",
     },
     Kernel {
         name: "profile_bf16_d128_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d128_v1_sm90a.cu"),
-        source_hash: "4170d25e378b01d90c35c88086c15a78b81bc070502356aea88cb266422e05f8",
+        source_hash: "4cbd1c354853e56ebecd63c788ab0f8f808e2a6e2f1ab77b8ef6f28cb88ac390",
+    },
+    Kernel {
+        name: "profile_bf16_d256_v1_sm90a",
+        source: include_str!("kernels/profile/profile_bf16_d256_v1_sm90a.cu"),
+        source_hash: "712f59f4000de547ecac3e3ca2375075ceedcc917e72b7ee14d133c05c8c669f",
     },
     Kernel {
         name: "profile_bf16_d64_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d64_v1_sm90a.cu"),
-        source_hash: "03599b9d14f23763ea86e0afba5d3826ca380166107ecc50cfb4a6c444a3ac41",
+        source_hash: "7dd7a9e8bd56e0d2451599505217e80c84a575a58516dc77974d3a66168bd739",
     },
     Kernel {
         name: "profile_bf16_d96_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d96_v1_sm90a.cu"),
-        source_hash: "cf4b133162ff7a70d382e262121164552662fb44b73472a4af9d72fe003162ad",
+        source_hash: "61e47b7087f5a9e16e014d2c361b0e13dd644139ec4b5e7be12af16f52a27088",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "68f98b05570142dec2502a9592aa2c0644d6d86b3b33bc23074974dff73ae8c2",
+        source_hash: "5988ad8986787524d235fca1340a6112164ef8fe22bb7c8c0a1004355e12812f",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "ae4ca61152724b9de6cd096256d8c36a45d28874fc47279f32f4dd4d47bd79f1",
+        source_hash: "61bfa3c1a829f309cc007b04fb6662bc21f86fba45831988eef0698c56801c3e",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "f48be71453ad07b68258f3de13acd447c3f87d9ed6211b614a3ffa6ed6a8e7c3",
+        source_hash: "14a5762fa86047c9aa1046dc4ebd266d9fb8ab5682cbd8d0a3e4d306921b100a",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "634995e3a648010e989bb1d9d7cdad0dacb8c9ad27e7f32c9e37fd3602978c81",
+        source_hash: "668ef89a9704ecff3cbb8c6b5cc2767f5e4a551f0e3f5cc83ca2ce583138611a",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "7c83e8199809dc875a57d452153f0df664a2e755f6c7771a6b39263864bcc251",
+        source_hash: "af7be0074aa5a24b31dc809883f0e4b3b84f6028eef7c8bc312ddf482c0cbf9b",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "b5f97858eadfe0b04c5a4edddcd7c97a0eb8d79f7d84c9d358c05676c203194d",
+        source_hash: "299bde4b03495d898fc8233f70eeb3bdf1c55f68bc3156194fc3495593968b2d",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "d2140a6428dc2e7fd20113f4f42dec2ce7556a16d190fc5f887c93a8f1d85322",
+        source_hash: "90d263e77fcbf68bc4d8f5393ac38b22349816caddb2d91ba46875ca56d2c797",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "d03c284a3e53bd2911713be9c7a5363c50dba2c339a2d377e90b7a0e22ccfc9d",
+        source_hash: "9e8ccbbffc78acd0bc4d38c263a3da6ba6d1038651a71b442e71be6b1a686808",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "55d09412a4261dea8e3740593360be10fe12e097695904aa0d1f14ffad9500fd",
+        source_hash: "b8cf4bde041b088c124b4c8111680d0fb921aace1045ea08a6471f0809dc03c5",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "f8fc7956cecabe98b048e05f40c736c1323446d4b4247f5058260fc4a4069882",
+        source_hash: "6cd732fb30af700f7b776c7ae8d5b3ece2a3c6ca828cfc7eda8b05b750645acc",
     },
 ];
 

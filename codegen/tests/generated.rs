@@ -33,7 +33,7 @@ fn the_committed_tree_is_exact() {
 
 #[test]
 fn the_committed_tree_is_small() {
-    for (arch, most) in [(Arch::Sm90a, 160), (Arch::Sm80, 30)] {
+    for (arch, most) in [(Arch::Sm90a, 165), (Arch::Sm80, 30)] {
         let of_arch = |spec: &&KernelSpec| spec.arch() == arch;
         let kernels = committed_specs(&generated()).unwrap().iter().filter(of_arch).count();
         assert!(kernels < most, "{kernels} committed kernels of {arch}: render rare ones on demand instead");

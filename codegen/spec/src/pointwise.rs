@@ -199,6 +199,13 @@ impl PointwiseSpec {
             false => {}
         }
         let spec = PointwiseSpec { op, dtype, dim, rank, vector, arch };
+        if op.bakes_rank() && dim == 256 && rank > 16 {
+            return Err(SpecError::new(
+                "rank",
+                rank,
+                format!("16 at head_dim 256 for {op}: more fill no shared memory"),
+            ));
+        }
         match (op.bakes_dim(), dim) {
             (true, dim) if TRAINER_HEAD_DIMS.contains(&dim) => Ok(spec),
             (true, _) => {
@@ -206,7 +213,7 @@ impl PointwiseSpec {
                 Err(SpecError::new(
                     "dim",
                     dim,
-                    format!("{allowed}: the head dims whose Gram matrices fit shared memory"),
+                    format!("{allowed}: the head dims whose Gram matrices fit shared memory and registers"),
                 ))
             }
             (false, 0) => Ok(spec),
@@ -236,12 +243,14 @@ impl PointwiseSpec {
         match self.op {
             // Four stages of 64 tokens.
             PointwiseOp::GramSums => tokens(4 * 64),
-            // Two stages of 32 or 16 tokens of eight warps; blocks of 16 x 16 in two parts: the centred Gram matrices, of the
-            // largest its upper half; then one f32 a warp.
+            // Two stages of 32 or 16 tokens of eight warps, or one; blocks of 16 x 16: the centred Gram matrices, of the largest its
+            // upper half in two parts, the smallest in two parts too; then one f32 a warp.
             PointwiseOp::GramQuery => {
                 let (wide, low) = (dim / 16, rank / 16);
-                let blocks = wide * (wide + 1) / 2 + low * wide + low * low;
-                tokens(8 * 2 * if rank == 16 { 32 } else { 16 }) + blocks * 2 * 512 + 8 * 4
+                let blocks = wide * (wide + 1) + low * wide + 2 * low * low;
+                let rows = if rank == 16 && dim <= 128 { 32 } else { 16 };
+                let stages = if dim <= 128 { 2 } else { 1 };
+                tokens(8 * stages * rows) + blocks * 512 + 8 * 4
             }
             // W and M, then one f32 a row.
             PointwiseOp::GramKey => rows(rank) + rank * 4,
@@ -255,7 +264,8 @@ impl PointwiseSpec {
     pub(crate) fn ctas_per_sm(&self) -> u32 {
         match self.op {
             // Sums of more than 16 low-rank columns take over 128 registers, and rows of more than 96 shared memory.
-            PointwiseOp::GramSums if self.rank == 16 => 2,
+            PointwiseOp::GramSums if self.rank == 16 && self.dim <= 128 => 2,
+            PointwiseOp::GramKey if self.dim > 128 => 2,
             // Each warp waits for its own loads: the more of them, the better.
             PointwiseOp::GramKey if self.rank == 16 => 3,
             _ => 1,

@@ -9,7 +9,7 @@ use crate::{KernelSpec, PointwiseOp, PointwiseSpec};
 /// Head dims the shipped attention kernels serve, where the architecture's templates do: see [`shipped_head_dims`].
 pub const SHIPPED_HEAD_DIMS: [u16; 4] = [64, 96, 128, 256];
 /// Head dims the trainer's kernels serve. The predictor's loss keeps D x D sums in shared memory: of 256 they do not fit.
-pub const TRAINER_HEAD_DIMS: [u16; 3] = [64, 96, 128];
+pub const TRAINER_HEAD_DIMS: [u16; 4] = [64, 96, 128, 256];
 /// Block sizes (query_group, kv_block) the shipped kernels serve, beside dense.
 pub const SHIPPED_BLOCK_SIZES: [(u16, u16); 2] = [(64, 64), (128, 128)];
 /// Granularities (query_group, kv_block) below a KV tile that the shipped attention kernels gather; others are rendered on

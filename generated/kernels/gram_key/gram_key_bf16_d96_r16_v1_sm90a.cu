@@ -26,6 +26,7 @@ constexpr int kParamsBytes = 152;
 
 constexpr int kSteps = kRank / 16;
 constexpr int kWarps = kThreads / 32;
+constexpr int kRows = 16 * kWarps;
 constexpr int kColumns = kHeadDim + kRank;
 constexpr int kRecord = kHeadDim * kColumns + kRank * kRank + kColumns;
 // Rows 4 pieces of 16 bytes apart modulo 8: no bank is met twice.
@@ -44,7 +45,7 @@ struct Params {
     float* loss;            // [H], written
     int32 num_heads;
     int32 seqlen;
-    int32 rows_per_cta;     // a multiple of 16
+    int32 rows_per_chunk;   // tokens of a CTA of gram_sums
     int32 loss_parts;
     float loss_factor;
     int32 reserved;
@@ -62,7 +63,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_key_bf16
     extern __shared__ uint4 dynamic[];
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(dynamic);
     const int lane = lane_index();
-    const int64 head = static_cast<int64>(blockIdx.z) * p.num_heads + blockIdx.y;
+    const int batch = blockIdx.z;
+    const int h = blockIdx.y;
+    const int64 head = static_cast<int64>(batch) * p.num_heads + h;
     const float* weights = p.weights + head * kRank * kColumns;
     const float* sum = p.sums + (head + 1) * kRecord - kColumns;
     for (int i = threadIdx.x; i < kRank * kHeadDim; i += kThreads) {
@@ -81,26 +84,30 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_key_bf16
         mean = warp_sum(mean);
         if (lane == 0) shared.mean[row] = mean / p.seqlen;
     }
-    if (blockIdx.x == 0 && blockIdx.z == 0 && warp_index() == 0) {
+    if (blockIdx.x == 0 && batch == 0 && warp_index() == 0) {
         float loss = 0.0f;
-        for (int i = lane; i < p.loss_parts; i += 32) loss += p.loss_partial[static_cast<int64>(i) * p.num_heads + blockIdx.y];
+        for (int i = lane; i < p.loss_parts; i += 32) loss += p.loss_partial[static_cast<int64>(i) * p.num_heads + h];
         loss = warp_sum(loss);
-        if (lane == 0) p.loss[blockIdx.y] = p.loss_factor * loss;
+        if (lane == 0) p.loss[h] = p.loss_factor * loss;
     }
     __syncthreads();
 
-    const int begin = blockIdx.x * p.rows_per_cta;
-    const int end = min(begin + p.rows_per_cta, p.seqlen);
-    for (int first = begin + 16 * warp_index(); first < end; first += 16 * kWarps) {
-        const int token_low = first + lane / 4;
+    // First the last tiles of all chunks that a CTA of gram_sums had, then those before: what it read last is still in L2.
+    const int chunks = (p.seqlen + p.rows_per_chunk - 1) / p.rows_per_chunk;
+    const int tiles = (p.rows_per_chunk + kRows - 1) / kRows;
+    for (int i = blockIdx.x; i < tiles * chunks; i += gridDim.x) {
+        const int begin = i % chunks * p.rows_per_chunk;
+        const int end = min(begin + p.rows_per_chunk, p.seqlen);
+        const int token_low = begin + (tiles - 1 - i / chunks) * kRows + 16 * warp_index() + lane / 4;
         const int token_high = token_low + 8;
-        const bool valid_low = token_low < p.seqlen;
-        const bool valid_high = token_high < p.seqlen;
+        const bool valid_low = token_low < end;
+        const bool valid_high = token_high < end;
+        if (__all_sync(kFullWarp, !valid_low)) continue;
         RowOperand<kHeadDim> k;
-        k.load(valid_low ? p.k.at<const Element>(blockIdx.z, token_low, blockIdx.y) : nullptr,
-               valid_high ? p.k.at<const Element>(blockIdx.z, token_high, blockIdx.y) : nullptr);
-        const Element* l_low = p.k_lr.at<const Element>(blockIdx.z, token_low, blockIdx.y);
-        const Element* l_high = p.k_lr.at<const Element>(blockIdx.z, token_high, blockIdx.y);
+        k.load(valid_low ? p.k.at<const Element>(batch, token_low, h) : nullptr,
+               valid_high ? p.k.at<const Element>(batch, token_high, h) : nullptr);
+        const Element* l_low = p.k_lr.at<const Element>(batch, token_low, h);
+        const Element* l_high = p.k_lr.at<const Element>(batch, token_high, h);
         LowRankOperand l[kSteps];
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
@@ -126,11 +133,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_key_bf16
             }
             const int column = to + 4 * (lane % 4);
             if (valid_low) {
-                Element* at = p.d_k_lr.at<Element>(blockIdx.z, token_low, blockIdx.y) + column;
+                Element* at = p.d_k_lr.at<Element>(batch, token_low, h) + column;
                 *reinterpret_cast<uint2*>(at) = {pack2<Element>(d[0][0], d[0][1]), pack2<Element>(d[1][0], d[1][1])};
             }
             if (valid_high) {
-                Element* at = p.d_k_lr.at<Element>(blockIdx.z, token_high, blockIdx.y) + column;
+                Element* at = p.d_k_lr.at<Element>(batch, token_high, h) + column;
                 *reinterpret_cast<uint2*>(at) = {pack2<Element>(d[0][2], d[0][3]), pack2<Element>(d[1][2], d[1][3])};
             }
         }

@@ -7,9 +7,12 @@
 //   ab = scale l^T C q,  aa = l^T A l,  bb = scale^2 q^T G q      (q: query, l: low-rank query)
 //   loss = 0.95 (1 - ab / |a||b|) + 0.05 (|a| / |b| - 1)^2;   d_l = by_ab scale C q + 2 by_aa A l
 //   [W | M] = sum of [by_ab scale l q^T | 2 by_aa l l^T] for gram_key: one partial record a CTA, added up by sum_rows
-// G, C, A are exact sums kept as two 16-bit parts, and of G the blocks on and above the diagonal, those above doubled.
-// Floors: q and l read once; S (D^2 + 16 D + 5 R D) products a head. Budget at D = 128, R = 16: W and q in 128 of about 250
-// registers; 202 KB, of which 78 are the next tokens of eight warps that wait for nobody; one CTA a multiprocessor.
+// G and C are kept in f16, as shares of bounds of their entries, and so is q: exact from 6e-5 to 65504, where QK-norm has it.
+// Of G there are the blocks on and above the diagonal, those above doubled. Where the keys have most in one direction, a query
+// orthogonal to it has a b that is small beside what rounding G does: tiles with such queries add what f16 left of G.
+// A is kept as two parts.
+// Floors: q and l read once; S (D^2 / 2 + 8 D + 4 R D) products a head. Budget at D = 128, R = 16: W and q in 128 of about 250
+// registers; 197 KB, of which 78 are the next tokens of eight warps that wait for nobody; one CTA a multiprocessor.
 #include "dsv/gram.cuh"
 #include "dsv/operand.cuh"
 #include "dsv/types.cuh"
@@ -23,7 +26,7 @@ constexpr int kHeadDim = 96;
 constexpr int kRank = 16;
 constexpr int kThreads = 256;
 constexpr int kCtasPerSm = 1;
-constexpr int kSmemBytes = 151584;
+constexpr int kSmemBytes = 148512;
 constexpr int kParamsBytes = 144;
 // END CONFIG
 
@@ -33,9 +36,15 @@ constexpr int kRecord = kHeadDim * kColumns + kRank * kRank + kColumns;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlocks = kHeadDim / 16;
 constexpr int kPairs = kBlocks * (kBlocks + 1) / 2;
-// A CTA has 16 rows of W and M; those of a higher rank are as many CTAs, of which the first has all other results.
+// A CTA has 16 rows of W and M, and 128 columns of W, or all if there are fewer; those of a higher rank and head_dim are as many
+// CTAs, of which the first has all other results.
 constexpr int kSlices = kRank / 16;
-constexpr int kRowTiles = kRank == 16 ? 2 : 1;
+constexpr int kColumnSlices = kHeadDim > 128 ? 2 : 1;
+constexpr int kOwnBlocks = kBlocks / kColumnSlices;
+constexpr int kOwnColumns = 16 * kOwnBlocks + kRank;
+constexpr int kRowTiles = kRank == 16 && kHeadDim <= 128 ? 2 : 1;
+// With G of 256 columns there is room for one.
+constexpr int kStages = kHeadDim <= 128 ? 2 : 1;
 constexpr int kRows = 16 * kRowTiles;
 static_assert(kHeadDim % 16 == 0 && kRank % 16 == 0, "whole tiles of 16");
 static_assert(kThreads == 256, "a thread has the same place in every block of 16 x 16");
@@ -45,6 +54,9 @@ constexpr float kNormWeight = 0.05f;
 constexpr float kNormEpsilon = 1e-6f;
 // |b|^2 up to which a query ranks nothing and contributes no gradient.
 constexpr float kFlatRow = 1e-10f;
+// f16 rounds entries of G by 2^-12 / sqrt(3) at a root mean square: q^T G q by that, |G| (Frobenius) and |q|^2 / D. A row is
+// trusted where that is less than 2^-10 of it.
+constexpr float kTrusted = 0.145f / kHeadDim;
 
 struct Params {
     TensorView q;           // [B, S, H, D]
@@ -68,14 +80,16 @@ struct Block {
 };
 
 struct SharedStorage {
-    alignas(16) Element x[kWarps][2][kRows][kStride];  // at last [16][D + R] f32 a warp: its W and M
-    Block kk[kPairs];                                  // row by row, from the diagonal on
-    Block lk[kSlices][kBlocks];
+    alignas(16) Element x[kWarps][kStages][kRows][kStride];  // at last, with kk, [16][kOwnColumns] f32 a warp: W and M
+    F16 kk[kPairs][256];                               // row by row, from the diagonal on; a block as a part of Block
+    F16 kk_rest[kPairs][256];
+    F16 lk[kSlices][kBlocks][256];
     Block ll[kSlices][kSlices];
     float loss[kWarps];
 };
 static_assert(sizeof(SharedStorage) == kSmemBytes, "SharedStorage differs from Facts");
-static_assert(sizeof(SharedStorage::x) >= kWarps * 16 * kColumns * sizeof(float), "a warp's sums take the place of its tokens");
+static_assert(sizeof(SharedStorage::x) + sizeof(SharedStorage::kk) >= kWarps * 16 * kOwnColumns * sizeof(float),
+              "the warps' sums take the place of tokens and G");
 
 // Where column n and inner index k of a block lie.
 __device__ __forceinline__ int block_offset(int n, int k) { return (n / 8 * 2 + k / 8) * 64 + n % 8 * 8 + k % 8; }
@@ -98,12 +112,44 @@ __device__ __forceinline__ QueryLoss query_loss(float ab, float aa, float bb) {
 }
 
 // Sums x . d over this lane's columns of a 16 x 16 block: of row l / 4, and of row l / 4 + 8.
+template <typename T>
 __device__ __forceinline__ void add_dots(float (&sum)[2], const uint32 (&x)[4], const float (&d)[8]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        sum[i % 2] = fmaf(unpack_low<Element>(x[i]), d[2 * i], sum[i % 2]);
-        sum[i % 2] = fmaf(unpack_high<Element>(x[i]), d[2 * i + 1], sum[i % 2]);
+        sum[i % 2] = fmaf(unpack_low<T>(x[i]), d[2 * i], sum[i % 2]);
+        sum[i % 2] = fmaf(unpack_high<T>(x[i]), d[2 * i + 1], sum[i % 2]);
     }
+}
+
+__device__ __forceinline__ void to_half(uint32 (&x)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = pack2<F16>(unpack_low<Element>(x[i]), unpack_high<Element>(x[i]));
+}
+
+// Of the rows that four lanes share, of which each has a part of the sum, the one that is this lane's own: of lane c of the four
+// token l / 4 + 8 (c % 2) of tile c / 2.
+__device__ __forceinline__ float own_row(const float (&x)[kRowTiles][2]) {
+    float row = 0.0f;
+#pragma unroll
+    for (int own = 0; own < 2 * kRowTiles; ++own) {
+        const float sum = quad_sum(x[own / 2][own % 2]);
+        if (lane_index() % 4 == own) row = sum;
+    }
+    return row;
+}
+
+// This lane's part of the rows' squares, in f16: to know how large they are. Infinite where that is too small a type.
+__device__ __forceinline__ void add_squares(float (&sum)[2], const uint32 (&x)[kBlocks][4]) {
+    uint32 squares[2] = {};
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            asm("fma.rn.f16x2 %0, %1, %1, %0;" : "+r"(squares[r % 2]) : "r"(x[i][r]));
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum[r] += unpack_low<F16>(squares[r]) + unpack_high<F16>(squares[r]);
 }
 
 // A^T of 16 tokens, each times its factor: lane 4 r + own has that of token r, lane 4 r + own + 1 that of token r + 8.
@@ -119,24 +165,49 @@ __device__ __forceinline__ void scale_tokens(uint32 (&to)[4], const uint32 (&a)[
     }
 }
 
-// Sums x y minus (sum x)(sum y) / S, in two parts.
-__device__ __forceinline__ void centre(const float* sums, SharedStorage& shared, float per_token) {
+// What f16 entries of G and C are to be multiplied by, powers of two; and the Frobenius norm of G's entries.
+struct Units {
+    float kk;
+    float lk;
+    float norm;
+};
+
+// The power of two above x.
+__device__ __forceinline__ float power_above(float x) { return x > 0.0f ? ldexpf(1.0f, ilogbf(x) + 1) : 1.0f; }
+
+// Sums x y minus (sum x)(sum y) / S.
+__device__ __forceinline__ Units centre(const float* sums, SharedStorage& shared, float per_token) {
     const float* low = sums + kHeadDim * kColumns;
     const float* sum = low + kRank * kRank;
+    const auto centred = [&](float x, int i, int j) { return x - __ldg(sum + i) * (__ldg(sum + j) * per_token); };
+    // No entry is larger than the largest of the diagonal, or than the root of two such.
+    float largest_kk = 0.0f;
+    float largest_ll = 0.0f;
+    for (int i = lane_index(); i < kHeadDim; i += 32) {
+        largest_kk = fmaxf(largest_kk, centred(__ldg(sums + i * (kColumns + 1)), i, i));
+    }
+    for (int i = lane_index(); i < kRank; i += 32) {
+        largest_ll = fmaxf(largest_ll, centred(__ldg(low + i * (kRank + 1)), kHeadDim + i, kHeadDim + i));
+    }
+    largest_kk = warp_max(largest_kk);
+    largest_ll = warp_max(largest_ll);
+    Units unit = {power_above(largest_kk), power_above(sqrtf(largest_kk) * sqrtf(largest_ll)), 0.0f};
+
     // Neighbouring threads read neighbouring floats; G and A are symmetric.
     const int row = threadIdx.x / 16;
     const int column = threadIdx.x % 16;
     const int at = block_offset(column, row);
-    const auto put = [&](Block& block, float x, int i, int j, float factor) {
-        x -= __ldg(sum + i + row) * (__ldg(sum + j + column) * per_token);
-        split(factor * x, block.part[0][at], block.part[1][at]);
-    };
+    const float per_kk = 1.0f / unit.kk;
+    const float per_lk = 1.0f / unit.lk;
     int i = 0;
     int j = 0;
 #pragma unroll 6
     for (int pair = 0; pair < kPairs; ++pair) {
         // Column block i, inner block j.
-        put(shared.kk[pair], __ldg(sums + (16 * j + row) * kColumns + 16 * i + column), 16 * j, 16 * i, i == j ? 1.0f : 2.0f);
+        const float x = centred(__ldg(sums + (16 * j + row) * kColumns + 16 * i + column), 16 * j + row, 16 * i + column);
+        const float entry = (i == j ? per_kk : 2.0f * per_kk) * x;
+        split(entry, shared.kk[pair][at], shared.kk_rest[pair][at]);
+        unit.norm += (i == j ? 1.0f : 0.5f) * entry * entry;
         if (++j == kBlocks) j = ++i;
     }
 #pragma unroll
@@ -144,13 +215,17 @@ __device__ __forceinline__ void centre(const float* sums, SharedStorage& shared,
         const int n0 = kHeadDim + 16 * n;
 #pragma unroll
         for (int j = 0; j < kBlocks; ++j) {
-            put(shared.lk[n][j], __ldg(sums + (16 * j + row) * kColumns + n0 + column), 16 * j, n0, 1.0f);
+            const float x = centred(__ldg(sums + (16 * j + row) * kColumns + n0 + column), 16 * j + row, n0 + column);
+            shared.lk[n][j][at] = from_float<F16>(per_lk * x);
         }
 #pragma unroll
         for (int j = 0; j < kSlices; ++j) {
-            put(shared.ll[n][j], __ldg(low + (16 * j + row) * kRank + 16 * n + column), kHeadDim + 16 * j, n0, 1.0f);
+            const float x = centred(__ldg(low + (16 * j + row) * kRank + 16 * n + column), kHeadDim + 16 * j + row, n0 + column);
+            split(x, shared.ll[n][j].part[0][at], shared.ll[n][j].part[1][at]);
         }
     }
+    unit.norm = sqrtf(cta_sum(unit.norm, shared.loss));
+    return unit;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_query_bf16_d96_r16_v1_sm90a(const __grid_constant__ Params p) {
@@ -158,8 +233,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_query_bf
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(dynamic);
     const int lane = lane_index();
     const int warp = warp_index();
-    const int batch = blockIdx.z / kSlices;
-    const int slice = blockIdx.z % kSlices;
+    const int batch = blockIdx.z / (kSlices * kColumnSlices);
+    const int slice = blockIdx.z / kColumnSlices % kSlices;
+    const int own_block = blockIdx.z % kColumnSlices * kOwnBlocks;
+    const bool is_first = slice == 0 && own_block == 0;
     const int64 head = static_cast<int64>(batch) * p.num_heads + blockIdx.y;
     const int begin = blockIdx.x * p.rows_per_cta;
     const int end = min(begin + p.rows_per_cta, p.seqlen);
@@ -170,26 +247,25 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_query_bf
         if (tile < tiles) {
             const int first = begin + tile * kRows;
             auto& to = shared.x[warp][stage];
-            copy_columns<kHeadDim, 32>(to, 0, lane, q_head, p.q.stride_seq, first, p.seqlen);
+            // gram_key finds in L2 what gram_sums read last, if the queries do not take its place.
+            copy_columns<kHeadDim, 32, true>(to, 0, lane, q_head, p.q.stride_seq, first, p.seqlen);
             copy_columns<kRank, 32>(to, kHeadDim, lane, l_head, p.q_lr.stride_seq, first, p.seqlen);
         }
         copy_commit();
     };
     copy(warp, 0);
-    centre(p.sums + head * kRecord, shared, 1.0f / static_cast<float>(p.seqlen));
+    const Units unit = centre(p.sums + head * kRecord, shared, 1.0f / static_cast<float>(p.seqlen));
     __syncthreads();
 
     // Two operands of 16 columns and 16 inner indices in one: registers 0, 1 of the first eight columns, 2, 3 of the others.
-    const auto load_block = [&](uint32 (&b)[4], const Block& block, int part) {
-        load_matrices(b, smem_address(&block.part[part][8 * lane]));
-    };
+    const auto load_block = [&](uint32 (&b)[4], const auto& block) { load_matrices(b, smem_address(&block[8 * lane])); };
     float loss = 0.0f;
-    float w[kBlocks][8] = {};
+    float w[kOwnBlocks][8] = {};
     float m[kSlices][8] = {};
     for (int tile = warp; tile < tiles; tile += kWarps) {
-        const int stage = tile / kWarps % 2;
-        copy(tile + kWarps, stage ^ 1);
-        copy_wait<1>();
+        const int stage = tile / kWarps % kStages;
+        if constexpr (kStages == 2) copy(tile + kWarps, stage ^ 1);
+        copy_wait<kStages - 1>();
         __syncwarp();
         const uint32 x = smem_address(&shared.x[warp][stage][0][0]);
         const uint32 by_rows = x + sizeof(Element) * rows_first_offset<kStride>();
@@ -201,26 +277,29 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_query_bf
 #pragma unroll
         for (int t = 0; t < kRowTiles; ++t) {
 #pragma unroll
-            for (int i = 0; i < kBlocks; ++i) load_matrices(q[t][i], by_rows + t * kTileBytes + 32 * i);
+            for (int i = 0; i < kBlocks; ++i) {
+                load_matrices(q[t][i], by_rows + t * kTileBytes + 32 * i);
+                to_half(q[t][i]);
+            }
         }
         float bb[kRowTiles][2] = {};
+        float qq[kRowTiles][2] = {};
         int pair = 0;
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
             float d[kRowTiles][8] = {};
 #pragma unroll
             for (int j = i; j < kBlocks; ++j, ++pair) {
+                uint32 b[4];
+                load_block(b, shared.kk[pair]);
 #pragma unroll
-                for (int part = 0; part < 2; ++part) {
-                    uint32 b[4];
-                    load_block(b, shared.kk[pair], part);
-#pragma unroll
-                    for (int t = 0; t < kRowTiles; ++t) multiply<Element>(d[t], q[t][j], b);
-                }
+                for (int t = 0; t < kRowTiles; ++t) multiply<F16>(d[t], q[t][j], b);
             }
 #pragma unroll
-            for (int t = 0; t < kRowTiles; ++t) add_dots(bb[t], q[t][i], d[t]);
+            for (int t = 0; t < kRowTiles; ++t) add_dots<F16>(bb[t], q[t][i], d[t]);
         }
+#pragma unroll
+        for (int t = 0; t < kRowTiles; ++t) add_squares(qq[t], q[t]);
 
         uint32 l[kRowTiles][kSlices][4];
 #pragma unroll
@@ -234,55 +313,72 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_query_bf
         float aa[kRowTiles][2] = {};
 #pragma unroll
         for (int n = 0; n < kSlices; ++n) {
+            uint32 b[4];
 #pragma unroll
-            for (int part = 0; part < 2; ++part) {
-                uint32 b[4];
+            for (int j = 0; j < kBlocks; ++j) {
+                load_block(b, shared.lk[n][j]);
 #pragma unroll
-                for (int j = 0; j < kBlocks; ++j) {
-                    load_block(b, shared.lk[n][j], part);
+                for (int t = 0; t < kRowTiles; ++t) multiply<F16>(cq[t][n], q[t][j], b);
+            }
 #pragma unroll
-                    for (int t = 0; t < kRowTiles; ++t) multiply<Element>(cq[t][n], q[t][j], b);
-                }
+            for (int j = 0; j < kSlices; ++j) {
 #pragma unroll
-                for (int j = 0; j < kSlices; ++j) {
-                    load_block(b, shared.ll[n][j], part);
+                for (int part = 0; part < 2; ++part) {
+                    load_block(b, shared.ll[n][j].part[part]);
 #pragma unroll
                     for (int t = 0; t < kRowTiles; ++t) multiply<Element>(al[t][n], l[t][j], b);
                 }
             }
 #pragma unroll
             for (int t = 0; t < kRowTiles; ++t) {
-                add_dots(ab[t], l[t][n], cq[t][n]);
-                add_dots(aa[t], l[t][n], al[t][n]);
+                add_dots<Element>(ab[t], l[t][n], cq[t][n]);
+                add_dots<Element>(aa[t], l[t][n], al[t][n]);
             }
         }
 
-        // Of the rows that four lanes share, each takes one: tile c / 2, token l / 4 + 8 (c % 2).
-        float row_ab = 0.0f;
-        float row_aa = 0.0f;
-        float row_bb = 0.0f;
+        float row_bb = own_row(bb);
+        if (__any_sync(kFullWarp, row_bb < kTrusted * unit.norm * own_row(qq))) {
+            // Seldom: with q read again, block by block, so that no register is kept for it.
+            const auto load_query = [&](uint32 (&to)[4], int t, int block) {
+                load_matrices(to, by_rows + t * kTileBytes + 32 * block);
+                to_half(to);
+            };
+            int rest = 0;
+#pragma unroll 1
+            for (int i = 0; i < kBlocks; ++i) {
+                float d[kRowTiles][8] = {};
+                uint32 x[4];
+#pragma unroll 1
+                for (int j = i; j < kBlocks; ++j, ++rest) {
+                    uint32 b[4];
+                    load_block(b, shared.kk_rest[rest]);
 #pragma unroll
-        for (int own = 0; own < 2 * kRowTiles; ++own) {
-            const float sum_ab = quad_sum(ab[own / 2][own % 2]);
-            const float sum_aa = quad_sum(aa[own / 2][own % 2]);
-            const float sum_bb = quad_sum(bb[own / 2][own % 2]);
-            if (lane % 4 == own) {
-                row_ab = sum_ab;
-                row_aa = sum_aa;
-                row_bb = sum_bb;
+                    for (int t = 0; t < kRowTiles; ++t) {
+                        load_query(x, t, j);
+                        multiply<F16>(d[t], x, b);
+                    }
+                }
+#pragma unroll
+                for (int t = 0; t < kRowTiles; ++t) {
+                    load_query(x, t, i);
+                    add_dots<F16>(bb[t], x, d[t]);
+                }
             }
+            row_bb = own_row(bb);
         }
+        const float row_ab = own_row(ab);
+        const float row_aa = own_row(aa);
         // No row: |b| is zero.
-        const QueryLoss row = query_loss(p.scale * row_ab, row_aa, p.scale * p.scale * row_bb);
+        const QueryLoss row = query_loss(p.scale * unit.lk * row_ab, row_aa, p.scale * p.scale * unit.kk * row_bb);
         loss += row.loss;
         const float row_by_ab = p.gradient_factor * row.by_ab * p.scale;
         const float row_by_aa = p.gradient_factor * 2.0f * row.by_aa;
 #pragma unroll
         for (int own = 0; own < 2 * kRowTiles; ++own) {
-            const float by_ab = __shfl_sync(kFullWarp, row_by_ab, own, 4);
+            const float by_ab = unit.lk * __shfl_sync(kFullWarp, row_by_ab, own, 4);
             const float by_aa = __shfl_sync(kFullWarp, row_by_aa, own, 4);
             const int token = begin + tile * kRows + 8 * own + lane / 4;
-            if (token < p.seqlen && slice == 0) {
+            if (token < p.seqlen && is_first) {
                 Element* to = p.d_q_lr.at<Element>(batch, token, blockIdx.y) + 2 * (lane % 4);
 #pragma unroll
                 for (int i = 0; i < 2 * kSlices; ++i) {
@@ -303,8 +399,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_query_bf
             scale_tokens(weighted, low, row_by_ab, 2 * t);
             uint32 b[4];
 #pragma unroll
-            for (int i = 0; i < kBlocks; ++i) {
-                load_matrices_transposed(b, by_rows + t * kTileBytes + 32 * i);
+            for (int i = 0; i < kOwnBlocks; ++i) {
+                load_matrices_transposed(b, by_rows + t * kTileBytes + 32 * (own_block + i));
                 multiply<Element>(w[i], weighted, b);
             }
             scale_tokens(weighted, low, row_by_aa, 2 * t);
@@ -316,6 +412,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_query_bf
         }
         // Whoever reads this stage is done before the next copy into it.
         __syncwarp();
+        if constexpr (kStages == 1) copy(tile + kWarps, 0);
     }
 
     // The warps' sums, in order.
@@ -323,27 +420,32 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) gram_query_bf
     __syncthreads();
     float* sums = reinterpret_cast<float*>(&shared.x[0][0][0][0]);
     {
-        float* mine = sums + warp * 16 * kColumns + lane / 4 * kColumns + 2 * (lane % 4);
+        float* mine = sums + warp * 16 * kOwnColumns + lane / 4 * kOwnColumns + 2 * (lane % 4);
         const auto put = [&](int column, const float(&d)[8]) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                *reinterpret_cast<float2*>(mine + i % 2 * 8 * kColumns + column + i / 2 * 8) = {d[2 * i], d[2 * i + 1]};
+                *reinterpret_cast<float2*>(mine + i % 2 * 8 * kOwnColumns + column + i / 2 * 8) = {d[2 * i], d[2 * i + 1]};
             }
         };
 #pragma unroll
-        for (int i = 0; i < kBlocks; ++i) put(16 * i, w[i]);
+        for (int i = 0; i < kOwnBlocks; ++i) put(16 * i, w[i]);
 #pragma unroll
-        for (int i = 0; i < kSlices; ++i) put(kHeadDim + 16 * i, m[i]);
+        for (int i = 0; i < kSlices; ++i) put(16 * kOwnBlocks + 16 * i, m[i]);
     }
     loss = cta_sum(loss, shared.loss);
     float* to = p.weights + ((head * gridDim.x + blockIdx.x) * kRank + 16 * slice) * kColumns;
-    for (int i = threadIdx.x; i < 16 * kColumns; i += kThreads) {
+    for (int i = threadIdx.x; i < 16 * kOwnColumns; i += kThreads) {
         float total = sums[i];
 #pragma unroll
-        for (int other = 1; other < kWarps; ++other) total += sums[other * 16 * kColumns + i];
-        to[i] = total;
+        for (int other = 1; other < kWarps; ++other) total += sums[other * 16 * kOwnColumns + i];
+        const int column = i % kOwnColumns;
+        if (column < 16 * kOwnBlocks) {
+            to[i / kOwnColumns * kColumns + 16 * own_block + column] = total;
+        } else if (own_block == 0) {
+            to[i / kOwnColumns * kColumns + kHeadDim + column - 16 * kOwnBlocks] = total;
+        }
     }
-    if (threadIdx.x == 0 && slice == 0) {
+    if (threadIdx.x == 0 && is_first) {
         p.loss[(static_cast<int64>(batch) * gridDim.x + blockIdx.x) * p.num_heads + blockIdx.y] = loss;
     }
 }

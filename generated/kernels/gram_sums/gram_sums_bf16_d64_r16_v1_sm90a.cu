@@ -7,6 +7,7 @@
 // one partial record a CTA, of a chunk of tokens; sum_rows adds the records up, so the bits are the same on every run.
 // Floors: k and l read once; S (D (D + R) + R^2) products a head.
 // A warp has 32 rows (16 at D = 64) of K^T [K | L], and half of its columns. Tokens come through four stages of 64 by cp.async.
+// At D = 256 two CTAs share a chunk: each reads all of it and has half of K^T's rows, and the first L^T L.
 // Budget at D = 128, R = 16: 80 of 128 registers are sums; 78 KB, of which 55 are in flight; two CTAs a multiprocessor.
 #include "dsv/gram.cuh"
 #include "dsv/types.cuh"
@@ -32,11 +33,13 @@ constexpr int kStages = 4;
 constexpr int kRows = 64;
 // A warp's rows of the product in tiles of 16, and its columns in blocks of 16: the first or the second half of them.
 constexpr int kRowTiles = kHeadDim > 64 ? 2 : 1;
-constexpr int kRowGroups = kHeadDim / (16 * kRowTiles);
+// CTAs that share a chunk of tokens.
+constexpr int kSlices = kHeadDim > 128 ? 2 : 1;
+constexpr int kRowGroups = kHeadDim / kSlices / (16 * kRowTiles);
 constexpr int kBlocks = kColumns / 16;
 constexpr int kFirstHalf = (kBlocks + 1) / 2;
 constexpr int kLowBlocks = kRank / 16;
-static_assert(kHeadDim % (16 * kRowTiles) == 0 && kRank % 16 == 0, "whole tiles of 16");
+static_assert(kHeadDim % (16 * kRowTiles * kSlices) == 0 && kRank % 16 == 0, "whole tiles of 16");
 static_assert(2 * kRowGroups <= kWarps && kLowBlocks <= kWarps - kRowGroups, "every tile has its warp");
 
 struct Params {
@@ -80,6 +83,8 @@ __device__ __forceinline__ void sum_products(const Params& p, SharedStorage& sha
     constexpr int kFirst = second ? kFirstHalf : 0;
     constexpr int kCount = second ? kBlocks - kFirstHalf : kFirstHalf;
     constexpr int kStepBytes = 16 * kStride * sizeof(Element);
+    const int batch = blockIdx.z / kSlices;
+    const int slice = blockIdx.z % kSlices;
     const int begin = blockIdx.x * p.rows_per_cta;
     const int end = min(begin + p.rows_per_cta, p.seqlen);
     const int tiles = (end - begin + kRows - 1) / kRows;
@@ -88,8 +93,8 @@ __device__ __forceinline__ void sum_products(const Params& p, SharedStorage& sha
         if (tile < tiles) {
             const int first = begin + tile * kRows;
             auto& to = shared.x[tile % kStages];
-            const Element* k = p.k.at<const Element>(blockIdx.z, 0, blockIdx.y);
-            const Element* l = p.k_lr.at<const Element>(blockIdx.z, 0, blockIdx.y);
+            const Element* k = p.k.at<const Element>(batch, 0, blockIdx.y);
+            const Element* l = p.k_lr.at<const Element>(batch, 0, blockIdx.y);
             copy_columns<kHeadDim, kThreads>(to, 0, threadIdx.x, k, p.k.stride_seq, first, p.seqlen);
             copy_columns<kRank, kThreads>(to, kHeadDim, threadIdx.x, l, p.k_lr.stride_seq, first, p.seqlen);
         }
@@ -99,9 +104,9 @@ __device__ __forceinline__ void sum_products(const Params& p, SharedStorage& sha
     for (int stage = 0; stage < kStages - 1; ++stage) copy(stage);
 
     const int warp = warp_index();
-    const int row_tile = warp % kRowGroups * kRowTiles;
+    const int row_tile = (slice * kRowGroups + warp % kRowGroups) * kRowTiles;
     const bool has_rows = warp / kRowGroups < 2;
-    const int low_block = second ? kWarps - 1 - warp : kLowBlocks;
+    const int low_block = second && slice == 0 ? kWarps - 1 - warp : kLowBlocks;
     float kx[kRowTiles][kCount][8] = {};
     float sum_k[kRowTiles][4] = {};
     float ll[kLowBlocks][8] = {};
@@ -147,7 +152,7 @@ __device__ __forceinline__ void sum_products(const Params& p, SharedStorage& sha
         }
     }
 
-    const int64 head = static_cast<int64>(blockIdx.z) * p.num_heads + blockIdx.y;
+    const int64 head = static_cast<int64>(batch) * p.num_heads + blockIdx.y;
     float* record = p.partial + (head * gridDim.x + blockIdx.x) * kRecord;
     float* low = record + kHeadDim * kColumns;
     float* sums = low + kRank * kRank;

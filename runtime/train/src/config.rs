@@ -25,7 +25,10 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
         &[
             ("layers", "transformer blocks"),
             ("heads", "attention heads of a block; the width is heads * head_dim"),
-            ("head_dim", "channels of a head; the kernels serve 64, 96 and 128, the CPU any even number"),
+            (
+                "head_dim",
+                "channels of a head; the kernels serve 64, 96, 128 and 256, the CPU any even number",
+            ),
             ("mlp", "\"geglu\" or \"gelu\" (tanh form)"),
             ("mlp_ratio", "inner width of the MLP over the model's width"),
             ("text_dim", "channels of a text token"),
@@ -1511,9 +1514,10 @@ mod tests {
         };
         assert_eq!(on_a_gpu("0.8b"), Ok(()));
         assert_eq!(on_a_gpu("2.7b"), Ok(()));
-        let error = on_a_gpu("30b").unwrap_err();
+        assert_eq!(on_a_gpu("30b"), Ok(()));
+        let error = on_a_gpu("tiny").unwrap_err();
         let wanted =
-            "model.head_dim is 256, which no kernel serves on cuda; available: 64, 96, 128 (any on cpu)";
+            "model.head_dim is 32, which no kernel serves on cuda; available: 64, 96, 128, 256 (any on cpu)";
         assert!(error.contains(wanted), "{error}");
     }
 
@@ -1525,7 +1529,7 @@ mod tests {
                 .map_err(|e| e.to_string())
         };
         for (group, block) in SHIPPED_GATHER {
-            for head_dim in TRAINER_HEAD_DIMS {
+            for head_dim in SHIPPED_GATHER_HEAD_DIMS {
                 let sizes = [
                     format!("dsv.query_group={group}"),
                     format!("dsv.kv_block={block}"),
@@ -1576,7 +1580,7 @@ mod tests {
           - data.clips is 4 and data.validation 8; at least one clip must be left to train on
           - dsv.keep is 0.9; allowed: more than 0, up to dsv.max_keep, or absent
           - dsv.query_group is 12 and dsv.kv_block 8; token cubes nest, so one must be a multiple of the other
-          - model.head_dim is 33, which no kernel serves on cuda; available: 64, 96, 128 (any on cpu)
+          - model.head_dim is 33, which no kernel serves on cuda; available: 64, 96, 128, 256 (any on cpu)
           - dsv.query_group x dsv.kv_block is 12 x 8, which no kernel serves on cuda; available: 64 x 64, 128 x 128 (any on cpu)
           next: correct the keys above, then dsv-train plan CONFIG.toml
         "#);

@@ -40,6 +40,9 @@ pub struct ModelShape {
     pub text_dim: usize,
     /// Text tokens.
     pub text_tokens: usize,
+    /// Copies of a clip's text tokens; each serves as many of its video tokens, as if it were a clip of its own. A backward has
+    /// a CTA for each tile of keys, and one text is one tile.
+    pub text_copies: usize,
     /// Latents, patches and batch.
     pub patch: PatchShape,
     /// Epsilon of the norms.
@@ -54,6 +57,21 @@ pub struct ModelShape {
     pub predictor: Option<PredictorShape>,
     /// Windows, when the run attends within them.
     pub window: Option<WindowShape>,
+}
+
+/// CTAs up to which the cross-attention's backward is spread out: what the smallest of the GPUs served runs at a time.
+const CROSS_CTAS: usize = 132;
+/// Video tokens that a copy of the text serves, at least.
+const CROSS_TOKENS: usize = 512;
+
+/// For this many clips, heads and video tokens: the most, a power of two.
+fn text_copies(batch: usize, heads: usize, tokens: usize) -> usize {
+    let fits = |copies: usize| {
+        batch * heads * copies <= CROSS_CTAS
+            && tokens.is_multiple_of(copies)
+            && tokens / copies >= CROSS_TOKENS
+    };
+    (1..=4).map(|i| 1 << i).take_while(|&copies| fits(copies)).last().unwrap_or(1)
 }
 
 /// 3D windows as KV lists: the same in every block, head and batch element.
@@ -88,6 +106,7 @@ impl ModelShape {
             hidden: m.mlp_ratio * m.heads * m.head_dim,
             text_dim: m.text_dim,
             text_tokens: m.text_tokens,
+            text_copies: text_copies(batch, m.heads, patch.tokens()),
             patch,
             eps: m.norm_eps as f32,
             rope_base: m.rope_base,
@@ -158,9 +177,19 @@ impl ModelShape {
             scale: (self.head_dim as f32).powf(-0.5),
         }
     }
-    /// Sizes of the cross-attention.
+    /// Sizes of the cross-attention: a batch of every copy of the text and the video tokens it serves.
     pub fn cross_attn(&self) -> AttnShape {
-        AttnShape { seqlen_kv: self.text_tokens, ..self.self_attn() }
+        let own = self.self_attn();
+        AttnShape {
+            batch: own.batch * self.text_copies,
+            seqlen_q: own.seqlen_q / self.text_copies,
+            seqlen_kv: self.text_tokens,
+            ..own
+        }
+    }
+    /// Batch times text tokens, copies included.
+    fn text_rows(&self) -> usize {
+        self.patch.batch * self.text_copies * self.text_tokens
     }
     /// What an engine sizes its scratch by.
     pub fn dims(&self, params: usize) -> Dims {
@@ -168,6 +197,7 @@ impl ModelShape {
             batch: self.patch.batch,
             seqlen: self.patch.tokens(),
             text_tokens: self.text_tokens,
+            text_copies: self.text_copies,
             dim: self.dim(),
             heads: self.heads,
             head_dim: self.head_dim,
@@ -323,6 +353,8 @@ struct Cond {
     text_pre: Buf,
     text_act: Buf,
     y: Buf,
+    /// `[B, copies, text tokens, width]`
+    copies: Buf,
 }
 
 /// What a block keeps from forward to backward.
@@ -381,6 +413,7 @@ struct Back {
     gate_product: Buf,
     gate_sum: Buf,
     modulation: Buf,
+    copies: Buf,
     y: Buf,
     y_act: Buf,
     text_act: Buf,
@@ -642,6 +675,7 @@ impl Model {
             text_pre: plan.act("conditioning/text pre", text_rows * dim),
             text_act: plan.act("conditioning/text act", text_rows * dim),
             y: plan.act("conditioning/text tokens", text_rows * dim),
+            copies: plan.act("conditioning/copies of the text tokens", shape.text_rows() * dim),
         };
         let kept = if purposes.train { shape.layers } else { 1 };
         let shelf = purposes.kept_sets.map(|sets| Shelf::reserve(&shape, sets, purposes.inverse_lists, plan));
@@ -671,7 +705,7 @@ impl Model {
                 let (q, k) = (act("q", rows * dim), act("k", rows * dim));
                 let x1 = act("x1", rows * dim);
                 let cq = act("cross q", rows * dim);
-                let ckv = act("cross kv", text_rows * 2 * dim);
+                let ckv = act("cross kv", shape.text_rows() * 2 * dim);
                 let (ca, x2) = (act("cross out", rows * dim), act("x2", rows * dim));
                 let up = act("mlp up", rows * pre);
                 let mut f32 = |name: &str, len: usize| plan.f32(&format!("block work/{name}"), len);
@@ -710,7 +744,7 @@ impl Model {
             let (a, b) = (act("a", rows * dim), act("b", rows * dim));
             let (q, k) = (act("q", rows * dim), act("k", rows * dim));
             let qkv = act("qkv", rows * 3 * dim);
-            let ckv = act("cross kv", text_rows * 2 * dim);
+            let ckv = act("cross kv", shape.text_rows() * 2 * dim);
             let (y_act, text_act) = (act("text tokens", text_rows * dim), act("text act", text_rows * dim));
             let text = act("text", text_rows * shape.text_dim);
             let shared_act = act("modulation", batch * 6 * dim);
@@ -729,6 +763,7 @@ impl Model {
                 gate_product: f32("gated weight", gated),
                 gate_sum: f32("gated bias", dim),
                 modulation: f32("block modulation", batch * 6 * dim),
+                copies: f32("copies of the text tokens", shape.text_rows() * dim),
                 y: f32("text tokens sum", text_rows * dim),
                 y_act,
                 text_act,
@@ -904,7 +939,7 @@ impl Model {
         e.fill(back.x, 0.0);
         e.norm_mod_bwd(&self.final_norm_mod(mean, rstd), back.a, back.x, back.final_mod);
         e.fill(back.shared, 0.0);
-        e.fill(back.y, 0.0);
+        e.fill(back.copies, 0.0);
     }
 
     /// Backward of [`Model::blocks`], after [`Model::leave_bwd`].
@@ -1068,11 +1103,18 @@ impl Model {
         e.text_select_fwd(&self.text_select(), self.io.text, self.params.copy_of(w.null), c.text);
         e.gemm(&self.linear_of(w.text_in, text_rows, c.text, c.text_act).gelu(c.text_pre));
         self.linear(e, w.text_out, text_rows, c.text_act, c.y);
+        for (i, copy) in pieces(c.copies, batch * self.shape.text_copies).enumerate() {
+            e.copy(piece(c.y, batch, i / self.shape.text_copies), copy);
+        }
     }
 
     fn condition_bwd(&self, e: &mut dyn Engine) {
         let (c, w, b, batch) = (&self.cond, &self.weights, self.back(), self.shape.patch.batch);
         let text_rows = batch * self.shape.text_tokens;
+        e.fill(b.y, 0.0);
+        for (i, copies) in pieces(b.copies, batch).enumerate() {
+            e.sum_rows(self.shape.text_copies, copies, piece(b.y, batch, i));
+        }
         e.copy(b.y, b.y_act);
         self.linear_bwd(e, w.text_out, text_rows, c.text_act, b.y_act, Some((b.text_act, false)));
         let bias = self.params.grad_of(w.text_in.bias);
@@ -1217,6 +1259,12 @@ impl Model {
         View::bshd(buf, self.shape.patch.tokens(), self.shape.heads, self.shape.head_dim)
     }
 
+    /// The same for the cross-attention, whose batch is that of the text's copies.
+    fn cross_view(&self, buf: Buf) -> View {
+        let s = self.shape.cross_attn();
+        View::bshd(buf, s.seqlen_q, s.heads, s.head_dim)
+    }
+
     fn self_attention(&self, w: &Work, saved: Saved, lists: Option<Lists>) -> AttnFwd {
         let s = &self.shape;
         AttnFwd {
@@ -1235,11 +1283,11 @@ impl Model {
         let part = |buf: Buf, part: usize| View::packed(buf, 2, part, s.text_tokens, s.heads, s.head_dim);
         AttnFwd {
             shape: s.cross_attn(),
-            q: self.heads_view(w.cq),
+            q: self.cross_view(w.cq),
             k: part(w.ckv, 0),
             v: part(w.ckv, 1),
             lists: None,
-            out: self.heads_view(w.ca),
+            out: self.cross_view(w.ca),
             lse: w.ca_lse,
         }
     }
@@ -1295,7 +1343,7 @@ impl Model {
         }
         self.gated_residual(e, p.o, (w.modulation, 2), [x, saved.attn, w.x1]);
         self.linear(e, p.cq, rows, w.x1, w.cq);
-        self.linear(e, p.ckv, batch * self.shape.text_tokens, self.cond.y, w.ckv);
+        self.linear(e, p.ckv, self.shape.text_rows(), self.cond.copies, w.ckv);
         e.attn_fwd(&self.cross_attention(w));
         e.gemm(&self.linear_of(p.co, rows, w.ca, w.x2).plus(w.x1));
         e.norm_mod_fwd(&self.norm_mod(w.x2, w.modulation, 3, w.mean2, w.rstd2), w.n2);
@@ -1326,13 +1374,13 @@ impl Model {
         let part = |part: usize| View::packed(b.ckv, 2, part, s.text_tokens, s.heads, s.head_dim);
         e.attn_bwd(&AttnBwd {
             fwd: self.cross_attention(w),
-            d_out: self.heads_view(b.a),
-            d_q: self.heads_view(b.b),
+            d_out: self.cross_view(b.a),
+            d_q: self.cross_view(b.b),
             d_k: part(0),
             d_v: part(1),
         });
         self.linear_bwd(e, p.cq, rows, w.x1, b.b, Some((b.x, true)));
-        self.linear_bwd(e, p.ckv, batch * s.text_tokens, self.cond.y, b.ckv, Some((b.y, true)));
+        self.linear_bwd(e, p.ckv, s.text_rows(), self.cond.copies, b.ckv, Some((b.copies, true)));
         // Self-attention.
         self.gated_bwd_weight(e, p.o, (w.modulation, 2), saved.attn, b.x);
         self.gated_bwd_input(e, p.o, (w.modulation, 2), b.x, b.b);
@@ -1357,6 +1405,15 @@ impl Model {
 /// Chunk `chunk` of batch element `b` in a modulation `[B, 6, dim]`.
 fn chunk_of(modulation: Buf, chunk: usize, b: usize, dim: usize) -> Buf {
     modulation.slice((6 * b + chunk) * dim, dim)
+}
+
+/// Piece `i` of `n` equal ones.
+fn piece(buf: Buf, n: usize, i: usize) -> Buf {
+    buf.slice(i * (buf.len() / n), buf.len() / n)
+}
+
+fn pieces(buf: Buf, n: usize) -> impl Iterator<Item = Buf> {
+    (0..n).map(move |i| piece(buf, n, i))
 }
 
 #[cfg(test)]

@@ -88,6 +88,7 @@ fn dims() -> Dims {
         batch: 3,
         seqlen: 1200,
         text_tokens: 64,
+        text_copies: 1,
         dim: 256,
         heads: 4,
         head_dim: 64,
@@ -358,7 +359,7 @@ fn gated_weights() {
 #[test]
 fn queries_and_keys() {
     let _gpu = lock();
-    for (heads, head_dim) in [(3, 64), (3, 96), (2, 128)] {
+    for (heads, head_dim) in [(3, 64), (3, 96), (2, 128), (2, 256)] {
         let (batch, seqlen) = (2, 77);
         let (rows, width, half) = (batch * seqlen, heads * head_dim, head_dim / 2);
         let angles: Vec<f32> = noise(9, seqlen * half, 2.0);
@@ -592,6 +593,7 @@ fn attention_to_itself() {
     attention(64, 333, 333);
     attention(96, 270, 270);
     attention(128, 200, 200);
+    attention(256, 200, 200);
 }
 
 #[test]
@@ -600,12 +602,15 @@ fn attention_to_a_text() {
     attention(64, 333, 7);
     attention(96, 150, 60);
     attention(128, 130, 120);
+    attention(256, 130, 120);
 }
 
 #[test]
 fn selection_lists_and_sparse_attention() {
     let _gpu = lock();
     selected(64, 64, 64);
+    selected(256, 64, 64);
+    selected(256, 128, 128);
 }
 
 #[test]
@@ -754,7 +759,7 @@ fn selected(head_dim: usize, query_group: usize, kv_block: usize) {
 #[test]
 fn predictor_loss_and_profile() {
     let _gpu = lock();
-    let shapes = [(64, 700), (96, 600), (128, 515)];
+    let shapes = [(64, 700), (96, 600), (128, 515), (256, 515)];
     let ranks = space::SHIPPED_RANKS.map(usize::from);
     for ((head_dim, seqlen), rank) in shapes.into_iter().flat_map(|shape| ranks.map(|rank| (shape, rank))) {
         let (batch, heads) = (2, 2);
@@ -958,7 +963,7 @@ fn eight_bit_moments_are_the_references() {
     pair.same("copy", 7, ROUNDED);
 }
 
-fn model_shape((query_group, kv_block): (usize, usize)) -> ModelShape {
+fn model_shape(head_dim: usize, (query_group, kv_block): (usize, usize)) -> ModelShape {
     let patch = PatchShape { batch: 2, channels: 4, latent: [4, 16, 20], patch: [1, 2, 2] };
     let lists = ListShape {
         batch: 2,
@@ -971,11 +976,12 @@ fn model_shape((query_group, kv_block): (usize, usize)) -> ModelShape {
     ModelShape {
         layers: 2,
         heads: 2,
-        head_dim: 64,
+        head_dim,
         mlp: MlpAct::GeGlu,
         hidden: 256,
         text_dim: 40,
         text_tokens: 12,
+        text_copies: 2,
         patch,
         eps: 1e-6,
         rope_base: 100.0,
@@ -1006,7 +1012,12 @@ struct StepResult {
 }
 
 /// Loss and gradients of one step from the same weights and inputs, with lists of this (query_group, kv_block).
-fn step(engine: &mut dyn Engine, sizes: (usize, usize), attention: &[BlockAttention]) -> StepResult {
+fn step(
+    engine: &mut dyn Engine,
+    head_dim: usize,
+    sizes: (usize, usize),
+    attention: &[BlockAttention],
+) -> StepResult {
     let mut plan = ArenaPlan::new(engine.precision());
     let purposes = Purposes {
         train: true,
@@ -1014,7 +1025,7 @@ fn step(engine: &mut dyn Engine, sizes: (usize, usize), attention: &[BlockAttent
         inverse_lists: engine.needs_inverse_lists(),
         ..Purposes::INFERENCE
     };
-    let model = Model::reserve(model_shape(sizes), purposes, &mut plan);
+    let model = Model::reserve(model_shape(head_dim, sizes), purposes, &mut plan);
     engine.reserve(&plan, &model.shape.dims(model.params.master.len())).unwrap();
     model.initialise(engine, 7).unwrap();
     let elem = model.params.master.elem_bytes();
@@ -1023,7 +1034,8 @@ fn step(engine: &mut dyn Engine, sizes: (usize, usize), attention: &[BlockAttent
     for (i, (spec, buf)) in model.params.slices(model.params.master).enumerate() {
         let offset = if spec.name.ends_with("_norm") { 1.0 } else { 0.0 };
         // As wide as a layer that keeps its input's scale.
-        let values: Vec<f32> = noise(100 + i as u32, buf.len(), 0.08).iter().map(|x| x + offset).collect();
+        let scale = 0.08 * (64.0 / head_dim as f32).sqrt();
+        let values: Vec<f32> = noise(100 + i as u32, buf.len(), scale).iter().map(|x| x + offset).collect();
         engine.write_f32(buf, &values).unwrap();
         names.push((spec.name.clone(), (buf.offset_bytes() - base) / elem, buf.len()));
     }
@@ -1035,7 +1047,7 @@ fn step(engine: &mut dyn Engine, sizes: (usize, usize), attention: &[BlockAttent
     engine.write_i32(io.keys, &[1, 2, 3, 4]).unwrap();
     engine.write_i32(io.drop, &[0, 1]).unwrap();
     let predictors = model.predictors.as_ref().unwrap();
-    let top_k = [2, 4, 1, 3].map(|k| k * (64 / sizes.1) as i32);
+    let top_k = [2, 4, 1, 3].map(|k| (k * 64 / sizes.1 as i32).max(1));
     engine.write_i32(predictors.top_k, &top_k).unwrap();
     let samples: Vec<i32> = (0..16).map(|i| i * 19).collect();
     engine.write_i32(predictors.samples, &samples).unwrap();
@@ -1066,9 +1078,9 @@ fn cosine(a: &[f32], b: &[f32]) -> f64 {
 ///
 /// The scores of both engines differ by the rounding of the hidden state to bf16, which moves some units that score near a
 /// list's threshold into it or out of it: hardly ever one of a few blocks, now and then one of a hundred tokens.
-fn whole_model(sizes: (usize, usize), attention: &[BlockAttention]) {
-    let gpu = step(&mut open(false), sizes, attention);
-    let cpu = step(&mut CpuEngine::<f32>::new(), sizes, attention);
+fn whole_model(head_dim: usize, sizes: (usize, usize), attention: &[BlockAttention]) {
+    let gpu = step(&mut open(false), head_dim, sizes, attention);
+    let cpu = step(&mut CpuEngine::<f32>::new(), head_dim, sizes, attention);
     compare("loss", &gpu.loss, &cpu.loss, Tolerance { rel: 1e-2, abs: 0.0, floor: 0.0 });
     compare(
         "predictor loss",
@@ -1096,20 +1108,27 @@ fn whole_model(sizes: (usize, usize), attention: &[BlockAttention]) {
 #[test]
 fn a_step_of_a_dense_model() {
     let _gpu = lock();
-    whole_model((64, 64), &[BlockAttention::Dense; 2]);
+    whole_model(64, (64, 64), &[BlockAttention::Dense; 2]);
+    whole_model(256, (64, 64), &[BlockAttention::Dense; 2]);
 }
 
 #[test]
 fn a_step_of_a_sparse_model() {
     let _gpu = lock();
-    whole_model((64, 64), &[BlockAttention::Sparse { slot: 0 }, BlockAttention::Sparse { slot: 1 }]);
+    for (head_dim, sizes) in [(64, (64, 64)), (256, (64, 64)), (256, (128, 128))] {
+        whole_model(
+            head_dim,
+            sizes,
+            &[BlockAttention::Sparse { slot: 0 }, BlockAttention::Sparse { slot: 1 }],
+        );
+    }
 }
 
 #[test]
 fn a_step_of_a_model_with_fine_lists() {
     let _gpu = lock();
     for sizes in [(64, 8), (64, 1), (128, 8), (128, 1)] {
-        whole_model(sizes, &[BlockAttention::Sparse { slot: 0 }, BlockAttention::Sparse { slot: 1 }]);
+        whole_model(64, sizes, &[BlockAttention::Sparse { slot: 0 }, BlockAttention::Sparse { slot: 1 }]);
     }
 }
 
@@ -1133,8 +1152,8 @@ fn a_deterministic_engine_gives_the_same_bits() {
     };
     let mut engine = open(true);
     assert!(engine.deterministic());
-    let first = step(&mut engine, (64, 64), &attention);
-    let second = step(&mut engine, (64, 64), &attention);
+    let first = step(&mut engine, 64, (64, 64), &attention);
+    let second = step(&mut engine, 64, (64, 64), &attention);
     assert!(bits(&first) == bits(&second), "two runs of one step differ");
     assert!(first.grad.iter().any(|&x| x != 0.0));
 }

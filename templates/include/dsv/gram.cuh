@@ -11,13 +11,22 @@ namespace dsv {
 // Elements between rows of `columns` elements, a multiple of 16.
 constexpr int padded_stride(int columns) { return columns + 8; }
 
+// As copy_async; the lines are the first that L2 gives up.
+__device__ __forceinline__ void copy_async_evict_first(uint32 to, const void* from, bool exists) {
+    // As createpolicy encodes evict_first for every line.
+    constexpr uint64 kPolicy = 0x12F0000000000000;
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0),
+                 "l"(kPolicy)
+                 : "memory");
+}
+
 // Threads 0 .. kThreads - 1 copy kRows rows of kColumns columns, from `first` on; zeros from `seqlen` on.
-template <int kColumns, int kThreads, typename Element, int kRows, int kStride>
+template <int kColumns, int kThreads, bool kEvictFirst = false, typename Element, int kRows, int kStride>
 __device__ __forceinline__ void copy_columns(Element (&to)[kRows][kStride], int column0, int thread, const Element* head,
                                              int64 stride_seq, int first, int seqlen) {
     constexpr int kChunks = kColumns / 8;
-    constexpr int kLanes = kChunks <= 2 ? 2 : kChunks <= 4 ? 4 : kChunks <= 8 ? 8 : 16;
-    static_assert(kChunks <= kLanes, "rows of up to 128 columns");
+    constexpr int kLanes = kChunks <= 2 ? 2 : kChunks <= 4 ? 4 : kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
+    static_assert(kChunks <= kLanes, "rows of up to 256 columns");
     constexpr int kRowsPerPass = kThreads / kLanes;
     const int row = thread / kLanes;
     const int chunk = thread % kLanes;
@@ -27,7 +36,12 @@ __device__ __forceinline__ void copy_columns(Element (&to)[kRows][kStride], int 
 #pragma unroll
     for (int pass = 0; pass < (kRows + kRowsPerPass - 1) / kRowsPerPass; ++pass) {
         const bool exists = first + row + pass * kRowsPerPass < seqlen;
-        copy_async(at + pass * kRowsPerPass * kStride * static_cast<int>(sizeof(Element)), exists ? from : head, exists);
+        const uint32 pass_at = at + pass * kRowsPerPass * kStride * static_cast<int>(sizeof(Element));
+        if constexpr (kEvictFirst) {
+            copy_async_evict_first(pass_at, exists ? from : head, exists);
+        } else {
+            copy_async(pass_at, exists ? from : head, exists);
+        }
         from += kRowsPerPass * stride_seq;
     }
 }

@@ -9,7 +9,7 @@ use dsv_reference::attention::{AttnShape, Layout as Rows, View};
 use dsv_reference::predictor::{PredictorInputs, definition};
 use dsv_reference::rng::SplitMix64;
 use dsv_runtime::Layout;
-use dsv_spec::params::{GramKey, GramQuery, GramSums, TensorView, gram_record};
+use dsv_spec::params::{GramKey, GramQuery, GramSums, TensorView, gram_record, gram_slices};
 use dsv_spec::{Dtype, KernelSpec, PointwiseOp, PointwiseSpec, space};
 use half::bf16;
 
@@ -20,21 +20,37 @@ const CTA_ROWS: usize = 576;
 const HEADS: usize = 2;
 const BATCH: usize = 2;
 
+/// What the keys are.
+#[derive(Clone, Copy)]
+enum Keys {
+    /// Normal, with a mean: the centring must matter.
+    Normal,
+    /// Mostly multiples of one direction, six times the rest of a key's norm in all: what a query sees of the rest is a small
+    /// part of a large Gram matrix.
+    OneDirection,
+}
+
 /// One for each head_dim the trainer serves, and with every rank: two CTAs, the second short of whole tiles.
 pub(super) fn tests() -> Vec<GpuTest> {
-    let shipped = space::TRAINER_HEAD_DIMS
+    let shipped: Vec<(u16, u8)> = space::TRAINER_HEAD_DIMS
         .into_iter()
-        .flat_map(|head_dim| space::SHIPPED_RANKS.map(|rank| (head_dim, rank)));
-    shipped
-        .chain(OTHER_RANKS)
-        .map(|(head_dim, rank)| {
+        .flat_map(|head_dim| space::SHIPPED_RANKS.map(|rank| (head_dim, rank)))
+        .collect();
+    let normal = shipped.iter().copied().chain(OTHER_RANKS).map(|sizes| (sizes, Keys::Normal));
+    normal
+        .chain(shipped.iter().map(|&sizes| (sizes, Keys::OneDirection)))
+        .map(|((head_dim, rank), keys)| {
             let spec = |op| {
                 let spec = PointwiseSpec::shipped(op, Dtype::Bf16, head_dim, rank, ARCH);
                 KernelSpec::Pointwise(spec.unwrap_or_else(|e| panic!("no {op} of {head_dim}, {rank}: {e}")))
             };
             let specs = [PointwiseOp::GramSums, PointwiseOp::GramQuery, PointwiseOp::GramKey].map(spec);
-            GpuTest::new(format!("predictor/d{head_dim}_r{rank}"), specs.to_vec(), move |gpu| {
-                run(gpu, usize::from(head_dim), usize::from(rank), 611, specs)
+            let name = match keys {
+                Keys::Normal => format!("predictor/d{head_dim}_r{rank}"),
+                Keys::OneDirection => format!("predictor/one_direction/d{head_dim}_r{rank}"),
+            };
+            GpuTest::new(name, specs.to_vec(), move |gpu| {
+                run(gpu, [usize::from(head_dim), usize::from(rank)], 611, keys, specs)
             })
         })
         .collect()
@@ -49,7 +65,13 @@ fn added(records: &[f32], ctas: usize, record: usize) -> Vec<f32> {
     records.chunks_exact(ctas * record).flat_map(of_slab).collect()
 }
 
-fn run(gpu: &mut Gpu, head_dim: usize, rank: usize, seqlen: usize, specs: [KernelSpec; 3]) -> Outcome {
+fn run(
+    gpu: &mut Gpu,
+    [head_dim, rank]: [usize; 2],
+    seqlen: usize,
+    keys: Keys,
+    specs: [KernelSpec; 3],
+) -> Outcome {
     let sums_kernel = gpu.kernel(&specs[0])?;
     let (query_kernel, key_kernel) = (gpu.kernel(&specs[1])?, gpu.kernel(&specs[2])?);
     let gpu = &*gpu;
@@ -60,9 +82,18 @@ fn run(gpu: &mut Gpu, head_dim: usize, rank: usize, seqlen: usize, specs: [Kerne
         let moved = values.into_iter().enumerate().map(|(i, x)| x + (i % 7) as f32 * mean);
         moved.map(|x| bf16::from_f32(x).to_f32()).collect()
     };
-    // Keys with a mean: the centring must matter.
-    let (q, k) = (numbers(head_dim, 1.0, 0.0), numbers(head_dim, 1.0, 0.2));
+    let (q, mut k) = (numbers(head_dim, 1.0, 0.0), numbers(head_dim, 1.0, 0.2));
     let (q_lr, k_lr) = (numbers(rank, 0.7, 0.0), numbers(rank, 0.7, 0.1));
+
+    if let Keys::OneDirection = keys {
+        let direction = SplitMix64::new(7).normals(head_dim, 1.0);
+        let amounts = rng.normals(BATCH * seqlen * HEADS, 6.0);
+        for (key, amount) in k.chunks_exact_mut(head_dim).zip(amounts) {
+            for (x, along) in key.iter_mut().zip(&direction) {
+                *x = bf16::from_f32(*x + amount * along).to_f32();
+            }
+        }
+    }
 
     let place = |columns| Placement::of(LayoutKind::Padded, 0, BATCH, seqlen, HEADS, columns);
     let rows = |columns| [BATCH, seqlen, HEADS, columns];
@@ -93,7 +124,14 @@ fn run(gpu: &mut Gpu, head_dim: usize, rank: usize, seqlen: usize, specs: [Kerne
         reserved: 0,
     };
     // SAFETY: the parameters are the kernel's; every buffer has the size they say and lives past the wait.
-    unsafe { sums_kernel.launch(&gpu.stream, grid, specs[0].facts().smem_bytes, &params)? };
+    unsafe {
+        sums_kernel.launch(
+            &gpu.stream,
+            [grid[0], grid[1], grid[2] * gram_slices(head_dim) as u32],
+            specs[0].facts().smem_bytes,
+            &params,
+        )?
+    };
     gpu.wait()?;
     let sums = Flat::of(gpu, "sums", &added(&partial.read::<f32>(gpu)?, ctas, record))?;
     let columns = rank * (head_dim + rank);
@@ -112,7 +150,7 @@ fn run(gpu: &mut Gpu, head_dim: usize, rank: usize, seqlen: usize, specs: [Kerne
         gradient_factor: 1.0 / (BATCH * HEADS * seqlen) as f32,
         reserved: 0,
     };
-    let sliced = [grid[0], grid[1], grid[2] * (rank / 16) as u32];
+    let sliced = [grid[0], grid[1], grid[2] * (gram_slices(head_dim) * rank / 16) as u32];
     // SAFETY: as above.
     unsafe { query_kernel.launch(&gpu.stream, sliced, specs[1].facts().smem_bytes, &params)? };
     gpu.wait()?;
@@ -127,7 +165,7 @@ fn run(gpu: &mut Gpu, head_dim: usize, rank: usize, seqlen: usize, specs: [Kerne
         loss: loss.address(),
         num_heads: HEADS as i32,
         seqlen: seqlen as i32,
-        rows_per_cta: CTA_ROWS as i32,
+        rows_per_chunk: CTA_ROWS as i32,
         loss_parts: (BATCH * ctas) as i32,
         loss_factor: 1.0 / (BATCH * seqlen) as f32,
         reserved: 0,

@@ -544,8 +544,8 @@ pub struct GradClip {
     pub max_norm: f32,
 }
 
-/// Launch parameters of `gram_sums`, of low-rank rows of R columns. Grid: (ceil(S / rows_per_cta), H, B); dynamic shared
-/// memory from `Facts`. A record is K^T \[K | K_lr\] as [D, D + R], K_lr^T K_lr [R, R] and the column sums of \[K | K_lr\]:
+/// Launch parameters of `gram_sums`, of low-rank rows of R columns. Grid: (ceil(S / rows_per_cta), H, B [`gram_slices`]);
+/// dynamic shared memory from `Facts`. A record is K^T \[K | K_lr\] as [D, D + R], K_lr^T K_lr [R, R] and the column sums of \[K | K_lr\]:
 /// [`gram_record`] f32.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -566,13 +566,18 @@ pub struct GramSums {
     pub reserved: i32,
 }
 
+/// CTAs of `gram_sums`, and of `gram_query` for each 16 low-rank columns, that share a chunk of tokens.
+pub const fn gram_slices(head_dim: usize) -> usize {
+    if head_dim > 128 { 2 } else { 1 }
+}
+
 /// f32 of a record of [`GramSums`].
 pub const fn gram_record(head_dim: usize, rank: usize) -> usize {
     head_dim * (head_dim + rank) + rank * rank + head_dim + rank
 }
 
-/// Launch parameters of `gram_query`, of low-rank rows of R columns. Grid: (ceil(S / rows_per_cta), H, B R / 16); dynamic
-/// shared memory from `Facts`.
+/// Launch parameters of `gram_query`, of low-rank rows of R columns. Grid: (ceil(S / rows_per_cta), H, B [`gram_slices`] R / 16);
+/// dynamic shared memory from `Facts`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct GramQuery {
@@ -603,8 +608,8 @@ pub struct GramQuery {
     pub reserved: i32,
 }
 
-/// Launch parameters of `gram_key`, of low-rank rows of R columns. Grid: (ceil(S / rows_per_cta), H, B); dynamic shared
-/// memory from `Facts`.
+/// Launch parameters of `gram_key`, of low-rank rows of R columns. Grid: (any, H, B), of CTAs that take 128 tokens in turn;
+/// dynamic shared memory from `Facts`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct GramKey {
@@ -626,8 +631,8 @@ pub struct GramKey {
     pub num_heads: i32,
     /// Tokens S.
     pub seqlen: i32,
-    /// Tokens of a CTA, a multiple of 16.
-    pub rows_per_cta: i32,
+    /// Tokens of a CTA of [`GramSums`]: those it read last come first.
+    pub rows_per_chunk: i32,
     /// Losses of a head: B times the CTAs of [`GramQuery`] along the tokens.
     pub loss_parts: i32,
     /// 1 / (B S) for the mean.

@@ -876,6 +876,7 @@ mod tests {
             batch: 1,
             seqlen: 1,
             text_tokens: 0,
+            text_copies: 1,
             dim: 1,
             heads: 1,
             head_dim: 1,

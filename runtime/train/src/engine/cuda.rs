@@ -688,7 +688,13 @@ fn problems(dims: &Dims, deterministic: Deterministic) -> Vec<Problem> {
         head_dim: dims.head_dim,
         scale: 1.0,
     };
-    let cross = AttnShape { seqlen_kv: dims.text_tokens, ..shape };
+    let copies = dims.text_copies.max(1);
+    let cross = AttnShape {
+        batch: dims.batch * copies,
+        seqlen_q: dims.seqlen / copies,
+        seqlen_kv: dims.text_tokens,
+        ..shape
+    };
     let backward = |shape, lists| problem(AttnOp::Bwd, shape, lists, deterministic);
     let mut problems = vec![backward(&shape, None)];
     if dims.text_tokens > 0 {
@@ -1535,7 +1541,11 @@ impl Engine for CudaEngine {
             rows_per_cta: rows_per_cta as i32,
             reserved: 0,
         };
-        self.launch_with(PointwiseOp::GramSums, [parts, heads, batch], &of_keys);
+        self.launch_with(
+            PointwiseOp::GramSums,
+            [parts, heads, batch * params::gram_slices(head_dim)],
+            &of_keys,
+        );
         let columns = plan.record;
         self.reduce_partials(sum_parts, [slabs, parts, columns, columns], sums, columns, false, 1.0);
 
@@ -1554,12 +1564,13 @@ impl Engine for CudaEngine {
             gradient_factor: (f64::from(args.weight) / (slabs * seqlen) as f64) as f32,
             reserved: 0,
         };
-        self.launch_with(PointwiseOp::GramQuery, [parts, heads, batch * (rank / 16)], &query);
+        let sharing = params::gram_slices(head_dim) * rank / 16;
+        self.launch_with(PointwiseOp::GramQuery, [parts, heads, batch * sharing], &query);
         let columns = plan.weights;
         self.reduce_partials(weight_parts, [slabs, parts, columns, columns], weights, columns, false, 1.0);
         let loss_parts = batch * parts;
 
-        let (rows_per_cta, parts) = of_key;
+        let (_, parts) = of_key;
         let key = params::GramKey {
             k: self.view(&args.k),
             k_lr: self.view(&k_lr),
@@ -1570,7 +1581,7 @@ impl Engine for CudaEngine {
             loss: self.f32(args.loss),
             num_heads: heads as i32,
             seqlen: seqlen as i32,
-            rows_per_cta: rows_per_cta as i32,
+            rows_per_chunk: of_sums.0 as i32,
             loss_parts: loss_parts as i32,
             loss_factor: (1.0 / (batch * seqlen) as f64) as f32,
             reserved: 0,

@@ -751,6 +751,8 @@ pub struct Dims {
     pub seqlen: usize,
     /// Text tokens.
     pub text_tokens: usize,
+    /// Copies of them, each for as many of the video tokens.
+    pub text_copies: usize,
     /// Width of the model.
     pub dim: usize,
     /// Heads.

@@ -21,6 +21,7 @@ fn shape(mlp: MlpAct) -> ModelShape {
         hidden: 10,
         text_dim: 5,
         text_tokens: 3,
+        text_copies: 3,
         patch,
         eps: 1e-6,
         rope_base: 100.0,
@@ -260,4 +261,29 @@ fn the_inference_layout_computes_what_the_training_layout_does() {
     }
     pb.params.refresh(&mut engine).unwrap();
     assert_eq!(Rig { engine, model }.loss(&MIXED), loss);
+}
+
+#[test]
+fn texts_are_copied_until_a_gpu_is_busy_and_no_further() {
+    for ((batch, heads, tokens), wanted) in [
+        ((1, 16, 32_768), 8),
+        ((1, 12, 32_768), 8),
+        ((8, 16, 32_768), 1),
+        ((1, 8, 4096), 8),
+        ((1, 2, 1023), 1),
+        ((1, 2, 1024), 2),
+        ((1, 4, 131_072), 16),
+    ] {
+        assert_eq!(text_copies(batch, heads, tokens), wanted, "{batch} x {heads} x {tokens}");
+    }
+}
+
+#[test]
+fn copies_of_the_text_change_nothing() {
+    let losses = [1, 2, 4].map(|text_copies| {
+        let shape = ModelShape { text_copies, ..shape(MlpAct::GeGlu) };
+        let mut rig = rig::<f64>(shape, true);
+        rig.loss(&DENSE)
+    });
+    assert!(losses.iter().all(|x| (x - losses[0]).abs() < 1e-12 * losses[0].abs()), "{losses:?}");
 }

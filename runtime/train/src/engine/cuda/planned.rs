@@ -169,6 +169,7 @@ mod tests {
             batch: 1,
             seqlen: 32_768,
             text_tokens: 120,
+            text_copies: 1,
             dim: 16 * head_dim,
             heads: 16,
             head_dim,

@@ -11,10 +11,12 @@ use super::{CTAS_PER_SM, matmul};
 
 /// f32 partial sums a two-step column sum may use.
 pub(super) const PARTIAL_SUMS: usize = 1 << 22;
-/// Tokens that eight warps of a predictor's kernel take at once: a CTA has a multiple of them.
-const GRAM_TILE: usize = 256;
+/// Tokens that eight warps of `gram_sums`, `gram_query` and `gram_key` take at once: a CTA has a multiple of them.
+const GRAM_TILES: [usize; 3] = [256, 256, 128];
 /// CTAs that share a multiprocessor, of `gram_sums`, `gram_query` and `gram_key`.
-const GRAM_CTAS_PER_SM: [usize; 3] = [2, 1, 3];
+const fn gram_ctas_per_sm(head_dim: usize) -> [usize; 3] {
+    if head_dim > 128 { [1, 1, 2] } else { [2, 1, 3] }
+}
 
 /// Ranges begin at multiples of this many bytes.
 const ALIGN: usize = 256;
@@ -77,12 +79,12 @@ fn mlp_bytes(rows: usize, hidden: usize, width: usize, ctas: usize) -> usize {
 /// Tokens of a CTA and CTAs of a head, where `slabs` heads of `seqlen` tokens share a GPU that `slots` CTAs fill: those by
 /// which the last CTA is done first, if one spends on its head what a tile takes. At most twice as many CTAs as slots, or one
 /// a head.
-fn gram_split(slabs: usize, seqlen: usize, slots: usize) -> (usize, usize) {
-    let tiles = seqlen.div_ceil(GRAM_TILE).max(1);
+fn gram_split(slabs: usize, seqlen: usize, tile: usize, slots: usize) -> (usize, usize) {
+    let tiles = seqlen.div_ceil(tile).max(1);
     let most = (2 * slots / slabs.max(1)).clamp(1, tiles);
     let time = |parts: usize| (slabs * parts).div_ceil(slots.max(1)) * (tiles.div_ceil(parts) + 1);
     let parts = (1..=most).min_by_key(|&parts| time(parts)).unwrap_or(1);
-    let rows = GRAM_TILE * tiles.div_ceil(parts);
+    let rows = tile * tiles.div_ceil(parts);
     (rows, seqlen.div_ceil(rows).max(1))
 }
 
@@ -106,7 +108,11 @@ impl GramPlan {
         multiprocessors: usize,
     ) -> GramPlan {
         let slabs = batch * heads;
-        let splits = GRAM_CTAS_PER_SM.map(|n| gram_split(slabs, seqlen, n * multiprocessors));
+        let split = |i: usize| {
+            let slabs = if i < 2 { slabs * params::gram_slices(head_dim) } else { slabs };
+            gram_split(slabs, seqlen, GRAM_TILES[i], gram_ctas_per_sm(head_dim)[i] * multiprocessors)
+        };
+        let splits = [split(0), split(1), split(2)];
         let (record, weights) = (params::gram_record(head_dim, rank), rank * (head_dim + rank));
         let [(_, sum_parts), (_, query_parts), _] = splits;
         let floats = [
@@ -124,9 +130,10 @@ impl GramPlan {
         let slabs = batch * heads;
         let (record, weights) = (params::gram_record(head_dim, rank), rank * (head_dim + rank));
         let parts = |ctas_per_sm: usize| {
-            (2 * ctas_per_sm * multiprocessors).max(slabs).min(slabs * seqlen.div_ceil(GRAM_TILE).max(1))
+            (2 * ctas_per_sm * multiprocessors).max(slabs).min(slabs * seqlen.div_ceil(GRAM_TILES[0]).max(1))
         };
-        let (sums, queries) = (parts(GRAM_CTAS_PER_SM[0]), parts(GRAM_CTAS_PER_SM[1]));
+        let [of_sums, of_query, _] = gram_ctas_per_sm(head_dim);
+        let (sums, queries) = (parts(of_sums), parts(of_query));
         floats(&[sums * record, slabs * record, queries * weights, slabs * weights, queries])
     }
 }
@@ -212,9 +219,9 @@ mod tests {
         ] {
             let dims = [batch, heads, seqlen, 128, 16];
             let plan = GramPlan::new(dims, 132);
-            for (rows, parts) in plan.splits {
+            for ((rows, parts), tile) in plan.splits.into_iter().zip(GRAM_TILES) {
                 let covered = rows * parts >= seqlen && rows * (parts - 1) < seqlen;
-                assert!(covered && rows % GRAM_TILE == 0, "{dims:?}: {rows} x {parts}");
+                assert!(covered && rows % tile == 0, "{dims:?}: {rows} x {parts}");
             }
             let larger = [batch + 1, heads, seqlen + 700, 128, 16];
             for largest in [dims, larger] {
@@ -234,6 +241,7 @@ mod tests {
             batch,
             seqlen: 4096,
             text_tokens: 120,
+            text_copies: 1,
             dim: 1152,
             heads: 12,
             head_dim: 64,
