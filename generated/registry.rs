@@ -17,1205 +17,1205 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_8bit_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw_8bit/adamw_8bit_bf16_d0_v4_sm90a.cu"),
-        source_hash: "76aafcf3d637902061c7f0cebe5ecd07c15f121e72d9de6eeffaf2835055b899",
+        source_hash: "fd58b0ffae195e7686346e28ed570e0e7e440904d02fbf7f0a9f9a5cf0fabf49",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
-        source_hash: "907c2c55b0535d37f35ceb438e827046a6330b2bea277500e9bcee2410e406b9",
+        source_hash: "9f452df7b60eb6ea7e94b7ee920d4d67ae05e84af4871ed8597b5af09fcc9c8d",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "9d7439dc8d37f7dcf24daf094fcae8b2f1a17270faa16527b153710614bfd89b",
+        source_hash: "447a7b93f59fd98977e1005206211af143bd1618970416e0766355e51e78528b",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "a2453e7e35d03798701b34f694260bb73bb996d8f2b8fee527875f46704bfd6c",
+        source_hash: "4fbe0f0e49f41d42b9147da136b3b8d3868098b32458757fd586509bb86da5f5",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8aa1fa611e0e552eaaefd0285933a6e2eb683a5d647424e33a4fa436b9ed03c7",
+        source_hash: "b1b8651e50a6295e324e76dd297b9b6bb3ec72712b4ae43201776f11f9104ac1",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "44d8a824b720f40bb8de60156d4d952c3c562430b6a30ef9943ac87922e7bea4",
+        source_hash: "3647ae2f641a6e0ce1005430f076f5a1d0488821f1370c911377dfa3433e2f99",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "94472493baae92f126a8ad19817c389a3ee9abb4d720e4f0b870be766d2db5d9",
+        source_hash: "7807372d06d7d1ecbceabd2fd6c7b4cff9ecafa87519471dfdd6214a90758902",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f09deda67fc71230a067af626baa18969024467b928c570028fbfc54c7ac9ba8",
+        source_hash: "1d5b9641eb148b98a80625068990e189dd2ad0f9fb935b7e2eafe7ef13e33333",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7a39fa6ff2976dbd9d6af229ab802fbe67057997d4bff244349fbff2c652d424",
+        source_hash: "188840334cc3a02325c88bd9ed46113cc0910f8a03742be9b3ff5fbadd7c324a",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "5c24719af131c83772a1b855822b65a603103b695ff7dbf26221d6078f4e0fc7",
+        source_hash: "5e286ee6f2bee22b12af455aa85c6f97c58241aa3103ae0642e2a244d2ae5cb9",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "a0babdc92708b269ce893c54682c8ed18bab45cedb5425eb0cccdd9cea342f90",
+        source_hash: "851818fb043883f383f5e6e2aa2a46ec70ce30be2a9a63667cb1ecaecd351571",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "b3e7b3b729a06a7eca8428bdc41bb7efe35c3058f7b88d8e1c1b141f2efad717",
+        source_hash: "1281a0e2837f8399f99381dc2263579675d96df1c6b35307793a9d625114f934",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ee3efd42b56f000abed6cd6d453dd61bbb4eabf19daf31e9f8417bf628781c20",
+        source_hash: "8fc4d0bb1aa8bf97bcd25d4041e3b2855544d7657e6de306912a978a4c4c8e8e",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "2f35b600dc37a0e05dee82e9d90aaf689d0e7bdb90741c15ddf385c327a17d8f",
+        source_hash: "6b761ac41d8f5d459f47d09ea7de1b862170f91041d5cc7b8b5d30a5a43deff6",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ed192745ce6d969e7f04d0be059f7534a53d7c09479971d64f2137b32ab8a95a",
+        source_hash: "a684b9de3d6fdb55069f59d8f5226c4bfcf37b9b692da48262f478822cf772ef",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "5505398a8cb31efb0f9e33e36afedcc99c0777bd7c4c8cc29dcebdcfbe487754",
+        source_hash: "b3001883aac0b9349a6b9c4ba0f71652f491a12e00b63d3a665a4cce606b6e36",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "6c21bf701dc80af0e81c7bfd95ceb2fc93a0d2137efb105c6b62bbd5254805b3",
+        source_hash: "2e6d7dce41e55aad627ebb01c85d6fd72f469a31e286283ca0314bc469d2c2be",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ae21a6b0eae23b72d631bd5744097c2487127f0a9c411b1de230596a9d9cc22f",
+        source_hash: "401b804bc29ddb7603026cbf23562435973400a1889e85bdd646e27a10a7ae81",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "9a68e7dd5a69c608dc943cd3a783cd14dda3eae4fd3af36c9c61233a6d6a97bc",
+        source_hash: "5b9b02072c2fa7bdda4b118d6f2b27b687a604fcdb4ec5ec294c74bc0c86dc5a",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "2864101ef94a5f64050fd2c485e8e2a99bf4256e48aaa8e680c41349645ea9af",
+        source_hash: "effab860d8ff1b2b1d157283ed746c9804b690f78f5be21fb486d96c43971ae9",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "496dfa18f5d9a1ea66403d0ab2cb157ba65b1bb4be61582b4bf9838c71af8cb0",
+        source_hash: "dc018b8defcbff737db89b1b70d3998a1b7e935352387356473c52f2c13c37c6",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "8f9241ae0d3e03306b6fe8d59de9b5796880fa39e0e863fb9faaf80bfd083374",
+        source_hash: "4083dce359489dd56944a577cd7364d77950c453444f049800bd01da23596071",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b663a7e367f705ba31d562464f09d8723379ab8bfaa732417a35c9f30a48fd76",
+        source_hash: "8f2bc20fd370af90f54e837ff2fb725644b3519f98489c4ec769a19f375b2710",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "5a101b3124be91a3891b2cdeeb1cd81be91572377005740a6230719050ea3703",
+        source_hash: "27a64725c980ae6e68319a74b02b4655fa3e51b29514d70ef82913b5b75f9ab1",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "33243e74acbcb91226869c6b4a4fe0944bb75a73c07c590c1497942fc927353a",
+        source_hash: "a762fd123d4cff6b5c78d94587e5eddb3e40776b30ca66a5d44e734c4bade003",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "a363b8f456d87f55e9438cf38f55d0bad8080c8f59ce779aa1da2545e6fe6aba",
+        source_hash: "3f28a5a05f14cfe445cb1d10a46d6f2a6f73b58b772c1d8bf4ad4767f5421316",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "4d9a5a9b913f5d24d913ad93611b709d2b03c5b3612a16015a005e3f15a3a189",
+        source_hash: "883d1a6fb3ff457c44a57027c9fb1357d06ecddd2f54ada21276fabf19340cfb",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c8008c6d74c83b2f55ef61e43613b1b1d1c29618b918a5acc713f5970c25f436",
+        source_hash: "3c0990963e45502a3dc29659d24949511e6c85c3ec78418d24da130cfb6319ec",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "5a7999231945dc497008a00a266033817437aa1fe7b975073ca9f4575f3e45bb",
+        source_hash: "920d9080a2a545cef6d485dba119de43f7d316913794b2366b94327885dd7998",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "ce0e9b285cf4f1079df4349e51c1f7040d387173f505755b5ec2eddd08f399e7",
+        source_hash: "d21b9066c7fe32ef77f8f17a885291b8457ef286ddac597601f47708b83e5768",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "00981b2cb4b4a612c4a2f5b8489b36567de4b90eb329005feb3d81295accaf2b",
+        source_hash: "bfe7aea83c50765660ac482b3b7beb35096fdbedc78d0b451dc8b7365afac222",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "939bdfaa218341202733c6ece9fedddc1727013f8881f1bf3d95d03ed1e04955",
+        source_hash: "198572e382336b6789aa97ec2f653ee24fbe7ec2219cda7a0c48fb03705e19c4",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "9345708173c518594fce2fc557ec4dd75a785a30382a748f7caa9e187f60fca7",
+        source_hash: "b94491e1bfd44218ab812381d014cdc9da4675b2f6de21de577fa28c348175e1",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "bed20e9911be5049abdf96551bcab15c3becff7b77eaeba53ce79df880f6d90e",
+        source_hash: "3fc293e840b3bb5a37510b10f4439c875635a88a9bf283d97a8695ec3b883312",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "09be6d6d04acb5cc5480bc70dfe233cec47447998475d4d7539983e8084d7df0",
+        source_hash: "7bd8e52b328144e3e32e7ac3df0c5c49d399396efc03a51cab840268c6c99662",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "4ff3a77d99eac0ced9e26fbeaab7a24ca652faa947af68c71138c19fd49fda78",
+        source_hash: "ebd70392778ebd915ed9d49496a8cc1021e061c16f7df0823232995f77ae084d",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "cf9d6cff33563ac78343c4889d88d4e3850a13a1b91d192c8784f0a5c873d37a",
+        source_hash: "0a9c91cfeb4e905faf2ce7ad52bc9adc5bdd8fa11567931e02fd99f37ea66339",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "1ee4a96652aa8ff83b97c171d5c529b112996c44f97c4379fb27448a52ba6400",
+        source_hash: "59754c25a9f58e1b656f16da25d6c719f3f73eb031850c2be03995fb8b37c8d6",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0148c4c4ed223420697269eeb7560f38c3eda98ef69ef8d22322c4b92d97bfea",
+        source_hash: "bf91df64e38b2c30373fffb601f49feb0c2d753d246eb1d363406f04b652db83",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "01eee1b82ad8d73b507dcc92a662ad99a377706f367a003b6d64c48c59610b4a",
+        source_hash: "6858122d796c2027162cce496d083f3116d1b0194590cb9692ed5dacb91519b7",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "897d7b538cabb12f53045913066c581de350ffda6ca3f0189ec47d9cbf833919",
+        source_hash: "44f5f9986994ad24512918a9eee3e641da300eda9f75feb276e610f8f940ceb1",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1e0319fdc89564a9748827fa160c865bd27bffdfd51ed327be56f535f138a0ad",
+        source_hash: "5093d8bc1c99a024c12cb404f3d8321aeaf7aebffbf24e674478df5b8a773d6d",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "664bbb538414a50a5639df17f857014d55e63bff7df21904ff50a61d8ec68055",
+        source_hash: "864de348b25f6a1e423593ebccf560a9c636071e2dbc4322c2f1cd701e8c3366",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "fc29d000a8204e8f8e2e2ff4c603a01fc5b26f257a95839980c27a156c56341c",
+        source_hash: "d88a5663fddb45a9fe9dabb49688a63b99737062466c798ae152bf85964def80",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b4c399b384ec27ee6e92b588cbc0a815178cdc6ad08335b8a1a7913f62ff924a",
+        source_hash: "e00053dbc02f0bef8d677c3ac68433956f7647d3f186f1e40bd20652dfd44a24",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "f8150b673c6c6ced3ad146a8a418abb0663500c60a61e090004b676d3d8956a1",
+        source_hash: "a002fda5293705bed0db2f8fda2b67c71fe474a223a29c7b4291664b9b8e1b61",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4810856921b41c52c0ee9b3e398de8f9c855d45c89e5ba351c22d6ff34027084",
+        source_hash: "016846f982a5f65176b9e9a4adfb4fb70c4cfa6b06defc2336f5b3ae55867a0d",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "30790129f60435ea15264573751984cb0062ee7aaab4a2ad162cb2c794b10c49",
+        source_hash: "e74cba450351364b405e3c670eeb3b4b8d9c52b55f885bf381ec6890523209be",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "caedb0984480035e64a9f42f81aeaa0b5bc34c594a81c21d74ad3eb45969a60d",
+        source_hash: "0d0f7407056eb10dc1e31e28613a9dc27bc04a94a8a153742252e5d7908002d2",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "060679d70de3f259014150039870479c2557ad9f0a9c1e837ccbacf393d5c04e",
+        source_hash: "f718c3e15ac89471af0e93255e769a5654663d2f8d0f634fb3f0dbad88053bbe",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "34221ac94d8485444c7c037ff8832db6ad08e41f0a57029e12a31f357315f029",
+        source_hash: "5039b84f6828e9bc5356a1e91a427e9341e7429fb7ac848bd5409adfe65badfa",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "79bee752031372933442655677bcbc42b4f1b3426082f7237f69e62b1140f7e4",
+        source_hash: "e0f8d72b6864e8ffb083bffe75b8f26ab477f44b8dc60a799ab4145247d6e3c8",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "76125118c46e79053b59d0693574949c9dba344e4da0d13afb29179431d847e9",
+        source_hash: "aeff80a994a7e79e647e58db399a3d8f027d8711f514b103653b5d24666a572a",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e5125c58cce0835b189b8146d53d0c3b085870ab426fef72bcf928270661ca70",
+        source_hash: "2401350fe42e6db527a5d020bd893b8c7003dd4e7253f5629ea037f09de081f6",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "9ba97ed53ce22c7add34fcf7734e55672b12ac30e57bf83020f66196a44763d1",
+        source_hash: "b1ae0a789f8ecb3bfe3d7c4880a476d5be43cf1b24a12a7514c2eeb40cbb48b9",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "8c6e356ed8037d119f1ad7d00c20d2aa1e57f8de7f6c91e25c332d5752c055e7",
+        source_hash: "70ce47ad3d2d51123bab709fc837452aa70b175b34a40cec265bf565736c5eee",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bc6afde490d9025abc916bad7657dc795f8cda93f16e90eacf3e760a82862f98",
+        source_hash: "037e94891b57742b8150ec0478ef797fd0e3ef1db484d4bbb3f6ab3dbc51d0ae",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b4977086d3aafd7c336f7c20a35630485a30b1631a0b25570f36e18ccf7c2d25",
+        source_hash: "5c07950748c4f05ca5001daa5cdcd2f9ee672ad7deb459114149c8b436f11a10",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c57e3f7be3ecff2d2ef88dd4f11f9fd56084a7b4bbed48f9e49d52aa3109209f",
+        source_hash: "73c9eb37175103c75de2bf18ca2b92f6a60d8ab7331e4dd9effb61fae6b50ac5",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d867d58796c5d4a9f4bd0427aac0dbbed3e8050469f68f532a421ce06639ca21",
+        source_hash: "066a94b23fc5b7ba331b60cf074ea8466c1675ad5509bf69be8b8eb4b87b01a5",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "95b37312292f369b1d879cc26a9cccb75fff605b5895f075b6907a4845c0eb9a",
+        source_hash: "0aeb73771eb64bd35f884c5c86f1bb6e6703f0349bf0140a9d7f1038da3c3b67",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a938ce1415dbdf1f958ee8946497528d02ff1546743acb732825976bbbe8c62e",
+        source_hash: "8373b82bdff89615b2b685f0eedd17974490ba74f9b0f3a0e1487d010b1d81e3",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f1c64177513d9dd75631ec98b5662c3ad24af4098977ae223c8dc4ef4653bffb",
+        source_hash: "97d832de5425ab775121e1d58b959446cb8be5db9dc9e186a5e51c8556d38269",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "38eb464949bcf8cd8e062a4372317197524e72675a0646cb82eccce8668d4209",
+        source_hash: "9df351b3d4c46eabac32175444d7f933996529e18ffde23c2b52ccd9b65b4459",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a9245e597aec7e7dfcdad8c5231354a68f2cbc7aadb67779e2debf29637c6220",
+        source_hash: "605ad4a7237c0227ece11eb7fb7c0aa5061d6860d347838e10c5681e2c81f47e",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a5c97288fa18fe2ba00dfd612384acb32cfc4364803c5a5f917312eb8b3712d2",
+        source_hash: "446b9b564df0d3bc8821e01ea5a0005a16e6f9e8201355b5971e4a5f4fc3373c",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "82fe044f85b57e9142288655f23652844824561a5ec9f8fe748ed1e271077eaf",
+        source_hash: "9fefa2a0f4abbd09979b0b5e16bd07852ea2ded0e092bada1c182af72337cf78",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "89ea4c43a08b54bffb3e4a4f8baafeacc3cba2ac288635c895050fe42fb41fdf",
+        source_hash: "6a30686b6693919e534c8f46fe70e96a03a30413c1f1e4fb641c4f6d842861b4",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "038327ebd030737015c90641d690cdbf22cb19ee930625441c1504bfc57ba2a7",
+        source_hash: "5b6a38f02d35c789767d40db76ac7adc2bc27c95443ae002dc1db7e65ed427e0",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4ba2bb58ced1064439e76e79368701253c98ecf45f6631940755806718863b07",
+        source_hash: "b20c6e654c201599a39651ce089685e7694b8a65ad291f1a09010d72ee959f05",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "339fa271bd0410ea201c4ca4f0a90a9d06349d2b43d946c6802da13beb4c5394",
+        source_hash: "85377e7fbaac1075db5b5f1e1bb61a86e2604b70165d4e864297eaaeab9968a2",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "316577ca8b7e90a6c73beb2fcd85f3e9c40b0a11b725c03ef92738fd3a558a7a",
+        source_hash: "05d3e3476086339874f70072721caff0e1bbf53f951ded5291645427c6049f88",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "cc79029f673cba3a5662b6085a9960377d6a250341b47af20214d114ff75ac62",
+        source_hash: "24f6d17a743501078c12dc54a1642fa3b6d0c9ac5c73749dbd45f99c705b7bd8",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "21160e6f5d6f6dc358a3655de65b7271509f869a46655d60f1c3ce8e06d3aee0",
+        source_hash: "d873df76081f5c87fcc1d6f8e148db27716eae4a859e9634a17e76923cff5aae",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d28e3f738e169e7aa4aa342a7f985665e16df87f17a7bb44af9cd20dd59a0e8d",
+        source_hash: "33ffcf5e3fe5645e66ee01836a6960d4904713af632ceb22d39efd8dca3e30e6",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "fb327aae2e6a348d814731d3e41bcb85efe10ea8ccfc06fe67763e3dcb7a5e02",
+        source_hash: "92a7a4e870002897c7e86b78c1e09ecaa23337873a7be7774899b7402ebfea2c",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ab3184ea68159696b13a3d94ecdce40ceb2ab2789fe36dadd67eb0c398066b62",
+        source_hash: "5ff1aee6caa92a61d630ba0a89eca8ced75fa3e445665aed949883de697f40eb",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1566a1bed0742bdf8d6abfd2a21d78a56562d05d0b70e9115051893d5634a3dc",
+        source_hash: "946060d760b3e02592434488f806583c8f858162d6c582f9d683b70b2c830392",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "5c01511e4ce61056df011aeaa78fbf57e608f2fa7f05f1f4a1e967ffc4c0a702",
+        source_hash: "5d56f53cd88b02e64330859c2f09b4e21ee47f2fc294cbc76aa317e66ce2c7d6",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c949f27071099571e1703b0409368b283fe9662dfcb7df55151a702d12d4c8af",
+        source_hash: "2ea4a4befa923bd28cd2935efb8493d704eefae79eec39c1e4b85f427f7dd598",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e32198b37e9abeb40c091a6866cef8095ed2c3c465da0e63f967941a3affdcf3",
+        source_hash: "e5121896f878ed059fa5b614539c2ee79a1ccc9f9d9f7345ee2c18ad591b8ecc",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "22853d59367c7265787b0687df391c796f05c1fde5a4dccf614990f130933011",
+        source_hash: "0947757fa6f5810baa8e8e645cf5da73c4566c033e3a74c71c2417b3a5d170f3",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d3b5c481aa89cdf292aa43313b1e5fd497c49cee330be12259aecc555f1ff84b",
+        source_hash: "37855b198d85eaf736af16b0bff495c5d3e77b4da0691878183fd45096595b66",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "65dcdf5697e5e2e0c74c3ff08bc820df6d7398191659174c2bafadd62942aa68",
+        source_hash: "5c271208baddf99f182d30a711fd40f755eb583471f5ae73461051c9e3b2163d",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "df72b86e8f0e1c044e0c6c4bfe7bf9b9ad0fd25f147ffdb902d76169e818709b",
+        source_hash: "a5409e413baf3568df263134c5348d5e837c7179317c0036bcb9188b43f16c7f",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "cbcd59181808f0a7d67d6b0d5448759239389efb5afca5c1bddfb5730b53e4ea",
+        source_hash: "d7e0aabfb46d7906a9bc891aa34aa574d3da0c8ff3083bceff4cd24a1b91bf16",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "41b782be84557ba0f5bf85b5db9b9366e52441ffa45ce699060da3e3132d0098",
+        source_hash: "45d085119e03af334af00d4bb1bb42b75fc38fb2c8d6e192005c5afda84f1dc2",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c9531e99c505c8079156100fe237c21279aea69951c898d45bbd4f167a074c7e",
+        source_hash: "5518c650ee6ee6a13dbb345f8494d1283bdc88868fbcf4120868c7e28da58f0e",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "d5edeacf9ed52cba9a24063e35d52725a7b570f76399590624b813d9c2bee378",
+        source_hash: "e7587a1db3fd0c329e25a2f8ad3525e2599cc34368d9b3bf9a655a60be1eb93f",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ea103c4d4be5c30e3f55c67e1fb325203686adfad459e830eb73d254ecfbdb29",
+        source_hash: "22ddfb85f42bfa78e55c1bfdc383bc46ca9f6547f29e29f354431620d6684335",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "db4b9796e8f48e015f861c852e22f90141284e57b1ad0ff6f82b28e48797d919",
+        source_hash: "add6c3a6174ec2802de2b7bd810c24d688f979f4854f1c95b39631a6a35564d6",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a60d4fe8761ceca428ca465914f71285d330f5a71ce3c7c35995d7139612af3a",
+        source_hash: "2aadbc077dfa611997c2eaf2a69445c7c8b241fa6f24df32e6eb394042f98c0b",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "327808be634983712245387723053df514051c260bac0ece861370650ada9a3e",
+        source_hash: "5cd762ef0923f921e51607a973a63b1616ebd051f4fd665de7e6514398be9a1d",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e0dc4fa1727aa3a443953f5211c1ce6db4a924d23ee08250de260b8beddf7094",
+        source_hash: "d88fb2046c8a6042f0713a724b1e335083488ef0840cd58d7910ee3dde238108",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bdb578164dd692e966464b1171ef75868b2f0d295b5b475ef881c36fbbf8e112",
+        source_hash: "a10b8e94924db1dee81d859765a4683f738409acd3bfac6b5a7c4dbc4d3521ed",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "840276fa523d8e9fc13ebf8071203572c11e018441df4196d9531159f7d1e5de",
+        source_hash: "b807322872c0e2c2a1f3d87d7cadde6c87b92e5970aa9a52f5af38796fc6832b",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b790b0fc3281c31818035f08ec3e99b073d9c7df473ef419e294343e26bc3e85",
+        source_hash: "6c292f98227b01921fda31551e0fb567fe824d7d1b9a913db655ccfe33fc98fa",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5613f09cf94205f30217d70be45c3590ede1bdaed52aaadfbf3839d8ffff55f4",
+        source_hash: "9e46bbf46397fd2bac8a6288ea08f2281f7d5f6442d23a2691dd02bb5b8f1c43",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ac46c2ddab0ead06385de230c57d682f24e2d70458ae7223ec81cd6348e767a2",
+        source_hash: "bffccf4b90c3a1bd0a26e7dcbb0f3312b73d50c80aea57d33e466fe872d2c48b",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "15e6739f8063a3351203a8983c558ea6ff64a5fd3091294897936b8ca508cccd",
+        source_hash: "9b6f4d1d727ac194212774022bd30ff9e256b6a7447a97eebb00dec6b20e8ae8",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "dd8bb1287fcea2e522c838b8f70ed96cfc91286acf3e43f8b42b71ee91767f27",
+        source_hash: "7062f0c296c896fcad60ea25c2d6b7d1a724afd5c8edf0c229a9f884df30f386",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ab2fa749f11d0634dd7088144409f47803bd4dbaa31a97b9ee0d736ca1cc7c0c",
+        source_hash: "4ce88be821d0ef4fb530863b4a99fe71011b086c90a72d0ec2fee9c52f6497bd",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "745a159ca74c04bba4d1c5361f72bf25f0518e1c8cb40fc2d833711c855104f0",
+        source_hash: "e5e05fb4a453198a9860f6e7455387677551e1b69102a5cb2f6a6f01ce2dc5a3",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "169fe0a3e87b6c86a92af8e64ac56ee6bb8eb99fbc3f3e74778211ed43beeb46",
+        source_hash: "b7c4a4d44c285eddc49df52529abbcc9ebce2af6e08fccd49fea4d114b3e8a1e",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5fea9005a45ff2243a785cdf88d25add576d3d5387b112284937bb879cc865da",
+        source_hash: "74ac3af19bc411e464e8dd1d3820f7335e8da7d44dca5a3aad12a8ea0b520b0d",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "15957689fce4afc4eb9b87521af7560068532c897dcc1283e74a4f12531046cf",
+        source_hash: "b13b26b8879e953b6bdf13b8133d006380c633fd1ae48bfbe0a4aeee909662b0",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8c028e6e17fa50b07e36e57b74fee3f7832c65ba40e2f64797dae038df341278",
+        source_hash: "0868a1233f30c3d2a2e511998ef54490a712c15593529c7c8cb987088a2ee13c",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6e9b29cb356463eba2be925f9c57be04e08133c72d3cf93d8fd2ac2a622b138f",
+        source_hash: "42e9b2aaa192ab98d3cbc6d33d9a2cf243fffaab60c57cdc7f3b8f381b42ab54",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b2d889ca5d9e8b1f887fe1e749f9efd266f1c278f433962dc648e9272bb77703",
+        source_hash: "7823ac10b4492c9602b13bacb1c6f0176199ff8f2d6d3327864ae46516448c51",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d17a5fa77faad112f85ceb31ae489e663525248bfd53624455d76973f692f6cb",
+        source_hash: "9c020b2d9a921dfcad6efce25812a773b6dba8b7f5dc00e32a100b9bbd618f9f",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "5121dbde3e99dafd318dbda2c050be272e9966a59396187f2723f37450d58cc1",
+        source_hash: "dedf42ac914d606b17869abd447dd727f8b939b959fd0effe9ced71d5e330bfd",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1ef7cb92ad4f183db36cec968d1443bb416be88c1e98da0fdbed9c47448dbadb",
+        source_hash: "cafa4d2aa6ea262542891b0a33a7b02c8f1c27100179769bdaf7b47decaac5d7",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bda8ed294503d8caa3f1126f6db8d71b9e9b51771ed7b6750d4d1150009488d8",
+        source_hash: "89ffca78c24364fc8bbfcdac433ddb8f5beb23d02fe8e58d63123d3ca718a65d",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4b4402cac3d87a0649fcbaccf7617c1203252b1cd1ec9fab10686ce3b0acb009",
+        source_hash: "046a17e00c197e569ce6e73acb245812a9e0025d30354d7393f822d6c288f5b3",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "57424b4e326ba47cc7aa4185586cd99165a7379e1dfc706e3b24a8249860b0e3",
+        source_hash: "7580b8565223d5c7566e397f3c3f3cb6917f4e822fc652b1cf4e43bc6e7ad60c",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "85ae986121cb978675c4799668c88e1a6af7e05d401d590da5df3f317d87ed90",
+        source_hash: "e6127e3dce16f262b5d560f6e21d397223e7147ae9e14d039ef2ffc2f8040bb6",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6a78e2121c40baf587f245e5e3e006ea41278c9f9f864a822d648185582ac4bb",
+        source_hash: "e3a8147728ffbc24902b82c41e5f5071fd7f9e621ee2e28939618d2c55163f8e",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b059bff0436eced85c5e33d8fb598d85b99f7d02e5d8ad1149eecfb978616f89",
+        source_hash: "4817aa895f948c3be0e6d914b023c94553ac74bb7ae1e35c33c669497863e996",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "55c70a4835afc2b9b09766042cddb1e5f654e360348d7cc66f13ba645cf77d98",
+        source_hash: "389574c31a812e6f5e87c610cd72b5fad675b709b0ac664c41b0a3abb8958df1",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "93400e19cc5f55ab19e7f1857638715ca012da2e1d8751c8ea30ed068f5be165",
+        source_hash: "2fca97006068e711f59a28a848195a5abcf72600a03c7760b2d8cf743278487c",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f2af43d4a332a09e1b11e73c075b3376d82451620864c9ef03a5b90805797054",
+        source_hash: "bf2cddde53a3e17a270e1445f066cee95f0ae3b6e7f2a5ae197a774a41847b30",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a2d97966d307db9e14c04c7573e060539da64e650b06d7b26b6dfd44d36629d1",
+        source_hash: "e9ed9e26b0c9ac673d23eaa4a2451097b046f6a1bca58e00bd628864f59d0240",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "eb31f7f74fd090f624dd38d1df7290b289604a19908d3c70331ca2e235028815",
+        source_hash: "f5d1c39867cbbd931e03b4152f76c60a6ffc926ad733b2827aa83f29df03a440",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "6076e8243871231af0783aab21d791130d4f0b4ed5a911c6585c5923f7626fff",
+        source_hash: "c0dac3b7c4b28487df509e38934b12acb07a4ea919b1c9de0f03ee4c58fcf5f2",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "27e6f17091d1d0c57b8e1369f789425ef2192f5e70b586b140ab0b72a9c014c7",
+        source_hash: "990cb15b643a02ecd46aa24c1d62b557f2d89b227670ddcbe913696ae9be9055",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "144a7889e4e8b32ac02e9072af5c948a1ceb64031f97a93b94e05a84282f3bca",
+        source_hash: "a983f23be008ce507912d35238f9d94f5f40723375ac553a15dddb3ab73ecc1b",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "7dfe1b9c60e74fcc7b67f800a07feac4bb2b7231d674dd52a7515be3964e9808",
+        source_hash: "e9ac879b621411108a95779e937acc712acadc446366d2878604e999b8b639cb",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "5c7c5696190efcd4486062937d4c157d1fd60019499159f77f9439943c3c5b2e",
+        source_hash: "8f5176cfe48f673f01e89e65a482b6219cfafdc3157b6219fa3b246ed051d4cc",
     },
     Kernel {
         name: "gate_grad_bf16_d0_v8_sm90a",
         source: include_str!("kernels/gate_grad/gate_grad_bf16_d0_v8_sm90a.cu"),
-        source_hash: "1c34d44fef8fb78ab769ead054a599521b7d5f2ddbc7914a82f9fe6d8da04150",
+        source_hash: "a9739688de7990631b732c13f62614dbbed69f03b80e70b841d50ba091816824",
     },
     Kernel {
         name: "gate_weight_bf16_d0_v8_sm90a",
         source: include_str!("kernels/gate_weight/gate_weight_bf16_d0_v8_sm90a.cu"),
-        source_hash: "ba899a9ac647769247475fd16d8bcb99fc00f79ba3bbdff56ffc4093dd6491ef",
+        source_hash: "88dba3b333a2a3c70ee8be1a784649a5ad550b9aabf91a8d2728d2f44fa8c590",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "db93409845e4d26516f3c0d0f512670a6716c673e1c2e9a643c1b0c66c9fb214",
+        source_hash: "702ab2b561584b7b21f8790d4ceae455a7fb2f7f126d23e25b872e32b83e84b1",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "d68b2968fe1666075805ccf67203fc5e6de00f200566eb41ead0943fd560bad8",
+        source_hash: "5fcd23b2f378bbf7c4116576d74a338ffed14a63afbe891f03fa3ab3109df645",
     },
     Kernel {
         name: "gram_key_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "072e5c5da7d9d334c23b459f6bf19de5182090752ff243d91c59836a65933699",
+        source_hash: "39dc8e1f2e693ed6a47e5d03c80118e5fcd739483817fd3a54219453c83368f8",
     },
     Kernel {
         name: "gram_key_bf16_d256_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d256_r16_v1_sm90a.cu"),
-        source_hash: "b56c663978fb1c097cad86292dd797ae3bbc406ee973a41886448622d0e93946",
+        source_hash: "fe16e65b584258ddcd5f74331a2fb3fb8c9a5db6de564b02ded3a0c50c0bd18a",
     },
     Kernel {
         name: "gram_key_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "4a1768c6979c3c5654d093effc679177e5d75c8d24d8f71c70c599bd6f80417f",
+        source_hash: "67db9621157eed829ec83e0240b092b132f2a60bd693bedf2713f0ab69e28634",
     },
     Kernel {
         name: "gram_key_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "de6513044aaad2e919b80503866153d7b1fc5718d86f075bc7e0ff32f713a991",
+        source_hash: "0c5d28710117ee068f13c4b5c62d824b1ac5e108fa324ab0fcabb264694821ee",
     },
     Kernel {
         name: "gram_query_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "063c32ecfe4aa927952b855dbb51e2fdbac7620c6e14531fbf4067b1d11a2957",
+        source_hash: "bfd2d0e149d445a267e9674c64addadf4d44a2aabb0deb860827d7d1f2f5a9a6",
     },
     Kernel {
         name: "gram_query_bf16_d256_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d256_r16_v1_sm90a.cu"),
-        source_hash: "dde74471bf6ac7dad3f370967241532d06b5aa1ac66bce26e879f2c240326b12",
+        source_hash: "5129ca6a36df40d769acbb04994092bbef429e330895c1958b3e22425cad2b96",
     },
     Kernel {
         name: "gram_query_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "8a7cbb455d3577354f00a112a8f83e0de2cb5ba17409720d9466fc9ff78be8f7",
+        source_hash: "95d6fa35ac614b711e5db8a2bca563faafdce9608674914bde8f3a8c5da42f68",
     },
     Kernel {
         name: "gram_query_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "ad9ce341ac7585315eb488171b80ed33dea5c4d6bb9b3f83b08e8fb72a95dbe5",
+        source_hash: "1d7c267e23649afbf26cf3c843227d04f5837980ea30412f39aa088bc219fb90",
     },
     Kernel {
         name: "gram_sums_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "0b398e7f85f0128af3433a77f4beacb51bc4018b137ff60c04100b488d883bf9",
+        source_hash: "5555e424b8d75228857ed6d28f5e84949b753489c80028b0682d6ce75ec0d5cc",
     },
     Kernel {
         name: "gram_sums_bf16_d256_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d256_r16_v1_sm90a.cu"),
-        source_hash: "d7fccefd4c5a601500f3be680be7a7326f68311a39f887547aad1ab6fa2c6399",
+        source_hash: "f8338647c085979bbc42ddb6baf12c93d990a59e1d37427bb7756f951e186304",
     },
     Kernel {
         name: "gram_sums_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "afefba00ea37220665b0d511ea02138a9dd44b97353d2088246ad185e901035d",
+        source_hash: "e93081973415dfef7ed9ca4e800daaea383dc0bc6720dcca28f26371f4ba33e1",
     },
     Kernel {
         name: "gram_sums_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "35be8f792904fe84fb63395202377a87ecaa4ac6a994d7918f6fa3a113319477",
+        source_hash: "1127f0e39f14ffe7315de1d406f59d100a82364629a8310d659157ec007bff8a",
     },
     Kernel {
         name: "kv_invert_sm80",
         source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
-        source_hash: "0fe0fa0ef89d516d19e9f01ce6384cc876372706a466d41e40bea523a2c04dd7",
+        source_hash: "1342e4127e2343ea583b3a1979df1df41b8bc1726572cb4c9c9ec67432c50b60",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "0e5e477e320f6fe798aedd8726ef630168c17ee28d120144e8009b6b11f04e9e",
+        source_hash: "7f89c35d4734261d709ba38be3e92889946c3ed8a70d00c4e9ba31cdce3483a6",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "27428cba0e86f0fb2bd52768646131e4aa1d8ef918f7df1bc90361f55db2c450",
+        source_hash: "3e501c0fe13a267c3b11e3388a112eeb09d2a6736ba1ede19f1a2ad406017c52",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "c0a602c257c86e29c46cde219031e0239a95c95362e47f2d9ffa71894c650131",
+        source_hash: "49642941962404ff9f6dd9c5f92cb497d3155ae07ac4516a40aa1d0ed950f35c",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "9b7044a7169819e339d9733d39d158a81b9879e550a41df71952d09d5b08df92",
+        source_hash: "a30d5f9efcf2da7169bb9e15b52987301bec62ec113667c2e17ee8c2322238ae",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "4664b41a780bf04b62ff28cf5710c350d48582a9fdc8e14f27a0bc91092841aa",
+        source_hash: "a74410edccef50d76a69c66df03ea6529b7a886e0c5febb0668f71c349c2dfc5",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "a75e001de99421a48157df3deeec05c35d0075866e197e5826512ec5355911af",
+        source_hash: "a70aa95d8032be119f4cd21fc15be35abe46e23cb50f6c7a563b56201c1140eb",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "3a916a03cfd809f4473a55e98d29e673e7eb899702763c9e777640d01120a910",
+        source_hash: "a1ae07e2434901ed078bc2485f6a6aef705b34ee7160e88c0698bc372f5dfa4a",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "84f75381516bf3f4ab2871447bcad0df49ef12670584e98c7a853747abd22c7d",
+        source_hash: "4dca44963aeee6dbf4e230ce4aba2ab8cadb95600b313f657587c91bb17ea90a",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "1bceb4a635578015072a34aaa6bdef6e063fa96c209a4856cf21ccaebc990df9",
+        source_hash: "a36689de4a9c45ef2370e27040d34bdb8faea328a0aeca18e3018fe88510ee13",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "2b2aa8383f99727ae10232214dae8e1892d0d700bae415a8d48bc44f7062455b",
+        source_hash: "a0da16fec2a0d818a787e7b9d8b3741e3b338d266068b1d567872d9ea3749fec",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "431123ac8b0b979e455e8cfa339b0465f86801c449eabdf5f409414665dfc622",
+        source_hash: "1050dbe152d013032392a469dbcf982c168b45f452b2c9e43f30c08d9cae290f",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "be509729e159af1af330bf86e54e5117b448f7724b960da5bfd07fc338ec7af0",
+        source_hash: "99b028db915cfd25ca601846bd0fdc1aebd9f249e0ce0e16273bd8e6c87c8de5",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "0728870e008f8ac8defe813f4c75415f477780e4ac55b9808ac12f7f98a0b6a8",
+        source_hash: "8d12aec7f9b899a083d8f093c19c9d2ba7fba9e554e1802b020568a63db009da",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "a0244c326fb949b23dc996bc1a934827b14d30dce4888ba0266269b51fbecd94",
+        source_hash: "0428128a4cf6a509a8dd002bba1d57c42eb27b4b558455ae5422a11b0efd46b4",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "75592f7d7f4a93d9b8610547873be17f00b04075ca890cf175a81f4c58076ebb",
+        source_hash: "e7463c23decdc6698498dc4e5eb31da7ca2e2687e532c504bf74173c0872c7ef",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "bdca2b548764f663aef92f0bf94af52b66f1fa57f17a6dda3c5bff7020b8da03",
+        source_hash: "5d7d0157e3b8331a731e6658709b871f064b359a38a4a7e343904e06a1a495d1",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "7c7ff443072292dc0dab59fd70bb4247d997333e9fe32dba8c83c06dfb8bd431",
+        source_hash: "6af4cc86192bffd7a77efec9621d0c8a8b06cc1d79816bfc0307f45f71ee9e51",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "138f869ac0c19dcde598252e5e95f0ac8d70b07b308b137aaa35530444ce65eb",
+        source_hash: "50e046241e308f3250dbf2710af8967483a3445c28ae6530b58815880a693139",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "03ffc29ade293139ccd04fb90b6b61807b625151da85c9febe01fb2284c82825",
+        source_hash: "8bff0997538a16d3e943713fa6fb9464e5bb062a2917d9f7e16256f84c11008e",
     },
     Kernel {
         name: "kv_validate_sm80",
         source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
-        source_hash: "a7a64d6df3506da91a8503893569ce2376992a9cc8c9da9b3eb589fd3c8d730c",
+        source_hash: "862ef2fc640e27a82dbc2aeb0cbe003b1e9619499650247ea6c2a39edd1d7219",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "1be3338c6eaedbdc938ed7ef393ceca2d2787617115fe7ad407b37b2e03f964d",
+        source_hash: "21b259541a1977fbde83acd2cfe93e48f6b7a7acd32249b48ad001670be49941",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "e2fa1fadd8130a7bec9cfa86929843142d670202832ef440b90afec921062855",
+        source_hash: "3f7f342177a830e44fb696b5ebd311e125203d666b468f089c38695ad2cde427",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "0c5f3b46b528e1fc5e3514edaf313ebfdf5d152919744053304c609a070d9bdc",
+        source_hash: "44fa86a0d79fd6f3b7a688fbd6725c9a2b610b3e6fd90eb2f78759b93e1da229",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "e2fc46a81f12a020fe3590369eb634939959fd32ed8116de3bcaa4203b9e6af1",
+        source_hash: "ac84b6e43d13d90edb8851279f9f0d0b7f773bbb7b69f1ee09cb4756fd946e40",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "378c930cd6d4ff65284f798b5f9b9ee7e3efd54040ea79a9ace03fe2d8324387",
+        source_hash: "eeaf81feb53c4c41eca4f9676eb539e688c749e44aeff93720b1939625d0c60e",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "9b7ba2369fd9890039487df91c7f7516d300e84474e5c2b1d2514437af38c1b8",
+        source_hash: "cd55336ea92361efa89621de89429a62402802949981a5d5230f6ef8b6b55b64",
     },
     Kernel {
         name: "profile_bf16_d128_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d128_v1_sm90a.cu"),
-        source_hash: "4cbd1c354853e56ebecd63c788ab0f8f808e2a6e2f1ab77b8ef6f28cb88ac390",
+        source_hash: "7b1e4bf25d1bf265e4a48d8ee15eaf4f89d6f12ae3ae91934788c6245601b6a2",
     },
     Kernel {
         name: "profile_bf16_d256_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d256_v1_sm90a.cu"),
-        source_hash: "712f59f4000de547ecac3e3ca2375075ceedcc917e72b7ee14d133c05c8c669f",
+        source_hash: "2501f2185653c513bf3691d04e6bd8bf2cd53894519b96807e6832c2fee842f2",
     },
     Kernel {
         name: "profile_bf16_d64_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d64_v1_sm90a.cu"),
-        source_hash: "7dd7a9e8bd56e0d2451599505217e80c84a575a58516dc77974d3a66168bd739",
+        source_hash: "61ba2a784826b0ade865473945cfba50e11958b8414e0359aa9e60687a37bb3f",
     },
     Kernel {
         name: "profile_bf16_d96_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d96_v1_sm90a.cu"),
-        source_hash: "61e47b7087f5a9e16e014d2c361b0e13dd644139ec4b5e7be12af16f52a27088",
+        source_hash: "36ea54c773f51639fa130a83b3981458ece23c0baa4ce45d168f6abdd6d2b1a5",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "5988ad8986787524d235fca1340a6112164ef8fe22bb7c8c0a1004355e12812f",
+        source_hash: "c08c6199b37e45515892eeae621b00d74487f2ee8bcffa2d785032d2d8c6ed09",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "61bfa3c1a829f309cc007b04fb6662bc21f86fba45831988eef0698c56801c3e",
+        source_hash: "ce58f23ebf61aac3bf0c7ca7fff01bad5a3d81777e2253d90a74f6c24bcc387b",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "14a5762fa86047c9aa1046dc4ebd266d9fb8ab5682cbd8d0a3e4d306921b100a",
+        source_hash: "ce80045374c9da516b563dad1f5c702adfca5148ca4bb195b7302b71dff90dd2",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "668ef89a9704ecff3cbb8c6b5cc2767f5e4a551f0e3f5cc83ca2ce583138611a",
+        source_hash: "910e2411ea930b23b8d34e949448a9d248c4760861b2f38f763f4f8174fe7971",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "af7be0074aa5a24b31dc809883f0e4b3b84f6028eef7c8bc312ddf482c0cbf9b",
+        source_hash: "a6bb28859fe290dd43b8fc737daf95c3c8248d214d8511f4575e3ec019fba40e",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "299bde4b03495d898fc8233f70eeb3bdf1c55f68bc3156194fc3495593968b2d",
+        source_hash: "e2323bc417758919dac229f005095b8548e89a8110e900770f31363cb9cafd9a",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "90d263e77fcbf68bc4d8f5393ac38b22349816caddb2d91ba46875ca56d2c797",
+        source_hash: "e148f721b1b918d0049989ce744ad9c874b16984936c0e011b366d747d258b29",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "9e8ccbbffc78acd0bc4d38c263a3da6ba6d1038651a71b442e71be6b1a686808",
+        source_hash: "ae07c8e73d2e5cfd2b15da1ef7c71d3e980ea4a1979bf7f2930343f889819b98",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "b8cf4bde041b088c124b4c8111680d0fb921aace1045ea08a6471f0809dc03c5",
+        source_hash: "3ef5ec143ec9f8c7d63aab18bbc4793dcf510081f5deca1204d5d3ff24564574",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "6cd732fb30af700f7b776c7ae8d5b3ece2a3c6ca828cfc7eda8b05b750645acc",
+        source_hash: "ddb29b924ce8c7bcab03ba62544552861ff31e439f9abc85c400044fcf55a062",
     },
 ];
 

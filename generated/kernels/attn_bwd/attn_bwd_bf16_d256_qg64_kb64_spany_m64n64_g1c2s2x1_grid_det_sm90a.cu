@@ -212,8 +212,10 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
     const bool leader = lane == 0;
     if (leader) {
         dsv::mbarrier_arrive_expect(&smem.full_kv, 2 * kTileBytesKv);
-        dsv::tma_load_tile<kHeadDim, kBlockN>(smem.k, &p.map_k, &smem.full_kv, kv_tile * kBlockN, kv_head, cta.z);
-        dsv::tma_load_tile<kHeadDim, kBlockN>(smem.v, &p.map_v, &smem.full_kv, kv_tile * kBlockN, kv_head, cta.z);
+        dsv::tma_load_tile<kHeadDim, kBlockN, dsv::L2::kEvictFirst>(smem.k, &p.map_k, &smem.full_kv, kv_tile * kBlockN, kv_head,
+                                                                    cta.z);
+        dsv::tma_load_tile<kHeadDim, kBlockN, dsv::L2::kEvictFirst>(smem.v, &p.map_v, &smem.full_kv, kv_tile * kBlockN, kv_head,
+                                                                    cta.z);
     }
     Producer producer{p, smem};
     const int heads_per_kv = p.sizes.num_heads / p.sizes.num_kv_heads;

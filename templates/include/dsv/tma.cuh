@@ -9,37 +9,58 @@
 
 namespace dsv {
 
+// What L2 does with the lines of a copy, as createpolicy encodes it: tiles that one CTA alone reads are the first to go, sums
+// that many CTAs add to the last.
+enum class L2 : uint64 { kNormal = 0, kEvictFirst = 0x12F0000000000000, kEvictLast = 0x14F0000000000000 };
+
 __device__ __forceinline__ void tma_prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // Loads tokens [seq, seq + box) of one head, as many as the box of a 4-D map has, into rows of a tile of `rows` tokens; tokens
 // past the end arrive as zeros.
-template <int head_dim, uint32 rows>
+template <int head_dim, uint32 rows, L2 policy = L2::kNormal>
 __device__ __forceinline__ void tma_load_rows(void* smem, const TensorMap* map, uint64* barrier, int seq, int head,
                                               int batch) {
 #pragma unroll
     for (int slab = 0; slab < slabs(head_dim); ++slab) {
-        asm volatile(
-            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-            " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(smem_address(smem) + slab * slab_bytes(rows)),
-            "l"(map), "r"(smem_address(barrier)), "r"(slab * kSlabColumns), "r"(seq), "r"(head), "r"(batch)
-            : "memory");
+        const uint32 to = smem_address(smem) + slab * slab_bytes(rows);
+        if constexpr (policy == L2::kNormal) {
+            asm volatile(
+                "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+                " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
+                "l"(map), "r"(smem_address(barrier)), "r"(slab * kSlabColumns), "r"(seq), "r"(head), "r"(batch)
+                : "memory");
+        } else {
+            asm volatile(
+                "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+                " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
+                "l"(map), "r"(smem_address(barrier)), "r"(slab * kSlabColumns), "r"(seq), "r"(head), "r"(batch),
+                "l"(static_cast<uint64>(policy))
+                : "memory");
+        }
     }
 }
 
 // Loads the tile of tokens [seq, seq + rows) of one head, tile_bytes(rows, head_dim); tokens past the end arrive as zeros.
-template <int head_dim, uint32 rows>
+template <int head_dim, uint32 rows, L2 policy = L2::kNormal>
 __device__ __forceinline__ void tma_load_tile(void* smem, const TensorMap* map, uint64* barrier, int seq, int head,
                                               int batch) {
-    if constexpr (head_dim % kSlabColumns == 0) {
+    if constexpr (head_dim % kSlabColumns != 0) {
+        tma_load_rows<head_dim, rows, policy>(smem, map, barrier, seq, head, batch);
+    } else if constexpr (policy == L2::kNormal) {
         asm volatile(
             "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
             " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(smem_address(smem)),
             "l"(map), "r"(smem_address(barrier)), "r"(0), "r"(seq), "r"(0), "r"(head), "r"(batch)
             : "memory");
     } else {
-        tma_load_rows<head_dim, rows>(smem, map, barrier, seq, head, batch);
+        asm volatile(
+            "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+            " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(smem_address(smem)),
+            "l"(map), "r"(smem_address(barrier)), "r"(0), "r"(seq), "r"(0), "r"(head), "r"(batch),
+            "l"(static_cast<uint64>(policy))
+            : "memory");
     }
 }
 
@@ -72,10 +93,10 @@ __device__ __forceinline__ void tma_load_row(void* smem, const TensorMap* map, u
         : "memory");
 }
 
-// Adds contiguous f32 (a multiple of 16 bytes, both sides 16-byte aligned) to global memory, in any order.
+// Adds contiguous f32 (a multiple of 16 bytes, both sides 16-byte aligned) to global memory, in any order; L2 keeps the sums.
 __device__ __forceinline__ void bulk_reduce_add(float* global, const float* smem, uint32 bytes) {
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global),
-                 "r"(smem_address(smem)), "r"(bytes)
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%0], [%1], %2, %3;" ::"l"(global),
+                 "r"(smem_address(smem)), "r"(bytes), "l"(static_cast<uint64>(L2::kEvictLast))
                  : "memory");
 }
 
