@@ -487,42 +487,42 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "5b6a38f02d35c789767d40db76ac7adc2bc27c95443ae002dc1db7e65ed427e0",
+        source_hash: "155bc5e23c3e5009c54f1c572afea2cf60dbf4cd6602ec0befd7e3e3b0b7c0b5",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b20c6e654c201599a39651ce089685e7694b8a65ad291f1a09010d72ee959f05",
+        source_hash: "20853acb10f3dbf9b24a50415b8c954e3372cc331b7297d89ea32c21127399f9",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "85377e7fbaac1075db5b5f1e1bb61a86e2604b70165d4e864297eaaeab9968a2",
+        source_hash: "8c0f07eca89384663ca3165432032fc98093fec610a64d726b826c8449ea34f9",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "05d3e3476086339874f70072721caff0e1bbf53f951ded5291645427c6049f88",
+        source_hash: "7b4b8e734297ce09733a0f6c43f844b30dedc2a67f06351bc94ae9f4aedb4fd7",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "24f6d17a743501078c12dc54a1642fa3b6d0c9ac5c73749dbd45f99c705b7bd8",
+        source_hash: "5f8ade55792b4cc7cbe0ec5e779653b59cbcfbe510d043941accb9d3dcdbde9e",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d873df76081f5c87fcc1d6f8e148db27716eae4a859e9634a17e76923cff5aae",
+        source_hash: "5f6bffa3ad91b84cb705b9346dd7a30f1886c042d3121d3f5250a712204c9741",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
@@ -557,42 +557,42 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "5d56f53cd88b02e64330859c2f09b4e21ee47f2fc294cbc76aa317e66ce2c7d6",
+        source_hash: "f99c2f2fe5afe28d82bbb1a33c9916d1c51a1bda6aec4499190046dfd25c0329",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2ea4a4befa923bd28cd2935efb8493d704eefae79eec39c1e4b85f427f7dd598",
+        source_hash: "b0032c96ebede2e58dc50efded787686179b776cec1612dcbd6b612db2b20987",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e5121896f878ed059fa5b614539c2ee79a1ccc9f9d9f7345ee2c18ad591b8ecc",
+        source_hash: "c10bf12ec6ebd7cf17bb061dd2e666ccc0e5107a014f89c09958a889c66559a3",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "0947757fa6f5810baa8e8e645cf5da73c4566c033e3a74c71c2417b3a5d170f3",
+        source_hash: "c4608a43c8ab869c4daba948d5f9e2164dae9234a2b07a95e0b3e00d9830ae3c",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "37855b198d85eaf736af16b0bff495c5d3e77b4da0691878183fd45096595b66",
+        source_hash: "81b6cc310e613acdf65a6e7d53c5cea4631cffe44219f74fa60473a60bb4432f",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5c271208baddf99f182d30a711fd40f755eb583471f5ae73461051c9e3b2163d",
+        source_hash: "33cb9df069bcbd7198605e4118c7c7928b456ed56de302f7a85ae0a2c7ba2e1f",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",

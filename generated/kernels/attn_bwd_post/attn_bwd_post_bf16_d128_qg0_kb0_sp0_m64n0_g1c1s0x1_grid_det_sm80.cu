@@ -34,8 +34,9 @@ constexpr int kPitch = kHeadDim / 2 + 4;  // words a row: 4 more, so that the 8 
 // Grid: (Sq_padded / kBlockM, H, B).
 extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80(const __grid_constant__ Params p) {
     __shared__ dsv::uint32 tile[kBlockM * kPitch];  // pairs of elements
-    const int head = blockIdx.y;
-    const int batch = blockIdx.z;
+    // Heads from the last to the first: attn_bwd ended with the last, whose sums L2 still has. Nobody reads them again.
+    const int head = gridDim.y - 1 - blockIdx.y;
+    const int batch = gridDim.z - 1 - blockIdx.z;
     const int tiles = p.sizes.seqlen_q_padded / kBlockM;
     const dsv::int64 index = (dsv::int64{batch} * p.sizes.num_heads + head) * tiles + blockIdx.x;
     const float4* accum = reinterpret_cast<const float4*>(p.dq_accum + index * (kBlockM * kHeadDim));
@@ -46,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_post
         const int j = place / 128;
         const int t = place % 128;
         const int row = 16 * (t / 32) + t % 32 / 4;
-        const float4 x = accum[place];
+        const float4 x = __ldcs(accum + place);
         const float scale = p.sizes.scale;
         tile[row * kPitch + 4 * j + t % 4] = dsv::pack2<Element>(x.x * scale, x.y * scale);
         tile[(row + 8) * kPitch + 4 * j + t % 4] = dsv::pack2<Element>(x.z * scale, x.w * scale);

@@ -41,8 +41,9 @@ static_assert(sizeof(Params) == kParamsBytes, "the host's launch parameters have
 
 // Grid: (Sq_padded / kBlockM, H, B).
 extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80(const __grid_constant__ Params p) {
-    const int head = blockIdx.y;
-    const int batch = blockIdx.z;
+    // Heads from the last to the first: attn_bwd begins with the first, whose d_out and zeros L2 then has.
+    const int head = gridDim.y - 1 - blockIdx.y;
+    const int batch = gridDim.z - 1 - blockIdx.z;
     const int lane_in_row = threadIdx.x % kThreadsPerRow;
     const dsv::int64 slab = dsv::int64{batch} * p.sizes.num_heads + head;
 
@@ -58,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_prep
         const bool exists = row < p.sizes.seqlen_q;
         float dot = 0.0f;
         if (exists && lane_in_row < kChunks) {
-            const uint4 o = *reinterpret_cast<const uint4*>(p.o.at<Element>(batch, row, head) + 8 * lane_in_row);
+            const uint4 o = __ldcs(reinterpret_cast<const uint4*>(p.o.at<Element>(batch, row, head) + 8 * lane_in_row));
             const uint4 d = *reinterpret_cast<const uint4*>(p.d_o.at<Element>(batch, row, head) + 8 * lane_in_row);
             const dsv::uint32 o4[4] = {o.x, o.y, o.z, o.w};
             const dsv::uint32 d4[4] = {d.x, d.y, d.z, d.w};
