@@ -210,13 +210,6 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "920d9080a2a545cef6d485dba119de43f7d316913794b2366b94327885dd7998",
     },
     Kernel {
-        name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_ring_nondet_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_ring_nondet_sm90a.cu"
-        ),
-        source_hash: "d21b9066c7fe32ef77f8f17a885291b8457ef286ddac597601f47708b83e5768",
-    },
-    Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
@@ -294,13 +287,6 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "44f5f9986994ad24512918a9eee3e641da300eda9f75feb276e610f8f940ceb1",
     },
     Kernel {
-        name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "5093d8bc1c99a024c12cb404f3d8321aeaf7aebffbf24e674478df5b8a773d6d",
-    },
-    Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
@@ -320,13 +306,6 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
         source_hash: "e00053dbc02f0bef8d677c3ac68433956f7647d3f186f1e40bd20652dfd44a24",
-    },
-    Kernel {
-        name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_ring_nondet_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_ring_nondet_sm90a.cu"
-        ),
-        source_hash: "a002fda5293705bed0db2f8fda2b67c71fe474a223a29c7b4291664b9b8e1b61",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
@@ -789,13 +768,6 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
         source_hash: "cafa4d2aa6ea262542891b0a33a7b02c8f1c27100179769bdaf7b47decaac5d7",
-    },
-    Kernel {
-        name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "89ffca78c24364fc8bbfcdac433ddb8f5beb23d02fe8e58d63123d3ca718a65d",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",

@@ -4,6 +4,7 @@ use crate::check::HostInputs;
 use crate::plan::{Case, Step};
 use crate::reduce::to_nanosecond;
 use dsv_reference::lists::{KvInverse, KvListsBuf};
+use dsv_reference::rng::SplitMix64;
 use dsv_runtime::device::{Event, L2Flush};
 use dsv_runtime::{
     AttnLayouts, AttnPlan, BwdArgs, Clocks, Device, DeviceBuffer, Error, FwdArgs, KeyLists, MemoryNeeded,
@@ -105,8 +106,9 @@ impl Gpu {
         decode_error_flag(flag[0]).map_err(|e| Failure::Wrong(e.to_string()))
     }
 
-    /// Times candidates in turns, each after writing over the L2 cache (which also keeps the host ahead of the GPU,
-    /// so that launch overhead is not measured). Every candidate has run before. `over` ends the rounds early, never
+    /// Times candidates in rounds, in each in another order: at the GPU's power limit a launch is faster behind one that
+    /// took less power. The L2 cache is written over before every launch (which also keeps the host ahead of the GPU, so
+    /// that launch overhead is not measured). Every candidate has run before. `over` ends the rounds early, never
     /// before the first three. The last timed launch of each is judged: it writes over poisoned results, and its error
     /// flag is read.
     pub(crate) fn time(
@@ -120,19 +122,21 @@ impl Gpu {
             .iter()
             .map(|_| Ok((device.new_event()?, device.new_event()?)))
             .collect::<Result<_, Error>>()?;
-        let round = |with_clocks: bool, chosen: &dyn Fn(usize) -> bool| -> Result<Vec<Option<f64>>, Error> {
-            for i in (0..work.len()).filter(|&i| chosen(i)) {
-                self.timed_launch(&work[i], &events[i])?;
-            }
-            if with_clocks {
-                // Read while the work queued above is running.
-                self.clocks.borrow_mut().extend(device.clocks());
-            }
-            self.stream.synchronize()?;
-            (0..work.len())
-                .map(|i| chosen(i).then(|| events[i].1.microseconds_since(&events[i].0)).transpose())
-                .collect()
-        };
+        let mut rng = SplitMix64::new(work.len() as u64);
+        let mut round =
+            |with_clocks: bool, chosen: &dyn Fn(usize) -> bool| -> Result<Vec<Option<f64>>, Error> {
+                for i in rng.permutation(work.len()).into_iter().filter(|&i| chosen(i)) {
+                    self.timed_launch(&work[i], &events[i])?;
+                }
+                if with_clocks {
+                    // Read while the work queued above is running.
+                    self.clocks.borrow_mut().extend(device.clocks());
+                }
+                self.stream.synchronize()?;
+                (0..work.len())
+                    .map(|i| chosen(i).then(|| events[i].1.microseconds_since(&events[i].0)).transpose())
+                    .collect()
+            };
         let estimate: Vec<f64> =
             round(true, &|_| true)?.into_iter().map(|t| t.unwrap_or(f64::INFINITY)).collect();
         let fastest = estimate.iter().copied().fold(f64::INFINITY, f64::min);

@@ -225,10 +225,17 @@ pub struct Reduction {
 /// A table must hold for lists nobody has seen: the other kinds are recorded, and reported, but make no line of it.
 const OF_THE_TABLE: [ListKind; 2] = [ListKind::Dense, ListKind::Random];
 
+/// Whether a record is of a kernel that the tuner tries today.
+fn is_candidate(record: &TuneRecord) -> bool {
+    let KernelSpec::Attn(s) = record.spec else { return true };
+    space::candidates(s.op(), s.dtype(), s.head_dim(), s.lists(), s.arch()).contains(&s)
+}
+
 /// Reduces records to a table: winners by bucket from dense and random lists, and the crossovers. Each bucket has a line for callers
-/// that need the same bits every time, and one for those that do not.
+/// that need the same bits every time, and one for those that do not. A kernel that is no candidate any more wins nothing.
 pub fn reduce(records: &[TuneRecord], meta: TableMeta) -> Reduction {
-    let rows: Vec<Row> = rows(records)
+    let of_today: Vec<TuneRecord> = records.iter().filter(|r| is_candidate(r)).cloned().collect();
+    let rows: Vec<Row> = rows(&of_today)
         .into_iter()
         .filter(|row| OF_THE_TABLE.iter().any(|kind| kind.name() == row.lists))
         .collect();

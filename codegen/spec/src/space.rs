@@ -161,8 +161,8 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
         }));
     }
     let sparsity = if lists.is_dense() { Sparsity::Percent(0) } else { Sparsity::Any };
-    // Where a head does not fit L2, CTAs that walk it together share what they read.
-    if op == AttnOp::Bwd && arch == Arch::Sm90a && !lists.is_gather() {
+    // Where a head does not fit L2, CTAs that walk it together share what they read. Dense ones walk in step anyway.
+    if op == AttnOp::Bwd && arch == Arch::Sm90a && !lists.is_gather() && !lists.is_dense() {
         tiles.extend(tiles.first().map(|&first| AttnTile { schedule: Schedule::Ring, ..first }));
     }
     let forms: &[Deterministic] = if op == AttnOp::Bwd { Deterministic::ALL } else { &[Deterministic::Yes] };
