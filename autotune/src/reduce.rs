@@ -107,7 +107,7 @@ fn row_key(p: &Problem, lists: &str) -> RowKey {
 }
 
 /// Records by case, the latest record of a (kernel, problem, lists) standing for all earlier ones.
-pub fn rows(records: &[TuneRecord]) -> Vec<Row> {
+pub fn rows<'r>(records: impl IntoIterator<Item = &'r TuneRecord>) -> Vec<Row> {
     struct Group<'a> {
         problem: Problem,
         sparsity: u8,
@@ -234,8 +234,7 @@ fn is_candidate(record: &TuneRecord) -> bool {
 /// Reduces records to a table: winners by bucket from dense and random lists, and the crossovers. Each bucket has a line for callers
 /// that need the same bits every time, and one for those that do not. A kernel that is no candidate any more wins nothing.
 pub fn reduce(records: &[TuneRecord], meta: TableMeta) -> Reduction {
-    let of_today: Vec<TuneRecord> = records.iter().filter(|r| is_candidate(r)).cloned().collect();
-    let rows: Vec<Row> = rows(&of_today)
+    let rows: Vec<Row> = rows(records.iter().filter(|record| is_candidate(record)))
         .into_iter()
         .filter(|row| OF_THE_TABLE.iter().any(|kind| kind.name() == row.lists))
         .collect();

@@ -8,7 +8,7 @@ use crate::{KernelSpec, PointwiseOp, PointwiseSpec};
 
 /// Head dims the shipped attention kernels serve, where the architecture's templates do: see [`shipped_head_dims`].
 pub const SHIPPED_HEAD_DIMS: [u16; 4] = [64, 96, 128, 256];
-/// Head dims the trainer's kernels serve. The predictor's loss keeps D x D sums in shared memory: of 256 they do not fit.
+/// Head dims the trainer's kernels serve. The predictor's loss keeps D x D sums in shared memory; of 256 they just fit, at rank 16.
 pub const TRAINER_HEAD_DIMS: [u16; 4] = [64, 96, 128, 256];
 /// Block sizes (query_group, kv_block) the shipped kernels serve, beside dense.
 pub const SHIPPED_BLOCK_SIZES: [(u16, u16); 2] = [(64, 64), (128, 128)];
