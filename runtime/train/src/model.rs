@@ -179,16 +179,10 @@ impl ModelShape {
     }
     /// Sizes of the cross-attention: a batch of every copy of the text and the video tokens it serves.
     pub fn cross_attn(&self) -> AttnShape {
-        let own = self.self_attn();
-        AttnShape {
-            batch: own.batch * self.text_copies,
-            seqlen_q: own.seqlen_q / self.text_copies,
-            seqlen_kv: self.text_tokens,
-            ..own
-        }
+        self.self_attn().to_text(self.text_tokens, self.text_copies)
     }
     /// Batch times text tokens, copies included.
-    fn text_rows(&self) -> usize {
+    fn copied_text_rows(&self) -> usize {
         self.patch.batch * self.text_copies * self.text_tokens
     }
     /// What an engine sizes its scratch by.
@@ -675,7 +669,7 @@ impl Model {
             text_pre: plan.act("conditioning/text pre", text_rows * dim),
             text_act: plan.act("conditioning/text act", text_rows * dim),
             y: plan.act("conditioning/text tokens", text_rows * dim),
-            copies: plan.act("conditioning/copies of the text tokens", shape.text_rows() * dim),
+            copies: plan.act("conditioning/copies of the text tokens", shape.copied_text_rows() * dim),
         };
         let kept = if purposes.train { shape.layers } else { 1 };
         let shelf = purposes.kept_sets.map(|sets| Shelf::reserve(&shape, sets, purposes.inverse_lists, plan));
@@ -705,7 +699,7 @@ impl Model {
                 let (q, k) = (act("q", rows * dim), act("k", rows * dim));
                 let x1 = act("x1", rows * dim);
                 let cq = act("cross q", rows * dim);
-                let ckv = act("cross kv", shape.text_rows() * 2 * dim);
+                let ckv = act("cross kv", shape.copied_text_rows() * 2 * dim);
                 let (ca, x2) = (act("cross out", rows * dim), act("x2", rows * dim));
                 let up = act("mlp up", rows * pre);
                 let mut f32 = |name: &str, len: usize| plan.f32(&format!("block work/{name}"), len);
@@ -744,7 +738,7 @@ impl Model {
             let (a, b) = (act("a", rows * dim), act("b", rows * dim));
             let (q, k) = (act("q", rows * dim), act("k", rows * dim));
             let qkv = act("qkv", rows * 3 * dim);
-            let ckv = act("cross kv", shape.text_rows() * 2 * dim);
+            let ckv = act("cross kv", shape.copied_text_rows() * 2 * dim);
             let (y_act, text_act) = (act("text tokens", text_rows * dim), act("text act", text_rows * dim));
             let text = act("text", text_rows * shape.text_dim);
             let shared_act = act("modulation", batch * 6 * dim);
@@ -763,7 +757,7 @@ impl Model {
                 gate_product: f32("gated weight", gated),
                 gate_sum: f32("gated bias", dim),
                 modulation: f32("block modulation", batch * 6 * dim),
-                copies: f32("copies of the text tokens", shape.text_rows() * dim),
+                copies: f32("copies of the text tokens", shape.copied_text_rows() * dim),
                 y: f32("text tokens sum", text_rows * dim),
                 y_act,
                 text_act,
@@ -1343,7 +1337,7 @@ impl Model {
         }
         self.gated_residual(e, p.o, (w.modulation, 2), [x, saved.attn, w.x1]);
         self.linear(e, p.cq, rows, w.x1, w.cq);
-        self.linear(e, p.ckv, self.shape.text_rows(), self.cond.copies, w.ckv);
+        self.linear(e, p.ckv, self.shape.copied_text_rows(), self.cond.copies, w.ckv);
         e.attn_fwd(&self.cross_attention(w));
         e.gemm(&self.linear_of(p.co, rows, w.ca, w.x2).plus(w.x1));
         e.norm_mod_fwd(&self.norm_mod(w.x2, w.modulation, 3, w.mean2, w.rstd2), w.n2);
@@ -1380,7 +1374,7 @@ impl Model {
             d_v: part(1),
         });
         self.linear_bwd(e, p.cq, rows, w.x1, b.b, Some((b.x, true)));
-        self.linear_bwd(e, p.ckv, s.text_rows(), self.cond.copies, b.ckv, Some((b.copies, true)));
+        self.linear_bwd(e, p.ckv, s.copied_text_rows(), self.cond.copies, b.ckv, Some((b.copies, true)));
         // Self-attention.
         self.gated_bwd_weight(e, p.o, (w.modulation, 2), saved.attn, b.x);
         self.gated_bwd_input(e, p.o, (w.modulation, 2), b.x, b.b);

@@ -688,13 +688,7 @@ fn problems(dims: &Dims, deterministic: Deterministic) -> Vec<Problem> {
         head_dim: dims.head_dim,
         scale: 1.0,
     };
-    let copies = dims.text_copies.max(1);
-    let cross = AttnShape {
-        batch: dims.batch * copies,
-        seqlen_q: dims.seqlen / copies,
-        seqlen_kv: dims.text_tokens,
-        ..shape
-    };
+    let cross = shape.to_text(dims.text_tokens, dims.text_copies);
     let backward = |shape, lists| problem(AttnOp::Bwd, shape, lists, deterministic);
     let mut problems = vec![backward(&shape, None)];
     if dims.text_tokens > 0 {

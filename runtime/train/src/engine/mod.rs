@@ -241,6 +241,14 @@ pub struct AttnShape {
     pub scale: f32,
 }
 
+impl AttnShape {
+    /// Attention of the same queries to a text of `tokens` tokens, of which there are `copies`, each for as many queries as if
+    /// they were a sequence of their own: a batch of them all.
+    pub fn to_text(self, tokens: usize, copies: usize) -> AttnShape {
+        AttnShape { batch: self.batch * copies, seqlen_q: self.seqlen_q / copies, seqlen_kv: tokens, ..self }
+    }
+}
+
 /// Sizes of a set of KV lists; see style.md section 3.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub struct ListShape {
