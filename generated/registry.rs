@@ -39,14 +39,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b1b8651e50a6295e324e76dd297b9b6bb3ec72712b4ae43201776f11f9104ac1",
+        source_hash: "35d7b9bbc83d69f9287c2d76596ef253631a8e5ffa30ff37e7a3b9862c7a5b25",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "3647ae2f641a6e0ce1005430f076f5a1d0488821f1370c911377dfa3433e2f99",
+        source_hash: "49cc71bf3883e370dda9f1364014f068e2f2269e83d5042d61db234b45a023e2",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
@@ -60,28 +60,28 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1d5b9641eb148b98a80625068990e189dd2ad0f9fb935b7e2eafe7ef13e33333",
+        source_hash: "c2e01be834a68b0fa93e23325a79a75e9e3c9542a1220a1dae5fb7c8155d0f59",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "188840334cc3a02325c88bd9ed46113cc0910f8a03742be9b3ff5fbadd7c324a",
+        source_hash: "9181276c01268d5b60aa6f2f6c18b814f1f09545f332d833e1e4d8bcb13c795e",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "5e286ee6f2bee22b12af455aa85c6f97c58241aa3103ae0642e2a244d2ae5cb9",
+        source_hash: "c60f509921b2c2b37586612dd058a5adea42fad34c4330b441ee65467a4b2eab",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "851818fb043883f383f5e6e2aa2a46ec70ce30be2a9a63667cb1ecaecd351571",
+        source_hash: "2d4ec3bf342a22ce94d2011f608da1650b5271ece03ba8ea06417f10a2c16057",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
@@ -95,7 +95,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8fc4d0bb1aa8bf97bcd25d4041e3b2855544d7657e6de306912a978a4c4c8e8e",
+        source_hash: "063282f68ae921f0721a88ddf3b3055377561d2d493ea0273801ddc45c15d3db",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
@@ -130,14 +130,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "401b804bc29ddb7603026cbf23562435973400a1889e85bdd646e27a10a7ae81",
+        source_hash: "02135b3466af242bb5243beb800286bc0458d468bad57665ef1f63cb360cc589",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "5b9b02072c2fa7bdda4b118d6f2b27b687a604fcdb4ec5ec294c74bc0c86dc5a",
+        source_hash: "191b3d8fb3ce9fdbd167248e8eae63dd14ba4a651ba3ba561632df01a0f574a5",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
@@ -151,63 +151,63 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "dc018b8defcbff737db89b1b70d3998a1b7e935352387356473c52f2c13c37c6",
+        source_hash: "e05aede6a4e81c089d973d2d6626800fc4b7176bff0fb363ec6c7ee765e713e6",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "4083dce359489dd56944a577cd7364d77950c453444f049800bd01da23596071",
+        source_hash: "ca0bbd3ce40b7e98336abc59c1aa0ffe321b13a399a6344405cdfa71985b7a25",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8f2bc20fd370af90f54e837ff2fb725644b3519f98489c4ec769a19f375b2710",
+        source_hash: "424b2ba95b3d1e3126ade045ad0a1f2d35036038f44e6bedddcf1105b04ffc7f",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "27a64725c980ae6e68319a74b02b4655fa3e51b29514d70ef82913b5b75f9ab1",
+        source_hash: "0f506d2b23f3bc7e0b0356e542cea10122805b086b6977c360fcb2792fddab9f",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a762fd123d4cff6b5c78d94587e5eddb3e40776b30ca66a5d44e734c4bade003",
+        source_hash: "d01b94264fcaf3172ebdcc7f3d85a21e458dccb5296bd814df7c8df48116658c",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "3f28a5a05f14cfe445cb1d10a46d6f2a6f73b58b772c1d8bf4ad4767f5421316",
+        source_hash: "bcb28c20d614d9ef87b1e274c33552572a2cf9e62715263ed85c202ba4e086bf",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "883d1a6fb3ff457c44a57027c9fb1357d06ecddd2f54ada21276fabf19340cfb",
+        source_hash: "6d20eb58a3fb5c30b742f4ae52fb76ee60ade683e4a066b39c4b7ee7fbd7856f",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3c0990963e45502a3dc29659d24949511e6c85c3ec78418d24da130cfb6319ec",
+        source_hash: "ff8195cb8fdd42e3d3ef65c1a785ce56960b5b19c51c9ef83c777970a696aa7d",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "920d9080a2a545cef6d485dba119de43f7d316913794b2366b94327885dd7998",
+        source_hash: "efed45c22a5f83980390be289093f6e6ae5c93f8f1138395bc1ecc38958994ae",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -221,14 +221,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "198572e382336b6789aa97ec2f653ee24fbe7ec2219cda7a0c48fb03705e19c4",
+        source_hash: "a917e59d2fdf81aa597684bf48caf3941b316008a5488c5fec2677a4167cbdfb",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b94491e1bfd44218ab812381d014cdc9da4675b2f6de21de577fa28c348175e1",
+        source_hash: "48aa42d71159615293c064bbdd04d1272fe92bb37ef560c37f384b5a9a17156f",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -242,7 +242,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7bd8e52b328144e3e32e7ac3df0c5c49d399396efc03a51cab840268c6c99662",
+        source_hash: "51250f9d363dd25a08898285ab1d44c470580570b92a849bacf835f35cf70658",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
@@ -270,7 +270,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bf91df64e38b2c30373fffb601f49feb0c2d753d246eb1d363406f04b652db83",
+        source_hash: "75a506146579179c29b971a95c0265fa545cfb23971708043338c36690f4d79b",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -284,7 +284,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "44f5f9986994ad24512918a9eee3e641da300eda9f75feb276e610f8f940ceb1",
+        source_hash: "4e767d7b48ae84b21101305057e85d8702d925e92ded66a4bafb74015a194d25",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
@@ -298,42 +298,42 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d88a5663fddb45a9fe9dabb49688a63b99737062466c798ae152bf85964def80",
+        source_hash: "cf8213a490ab8a347fda6cb1c53c6a32afb4cf09276a9fbe7cb65edcc33a8685",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "e00053dbc02f0bef8d677c3ac68433956f7647d3f186f1e40bd20652dfd44a24",
+        source_hash: "471c9f00c100fe34667224268370db506fece92e48b35cd87840e1b306820c53",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "016846f982a5f65176b9e9a4adfb4fb70c4cfa6b06defc2336f5b3ae55867a0d",
+        source_hash: "2109598b73c8575a919f17d90fb7cbdd397ef9a3505add3e49b0cc85d2d29b16",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e74cba450351364b405e3c670eeb3b4b8d9c52b55f885bf381ec6890523209be",
+        source_hash: "59efa9f31577965532daa044555f3a908f313fa20e7acc83c96d8fcf63853849",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "0d0f7407056eb10dc1e31e28613a9dc27bc04a94a8a153742252e5d7908002d2",
+        source_hash: "b35735a7d922ac4954e5517eda83b970970ff6b1f04b4ebf7c8e2dd926c75c4e",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f718c3e15ac89471af0e93255e769a5654663d2f8d0f634fb3f0dbad88053bbe",
+        source_hash: "0a464c46f17ee3f8a082828df313ed4de8c40efa1b81a53d61a42c5adef475c6",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
@@ -361,14 +361,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2401350fe42e6db527a5d020bd893b8c7003dd4e7253f5629ea037f09de081f6",
+        source_hash: "c14a6bbbf9c66662c31db3dc274a197e4d1b7640d1e1bd8b4836d820b74b0af3",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b1ae0a789f8ecb3bfe3d7c4880a476d5be43cf1b24a12a7514c2eeb40cbb48b9",
+        source_hash: "7aca8d9c5f2bacaad9352de2c9c0d7550cadf8682d15e3374110d9efc8fc9047",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",

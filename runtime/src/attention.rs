@@ -154,8 +154,8 @@ fn statistics_rows(p: &Problem) -> u64 {
 }
 
 /// Byte offsets of the backward's workspace: f32 `lse_log2` and `delta` [B, H, seqlen_q_padded], then an f32 accumulator
-/// where there is one: of dQ [B, H, seqlen_q_padded, D], with a word for each of [B, H] before it in which the CTAs of
-/// a `ring` note where they are, or with KV units below 64 tokens of dK and dV [B, Hkv, seqlen_kv rounded up to 64,
+/// where there is one: of dQ [B, H, seqlen_q_padded, D], with a word for each of [B, H] before it, the clock of the
+/// CTAs of a `ring`, or with KV units below 64 tokens of dK and dV [B, Hkv, seqlen_kv rounded up to 64,
 /// 2 * D]; each aligned to 256 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Workspace {
@@ -179,11 +179,11 @@ impl Workspace {
             _ => 0,
         };
         let accumulator_bytes = (summed * p.head_dim as u64 * 4).next_multiple_of(256);
-        let places = match AttnOp::ending(p.lists, main) {
+        let clocks = match AttnOp::ending(p.lists, main) {
             AttnOp::BwdPost => (p.batch as u64 * p.num_heads as u64 * 4).next_multiple_of(256),
             _ => 0,
         };
-        let accumulator = 2 * statistics + places;
+        let accumulator = 2 * statistics + clocks;
         Workspace {
             delta: statistics,
             accumulator,

@@ -30,7 +30,7 @@ constexpr int kBlockN = 128;
 constexpr int kConsumers = 2;  // warpgroups of 64 KV rows; two with kBlockN 64 split head_dim
 constexpr int kStages = 2;
 constexpr bool kDeterministic = true;  // leaves dQ to attn_bwd_dq
-constexpr bool kRing = false;  // a CTA begins where others of its head are, and goes round the end
+constexpr bool kRing = false;  // a CTA begins where those of its head are by now, and goes round the end
 constexpr int kThreads = 384;
 constexpr int kCtasPerSm = 1;
 constexpr int kConsumerRegisters = 232;  // 0: left as compiled
@@ -87,6 +87,11 @@ constexpr bool kStatisticsEarly = kHalves == 1;
 // head_dim 96 what it needs is short of registers there (C7512).
 constexpr bool kSendAfterP = kHeadDim != 96;
 
+// Of a ring's clock: CTAs at a time on an H100 or H200 (where they are fewer, new CTAs begin by so much behind the others), and
+// the tiles between two of a CTA's ticks.
+constexpr int kWalkers = 132 * kCtasPerSm;
+constexpr int kTick = 4;
+
 static_assert(kHalves == 1 || (kHalves == kConsumers && kHeadDim == 64), "64 queries, or 128 as one 64-column slab");
 static_assert(kBlockN == kRows * kConsumers || (kByColumns && kConsumers == 2 && kHeadDim % 128 == 0 && kStages > 1),
               "one wgmma M of 64 rows a consumer, or one for two that take half the columns each");
@@ -102,7 +107,7 @@ struct Params {
     dsv::TensorMap map_dk;         // [B, Skv, Hkv, D], box 64 rows
     dsv::TensorMap map_dv;         // [B, Skv, Hkv, D], box 64 rows
     dsv::TensorMap map_rows;       // [2, B * H * Sq_padded]: lse_log2 and delta, box 64 of one
-    float* dq_accum;               // [B, H, Sq_padded / 64, D / 8, 128, 4], see reduce_dq; before it the ring's places
+    float* dq_accum;               // [B, H, Sq_padded / 64, D / 8, 128, 4], see reduce_dq; before it the ring's clocks
     const dsv::int32* k2q_offset;  // [B, H, N + 1]
     const dsv::int32* k2q_index;   // [B, H, G * max_selected]
     dsv::int32* error_flag;        // [1]
@@ -125,10 +130,10 @@ struct SharedStorage {
     dsv::uint64 full_do[kStages], empty_do[kStages];
     dsv::uint64 full_ds[kDsBuffers], empty_ds[kDsBuffers];  // dS of all consumers, when kDqLater
     int query_tile[kStages];  // of a stage, in 64 queries over batch and heads; -1 ends the walk
-    // When kRing, of the head at hand: the edge begun with, and where the CTAs' place is written down. The producer has no
-    // registers for them.
+    // When kRing, of the head at hand: the group, then the edge begun with, and the clock. The producer has no registers for
+    // them.
     int first_edge;
-    volatile dsv::uint32* place;
+    dsv::uint32* clock;
 };
 static_assert(sizeof(SharedStorage) <= kSmemBytes, "the host asks for less shared memory");
 
@@ -144,12 +149,16 @@ struct Producer {
     SharedStorage& smem;
     dsv::uint32 fed = 0;  // tiles
 
-    // One thread. Where the CTAs of a head are, roughly: the last query tile that one of them wrote down; of the launch
-    // before, or anything, before the first has. Of any value some tile.
+    // One thread. The group at which the CTAs of a head are by now, on average. Its clock counts their tiles; kWalkers at a
+    // time each go round once in as many as a list has on average. The clock may begin anywhere, so it is never set.
     __device__ __forceinline__ int place(int head) const {
         const int slab = dsv::cta_index().z * p.sizes.num_heads + head;
-        smem.place = reinterpret_cast<volatile dsv::uint32*>(p.dq_accum) - 1 - slab;
-        return *smem.place % static_cast<dsv::uint32>(p.sizes.seqlen_q_padded / kBlockM);
+        smem.clock = reinterpret_cast<dsv::uint32*>(p.dq_accum) - 1 - slab;
+        const volatile dsv::uint32& clock = *smem.clock;
+        const volatile dsv::int32* edges = p.k2q_offset + dsv::int64{slab + 1} * (p.sizes.num_kv_blocks + 1) - 1;  // of the head
+        const float lists = static_cast<float>(*edges) * (kTilesPerGroup * kWalkers);
+        const float rounds = __fdividef(static_cast<float>(clock) * p.sizes.num_kv_blocks, fmaxf(lists, 1.0f));
+        return static_cast<int>((rounds - floorf(rounds)) * p.sizes.num_groups);
     }
 
     __device__ __forceinline__ dsv::uint32 stage() const { return fed % kStages; }
@@ -161,10 +170,10 @@ struct Producer {
         // 32 bits: 2^31 rows of Q would be 256 GiB.
         const int batch = dsv::cta_index().z;
         const int row = (batch * p.sizes.num_heads + head) * p.sizes.seqlen_q_padded + tile * kBlockM;
-        if (kRing && fed % 4 == 0) *smem.place = tile;
         const dsv::uint32 s = stage();
         dsv::mbarrier_wait(&smem.empty_q[s], phase());
         smem.query_tile[s] = row / 64;
+        if (kRing && fed % kTick == 0) atomicAdd(smem.clock, kTick);
         dsv::mbarrier_arrive_expect(&smem.full_q[s], kTileBytesQ + kStatBytes);
         load(smem.q[s], p.map_q, smem.lse_log2[s], 0, &smem.full_q[s], tile * kBlockM, head, batch, row);
         dsv::mbarrier_wait(&smem.empty_do[s], phase());
@@ -223,15 +232,16 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
     for (int head = kv_head * heads_per_kv; head < (kv_head + 1) * heads_per_kv; ++head) {
         if constexpr (kDense) {
             const int tiles = p.sizes.seqlen_q_padded / kBlockM;
-            int tile = 0;
-            if (kRing && leader) tile = producer.place(head);
 #pragma unroll 1
-            for (int i = 0; i < tiles; ++i) {
+            for (int tile = 0; tile < tiles; ++tile) {
                 if (leader) producer.feed(tile, head);
                 ++producer.fed;
-                if (++tile == tiles) tile = 0;
             }
         } else {
+            if constexpr (kRing) {
+                if (leader) smem.first_edge = producer.place(head);  // here, where registers are free
+                __syncwarp();
+            }
             const auto slab = [&] { return dsv::int64{dsv::cta_index().z * p.sizes.num_heads + head}; };
             const dsv::int32* offset = p.k2q_offset + slab() * (p.sizes.num_kv_blocks + 1) + kv_tile / kTilesPerBlock;
             const int begin = offset[0];
@@ -242,8 +252,7 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
                 edges = 0;
             }
             if constexpr (kRing) {
-                int group = leader ? producer.place(head) / kTilesPerGroup : 0;
-                group = __shfl_sync(0xFFFFFFFF, group, 0);
+                const int group = __shfl_sync(0xFFFFFFFF, smem.first_edge, 0);
                 const int first = first_not_below(p.k2q_index + slab() * width + begin, edges, group);
                 if (leader) smem.first_edge = first;
                 __syncwarp();
