@@ -76,8 +76,8 @@ tokens! {
         Grid = "grid",
         /// One CTA a multiprocessor slot, tiles taken from a longest-first queue.
         Queue = "queue",
-        /// As `grid`, but a CTA begins its walk where those of its head are by now, and goes round the end: what they read
-        /// at the same time is the same. In the backward over lists that adds up dQ, whose order of sums is open anyway.
+        /// As `grid`, but of its list a CTA takes what is next from where those of its head are by now: what they read at the
+        /// same time is the same. In the backward over lists that adds up dQ, whose order of sums is open anyway.
         Ring = "ring",
     }
 }

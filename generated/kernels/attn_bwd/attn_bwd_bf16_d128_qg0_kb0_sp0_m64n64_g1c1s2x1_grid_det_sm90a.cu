@@ -30,7 +30,7 @@ constexpr int kBlockN = 64;
 constexpr int kConsumers = 1;  // warpgroups of 64 KV rows; two with kBlockN 64 split head_dim
 constexpr int kStages = 2;
 constexpr bool kDeterministic = true;  // leaves dQ to attn_bwd_dq
-constexpr bool kRing = false;  // a CTA begins where those of its head are by now, and goes round the end
+constexpr bool kRing = false;  // of its list a CTA takes what is next from where those of its head are by now
 constexpr int kThreads = 256;
 constexpr int kCtasPerSm = 2;
 constexpr int kConsumerRegisters = 224;  // 0: left as compiled
@@ -87,10 +87,11 @@ constexpr bool kStatisticsEarly = kHalves == 1;
 // head_dim 96 what it needs is short of registers there (C7512).
 constexpr bool kSendAfterP = kHeadDim != 96;
 
-// Of a ring's clock: CTAs at a time on an H100 or H200 (where they are fewer, new CTAs begin by so much behind the others), and
-// the tiles between two of a CTA's ticks.
+// Of a ring: the CTAs at a time of an H100 or H200 (where they are fewer, its clock is as much slower than they are), a CTA's tiles
+// between two ticks of the clock, and the groups it chooses from.
 constexpr int kWalkers = 132 * kCtasPerSm;
 constexpr int kTick = 4;
+constexpr int kWindow = kRing ? 2048 : 32;
 
 static_assert(kHalves == 1 || (kHalves == kConsumers && kHeadDim == 64), "64 queries, or 128 as one 64-column slab");
 static_assert(kBlockN == kRows * kConsumers || (kByColumns && kConsumers == 2 && kHeadDim % 128 == 0 && kStages > 1),
@@ -130,10 +131,10 @@ struct SharedStorage {
     dsv::uint64 full_do[kStages], empty_do[kStages];
     dsv::uint64 full_ds[kDsBuffers], empty_ds[kDsBuffers];  // dS of all consumers, when kDqLater
     int query_tile[kStages];  // of a stage, in 64 queries over batch and heads; -1 ends the walk
-    // When kRing, of the head at hand: the group, then the edge begun with, and the clock. The producer has no registers for
-    // them.
-    int first_edge;
+    // When kRing, of the head at hand: its clock, the ticks in which all go round once, and a bit for each group that is left.
     dsv::uint32* clock;
+    float round;
+    dsv::uint32 left[kWindow / 32];
 };
 static_assert(sizeof(SharedStorage) <= kSmemBytes, "the host asks for less shared memory");
 
@@ -149,15 +150,17 @@ struct Producer {
     SharedStorage& smem;
     dsv::uint32 fed = 0;  // tiles
 
-    // One thread. The group at which the CTAs of a head are by now, on average. Its clock counts their tiles; kWalkers at a
-    // time each go round once in as many as a list has on average. The clock may begin anywhere, so it is never set.
-    __device__ __forceinline__ int place(int head) const {
+    // One thread. A head's clock counts the tiles of its CTAs; kWalkers at a time each go round once in as many as a list has on
+    // average. It may begin anywhere, so it is never set.
+    __device__ __forceinline__ void read_clock(int head) const {
         const int slab = dsv::cta_index().z * p.sizes.num_heads + head;
         smem.clock = reinterpret_cast<dsv::uint32*>(p.dq_accum) - 1 - slab;
-        const volatile dsv::uint32& clock = *smem.clock;
-        const volatile dsv::int32* edges = p.k2q_offset + dsv::int64{slab + 1} * (p.sizes.num_kv_blocks + 1) - 1;  // of the head
-        const float lists = static_cast<float>(*edges) * (kTilesPerGroup * kWalkers);
-        const float rounds = __fdividef(static_cast<float>(clock) * p.sizes.num_kv_blocks, fmaxf(lists, 1.0f));
+        const int listed = p.k2q_offset[dsv::int64{slab + 1} * (p.sizes.num_kv_blocks + 1) - 1];  // in the whole head
+        smem.round = fmaxf(static_cast<float>(listed) / p.sizes.num_kv_blocks, 1.0f) * (kTilesPerGroup * kWalkers);
+    }
+    // One thread. The group at which the CTAs of the head are by now.
+    __device__ __forceinline__ int now() const {
+        const float rounds = __fdividef(static_cast<float>(*const_cast<volatile dsv::uint32*>(smem.clock)), smem.round);
         return static_cast<int>((rounds - floorf(rounds)) * p.sizes.num_groups);
     }
 
@@ -198,20 +201,93 @@ struct Producer {
     }
 };
 
-// The first of a list's groups that is not below `group`, or 0 where none is: 32 at a time. One warp.
-__device__ __forceinline__ int first_not_below(const dsv::int32* groups, int count, int group) {
-    const int lane = threadIdx.x % 32;
-    int low = 0, high = count;
-#pragma unroll 1
-    while (low < high) {
-        const int apart = (high - low + 31) / 32;
-        const int at = low + lane * apart;
-        const unsigned found = __ballot_sync(0xFFFFFFFF, at >= high || groups[at] >= group);
-        const int before = found == 0 ? 32 : __ffs(found) - 1;  // lanes whose group is below
-        high = min(high, low + before * apart);
-        if (before > 0) low += (before - 1) * apart + 1;
+// The groups that list this CTA's KV block in a head; none, and a flag, where the offsets are no offsets.
+struct List {
+    const dsv::int32* groups;
+    int edges;
+};
+__device__ __forceinline__ List list_of(const Params& p, int head) {
+    const int3 cta = dsv::cta_index();
+    const dsv::int64 slab = cta.z * p.sizes.num_heads + head;
+    const dsv::int32* offset = p.k2q_offset + slab * (p.sizes.num_kv_blocks + 1) + cta.x / kTilesPerBlock;
+    const dsv::int64 width = dsv::int64{p.sizes.num_groups} * p.sizes.max_selected;
+    const int begin = offset[0];
+    int edges = offset[1] - begin;
+    if (begin < 0 || edges < 0 || begin + dsv::int64{edges} > width) {
+        if (threadIdx.x % 32 == 0) atomicOr(p.error_flag, dsv::kCountOutOfRange);
+        edges = 0;
     }
-    return low < count ? low : 0;
+    return {p.k2q_index + slab * width + begin, edges};
+}
+
+// One warp. Notes which groups of a window a list has.
+__device__ __forceinline__ void note_left(const Params& p, SharedStorage& smem, List list, int window) {
+    const int lane = dsv::lane_id();
+    for (int i = lane; i < kWindow / 32; i += 32) smem.left[i] = 0;
+    __syncwarp();
+#pragma unroll 1
+    for (int edge = lane; edge < list.edges; edge += 32) {
+        int group = list.groups[edge];
+        if (static_cast<unsigned>(group) >= static_cast<unsigned>(p.sizes.num_groups)) {
+            atomicOr(p.error_flag, dsv::kIndexOutOfRange);
+            group = p.sizes.num_groups - 1;
+        }
+        group -= window;
+        if (group >= 0 && group < kWindow) atomicOr(&smem.left[group / 32], 1u << group % 32);
+    }
+    __syncwarp();
+}
+
+// One warp. Takes the first group from `from` on that is left, round the end of the window; -1 where none is.
+__device__ __forceinline__ int take_next(const Params& p, SharedStorage& smem, int from) {
+    const int lane = threadIdx.x % 32;
+    const int words = min(p.sizes.num_groups + 31, kWindow) / 32;
+    dsv::uint32 mask = ~0u << from % 32;
+    // 32 words at a time: on to the end, and then all.
+    int word = from / 32;
+#pragma unroll 1
+    for (bool again = true; word < words || again; word += 32) {
+        if (word >= words) {
+            again = false;
+            word = 0;
+            mask = ~0u;
+        }
+        dsv::uint32 bits = word + lane < words ? smem.left[word + lane] : 0;
+        if (lane == 0) bits &= mask;
+        mask = ~0u;
+        const unsigned found = __ballot_sync(0xFFFFFFFF, bits != 0);
+        if (found != 0) {
+            const int owner = __ffs(found) - 1;
+            if (lane == owner) smem.left[word + lane] &= ~(bits & -bits);
+            __syncwarp();
+            return 32 * (word + owner) + __ffs(__shfl_sync(0xFFFFFFFF, bits, owner)) - 1;
+        }
+    }
+    return -1;
+}
+
+// One warp. The tiles of a head's list, in the order of a ring. Where the list lies is found again for each window: registers.
+__device__ __forceinline__ void produce_ring(Producer& producer, int head) {
+    const Params& p = producer.p;
+    const bool leader = threadIdx.x % 32 == 0;
+    if (leader) producer.read_clock(head);
+#pragma unroll 1
+    for (int window = 0; window < p.sizes.num_groups; window += kWindow) {
+        note_left(p, producer.smem, list_of(p, head), window);
+#pragma unroll 1
+        for (;;) {
+            int group = leader ? min(max(producer.now() - window, 0), kWindow - 1) : 0;
+            group = take_next(p, producer.smem, __shfl_sync(0xFFFFFFFF, group, 0));
+            if (group < 0) break;
+            group += window;
+#pragma unroll 1
+            for (int tile = group * kTilesPerGroup; tile < (group + 1) * kTilesPerGroup; ++tile) {
+                if (tile >= p.sizes.seqlen_q_padded / kBlockM) break;  // the last group may be short
+                if (leader) producer.feed(tile, head);
+                ++producer.fed;
+            }
+        }
+    }
 }
 
 __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
@@ -227,9 +303,9 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
                                                                     cta.z);
     }
     Producer producer{p, smem};
-    const int heads_per_kv = p.sizes.num_heads / p.sizes.num_kv_heads;
+    const auto heads_per_kv = [&] { return p.sizes.num_heads / p.sizes.num_kv_heads; };
 #pragma unroll 1
-    for (int head = kv_head * heads_per_kv; head < (kv_head + 1) * heads_per_kv; ++head) {
+    for (int head = kv_head * heads_per_kv(); head < (dsv::cta_index().y + 1) * heads_per_kv(); ++head) {
         if constexpr (kDense) {
             const int tiles = p.sizes.seqlen_q_padded / kBlockM;
 #pragma unroll 1
@@ -237,37 +313,16 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
                 if (leader) producer.feed(tile, head);
                 ++producer.fed;
             }
+        } else if constexpr (kRing) {
+            produce_ring(producer, head);
         } else {
-            if constexpr (kRing) {
-                if (leader) smem.first_edge = producer.place(head);  // here, where registers are free
-                __syncwarp();
-            }
-            const auto slab = [&] { return dsv::int64{dsv::cta_index().z * p.sizes.num_heads + head}; };
-            const dsv::int32* offset = p.k2q_offset + slab() * (p.sizes.num_kv_blocks + 1) + kv_tile / kTilesPerBlock;
-            const int begin = offset[0];
-            int edges = offset[1] - begin;
-            const dsv::int64 width = dsv::int64{p.sizes.num_groups} * p.sizes.max_selected;
-            if (begin < 0 || edges < 0 || begin + dsv::int64{edges} > width) {
-                if (leader) atomicOr(p.error_flag, dsv::kCountOutOfRange);
-                edges = 0;
-            }
-            if constexpr (kRing) {
-                const int group = __shfl_sync(0xFFFFFFFF, smem.first_edge, 0);
-                const int first = first_not_below(p.k2q_index + slab() * width + begin, edges, group);
-                if (leader) smem.first_edge = first;
-                __syncwarp();
-            }
+            const List list = list_of(p, head);
             int fetched = 0;  // lane i holds the i-th of the next 32 groups
 #pragma unroll 1
-            for (int step = 0; step < edges * kTilesPerGroup; ++step) {
+            for (int step = 0; step < list.edges * kTilesPerGroup; ++step) {
                 const int e = step / kTilesPerGroup;
-                if (step % (32 * kTilesPerGroup) == 0 && e + lane < edges) {
-                    int edge = e + lane;
-                    if constexpr (kRing) {
-                        edge += smem.first_edge;
-                        if (edge >= edges) edge -= edges;
-                    }
-                    fetched = p.k2q_index[slab() * (dsv::int64{p.sizes.num_groups} * p.sizes.max_selected) + begin + edge];
+                if (step % (32 * kTilesPerGroup) == 0 && e + lane < list.edges) {
+                    fetched = list.groups[e + lane];
                     if (static_cast<unsigned>(fetched) >= static_cast<unsigned>(p.sizes.num_groups)) {
                         atomicOr(p.error_flag, dsv::kIndexOutOfRange);
                         fetched = p.sizes.num_groups - 1;
