@@ -39,14 +39,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d704e7dd73bbb2d27a35f427d95b2e8a5d65b40d42db2410332d77fbc03b5d2a",
+        source_hash: "92cc9319e1444d46856592fd97c5f831eaeb60688bf10f6a502588f8909e54bd",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "a662455f34cb1c351a5a3477ee7e4b47f27f5c6cf83265dab7cf4e46849a15b7",
+        source_hash: "94bd04f3fbc9e9a5fb629333b733affba54ea6f2219ad4d1ee4c9a0349b0f1e0",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
@@ -60,28 +60,28 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9161a1d923b0bcc6c15e512da6b0913c38478dee7a082233444f74efe4b1b3db",
+        source_hash: "89ac5158d01090d19d0d29a3d9480e498cb1a12e3c68751d3016d67214c339a1",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f7327849cf60af565a4a778e2e6c52331b74a42e4ebaa00e604e0b9e8cbea560",
+        source_hash: "b1eafbff54748145f6834751e84a9697d6e75fb646cd7424ce758fefea0f481d",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "2aac9259c416d6ffce4824c24a6c618528d96dd1fe09456525a7287612d824f8",
+        source_hash: "fa7d9ca50c41af3d80f14a4e9eecd5bc89faf87153e3dcc5f234816aa1ee9873",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "4fc1007c8a5ab22d67edfdc66bf2907a0c9ab7598574c4460bf3b9168741e50c",
+        source_hash: "f26e9b7db1f94baf1e257f046467c46b49dcc0a1904f720cde34712267dd1d19",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
@@ -95,7 +95,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4ce5d43fc3f5cc3438c1b9ac64ac042ad49cfe91568d8d8541b90ed9ab68738b",
+        source_hash: "0eae365117edb8aa316ac1d3ed4ab55f5bc871d02e13a76b4c5532207ec7d7aa",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
@@ -130,14 +130,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "241d642bce341ec7ae90881d3b2467f69d09d29a4c937ceb086230099e9ebaa1",
+        source_hash: "0c5f82468321536b7e46821fb611e712c99ac95682e04536df12ccedb10546fc",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "8e587ae58527f6a1e3314bf83be2e2e7915497ae5df8df8858778a8043eb54f3",
+        source_hash: "87cddc705d7a999fde1faf2d55d6a026d12ca6a1ac06ab39e08f00c60e5ad723",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
@@ -151,63 +151,63 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d19c9cdbd6168cce35924d01b8a4f5960b78dad394ddab06d1b9c458b5989056",
+        source_hash: "60e4ddc7fdd6682a2ab341ca71a9b255bcac9fc88252f29f927fa7508b4c564b",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "8ba7872680c10deed50b74150ba59fb734a16bbe399495cc2fe781a06d4c4c96",
+        source_hash: "017f632aedb874ebdc7006cb3841f55cbc729386e938295a609042e9603d8826",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "817b267a3833fc88a1c33882d54418c2c3f777537b88e658d8cb126f0a4f4632",
+        source_hash: "c7b9f90fd23a655eb8255c34c86c0977e6b0296d765c45240a1699261bede8de",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "43cc5c71118d9705345dc7947c3bc90bd203154808beb0dc73e4007d135aae39",
+        source_hash: "0a8c594b79b5ee05d7d961fca8de8d7af64b07eb1f4fca7e359fc573de6d21e9",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7a3930d7d8940cd5257669182971481a05d7905446c329afd3d48e63208a701f",
+        source_hash: "6d02daec2730da22e7a46041ceea2ad40adc1a7ef583ef488bcc8b0a270ffdd1",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "98bdf3d843e46b7055491c497e1a30b0128ce14571cbdc71b0e3473d344e9e3b",
+        source_hash: "b54e5aaa03852767aaa9fb20ebc52b85c1f72ada77aa1a3de4a4695a03876a40",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "db97a665a65da3141e286c3e8cc9e101496141811c8b9dc30ebfd55036108609",
+        source_hash: "fd5fd58bfa7413796178a9da2c7c1fccd0002caf9d551a87cabb93e23a2d7f96",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4b0e207039999bf9dcf08b80645dd88dfad7500e68fa5efaeebd7c0041d9162d",
+        source_hash: "4e17ebc15d2dacae79a9c53e1896efd771ce6e5a5d893804b4d8d1461fde15c8",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "67a3ee484fd46f5aa854066a1cfad99474fc90b11797e95e6cb0b2cd634f2210",
+        source_hash: "eff9e1e84ee97d1bf669f244a480f7508d67832c23953da16a2dd6bc5caf3ec5",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -221,14 +221,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "93ffd32946addfda7403169e9a121825652b15ce48ca863666289e8b8eeeb87b",
+        source_hash: "56f253fe2beb91ea4c26c1c1fbc722b1b1f0285d1334be89b88601a4651b4cf3",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "a46184c1c4e950a4929fb0a94eb3b5dcfa3c79cd53b8f4ab46292f7ddd981a3c",
+        source_hash: "1cc0398f9ffe9f56e0ca0f98bd83c2530cd2b17a65f90d66b69e37b708c9dbb6",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -242,7 +242,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "cd6b58b81878663622ccb99bc50d7ae726e16dcea4c8cd6f890daa82a2534c26",
+        source_hash: "4a2ff8c1cd52a6d39659068203f54df122d09f28c9f60e469c02aff62fba26f0",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
@@ -270,7 +270,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d06868a2b510f37b2d4387315df566832a2407166b8d48a223c34676acf96c25",
+        source_hash: "0249a71837a31e859c672d1c7ecbf5c9f4aba5ba5b6d3298c3953ec217edf6bb",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -284,7 +284,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "44f62379aa64abeb436c14991a736f9982f0f70af3423f1bbc86d3d3db3b7cff",
+        source_hash: "ab73c845f0de371b7928e2a6eb9e41134c24cb21b7592fbeca260e01bacb54d4",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
@@ -298,42 +298,42 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b541294c723ccc7eead5071433f1bc8998e28e4bfadb1d735157ab68e7505a59",
+        source_hash: "9ab6ffa684a210fb2f68488ed3d2df16c9cbb28263e3bfde7aa70e7e70d6d316",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "5c830fa35bce5fd959c3627ff12d63d18a296e76dad6f06b6c469ff8565c4ee2",
+        source_hash: "1561502fbb5f3c2f1ff78e164eb247faa133e0fed341b50c0a5d45fafff4c70e",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "125e902d318502d6b1f33e66ef2b78da507a9d95b8723f43179059b1965dbef0",
+        source_hash: "fbb046724732d711d1e876db91b5a932da3cf840375098f47071e4f7fcf2ff55",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "03d785d7d7d301914dfa606e9c0849c704afe34063f091465a75593fe6dbba0d",
+        source_hash: "206518c8a32312b23afbe2a2d5c6e745dfb206979a0b686e34bb0747eb90ddcb",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "07de8117a57b73fa7b5b4d647610e81ee50647cca437b03167330cfc42e5e343",
+        source_hash: "fc73006b0421e1b4ac95a4483ff8547a1e1a276dfa6407d1b0d43374b93b0f47",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c535eab3600417475469d7ee4371d1d6163a8d1e504a67c8f45cbaa2be7b9617",
+        source_hash: "5bdcf6d18e95a7bb62cb5eb5fa4eb972fd97ba74cb79a24326fbad5d4aaa3863",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
@@ -361,14 +361,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9ede931b6be4b0da7a242105a9b271f341a8f09858e2cd506b8a1d5b983d905b",
+        source_hash: "dd1cc908653d6a24bc8824cdb9fac715c1f12cb2e20083b11ff54895a491bbc2",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "c8c92ad5b268f188f14d62a3a976ce83e96e0bba947488fc9948d3a7e0036f03",
+        source_hash: "4a1476f09a137b9bf42c0ae9947e3eeef5cae4acf052922b105c57c2e8d021db",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
@@ -536,42 +536,42 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "a58096e7c7c35ae871cfba37140b526b8995759aa66f24152b4a056b4d078b2d",
+        source_hash: "9a96eab4d179d67b1b8c47d6a0c2c89d32003c529d935390c8f3f558e0ae873e",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4569f8392f782b3c7b801befe8d7b29fc5a9a6bda02524ed1757a255cc47c8e9",
+        source_hash: "233152f3f734b73411d09a6ac3848d149280b062ffe8e988737cd6b82f08c4f4",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c670159e251b335052252be67f5313b783499a1392bba383e157bf3e926b6b13",
+        source_hash: "9911e88d397b9abb7384df54bba8835b8eb7f5e204d0920e80fb9154ade65812",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "2c37691a3d7bfe6e395d15a2f4debf41257f9370ce003279604a3f9972a0d208",
+        source_hash: "1db3328bebc1ed9d09ed713f665f65cdb05145b1d6067184c2bc6a5a40f749ea",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3849b86f4a4ab520dbb6f725224b869d69272fb70ab8bcbc11813a602c363d3d",
+        source_hash: "c08975d3acfd35ab9cdcba306813b51006208f2b018eb904bd9523aab6df677e",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "aa108b984b7be8914bd16ba3390450bcdd63835c33d8afc1e5d537f1978bcdd7",
+        source_hash: "ea64c0a177cb65386291bdce96616096fddb572dd27c441ef0fc8bdf176198e7",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",

@@ -111,6 +111,7 @@ struct Params {
     float* dq_accum;               // [B, H, Sq_padded / 64, D / 8, 128, 4], see reduce_dq; before it the ring's clocks
     const dsv::int32* k2q_offset;  // [B, H, N + 1]
     const dsv::int32* k2q_index;   // [B, H, G * max_selected]
+    const dsv::int32* kv_order;    // [B, Hkv, N] of attn_bwd_prep: KV blocks, the longest list first; null when dense
     dsv::int32* error_flag;        // [1]
     dsv::AttnSizes sizes;
 };
@@ -130,6 +131,7 @@ struct SharedStorage {
     dsv::uint64 full_q[kStages], empty_q[kStages];
     dsv::uint64 full_do[kStages], empty_do[kStages];
     dsv::uint64 full_ds[kDsBuffers], empty_ds[kDsBuffers];  // dS of all consumers, when kDqLater
+    int kv_tile;              // of this CTA
     int query_tile[kStages];  // of a stage, in 64 queries over batch and heads; -1 ends the walk
     // When kRing, of the head at hand: its clock, the ticks in which all go round once, and a bit for each group that is left.
     dsv::uint32* clock;
@@ -206,10 +208,9 @@ struct List {
     const dsv::int32* groups;
     int edges;
 };
-__device__ __forceinline__ List list_of(const Params& p, int head) {
-    const int3 cta = dsv::cta_index();
-    const dsv::int64 slab = cta.z * p.sizes.num_heads + head;
-    const dsv::int32* offset = p.k2q_offset + slab * (p.sizes.num_kv_blocks + 1) + cta.x / kTilesPerBlock;
+__device__ __forceinline__ List list_of(const Params& p, const SharedStorage& smem, int head) {
+    const dsv::int64 slab = dsv::cta_index().z * p.sizes.num_heads + head;
+    const dsv::int32* offset = p.k2q_offset + slab * (p.sizes.num_kv_blocks + 1) + smem.kv_tile / kTilesPerBlock;
     const dsv::int64 width = dsv::int64{p.sizes.num_groups} * p.sizes.max_selected;
     const int begin = offset[0];
     int edges = offset[1] - begin;
@@ -273,7 +274,7 @@ __device__ __forceinline__ void produce_ring(Producer& producer, int head) {
     if (leader) producer.read_clock(head);
 #pragma unroll 1
     for (int window = 0; window < p.sizes.num_groups; window += kWindow) {
-        note_left(p, producer.smem, list_of(p, head), window);
+        note_left(p, producer.smem, list_of(p, producer.smem, head), window);
 #pragma unroll 1
         for (;;) {
             int group = leader ? min(max(producer.now() - window, 0), kWindow - 1) : 0;
@@ -292,7 +293,7 @@ __device__ __forceinline__ void produce_ring(Producer& producer, int head) {
 
 __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
     const int3 cta = dsv::cta_index();
-    const int kv_tile = cta.x, kv_head = cta.y;
+    const int kv_tile = smem.kv_tile, kv_head = cta.y;
     const int lane = threadIdx.x % 32;
     const bool leader = lane == 0;
     if (leader) {
@@ -316,7 +317,7 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
         } else if constexpr (kRing) {
             produce_ring(producer, head);
         } else {
-            const List list = list_of(p, head);
+            const List list = list_of(p, smem, head);
             int fetched = 0;  // lane i holds the i-th of the next 32 groups
 #pragma unroll 1
             for (int step = 0; step < list.edges * kTilesPerGroup; ++step) {
@@ -382,7 +383,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
     constexpr int kChunks = dq_columns / kChunk;
     static_assert(!kStagedDq || kChunks == 1, "dQ of a consumer leaves as one piece");
     const int3 cta = dsv::cta_index();
-    const int kv_tile = cta.x, kv_head = cta.y, batch = cta.z;
+    const int kv_tile = smem.kv_tile, kv_head = cta.y, batch = cta.z;
     const int consumer = dsv::warpgroup_index();
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32 % 4;
@@ -732,7 +733,7 @@ __device__ __forceinline__ void consume_columns(const Params& p, SharedStorage& 
     constexpr int kQueries = kBlockM / 2;
     constexpr int kChunk = columns / 2;  // columns of one product of dQ
     const int3 cta = dsv::cta_index();
-    const int kv_tile = cta.x, kv_head = cta.y, batch = cta.z;
+    const int kv_tile = smem.kv_tile, kv_head = cta.y, batch = cta.z;
     const int consumer = dsv::warpgroup_index();
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32 % 4;
@@ -908,7 +909,18 @@ __device__ __forceinline__ void consume_columns(const Params& p, SharedStorage& 
     }
 }
 
-// Grid: (ceil(seqlen_kv / kBlockN), num_kv_heads, B), tiles of a head adjacent so that its Q, dO and dQ stay in L2.
+// Grid: (ceil(seqlen_kv / kBlockN), with lists N * kTilesPerBlock; num_kv_heads; B), tiles of a head adjacent so that its Q, dO
+// and dQ stay in L2.
+// One thread. CTAs of about equally long lists run beside each other: none is left alone at the end, and those that keep step
+// find in L2 what the others read.
+__device__ __forceinline__ int kv_tile_of_cta(const Params& p) {
+    const int3 cta = dsv::cta_index();
+    if constexpr (kDense) return cta.x;
+    const dsv::int64 slab = cta.z * p.sizes.num_kv_heads + cta.y;
+    const int block = p.kv_order[slab * p.sizes.num_kv_blocks + cta.x / kTilesPerBlock];
+    return block * kTilesPerBlock + cta.x % kTilesPerBlock;
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a(const __grid_constant__ Params p) {
     // Swizzle atoms are 1024 bytes; a driver that aligned shared memory less would have to be told from here.
     extern __shared__ __align__(1024) dsv::uint8 raw[];
@@ -928,8 +940,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_bf16
             dsv::mbarrier_init(&smem.empty_ds[i], kConsumerThreads / 32);
         }
         dsv::mbarrier_init_fence();
+        smem.kv_tile = kv_tile_of_cta(p);
     }
     __syncthreads();
+    // The last block may have fewer tiles, and may come anywhere in the order.
+    if (kTilesPerBlock > 1 && smem.kv_tile * kBlockN >= p.sizes.seqlen_kv) return;
 
     if (threadIdx.x >= kConsumerThreads) {
         dsv::registers_shrink<kProducerRegisters>();
