@@ -132,7 +132,7 @@ fn memory_of_a_problem() {
 
     // One token: rows are padded to the backward's largest tile of 128, parts to 256 bytes.
     let one = Problem { num_heads: 1, num_kv_heads: 1, seqlen_q: 1, seqlen_kv: 1, max_selected: 1, ..p };
-    assert_eq!(MemoryNeeded::of(&one).workspace, 512 + 512 + 256 + 128 * 128 * 4);
+    assert_eq!(MemoryNeeded::of(&one).workspace, 512 + 512 + 256 + 256 + 128 * 128 * 4);
 }
 
 #[test]
