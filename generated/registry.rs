@@ -17,1177 +17,1177 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_8bit_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw_8bit/adamw_8bit_bf16_d0_v4_sm90a.cu"),
-        source_hash: "fd58b0ffae195e7686346e28ed570e0e7e440904d02fbf7f0a9f9a5cf0fabf49",
+        source_hash: "6790bbc4b371a1fbb34799d30f7f98a51712db0b6f6398c23b7e877da8058931",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
-        source_hash: "9f452df7b60eb6ea7e94b7ee920d4d67ae05e84af4871ed8597b5af09fcc9c8d",
+        source_hash: "ea40e11910fac5f1c7f236f3e17cb8c618056c93c420a199031784dfafd2109b",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "447a7b93f59fd98977e1005206211af143bd1618970416e0766355e51e78528b",
+        source_hash: "adad51da8a2be9ad58a7ad2d8ca99d32eba5af51ccec27c64a4e792c6e9267f5",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "4fbe0f0e49f41d42b9147da136b3b8d3868098b32458757fd586509bb86da5f5",
+        source_hash: "468c0ff83990c46e3b8897a9ac9afd45511e5bd53aa946c652be9f5924a6048b",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b1b8651e50a6295e324e76dd297b9b6bb3ec72712b4ae43201776f11f9104ac1",
+        source_hash: "92cc9319e1444d46856592fd97c5f831eaeb60688bf10f6a502588f8909e54bd",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "3647ae2f641a6e0ce1005430f076f5a1d0488821f1370c911377dfa3433e2f99",
+        source_hash: "94bd04f3fbc9e9a5fb629333b733affba54ea6f2219ad4d1ee4c9a0349b0f1e0",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "7807372d06d7d1ecbceabd2fd6c7b4cff9ecafa87519471dfdd6214a90758902",
+        source_hash: "c0d37d0e2a574681df0156efa3ce13b348020075740d3cfcebcd4ba7308b8c4f",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1d5b9641eb148b98a80625068990e189dd2ad0f9fb935b7e2eafe7ef13e33333",
+        source_hash: "89ac5158d01090d19d0d29a3d9480e498cb1a12e3c68751d3016d67214c339a1",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "188840334cc3a02325c88bd9ed46113cc0910f8a03742be9b3ff5fbadd7c324a",
+        source_hash: "b1eafbff54748145f6834751e84a9697d6e75fb646cd7424ce758fefea0f481d",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "5e286ee6f2bee22b12af455aa85c6f97c58241aa3103ae0642e2a244d2ae5cb9",
+        source_hash: "fa7d9ca50c41af3d80f14a4e9eecd5bc89faf87153e3dcc5f234816aa1ee9873",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "851818fb043883f383f5e6e2aa2a46ec70ce30be2a9a63667cb1ecaecd351571",
+        source_hash: "f26e9b7db1f94baf1e257f046467c46b49dcc0a1904f720cde34712267dd1d19",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "1281a0e2837f8399f99381dc2263579675d96df1c6b35307793a9d625114f934",
+        source_hash: "7293058f177d3de9654fc5a9af637c2f27e6f481eb9d83f75f4b591ef58d46cc",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8fc4d0bb1aa8bf97bcd25d4041e3b2855544d7657e6de306912a978a4c4c8e8e",
+        source_hash: "0eae365117edb8aa316ac1d3ed4ab55f5bc871d02e13a76b4c5532207ec7d7aa",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "6b761ac41d8f5d459f47d09ea7de1b862170f91041d5cc7b8b5d30a5a43deff6",
+        source_hash: "cfe056490106b82581de41e1be7f8a15a7498f638cd9fdd385a7b2ff742b2f83",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "a684b9de3d6fdb55069f59d8f5226c4bfcf37b9b692da48262f478822cf772ef",
+        source_hash: "768662854bdfb6ccd01431f9afdf8797d1d62e57ca4f7e5dae810ca4edc329f1",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b3001883aac0b9349a6b9c4ba0f71652f491a12e00b63d3a665a4cce606b6e36",
+        source_hash: "e131fa641920fae785d760747846297b3f989a07f9cbd7a77b534de905f9895d",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "2e6d7dce41e55aad627ebb01c85d6fd72f469a31e286283ca0314bc469d2c2be",
+        source_hash: "eeaa3cb1214326c1531a1330c0af96e9641aca169a1663e9fb14d2d26c67c364",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "401b804bc29ddb7603026cbf23562435973400a1889e85bdd646e27a10a7ae81",
+        source_hash: "0c5f82468321536b7e46821fb611e712c99ac95682e04536df12ccedb10546fc",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "5b9b02072c2fa7bdda4b118d6f2b27b687a604fcdb4ec5ec294c74bc0c86dc5a",
+        source_hash: "87cddc705d7a999fde1faf2d55d6a026d12ca6a1ac06ab39e08f00c60e5ad723",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "effab860d8ff1b2b1d157283ed746c9804b690f78f5be21fb486d96c43971ae9",
+        source_hash: "20049edec2fbf060a8c5f41248ab11bacb51c7debec0d67f95e07c5e48e2a6d9",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "dc018b8defcbff737db89b1b70d3998a1b7e935352387356473c52f2c13c37c6",
+        source_hash: "60e4ddc7fdd6682a2ab341ca71a9b255bcac9fc88252f29f927fa7508b4c564b",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "4083dce359489dd56944a577cd7364d77950c453444f049800bd01da23596071",
+        source_hash: "017f632aedb874ebdc7006cb3841f55cbc729386e938295a609042e9603d8826",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8f2bc20fd370af90f54e837ff2fb725644b3519f98489c4ec769a19f375b2710",
+        source_hash: "c7b9f90fd23a655eb8255c34c86c0977e6b0296d765c45240a1699261bede8de",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "27a64725c980ae6e68319a74b02b4655fa3e51b29514d70ef82913b5b75f9ab1",
+        source_hash: "0a8c594b79b5ee05d7d961fca8de8d7af64b07eb1f4fca7e359fc573de6d21e9",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a762fd123d4cff6b5c78d94587e5eddb3e40776b30ca66a5d44e734c4bade003",
+        source_hash: "6d02daec2730da22e7a46041ceea2ad40adc1a7ef583ef488bcc8b0a270ffdd1",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "3f28a5a05f14cfe445cb1d10a46d6f2a6f73b58b772c1d8bf4ad4767f5421316",
+        source_hash: "b54e5aaa03852767aaa9fb20ebc52b85c1f72ada77aa1a3de4a4695a03876a40",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "883d1a6fb3ff457c44a57027c9fb1357d06ecddd2f54ada21276fabf19340cfb",
+        source_hash: "fd5fd58bfa7413796178a9da2c7c1fccd0002caf9d551a87cabb93e23a2d7f96",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3c0990963e45502a3dc29659d24949511e6c85c3ec78418d24da130cfb6319ec",
+        source_hash: "4e17ebc15d2dacae79a9c53e1896efd771ce6e5a5d893804b4d8d1461fde15c8",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "920d9080a2a545cef6d485dba119de43f7d316913794b2366b94327885dd7998",
+        source_hash: "eff9e1e84ee97d1bf669f244a480f7508d67832c23953da16a2dd6bc5caf3ec5",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "bfe7aea83c50765660ac482b3b7beb35096fdbedc78d0b451dc8b7365afac222",
+        source_hash: "4b83dcab29dd0f6cbb6246479c2a439bda2dae89ba1bed24ef4793a9b6042a20",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "198572e382336b6789aa97ec2f653ee24fbe7ec2219cda7a0c48fb03705e19c4",
+        source_hash: "56f253fe2beb91ea4c26c1c1fbc722b1b1f0285d1334be89b88601a4651b4cf3",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b94491e1bfd44218ab812381d014cdc9da4675b2f6de21de577fa28c348175e1",
+        source_hash: "1cc0398f9ffe9f56e0ca0f98bd83c2530cd2b17a65f90d66b69e37b708c9dbb6",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "3fc293e840b3bb5a37510b10f4439c875635a88a9bf283d97a8695ec3b883312",
+        source_hash: "110728151983475c1f656416dda58ad2f20b2b7669559d7c313b86af75d3f860",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7bd8e52b328144e3e32e7ac3df0c5c49d399396efc03a51cab840268c6c99662",
+        source_hash: "4a2ff8c1cd52a6d39659068203f54df122d09f28c9f60e469c02aff62fba26f0",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ebd70392778ebd915ed9d49496a8cc1021e061c16f7df0823232995f77ae084d",
+        source_hash: "46e671d2901beed15be28a3e25d835dfc4e439269bd5ea1fbf164f7cc3387434",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "0a9c91cfeb4e905faf2ce7ad52bc9adc5bdd8fa11567931e02fd99f37ea66339",
+        source_hash: "133afcc50e0796eef6f15bf9d7f8e049d0a5c404b20d9debae4076137fe43377",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "59754c25a9f58e1b656f16da25d6c719f3f73eb031850c2be03995fb8b37c8d6",
+        source_hash: "b206221039d8d6a96325be19d1ee44d03b93743511e094129da0080b4834bf15",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bf91df64e38b2c30373fffb601f49feb0c2d753d246eb1d363406f04b652db83",
+        source_hash: "0249a71837a31e859c672d1c7ecbf5c9f4aba5ba5b6d3298c3953ec217edf6bb",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "6858122d796c2027162cce496d083f3116d1b0194590cb9692ed5dacb91519b7",
+        source_hash: "c324dd416a3f543871bdaeebe828b4d1020136ce822f4be44242c261f8120f48",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "44f5f9986994ad24512918a9eee3e641da300eda9f75feb276e610f8f940ceb1",
+        source_hash: "ab73c845f0de371b7928e2a6eb9e41134c24cb21b7592fbeca260e01bacb54d4",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "864de348b25f6a1e423593ebccf560a9c636071e2dbc4322c2f1cd701e8c3366",
+        source_hash: "303d09df296e614c2e6780675e4d9109ee7dca1dd7b6175387e3dad84baf5af2",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d88a5663fddb45a9fe9dabb49688a63b99737062466c798ae152bf85964def80",
+        source_hash: "9ab6ffa684a210fb2f68488ed3d2df16c9cbb28263e3bfde7aa70e7e70d6d316",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "e00053dbc02f0bef8d677c3ac68433956f7647d3f186f1e40bd20652dfd44a24",
+        source_hash: "1561502fbb5f3c2f1ff78e164eb247faa133e0fed341b50c0a5d45fafff4c70e",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "016846f982a5f65176b9e9a4adfb4fb70c4cfa6b06defc2336f5b3ae55867a0d",
+        source_hash: "fbb046724732d711d1e876db91b5a932da3cf840375098f47071e4f7fcf2ff55",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e74cba450351364b405e3c670eeb3b4b8d9c52b55f885bf381ec6890523209be",
+        source_hash: "206518c8a32312b23afbe2a2d5c6e745dfb206979a0b686e34bb0747eb90ddcb",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "0d0f7407056eb10dc1e31e28613a9dc27bc04a94a8a153742252e5d7908002d2",
+        source_hash: "fc73006b0421e1b4ac95a4483ff8547a1e1a276dfa6407d1b0d43374b93b0f47",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f718c3e15ac89471af0e93255e769a5654663d2f8d0f634fb3f0dbad88053bbe",
+        source_hash: "5bdcf6d18e95a7bb62cb5eb5fa4eb972fd97ba74cb79a24326fbad5d4aaa3863",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "5039b84f6828e9bc5356a1e91a427e9341e7429fb7ac848bd5409adfe65badfa",
+        source_hash: "a5ad27e00d563e393941cbcdbc809a4bf32b141ecd5d1be14d860f07aaabc08b",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "e0f8d72b6864e8ffb083bffe75b8f26ab477f44b8dc60a799ab4145247d6e3c8",
+        source_hash: "633fd0c96bde0fa1fa2a149d8355e89f6c01574393dd756da0f5cb9bc1447cef",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "aeff80a994a7e79e647e58db399a3d8f027d8711f514b103653b5d24666a572a",
+        source_hash: "a6eeb598930b1fbe4274adeb06fbeb61b9e218f702c1778d64fbd38dc7eff5ab",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2401350fe42e6db527a5d020bd893b8c7003dd4e7253f5629ea037f09de081f6",
+        source_hash: "dd1cc908653d6a24bc8824cdb9fac715c1f12cb2e20083b11ff54895a491bbc2",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b1ae0a789f8ecb3bfe3d7c4880a476d5be43cf1b24a12a7514c2eeb40cbb48b9",
+        source_hash: "4a1476f09a137b9bf42c0ae9947e3eeef5cae4acf052922b105c57c2e8d021db",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "70ce47ad3d2d51123bab709fc837452aa70b175b34a40cec265bf565736c5eee",
+        source_hash: "40e7f870326898647bb6b34dd890ae3e88502a5ceeb812196e1c9da41f506eba",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "037e94891b57742b8150ec0478ef797fd0e3ef1db484d4bbb3f6ab3dbc51d0ae",
+        source_hash: "818a39a857276beff2809e5958ca658e4d9f713cb02bd46e0b3bff98d0c89285",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5c07950748c4f05ca5001daa5cdcd2f9ee672ad7deb459114149c8b436f11a10",
+        source_hash: "5a7de0957f25b1fdb7df453dca81310c8cdb2a6d29e6f431ec1edb5b99e0adb3",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "73c9eb37175103c75de2bf18ca2b92f6a60d8ab7331e4dd9effb61fae6b50ac5",
+        source_hash: "f84e9880a00991e244b59c8cbf9686a7d9c30030cf6ad5c65e510b5498cf5b49",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "066a94b23fc5b7ba331b60cf074ea8466c1675ad5509bf69be8b8eb4b87b01a5",
+        source_hash: "f45440506f16163cf8cd74858f5684a1e7b8bc11b3b4873d8d18c0175de4446b",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0aeb73771eb64bd35f884c5c86f1bb6e6703f0349bf0140a9d7f1038da3c3b67",
+        source_hash: "2ffa99cfa39c406771b56afc157eae8d85d8615ccc044a5a50d63d405edc55af",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8373b82bdff89615b2b685f0eedd17974490ba74f9b0f3a0e1487d010b1d81e3",
+        source_hash: "d2ae9dbda2b2c68e4ad380d5520c1ac5ec8b417af75ae8808b2ec3de6c156cd3",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "97d832de5425ab775121e1d58b959446cb8be5db9dc9e186a5e51c8556d38269",
+        source_hash: "26c3faedb1fd8f53c48b2a581f8a2a48650e5749dce663ce96cf02dd90e55b07",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9df351b3d4c46eabac32175444d7f933996529e18ffde23c2b52ccd9b65b4459",
+        source_hash: "e88d2cff3e3ed744248ff9097c5ee9600fcfc983a0221df51b40aa27d137bb81",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "605ad4a7237c0227ece11eb7fb7c0aa5061d6860d347838e10c5681e2c81f47e",
+        source_hash: "ee8afe0f7cdb10633206c5a43ab532dcbc1b482d8210464f29a1c5dc0fe04f21",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "446b9b564df0d3bc8821e01ea5a0005a16e6f9e8201355b5971e4a5f4fc3373c",
+        source_hash: "8e92210c11d4b9ee4a4b57c98b057d6b8f8110362b5c3c9d996e9a961c954505",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9fefa2a0f4abbd09979b0b5e16bd07852ea2ded0e092bada1c182af72337cf78",
+        source_hash: "deeebb1898410a646663a6edde02be9a6bb4d09a2bd0887ff928a290a8dc7335",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6a30686b6693919e534c8f46fe70e96a03a30413c1f1e4fb641c4f6d842861b4",
+        source_hash: "d44e83e7afcaa19fe289935d0e0c0760cb028c22015af5f457a8e5c702c5274f",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "155bc5e23c3e5009c54f1c572afea2cf60dbf4cd6602ec0befd7e3e3b0b7c0b5",
+        source_hash: "eb58df8feeb2d356cf73719d9618412b31fbef17e21696cedb23828cdfb8c468",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "20853acb10f3dbf9b24a50415b8c954e3372cc331b7297d89ea32c21127399f9",
+        source_hash: "744e2ed1f4fb98fba889b3b00c0deafa45e73595985e808b9b4d053ef6e43002",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8c0f07eca89384663ca3165432032fc98093fec610a64d726b826c8449ea34f9",
+        source_hash: "1c65efc9c12ae1161dd5adbb88b34b17ea529a80c3808b559f139a8813665f15",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "7b4b8e734297ce09733a0f6c43f844b30dedc2a67f06351bc94ae9f4aedb4fd7",
+        source_hash: "77016534c60a3ebf6c23d27b6de0e70d1eab960f9ea0481230d164c14f442ea8",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5f8ade55792b4cc7cbe0ec5e779653b59cbcfbe510d043941accb9d3dcdbde9e",
+        source_hash: "beb4badc5d1485332b5948cf1bf9d0840ac9b08c636d3ac36cfd1ff41f91016c",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5f6bffa3ad91b84cb705b9346dd7a30f1886c042d3121d3f5250a712204c9741",
+        source_hash: "2025aa54a582ba60f583bd602419a3530f4648287c3851e3457abf3dff1cae02",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "33ffcf5e3fe5645e66ee01836a6960d4904713af632ceb22d39efd8dca3e30e6",
+        source_hash: "1bc8eedbb787e1a2453af06259fdc65b81a4623fb24df7656eebef065fde13d1",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "92a7a4e870002897c7e86b78c1e09ecaa23337873a7be7774899b7402ebfea2c",
+        source_hash: "55d5590087788944844cba0dfcf0fb229f02fd164205334426c237a0c730df17",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5ff1aee6caa92a61d630ba0a89eca8ced75fa3e445665aed949883de697f40eb",
+        source_hash: "045bab6c9b6275bde52cd8a39c1dfb0d55f882665f9afe8ab24d26bd2ca0e8f6",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "946060d760b3e02592434488f806583c8f858162d6c582f9d683b70b2c830392",
+        source_hash: "0ef62b7e1125548d9dd7373c60f55010e42781e06365ce51c2b33a5ddba97402",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "f99c2f2fe5afe28d82bbb1a33c9916d1c51a1bda6aec4499190046dfd25c0329",
+        source_hash: "9a96eab4d179d67b1b8c47d6a0c2c89d32003c529d935390c8f3f558e0ae873e",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b0032c96ebede2e58dc50efded787686179b776cec1612dcbd6b612db2b20987",
+        source_hash: "233152f3f734b73411d09a6ac3848d149280b062ffe8e988737cd6b82f08c4f4",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c10bf12ec6ebd7cf17bb061dd2e666ccc0e5107a014f89c09958a889c66559a3",
+        source_hash: "9911e88d397b9abb7384df54bba8835b8eb7f5e204d0920e80fb9154ade65812",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "c4608a43c8ab869c4daba948d5f9e2164dae9234a2b07a95e0b3e00d9830ae3c",
+        source_hash: "1db3328bebc1ed9d09ed713f665f65cdb05145b1d6067184c2bc6a5a40f749ea",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "81b6cc310e613acdf65a6e7d53c5cea4631cffe44219f74fa60473a60bb4432f",
+        source_hash: "c08975d3acfd35ab9cdcba306813b51006208f2b018eb904bd9523aab6df677e",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "33cb9df069bcbd7198605e4118c7c7928b456ed56de302f7a85ae0a2c7ba2e1f",
+        source_hash: "ea64c0a177cb65386291bdce96616096fddb572dd27c441ef0fc8bdf176198e7",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a5409e413baf3568df263134c5348d5e837c7179317c0036bcb9188b43f16c7f",
+        source_hash: "551a5ac81a923c8bc669ebd45b9e6c970a47712e6c2e6ed13684c5efd7192bf6",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d7e0aabfb46d7906a9bc891aa34aa574d3da0c8ff3083bceff4cd24a1b91bf16",
+        source_hash: "e5900fff5cca4f0650c5f8b46b24deda60f1be3125dad96a9be66103954f33ef",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "45d085119e03af334af00d4bb1bb42b75fc38fb2c8d6e192005c5afda84f1dc2",
+        source_hash: "84e832b8428403a4158fb3ffa702ab07f391a776fc4dd4c9e4937e5cc70daea2",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5518c650ee6ee6a13dbb345f8494d1283bdc88868fbcf4120868c7e28da58f0e",
+        source_hash: "f8c4f2bd82eeee6590db77e993e65acc4fbe6370fd51bea319edf1792ba8718d",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "e7587a1db3fd0c329e25a2f8ad3525e2599cc34368d9b3bf9a655a60be1eb93f",
+        source_hash: "101d77b018cf8eaaa8f62c43128dc812f80ba464d022f3df33b75f5b1770edf2",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "22ddfb85f42bfa78e55c1bfdc383bc46ca9f6547f29e29f354431620d6684335",
+        source_hash: "1497bba64b113acc5ee1968367823cac189693ad44f9c2d66cf86f9527663c96",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "add6c3a6174ec2802de2b7bd810c24d688f979f4854f1c95b39631a6a35564d6",
+        source_hash: "638a7b45f0b639aa185d49031a51f2c86cf0a7421f7e09ae42aeceb6b90c30c1",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2aadbc077dfa611997c2eaf2a69445c7c8b241fa6f24df32e6eb394042f98c0b",
+        source_hash: "ceb8aebae8784e3bf7eb482303d812db232c6f04153ebe9fbaf43734ae2442d0",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "5cd762ef0923f921e51607a973a63b1616ebd051f4fd665de7e6514398be9a1d",
+        source_hash: "cf3b5cd3973ba977686ba3595a1c8366a0799796b8295ec089443931e2578e1c",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d88fb2046c8a6042f0713a724b1e335083488ef0840cd58d7910ee3dde238108",
+        source_hash: "063587e182bc88f56c7bb937a028ae4331a783ef006618e0da12e852c927962f",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a10b8e94924db1dee81d859765a4683f738409acd3bfac6b5a7c4dbc4d3521ed",
+        source_hash: "c9e7eb0a22c459fb3e373fbf0d01b3d6ff8ba592d6122f14e2064a3230966a61",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b807322872c0e2c2a1f3d87d7cadde6c87b92e5970aa9a52f5af38796fc6832b",
+        source_hash: "74855a0cda06c7a07eb61ef3fe8d4bc89eaaeac75592e5db34a1104de6ec1c79",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6c292f98227b01921fda31551e0fb567fe824d7d1b9a913db655ccfe33fc98fa",
+        source_hash: "9b7b9b5ffd8442198197cfd793d370dec742cd18437bedadad64829fbc449f99",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9e46bbf46397fd2bac8a6288ea08f2281f7d5f6442d23a2691dd02bb5b8f1c43",
+        source_hash: "faa5455ff2da7cffbcd1cfc4a6d6fcaa610e4fc142a4fda785935d6f54be182b",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bffccf4b90c3a1bd0a26e7dcbb0f3312b73d50c80aea57d33e466fe872d2c48b",
+        source_hash: "dd27fcacf54da91d574a01e1af2467365ae8c951fe555893b8e8b71969787eb6",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9b6f4d1d727ac194212774022bd30ff9e256b6a7447a97eebb00dec6b20e8ae8",
+        source_hash: "0ad6f17137f9546451b50fd5fb7af0056ec61fa0e8b284bb2937ce6fc8a43e12",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "7062f0c296c896fcad60ea25c2d6b7d1a724afd5c8edf0c229a9f884df30f386",
+        source_hash: "b9ebf10b78cdd46bc725e3f714eecd9039d24edbdaf7d1b9dd7835eb1c9ae732",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4ce88be821d0ef4fb530863b4a99fe71011b086c90a72d0ec2fee9c52f6497bd",
+        source_hash: "5a58e33e20be817560adc553cd43e3e0f730baf02606609ab7f4a3dca462a2ff",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e5e05fb4a453198a9860f6e7455387677551e1b69102a5cb2f6a6f01ce2dc5a3",
+        source_hash: "f983f64fd4231b2e213a28c21254643d5bd39a41e4be7589d6a0856e95fa1751",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "b7c4a4d44c285eddc49df52529abbcc9ebce2af6e08fccd49fea4d114b3e8a1e",
+        source_hash: "f7fd181711db13348b1ba657016ff386a0808a34d3f1d84af7544532fe658ff7",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "74ac3af19bc411e464e8dd1d3820f7335e8da7d44dca5a3aad12a8ea0b520b0d",
+        source_hash: "7905614e42af2c2eff8f4e5dc886a77b359fb6af0fd026af173ee0062da00759",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b13b26b8879e953b6bdf13b8133d006380c633fd1ae48bfbe0a4aeee909662b0",
+        source_hash: "3b0f4030e35c1f46ca5b2f688acae4c9970f6ea0102434a55c3a32351cae1942",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0868a1233f30c3d2a2e511998ef54490a712c15593529c7c8cb987088a2ee13c",
+        source_hash: "e349248e3d8362c0f25206edaafc0f8c41386811beb76c6598585ef746d31002",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "42e9b2aaa192ab98d3cbc6d33d9a2cf243fffaab60c57cdc7f3b8f381b42ab54",
+        source_hash: "360282dff4ae1806cac4a671b07f2a010953c84bebbc40c367d758f147c006f3",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7823ac10b4492c9602b13bacb1c6f0176199ff8f2d6d3327864ae46516448c51",
+        source_hash: "b35ba9e5f94911b08724c9c9de63b9f933b301494f73d851cdf835e6af6a3ee0",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9c020b2d9a921dfcad6efce25812a773b6dba8b7f5dc00e32a100b9bbd618f9f",
+        source_hash: "29381a51326b6e9b9d13a83bf10117b02ad6fda2feebaf6de5da2673f7682339",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "dedf42ac914d606b17869abd447dd727f8b939b959fd0effe9ced71d5e330bfd",
+        source_hash: "6012e7e183cb4026b01a26efcb4253a557e80356081dc2820c34896dce9a0ce9",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "cafa4d2aa6ea262542891b0a33a7b02c8f1c27100179769bdaf7b47decaac5d7",
+        source_hash: "f824865bf336e7b50fbcdc39104789f556524a53f0a415d91fd8b7b5beda2f40",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "046a17e00c197e569ce6e73acb245812a9e0025d30354d7393f822d6c288f5b3",
+        source_hash: "e1f07befdebeed6fb36ad5aef32f3d690519eb7913c4d87d4b970a9957e526f8",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7580b8565223d5c7566e397f3c3f3cb6917f4e822fc652b1cf4e43bc6e7ad60c",
+        source_hash: "51204b0581ae22ec0f33af8188bac544702446f5ce0722fd237513a52d13e782",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e6127e3dce16f262b5d560f6e21d397223e7147ae9e14d039ef2ffc2f8040bb6",
+        source_hash: "81dfa94c93fc3020a6ed4373f225750ab64e7f2ba4fcad0eba2724dd256568ed",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e3a8147728ffbc24902b82c41e5f5071fd7f9e621ee2e28939618d2c55163f8e",
+        source_hash: "fdf2aa26966a745273b2654baec497d44c8b7e2064915d4e02bc2a0d037569c0",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4817aa895f948c3be0e6d914b023c94553ac74bb7ae1e35c33c669497863e996",
+        source_hash: "4b4c4b00a722491b62744bd0f1a53e8b28c9f1d484fc1cd0053667f17985c96f",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "389574c31a812e6f5e87c610cd72b5fad675b709b0ac664c41b0a3abb8958df1",
+        source_hash: "f755c595a19e29f2ac85c25fdbd6a0a337682a096897ce8d46172d1635413caa",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2fca97006068e711f59a28a848195a5abcf72600a03c7760b2d8cf743278487c",
+        source_hash: "5c08b1327878b74d5dcd8e1efb3485351f97bdb5ce3746a5bdeac019fb25530e",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bf2cddde53a3e17a270e1445f066cee95f0ae3b6e7f2a5ae197a774a41847b30",
+        source_hash: "4a36e5daffbb6c02ba5bb0c91057f2c57358776227996992b3734444bca8f870",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e9ed9e26b0c9ac673d23eaa4a2451097b046f6a1bca58e00bd628864f59d0240",
+        source_hash: "02ecd1a2317cc038430e1ea98039a7d95f5b8c6d7be1c60a1b6c23c0e9657606",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f5d1c39867cbbd931e03b4152f76c60a6ffc926ad733b2827aa83f29df03a440",
+        source_hash: "58841668aeda176aa9ce826e881e9f35d3f4f37cc7a4929717d0d3fdc569e2ce",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "c0dac3b7c4b28487df509e38934b12acb07a4ea919b1c9de0f03ee4c58fcf5f2",
+        source_hash: "57e3f169d287a2679997e05faf5ca6f0d6bceacd75b09efcf15c30271642d48a",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "990cb15b643a02ecd46aa24c1d62b557f2d89b227670ddcbe913696ae9be9055",
+        source_hash: "e75aa64922ed151df1f7dc30695e311bd03b47ec6faf6a9a424c60cfa6afb4a0",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "a983f23be008ce507912d35238f9d94f5f40723375ac553a15dddb3ab73ecc1b",
+        source_hash: "696894130e83eabdf58593f415b1d87c77931930cb9aad770e11ff949c2320fc",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "e9ac879b621411108a95779e937acc712acadc446366d2878604e999b8b639cb",
+        source_hash: "08fdef0e76c0e4867943e6860b5d4927c9570848b5dae54820d1946eb1a46486",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "8f5176cfe48f673f01e89e65a482b6219cfafdc3157b6219fa3b246ed051d4cc",
+        source_hash: "1f388bb0eb63cba4fa1e91495b3f828cce146e29a4f918da286c881229bacaa4",
     },
     Kernel {
         name: "gate_grad_bf16_d0_v8_sm90a",
         source: include_str!("kernels/gate_grad/gate_grad_bf16_d0_v8_sm90a.cu"),
-        source_hash: "a9739688de7990631b732c13f62614dbbed69f03b80e70b841d50ba091816824",
+        source_hash: "6769c2529a281c9440325d40078cc19d5d55eed04cfe82ec0b4a3b52897fc2d5",
     },
     Kernel {
         name: "gate_weight_bf16_d0_v8_sm90a",
         source: include_str!("kernels/gate_weight/gate_weight_bf16_d0_v8_sm90a.cu"),
-        source_hash: "88dba3b333a2a3c70ee8be1a784649a5ad550b9aabf91a8d2728d2f44fa8c590",
+        source_hash: "8899d660857fcf8013ce71cc454f66c76654962b44855af777f69b4a29a1769a",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "702ab2b561584b7b21f8790d4ceae455a7fb2f7f126d23e25b872e32b83e84b1",
+        source_hash: "c2c8be480cd25584aae71a16b830544bfecd9f13c635a2baeff98862da0e566e",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "5fcd23b2f378bbf7c4116576d74a338ffed14a63afbe891f03fa3ab3109df645",
+        source_hash: "bfc66e1c92103274c8171b1dac71329a7d2da812f3302dee10432818dd9b1265",
     },
     Kernel {
         name: "gram_key_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "39dc8e1f2e693ed6a47e5d03c80118e5fcd739483817fd3a54219453c83368f8",
+        source_hash: "6f47aa2a1c47d4fce0c247ea1e971c426d91d313ee82d61aba53d8c68a1b4f3f",
     },
     Kernel {
         name: "gram_key_bf16_d256_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d256_r16_v1_sm90a.cu"),
-        source_hash: "fe16e65b584258ddcd5f74331a2fb3fb8c9a5db6de564b02ded3a0c50c0bd18a",
+        source_hash: "565f562209fd12f3061646500a43865ad41649674116edf4de25accc81018cdd",
     },
     Kernel {
         name: "gram_key_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "67db9621157eed829ec83e0240b092b132f2a60bd693bedf2713f0ab69e28634",
+        source_hash: "5b65fbc4cb6527f73c5c3523c2bca9388b024d7ed90d8bd29ac5cf11edded5fd",
     },
     Kernel {
         name: "gram_key_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "0c5d28710117ee068f13c4b5c62d824b1ac5e108fa324ab0fcabb264694821ee",
+        source_hash: "78f21983ff14898e682e102ced95dc4685cd4851c66d7eb597ba5b0d916093e4",
     },
     Kernel {
         name: "gram_query_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "bfd2d0e149d445a267e9674c64addadf4d44a2aabb0deb860827d7d1f2f5a9a6",
+        source_hash: "99294e846b24ce8e9aa34c3b14154337da31f25e7d33f3fce246a830b640c8b3",
     },
     Kernel {
         name: "gram_query_bf16_d256_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d256_r16_v1_sm90a.cu"),
-        source_hash: "5129ca6a36df40d769acbb04994092bbef429e330895c1958b3e22425cad2b96",
+        source_hash: "38d311d89cea31e68359404714ed58ce85e639385e54cf5ce219a1df43643fbe",
     },
     Kernel {
         name: "gram_query_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "95d6fa35ac614b711e5db8a2bca563faafdce9608674914bde8f3a8c5da42f68",
+        source_hash: "24c889877627b746bfe17e1d8b4fc9c981aa3244cc1547895f257ef006c4e378",
     },
     Kernel {
         name: "gram_query_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "1d7c267e23649afbf26cf3c843227d04f5837980ea30412f39aa088bc219fb90",
+        source_hash: "726f3844c69970306a2fbccd63427db6c740a6b607e205c398c9f2edbfdeb948",
     },
     Kernel {
         name: "gram_sums_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "5555e424b8d75228857ed6d28f5e84949b753489c80028b0682d6ce75ec0d5cc",
+        source_hash: "bd83485272c600d5bfb0ce7f4b5829a00dc2e933c7fcdbf0b5076512aefee511",
     },
     Kernel {
         name: "gram_sums_bf16_d256_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d256_r16_v1_sm90a.cu"),
-        source_hash: "f8338647c085979bbc42ddb6baf12c93d990a59e1d37427bb7756f951e186304",
+        source_hash: "1e7428a3ff01a0d7297110dc39bc3b54763da4eb7e651e070860e0d23a875906",
     },
     Kernel {
         name: "gram_sums_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "e93081973415dfef7ed9ca4e800daaea383dc0bc6720dcca28f26371f4ba33e1",
+        source_hash: "e49c6b376dd7b28fc6e064db56bbf97bf8fb99adfa031a98a991bfe719ff74a2",
     },
     Kernel {
         name: "gram_sums_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "1127f0e39f14ffe7315de1d406f59d100a82364629a8310d659157ec007bff8a",
+        source_hash: "cda99d8639326c6aeda430b96a2d61e271721fd2881a91dece156242ada2a1cc",
     },
     Kernel {
         name: "kv_invert_sm80",
         source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
-        source_hash: "1342e4127e2343ea583b3a1979df1df41b8bc1726572cb4c9c9ec67432c50b60",
+        source_hash: "23612d34ed0578734875437d817ae46a74a5c678f1f03cfae5b549daeb51056b",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "7f89c35d4734261d709ba38be3e92889946c3ed8a70d00c4e9ba31cdce3483a6",
+        source_hash: "7793c62b20420f3d86a392fa33c00b71ab093008c027fdc4cf16509a2564bf7c",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "3e501c0fe13a267c3b11e3388a112eeb09d2a6736ba1ede19f1a2ad406017c52",
+        source_hash: "c3b2433bf7a4418478b9d4542b358339a721c9aeec3a18b8d504238f664e673a",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "49642941962404ff9f6dd9c5f92cb497d3155ae07ac4516a40aa1d0ed950f35c",
+        source_hash: "14dced8cac69795938ba8a7e1df445a04ecfe8c820729a158f17b245562f0510",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "a30d5f9efcf2da7169bb9e15b52987301bec62ec113667c2e17ee8c2322238ae",
+        source_hash: "f5a40245053578d3502039d13d0c52d6dafa3f0afea1425ba91c44641f171e5f",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "a74410edccef50d76a69c66df03ea6529b7a886e0c5febb0668f71c349c2dfc5",
+        source_hash: "fd66331b9b2c5715e119d7c642562e62c8eb6d26f215f2e7cd9001d7420f1c86",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "a70aa95d8032be119f4cd21fc15be35abe46e23cb50f6c7a563b56201c1140eb",
+        source_hash: "737f0345279c93670af57499142cc753a7d254b5a201c034b3024dd63e6bf31a",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "a1ae07e2434901ed078bc2485f6a6aef705b34ee7160e88c0698bc372f5dfa4a",
+        source_hash: "d340620bc91a2dd43f984e71e386ee61aac70632b5be8536df0bbb75c41b726d",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "4dca44963aeee6dbf4e230ce4aba2ab8cadb95600b313f657587c91bb17ea90a",
+        source_hash: "bf4fb4f67307fbedf0f1b21ea0ef047fad7678bf0d6c1f782d8466450d5330b8",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "a36689de4a9c45ef2370e27040d34bdb8faea328a0aeca18e3018fe88510ee13",
+        source_hash: "5a1b0aa02a885e241b18e9bc5c7d99d652583d39f8102e31bb6534c38677b929",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "a0da16fec2a0d818a787e7b9d8b3741e3b338d266068b1d567872d9ea3749fec",
+        source_hash: "16f0729435b705071aa30e481271b2f0e8f18f09e1cea13c526025acda44a9c5",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "1050dbe152d013032392a469dbcf982c168b45f452b2c9e43f30c08d9cae290f",
+        source_hash: "e58c65cb819465a733004c3a8ba2a00de66fc98f9b14e2a193074d024fe67a74",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "99b028db915cfd25ca601846bd0fdc1aebd9f249e0ce0e16273bd8e6c87c8de5",
+        source_hash: "eb01e2c526ad22032c4bea42f28aa06e1e994c992170e4ddfa3a14f9490785b2",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "8d12aec7f9b899a083d8f093c19c9d2ba7fba9e554e1802b020568a63db009da",
+        source_hash: "6b8d1e98ab0ea5c6cb8ede2953c9b6bbdf3bcbd0c3a188bc3acc39a0565347b3",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "0428128a4cf6a509a8dd002bba1d57c42eb27b4b558455ae5422a11b0efd46b4",
+        source_hash: "a54f0093864a927c9c2213573538b759aeacc880748a1e45e06662e548d8cdda",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "e7463c23decdc6698498dc4e5eb31da7ca2e2687e532c504bf74173c0872c7ef",
+        source_hash: "7d514f755670e87cc7e36e2730b6d3385e5169380933807aac81aa358ed74e0c",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "5d7d0157e3b8331a731e6658709b871f064b359a38a4a7e343904e06a1a495d1",
+        source_hash: "42af650c65be0f1221ef813c2031a4ecb9e80619c1c81c8ccf7f211300b61ac0",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "6af4cc86192bffd7a77efec9621d0c8a8b06cc1d79816bfc0307f45f71ee9e51",
+        source_hash: "70a5d42761d959dc6aabced15eec13e5695092e4ed9d14b86bf0f44715effcf7",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "50e046241e308f3250dbf2710af8967483a3445c28ae6530b58815880a693139",
+        source_hash: "2a6a95716300321e8a013593ad314a5914d0670c0fd63a0f5488f26f56822446",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "8bff0997538a16d3e943713fa6fb9464e5bb062a2917d9f7e16256f84c11008e",
+        source_hash: "67af5e74d13793a499afaa09d12a8d7836b605744d1df2346d1c247ecf23b709",
     },
     Kernel {
         name: "kv_validate_sm80",
         source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
-        source_hash: "862ef2fc640e27a82dbc2aeb0cbe003b1e9619499650247ea6c2a39edd1d7219",
+        source_hash: "74a81e9cf32ae4ab538d3befe18c13a3e3dd601a8bfe6800f0043f9f469cbf5b",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "21b259541a1977fbde83acd2cfe93e48f6b7a7acd32249b48ad001670be49941",
+        source_hash: "b496c59ee337a17e1ba3264758b1d370c8b86c7f6f329a1212862880d45096ec",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "3f7f342177a830e44fb696b5ebd311e125203d666b468f089c38695ad2cde427",
+        source_hash: "25b31e1a21ed6f101d30c44dadf2be54b84c5e0e81067575f1f9dce72e4c62ff",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "44fa86a0d79fd6f3b7a688fbd6725c9a2b610b3e6fd90eb2f78759b93e1da229",
+        source_hash: "40bad3735ed78e17ceee32d84dcc133045a68bf09ee7a7b5c90b2d0be0173900",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "ac84b6e43d13d90edb8851279f9f0d0b7f773bbb7b69f1ee09cb4756fd946e40",
+        source_hash: "032839b63122ac82e460267a193b14861c0378fe8d153f76e07d6e3eeb023f32",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "eeaf81feb53c4c41eca4f9676eb539e688c749e44aeff93720b1939625d0c60e",
+        source_hash: "9c545068d59b7af7c70cf85c23b0958f229439509ab9a714399276d29e8188fa",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "cd55336ea92361efa89621de89429a62402802949981a5d5230f6ef8b6b55b64",
+        source_hash: "59910846e5a748afd4e46c4ffde95ad002a56798e48131a7d47c0e5193415bda",
     },
     Kernel {
         name: "profile_bf16_d128_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d128_v1_sm90a.cu"),
-        source_hash: "7b1e4bf25d1bf265e4a48d8ee15eaf4f89d6f12ae3ae91934788c6245601b6a2",
+        source_hash: "e0c307dcccdb4c0fcff69ff588d88ab8ab8f8c7b04421a18b972690cdf9ba0cb",
     },
     Kernel {
         name: "profile_bf16_d256_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d256_v1_sm90a.cu"),
-        source_hash: "2501f2185653c513bf3691d04e6bd8bf2cd53894519b96807e6832c2fee842f2",
+        source_hash: "903bde922da2dfd8ce2d9c7ebfe6907984d33498913497c617c33edf75078f26",
     },
     Kernel {
         name: "profile_bf16_d64_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d64_v1_sm90a.cu"),
-        source_hash: "61ba2a784826b0ade865473945cfba50e11958b8414e0359aa9e60687a37bb3f",
+        source_hash: "32033e74d6ad36dbd39e8986d6e1b0c2e1678eb0cf12382fe5fb8f0367384d40",
     },
     Kernel {
         name: "profile_bf16_d96_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d96_v1_sm90a.cu"),
-        source_hash: "36ea54c773f51639fa130a83b3981458ece23c0baa4ce45d168f6abdd6d2b1a5",
+        source_hash: "aa1ea6f348ec7dfffbb951d3e3b9dee05cc1060e3f9ecb404ea585a0d4ecbfc4",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "c08c6199b37e45515892eeae621b00d74487f2ee8bcffa2d785032d2d8c6ed09",
+        source_hash: "ac288df19c0869c9de325d142ffedaa958e0288b5b9e7b12453ec709935daf96",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "ce58f23ebf61aac3bf0c7ca7fff01bad5a3d81777e2253d90a74f6c24bcc387b",
+        source_hash: "d92a9ced75b94946ccda659d9fc223cdd86581a62bb3666af974ef1735d2ce56",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "ce80045374c9da516b563dad1f5c702adfca5148ca4bb195b7302b71dff90dd2",
+        source_hash: "395554246ab727aae81f2f78bae4a2281c59a1e26b39b008cfa97bbd5aae7df7",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "910e2411ea930b23b8d34e949448a9d248c4760861b2f38f763f4f8174fe7971",
+        source_hash: "5d78992fa12e8ff1d6709e691e456cce1a29ea40248cb94bae93be998d5f172c",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "a6bb28859fe290dd43b8fc737daf95c3c8248d214d8511f4575e3ec019fba40e",
+        source_hash: "f5fe9f3c30faf07ef02f26ec327d89cb974c3519773385710986bef17e20cefb",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "e2323bc417758919dac229f005095b8548e89a8110e900770f31363cb9cafd9a",
+        source_hash: "44050b694f210412929334f791c2e860be30a612fea27cdcc9c71cacfaf19d51",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "e148f721b1b918d0049989ce744ad9c874b16984936c0e011b366d747d258b29",
+        source_hash: "57df6458d929e867d15898e7a709f1003e80dae4fb838fa6f9643f7a0c04e5d5",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "ae07c8e73d2e5cfd2b15da1ef7c71d3e980ea4a1979bf7f2930343f889819b98",
+        source_hash: "23ac851ec80b9e09d4a998abaea694fb2f9c2a62bdf5b399e50ee7d451812883",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "3ef5ec143ec9f8c7d63aab18bbc4793dcf510081f5deca1204d5d3ff24564574",
+        source_hash: "4f9e25f54ce78f9fbf22c8cc17e6cee861cfe7e45b682c6c28508d3e078be182",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "ddb29b924ce8c7bcab03ba62544552861ff31e439f9abc85c400044fcf55a062",
+        source_hash: "391c658f3699735e0c1b08129e671be82b1001b1322ca8317e9519222412bba0",
     },
 ];
 

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `random` | every group of every head draws `max_selected` blocks independently and uniformly: the worst case for caches |
 //! | `clustered` | of each head, groups 8c to 8c + 7 share round(0.8 * `max_selected`) blocks, and each draws the others by itself from those not shared: neighbours agree, as in trained models |
+//! | `popular` | some blocks are of use to most groups: a block's weight is log-normal, by head, and groups draw by weight; the lists that the backward walks differ in length by factors |
 //! | `mixed` | one launch of heads whose sparsities are spread evenly from 50 % to 99 %, in an order that is drawn ([`mixed_counts`]); the lists of a head are random |
 //!
 //! A mixed launch keeps exactly as many blocks as a random one of [`uniform_count`] blocks a group, so that their times
@@ -26,13 +27,16 @@ pub enum ListKind {
     Random,
     /// 8 neighbouring groups share 80 % of their blocks.
     Clustered,
+    /// Some blocks are of use to most groups.
+    Popular,
     /// Heads of 50 % to 99 % sparsity in one launch.
     Mixed,
 }
 
 impl ListKind {
     /// The kinds that have lists.
-    pub const WITH_LISTS: [ListKind; 3] = [ListKind::Random, ListKind::Clustered, ListKind::Mixed];
+    pub const WITH_LISTS: [ListKind; 4] =
+        [ListKind::Random, ListKind::Clustered, ListKind::Popular, ListKind::Mixed];
 
     /// The spelling in records and on the command line.
     pub const fn name(self) -> &'static str {
@@ -40,6 +44,7 @@ impl ListKind {
             ListKind::Dense => "dense",
             ListKind::Random => "random",
             ListKind::Clustered => "clustered",
+            ListKind::Popular => "popular",
             ListKind::Mixed => "mixed",
         }
     }
@@ -125,6 +130,7 @@ pub(crate) fn host_lists(case: &Case) -> KvListsBuf {
     let mut rng = SplitMix64::new(17 + case.seqlen as u64 * 1000 + case.max_selected as u64);
     match case.kind {
         ListKind::Clustered => KvListsBuf::clustered(dims, dims.max_selected, &mut rng),
+        ListKind::Popular => KvListsBuf::popular(dims, dims.max_selected, &mut rng),
         ListKind::Dense | ListKind::Random => KvListsBuf::random(dims, dims.max_selected, &mut rng),
         ListKind::Mixed => KvListsBuf::random_by_head(dims, &head_counts(case), &mut rng),
     }

@@ -106,8 +106,8 @@ struct Bench {
     /// Shares of the KV blocks kept.
     #[arg(long, value_delimiter = ',', default_value = "0.1")]
     keep: Vec<f64>,
-    /// How lists are made: random, clustered (8 neighbouring groups share 80 % of their blocks), mixed (heads of 50 % to
-    /// 99 % sparsity in one launch, whatever --keep says).
+    /// How lists are made: random, clustered (8 neighbouring groups share 80 % of their blocks), popular (some blocks are
+    /// listed by most groups), mixed (heads of 50 % to 99 % sparsity in one launch, whatever --keep says).
     #[arg(long, value_delimiter = ',', default_value = "random")]
     lists: Vec<String>,
     /// fwd, bwd, dq, select, invert.

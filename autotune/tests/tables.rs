@@ -604,7 +604,7 @@ fn the_command_line_makes_them_without_a_gpu() {
         (&["bench", "--tables", "--heads", "4"][..], "cannot be used with"),
         (&["bench", "--tables", "--table", "no.json"], "no.json"),
         (&["bench", "--form", "fast"], "--form fast is not possible\n  allowed: default, deterministic"),
-        (&["bench", "--lists", "window"], "allowed: random, clustered, mixed"),
+        (&["bench", "--lists", "window"], "allowed: random, clustered, popular, mixed"),
         (&["tables", "--from", "peers.json"], "peers.json is no record of tables"),
         (&["tables", "--out", "nowhere"], "there is no run in nowhere"),
     ] {

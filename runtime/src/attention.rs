@@ -153,13 +153,20 @@ fn statistics_rows(p: &Problem) -> u64 {
     p.batch as u64 * p.num_heads as u64 * seqlen_q_padded(p) as u64
 }
 
-/// Byte offsets of the backward's workspace: f32 `lse_log2` and `delta` [B, H, seqlen_q_padded], then an f32 accumulator
-/// where there is one: of dQ [B, H, seqlen_q_padded, D], with a word for each of [B, H] before it in which the CTAs of
-/// a `ring` note where they are, or with KV units below 64 tokens of dK and dV [B, Hkv, seqlen_kv rounded up to 64,
+/// Whether the backward takes KV blocks in the order of their lists' lengths.
+fn ordered(p: &Problem) -> bool {
+    !p.lists.is_dense() && !p.lists.is_gather()
+}
+
+/// Byte offsets of the backward's workspace: f32 `lse_log2` and `delta` [B, H, seqlen_q_padded], where there are lists of KV
+/// blocks their order, i32 [B, Hkv, N], then an f32 accumulator
+/// where there is one: of dQ [B, H, seqlen_q_padded, D], with a word for each of [B, H] before it, the clock of the
+/// CTAs of a `ring`, or with KV units below 64 tokens of dK and dV [B, Hkv, seqlen_kv rounded up to 64,
 /// 2 * D]; each aligned to 256 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Workspace {
     pub(crate) delta: u64,
+    pub(crate) order: u64,
     pub(crate) accumulator: u64,
     pub(crate) accumulator_bytes: u64,
     pub(crate) bytes: u64,
@@ -179,13 +186,20 @@ impl Workspace {
             _ => 0,
         };
         let accumulator_bytes = (summed * p.head_dim as u64 * 4).next_multiple_of(256);
-        let places = match AttnOp::ending(p.lists, main) {
+        let clocks = match AttnOp::ending(p.lists, main) {
             AttnOp::BwdPost => (p.batch as u64 * p.num_heads as u64 * 4).next_multiple_of(256),
             _ => 0,
         };
-        let accumulator = 2 * statistics + places;
+        let order_bytes = match ordered(p) {
+            true => {
+                (p.batch as u64 * p.num_kv_heads as u64 * p.num_kv_blocks() as u64 * 4).next_multiple_of(256)
+            }
+            false => 0,
+        };
+        let accumulator = 2 * statistics + order_bytes + clocks;
         Workspace {
             delta: statistics,
+            order: 2 * statistics,
             accumulator,
             accumulator_bytes,
             bytes: accumulator + accumulator_bytes,
@@ -516,6 +530,8 @@ impl AttnPlan {
         let row_tiles = [seqlen_q_padded(p) / limits::BWD_BLOCK_M as u32, p.num_heads, p.batch];
         stream.bind()?;
 
+        let ordered = ordered(p) && kernels.main.spec().arch() == Arch::Sm90a;
+        let kv_order = if ordered { args.workspace + self.workspace.order } else { 0 };
         let prep = AttnBwdPrep {
             o: layouts.out.view(args.out),
             d_o: layouts.d_out.view(args.d_out),
@@ -524,10 +540,16 @@ impl AttnPlan {
             lse_log2,
             delta,
             dq_accum,
+            k2q_offset: if ordered { key.k2q_offset } else { 0 },
+            kv_order,
             sizes: self.sizes,
         };
         let block_n = tile(&kernels.main).block_n as u32;
-        let kv_tiles = [p.seqlen_kv.div_ceil(block_n), p.num_kv_heads, p.batch];
+        let kv_tiles = match ordered {
+            true => p.num_kv_blocks() * (p.lists.block_size().1 as u32 / block_n),
+            false => p.seqlen_kv.div_ceil(block_n),
+        };
+        let kv_tiles = [kv_tiles, p.num_kv_heads, p.batch];
         let smem_bytes = |kernel: &Kernel| kernel.facts().smem_bytes;
         // SAFETY: the caller's promise; the parameters are those of attn_bwd_prep, and the workspace holds what it
         // hands on.
@@ -601,6 +623,7 @@ impl AttnPlan {
             dq_accum,
             k2q_offset: key.k2q_offset,
             k2q_index: key.k2q_index,
+            kv_order,
             error_flag: args.error_flag,
             sizes: self.sizes,
         };

@@ -76,8 +76,8 @@ tokens! {
         Grid = "grid",
         /// One CTA a multiprocessor slot, tiles taken from a longest-first queue.
         Queue = "queue",
-        /// As `grid`, but a CTA begins its walk where others of its head are, and goes round the end: what they read at
-        /// the same time is the same. In the backward that adds up dQ, whose order of sums is open anyway.
+        /// As `grid`, but of its list a CTA takes what is next from where those of its head are by now: what they read at the
+        /// same time is the same. In the backward over lists that adds up dQ, whose order of sums is open anyway.
         Ring = "ring",
     }
 }
@@ -251,7 +251,7 @@ impl AttnSpec {
             return Err(SpecError::new("cluster", cluster, format!("1 with the {} templates", self.arch)));
         }
         let adds_dq = self.op == AttnOp::Bwd && self.deterministic == Deterministic::No;
-        let rings = adds_dq && self.arch == Arch::Sm90a && !self.lists.is_gather();
+        let rings = adds_dq && self.arch == Arch::Sm90a && !self.lists.is_gather() && !self.lists.is_dense();
         if !(schedule == Schedule::Grid || (schedule == Schedule::Ring && rings)) {
             let which = if rings { "grid or ring" } else { "grid" };
             return Err(SpecError::new(

@@ -169,11 +169,16 @@ pub struct AttnBwdPrep {
     pub delta: u64,
     /// f32 [B, H, seqlen_q_padded, D] out: zeroed accumulator of dQ; 0 where `attn_bwd_dq` follows.
     pub dq_accum: u64,
+    /// i32 [B, H, N + 1]; 0 where `attn_bwd` asks for no order.
+    pub k2q_offset: u64,
+    /// i32 [B, Hkv, N] out: KV blocks by the length of their lists, the longest first; 0 where `k2q_offset` is.
+    pub kv_order: u64,
     /// Sizes.
     pub sizes: AttnSizes,
 }
 
-/// Launch parameters of `attn_bwd`. Grid: (ceil(seqlen_kv / block_n), num_kv_heads, B).
+/// Launch parameters of `attn_bwd`. Grid: (ceil(seqlen_kv / block_n), num_kv_heads, B), with lists (N * kv_block / block_n,
+/// num_kv_heads, B).
 ///
 /// Tensor maps as in [`AttnFwd`]; box rows: q and do 64, k and v block_n, dk and dv 64.
 #[repr(C)]
@@ -199,6 +204,8 @@ pub struct AttnBwd {
     pub k2q_offset: u64,
     /// i32 [B, H, G * max_selected]: group ids, ascending within a KV block.
     pub k2q_index: u64,
+    /// i32 [B, Hkv, N] of `attn_bwd_prep`; 0 when dense.
+    pub kv_order: u64,
     /// i32 [1].
     pub error_flag: u64,
     /// Sizes.

@@ -30,7 +30,7 @@ constexpr int kBlockN = 64;
 constexpr int kConsumers = 1;  // warpgroups of 64 KV rows; two with kBlockN 64 split head_dim
 constexpr int kStages = 2;
 constexpr bool kDeterministic = false;  // leaves dQ to attn_bwd_dq
-constexpr bool kRing = false;  // a CTA begins where others of its head are, and goes round the end
+constexpr bool kRing = false;  // of its list a CTA takes what is next from where those of its head are by now
 constexpr int kThreads = 256;
 constexpr int kCtasPerSm = 2;
 constexpr int kConsumerRegisters = 224;  // 0: left as compiled
@@ -87,6 +87,12 @@ constexpr bool kStatisticsEarly = kHalves == 1;
 // head_dim 96 what it needs is short of registers there (C7512).
 constexpr bool kSendAfterP = kHeadDim != 96;
 
+// Of a ring: the CTAs at a time of an H100 or H200 (where they are fewer, its clock is as much slower than they are), a CTA's tiles
+// between two ticks of the clock, and the groups it chooses from.
+constexpr int kWalkers = 132 * kCtasPerSm;
+constexpr int kTick = 4;
+constexpr int kWindow = kRing ? 2048 : 32;
+
 static_assert(kHalves == 1 || (kHalves == kConsumers && kHeadDim == 64), "64 queries, or 128 as one 64-column slab");
 static_assert(kBlockN == kRows * kConsumers || (kByColumns && kConsumers == 2 && kHeadDim % 128 == 0 && kStages > 1),
               "one wgmma M of 64 rows a consumer, or one for two that take half the columns each");
@@ -102,9 +108,10 @@ struct Params {
     dsv::TensorMap map_dk;         // [B, Skv, Hkv, D], box 64 rows
     dsv::TensorMap map_dv;         // [B, Skv, Hkv, D], box 64 rows
     dsv::TensorMap map_rows;       // [2, B * H * Sq_padded]: lse_log2 and delta, box 64 of one
-    float* dq_accum;               // [B, H, Sq_padded / 64, D / 8, 128, 4], see reduce_dq; before it the ring's places
+    float* dq_accum;               // [B, H, Sq_padded / 64, D / 8, 128, 4], see reduce_dq; before it the ring's clocks
     const dsv::int32* k2q_offset;  // [B, H, N + 1]
     const dsv::int32* k2q_index;   // [B, H, G * max_selected]
+    const dsv::int32* kv_order;    // [B, Hkv, N] of attn_bwd_prep: KV blocks, the longest list first; null when dense
     dsv::int32* error_flag;        // [1]
     dsv::AttnSizes sizes;
 };
@@ -124,11 +131,12 @@ struct SharedStorage {
     dsv::uint64 full_q[kStages], empty_q[kStages];
     dsv::uint64 full_do[kStages], empty_do[kStages];
     dsv::uint64 full_ds[kDsBuffers], empty_ds[kDsBuffers];  // dS of all consumers, when kDqLater
+    int kv_tile;              // of this CTA
     int query_tile[kStages];  // of a stage, in 64 queries over batch and heads; -1 ends the walk
-    // When kRing, of the head at hand: the edge begun with, and where the CTAs' place is written down. The producer has no
-    // registers for them.
-    int first_edge;
-    volatile dsv::uint32* place;
+    // When kRing, of the head at hand: its clock, the ticks in which all go round once, and a bit for each group that is left.
+    dsv::uint32* clock;
+    float round;
+    dsv::uint32 left[kWindow / 32];
 };
 static_assert(sizeof(SharedStorage) <= kSmemBytes, "the host asks for less shared memory");
 
@@ -144,12 +152,18 @@ struct Producer {
     SharedStorage& smem;
     dsv::uint32 fed = 0;  // tiles
 
-    // One thread. Where the CTAs of a head are, roughly: the last query tile that one of them wrote down; of the launch
-    // before, or anything, before the first has. Of any value some tile.
-    __device__ __forceinline__ int place(int head) const {
+    // One thread. A head's clock counts the tiles of its CTAs; kWalkers at a time each go round once in as many as a list has on
+    // average. It may begin anywhere, so it is never set.
+    __device__ __forceinline__ void read_clock(int head) const {
         const int slab = dsv::cta_index().z * p.sizes.num_heads + head;
-        smem.place = reinterpret_cast<volatile dsv::uint32*>(p.dq_accum) - 1 - slab;
-        return *smem.place % static_cast<dsv::uint32>(p.sizes.seqlen_q_padded / kBlockM);
+        smem.clock = reinterpret_cast<dsv::uint32*>(p.dq_accum) - 1 - slab;
+        const int listed = p.k2q_offset[dsv::int64{slab + 1} * (p.sizes.num_kv_blocks + 1) - 1];  // in the whole head
+        smem.round = fmaxf(static_cast<float>(listed) / p.sizes.num_kv_blocks, 1.0f) * (kTilesPerGroup * kWalkers);
+    }
+    // One thread. The group at which the CTAs of the head are by now.
+    __device__ __forceinline__ int now() const {
+        const float rounds = __fdividef(static_cast<float>(*const_cast<volatile dsv::uint32*>(smem.clock)), smem.round);
+        return static_cast<int>((rounds - floorf(rounds)) * p.sizes.num_groups);
     }
 
     __device__ __forceinline__ dsv::uint32 stage() const { return fed % kStages; }
@@ -161,10 +175,10 @@ struct Producer {
         // 32 bits: 2^31 rows of Q would be 256 GiB.
         const int batch = dsv::cta_index().z;
         const int row = (batch * p.sizes.num_heads + head) * p.sizes.seqlen_q_padded + tile * kBlockM;
-        if (kRing && fed % 4 == 0) *smem.place = tile;
         const dsv::uint32 s = stage();
         dsv::mbarrier_wait(&smem.empty_q[s], phase());
         smem.query_tile[s] = row / 64;
+        if (kRing && fed % kTick == 0) atomicAdd(smem.clock, kTick);
         dsv::mbarrier_arrive_expect(&smem.full_q[s], kTileBytesQ + kStatBytes);
         load(smem.q[s], p.map_q, smem.lse_log2[s], 0, &smem.full_q[s], tile * kBlockM, head, batch, row);
         dsv::mbarrier_wait(&smem.empty_do[s], phase());
@@ -189,25 +203,97 @@ struct Producer {
     }
 };
 
-// The first of a list's groups that is not below `group`, or 0 where none is: 32 at a time. One warp.
-__device__ __forceinline__ int first_not_below(const dsv::int32* groups, int count, int group) {
-    const int lane = threadIdx.x % 32;
-    int low = 0, high = count;
-#pragma unroll 1
-    while (low < high) {
-        const int apart = (high - low + 31) / 32;
-        const int at = low + lane * apart;
-        const unsigned found = __ballot_sync(0xFFFFFFFF, at >= high || groups[at] >= group);
-        const int before = found == 0 ? 32 : __ffs(found) - 1;  // lanes whose group is below
-        high = min(high, low + before * apart);
-        if (before > 0) low += (before - 1) * apart + 1;
+// The groups that list this CTA's KV block in a head; none, and a flag, where the offsets are no offsets.
+struct List {
+    const dsv::int32* groups;
+    int edges;
+};
+__device__ __forceinline__ List list_of(const Params& p, const SharedStorage& smem, int head) {
+    const dsv::int64 slab = dsv::cta_index().z * p.sizes.num_heads + head;
+    const dsv::int32* offset = p.k2q_offset + slab * (p.sizes.num_kv_blocks + 1) + smem.kv_tile / kTilesPerBlock;
+    const dsv::int64 width = dsv::int64{p.sizes.num_groups} * p.sizes.max_selected;
+    const int begin = offset[0];
+    int edges = offset[1] - begin;
+    if (begin < 0 || edges < 0 || begin + dsv::int64{edges} > width) {
+        if (threadIdx.x % 32 == 0) atomicOr(p.error_flag, dsv::kCountOutOfRange);
+        edges = 0;
     }
-    return low < count ? low : 0;
+    return {p.k2q_index + slab * width + begin, edges};
+}
+
+// One warp. Notes which groups of a window a list has.
+__device__ __forceinline__ void note_left(const Params& p, SharedStorage& smem, List list, int window) {
+    const int lane = dsv::lane_id();
+    for (int i = lane; i < kWindow / 32; i += 32) smem.left[i] = 0;
+    __syncwarp();
+#pragma unroll 1
+    for (int edge = lane; edge < list.edges; edge += 32) {
+        int group = list.groups[edge];
+        if (static_cast<unsigned>(group) >= static_cast<unsigned>(p.sizes.num_groups)) {
+            atomicOr(p.error_flag, dsv::kIndexOutOfRange);
+            group = p.sizes.num_groups - 1;
+        }
+        group -= window;
+        if (group >= 0 && group < kWindow) atomicOr(&smem.left[group / 32], 1u << group % 32);
+    }
+    __syncwarp();
+}
+
+// One warp. Takes the first group from `from` on that is left, round the end of the window; -1 where none is.
+__device__ __forceinline__ int take_next(const Params& p, SharedStorage& smem, int from) {
+    const int lane = threadIdx.x % 32;
+    const int words = min(p.sizes.num_groups + 31, kWindow) / 32;
+    dsv::uint32 mask = ~0u << from % 32;
+    // 32 words at a time: on to the end, and then all.
+    int word = from / 32;
+#pragma unroll 1
+    for (bool again = true; word < words || again; word += 32) {
+        if (word >= words) {
+            again = false;
+            word = 0;
+            mask = ~0u;
+        }
+        dsv::uint32 bits = word + lane < words ? smem.left[word + lane] : 0;
+        if (lane == 0) bits &= mask;
+        mask = ~0u;
+        const unsigned found = __ballot_sync(0xFFFFFFFF, bits != 0);
+        if (found != 0) {
+            const int owner = __ffs(found) - 1;
+            if (lane == owner) smem.left[word + lane] &= ~(bits & -bits);
+            __syncwarp();
+            return 32 * (word + owner) + __ffs(__shfl_sync(0xFFFFFFFF, bits, owner)) - 1;
+        }
+    }
+    return -1;
+}
+
+// One warp. The tiles of a head's list, in the order of a ring. Where the list lies is found again for each window: registers.
+__device__ __forceinline__ void produce_ring(Producer& producer, int head) {
+    const Params& p = producer.p;
+    const bool leader = threadIdx.x % 32 == 0;
+    if (leader) producer.read_clock(head);
+#pragma unroll 1
+    for (int window = 0; window < p.sizes.num_groups; window += kWindow) {
+        note_left(p, producer.smem, list_of(p, producer.smem, head), window);
+#pragma unroll 1
+        for (;;) {
+            int group = leader ? min(max(producer.now() - window, 0), kWindow - 1) : 0;
+            group = take_next(p, producer.smem, __shfl_sync(0xFFFFFFFF, group, 0));
+            if (group < 0) break;
+            group += window;
+#pragma unroll 1
+            for (int tile = group * kTilesPerGroup; tile < (group + 1) * kTilesPerGroup; ++tile) {
+                if (tile >= p.sizes.seqlen_q_padded / kBlockM) break;  // the last group may be short
+                if (leader) producer.feed(tile, head);
+                ++producer.fed;
+            }
+        }
+    }
 }
 
 __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
     const int3 cta = dsv::cta_index();
-    const int kv_tile = cta.x, kv_head = cta.y;
+    const int kv_tile = smem.kv_tile, kv_head = cta.y;
     const int lane = threadIdx.x % 32;
     const bool leader = lane == 0;
     if (leader) {
@@ -218,47 +304,26 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
                                                                     cta.z);
     }
     Producer producer{p, smem};
-    const int heads_per_kv = p.sizes.num_heads / p.sizes.num_kv_heads;
+    const auto heads_per_kv = [&] { return p.sizes.num_heads / p.sizes.num_kv_heads; };
 #pragma unroll 1
-    for (int head = kv_head * heads_per_kv; head < (kv_head + 1) * heads_per_kv; ++head) {
+    for (int head = kv_head * heads_per_kv(); head < (dsv::cta_index().y + 1) * heads_per_kv(); ++head) {
         if constexpr (kDense) {
             const int tiles = p.sizes.seqlen_q_padded / kBlockM;
-            int tile = 0;
-            if (kRing && leader) tile = producer.place(head);
 #pragma unroll 1
-            for (int i = 0; i < tiles; ++i) {
+            for (int tile = 0; tile < tiles; ++tile) {
                 if (leader) producer.feed(tile, head);
                 ++producer.fed;
-                if (++tile == tiles) tile = 0;
             }
+        } else if constexpr (kRing) {
+            produce_ring(producer, head);
         } else {
-            const auto slab = [&] { return dsv::int64{dsv::cta_index().z * p.sizes.num_heads + head}; };
-            const dsv::int32* offset = p.k2q_offset + slab() * (p.sizes.num_kv_blocks + 1) + kv_tile / kTilesPerBlock;
-            const int begin = offset[0];
-            int edges = offset[1] - begin;
-            const dsv::int64 width = dsv::int64{p.sizes.num_groups} * p.sizes.max_selected;
-            if (begin < 0 || edges < 0 || begin + dsv::int64{edges} > width) {
-                if (leader) atomicOr(p.error_flag, dsv::kCountOutOfRange);
-                edges = 0;
-            }
-            if constexpr (kRing) {
-                int group = leader ? producer.place(head) / kTilesPerGroup : 0;
-                group = __shfl_sync(0xFFFFFFFF, group, 0);
-                const int first = first_not_below(p.k2q_index + slab() * width + begin, edges, group);
-                if (leader) smem.first_edge = first;
-                __syncwarp();
-            }
+            const List list = list_of(p, smem, head);
             int fetched = 0;  // lane i holds the i-th of the next 32 groups
 #pragma unroll 1
-            for (int step = 0; step < edges * kTilesPerGroup; ++step) {
+            for (int step = 0; step < list.edges * kTilesPerGroup; ++step) {
                 const int e = step / kTilesPerGroup;
-                if (step % (32 * kTilesPerGroup) == 0 && e + lane < edges) {
-                    int edge = e + lane;
-                    if constexpr (kRing) {
-                        edge += smem.first_edge;
-                        if (edge >= edges) edge -= edges;
-                    }
-                    fetched = p.k2q_index[slab() * (dsv::int64{p.sizes.num_groups} * p.sizes.max_selected) + begin + edge];
+                if (step % (32 * kTilesPerGroup) == 0 && e + lane < list.edges) {
+                    fetched = list.groups[e + lane];
                     if (static_cast<unsigned>(fetched) >= static_cast<unsigned>(p.sizes.num_groups)) {
                         atomicOr(p.error_flag, dsv::kIndexOutOfRange);
                         fetched = p.sizes.num_groups - 1;
@@ -318,7 +383,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
     constexpr int kChunks = dq_columns / kChunk;
     static_assert(!kStagedDq || kChunks == 1, "dQ of a consumer leaves as one piece");
     const int3 cta = dsv::cta_index();
-    const int kv_tile = cta.x, kv_head = cta.y, batch = cta.z;
+    const int kv_tile = smem.kv_tile, kv_head = cta.y, batch = cta.z;
     const int consumer = dsv::warpgroup_index();
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32 % 4;
@@ -668,7 +733,7 @@ __device__ __forceinline__ void consume_columns(const Params& p, SharedStorage& 
     constexpr int kQueries = kBlockM / 2;
     constexpr int kChunk = columns / 2;  // columns of one product of dQ
     const int3 cta = dsv::cta_index();
-    const int kv_tile = cta.x, kv_head = cta.y, batch = cta.z;
+    const int kv_tile = smem.kv_tile, kv_head = cta.y, batch = cta.z;
     const int consumer = dsv::warpgroup_index();
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32 % 4;
@@ -844,7 +909,18 @@ __device__ __forceinline__ void consume_columns(const Params& p, SharedStorage& 
     }
 }
 
-// Grid: (ceil(seqlen_kv / kBlockN), num_kv_heads, B), tiles of a head adjacent so that its Q, dO and dQ stay in L2.
+// Grid: (ceil(seqlen_kv / kBlockN), with lists N * kTilesPerBlock; num_kv_heads; B), tiles of a head adjacent so that its Q, dO
+// and dQ stay in L2.
+// One thread. CTAs of about equally long lists run beside each other: none is left alone at the end, and those that keep step
+// find in L2 what the others read.
+__device__ __forceinline__ int kv_tile_of_cta(const Params& p) {
+    const int3 cta = dsv::cta_index();
+    if constexpr (kDense) return cta.x;
+    const dsv::int64 slab = cta.z * p.sizes.num_kv_heads + cta.y;
+    const int block = p.kv_order[slab * p.sizes.num_kv_blocks + cta.x / kTilesPerBlock];
+    return block * kTilesPerBlock + cta.x % kTilesPerBlock;
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a(const __grid_constant__ Params p) {
     // Swizzle atoms are 1024 bytes; a driver that aligned shared memory less would have to be told from here.
     extern __shared__ __align__(1024) dsv::uint8 raw[];
@@ -864,8 +940,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_bf16
             dsv::mbarrier_init(&smem.empty_ds[i], kConsumerThreads / 32);
         }
         dsv::mbarrier_init_fence();
+        smem.kv_tile = kv_tile_of_cta(p);
     }
     __syncthreads();
+    // The last block may have fewer tiles, and may come anywhere in the order.
+    if (kTilesPerBlock > 1 && smem.kv_tile * kBlockN >= p.sizes.seqlen_kv) return;
 
     if (threadIdx.x >= kConsumerThreads) {
         dsv::registers_shrink<kProducerRegisters>();

@@ -5,6 +5,7 @@
 
 // Row statistics of the backward: delta = rowsum(out * d_out) - d_lse and LSE in base 2, padded to whole query tiles so
 // that attn_bwd loads them blindly, and a zeroed accumulator for dQ. Empty rows and padding get LSE = +inf: P is 0 there.
+// Where there are lists, also the order in which attn_bwd takes the KV blocks of a head: the longest list first.
 //
 // Floor: reads out and d_out once and writes the f32 accumulator once, 8 * head_dim bytes a row, at 3 TB/s.
 // Registers: under 40. Shared memory: none.
@@ -17,7 +18,7 @@ constexpr int kHeadDim = 64;
 constexpr int kBlockM = 64;
 constexpr int kThreads = 256;
 constexpr int kCtasPerSm = 2;
-constexpr int kParamsBytes = 152;
+constexpr int kParamsBytes = 168;
 // END CONFIG
 
 constexpr int kChunks = kHeadDim / 8;  // of 16 bytes, one a thread
@@ -35,9 +36,44 @@ struct Params {
     float* lse_log2;      // [B, H, Sq_padded] out
     float* delta;         // [B, H, Sq_padded] out
     float* dq_accum;      // [B, H, Sq_padded, D] out: zeros; null where attn_bwd_dq follows
+    const dsv::int32* k2q_offset;  // [B, H, N + 1], or null
+    dsv::int32* kv_order;          // [B, Hkv, N] out: KV blocks by the length of their lists; null where k2q_offset is
     dsv::AttnSizes sizes;
 };
 static_assert(sizeof(Params) == kParamsBytes, "the host's launch parameters have another size");
+
+// Groups that list a KV block, in all heads that share a KV head.
+__device__ __forceinline__ int listed(const dsv::int32* offset, int block, int heads, int blocks) {
+    int groups = 0;
+#pragma unroll 1
+    for (int head = 0; head < heads; ++head, offset += blocks + 1) groups += offset[block + 1] - offset[block];
+    return groups;
+}
+
+// Puts KV blocks into their places of the order, each CTA of a head every so manieth: a block's place is the number of those
+// before it, equal ones by their index. Whatever the offsets are, it is a permutation.
+__device__ __forceinline__ void place_blocks(const Params& p, int kv_head, int batch) {
+    const int blocks = p.sizes.num_kv_blocks;
+    const int heads = p.sizes.num_heads / p.sizes.num_kv_heads;
+    const dsv::int64 slab = dsv::int64{batch} * p.sizes.num_kv_heads + kv_head;
+    const dsv::int32* offset = p.k2q_offset + slab * heads * (blocks + 1);
+#pragma unroll 1
+    for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
+        const int length = listed(offset, block, heads, blocks);
+        int place = 0;
+#pragma unroll 1
+        for (int first = 0; first < blocks; first += kThreads) {
+            const int other = first + threadIdx.x;
+            bool before = false;
+            if (other < blocks) {
+                const int its = listed(offset, other, heads, blocks);
+                before = its > length || (its == length && other < block);
+            }
+            place += __syncthreads_count(before);
+        }
+        if (threadIdx.x == 0) p.kv_order[slab * blocks + place] = block;
+    }
+}
 
 // Grid: (Sq_padded / kBlockM, H, B).
 extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a(const __grid_constant__ Params p) {
@@ -46,6 +82,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_prep
     const int batch = gridDim.z - 1 - blockIdx.z;
     const int lane_in_row = threadIdx.x % kThreadsPerRow;
     const dsv::int64 slab = dsv::int64{batch} * p.sizes.num_heads + head;
+
+    const int shared = p.sizes.num_heads / p.sizes.num_kv_heads;
+    if (p.kv_order != nullptr && head % shared == 0) place_blocks(p, head / shared, batch);
 
     if (p.dq_accum != nullptr) {
         float4* accum = reinterpret_cast<float4*>(p.dq_accum + (slab * p.sizes.seqlen_q_padded + blockIdx.x * kBlockM) * kHeadDim);

@@ -342,6 +342,27 @@ impl KvListsBuf {
         })
     }
 
+    /// Lists in which some KV blocks (text, sinks, a background that stays) are of use to most groups: of each head, a block's
+    /// weight is e^x, x standard normal, and each group draws `kept` blocks without replacement, by weight (Efraimidis and
+    /// Spirakis: the `kept` smallest of exponential times over weight). The lists of the inverse differ in length by
+    /// factors.
+    pub fn popular(dims: ListDims, kept: usize, rng: &mut SplitMix64) -> Self {
+        let kept = kept.min(dims.blocks());
+        let mut weights = Vec::new();
+        KvListsBuf::from_fn(dims, |_, _, group| {
+            if group == 0 {
+                weights = (0..dims.blocks()).map(|_| rng.normal().exp()).collect();
+            }
+            let mut times: Vec<(f64, i32)> = weights
+                .iter()
+                .zip(0..)
+                .map(|(weight, block)| (-(1.0 - rng.uniform()).ln() / weight, block))
+                .collect();
+            times.sort_by(|a, b| a.0.total_cmp(&b.0));
+            ascending(times[..kept].iter().map(|&(_, block)| block).collect())
+        })
+    }
+
     /// The 3D window baseline (WA-M, WA-L of the paper): a group lists the blocks that hold any key inside the
     /// window around its centre query. The window has max(1, round(fraction * side)) tokens along each of
     /// (t, h, w); at a border it is shifted inwards, so every window has the same number of tokens.
@@ -553,6 +574,19 @@ mod tests {
                 assert!(shared >= 40, "neighbours {group} share {shared} of 50");
             }
         }
+    }
+
+    #[test]
+    fn popular_blocks_are_listed_by_most_groups() {
+        let d = ListDims { seqlen_q: 4096, seqlen_kv: 3200, max_selected: 20, ..dims() };
+        let lists = KvListsBuf::popular(d, 20, &mut SplitMix64::new(9));
+        lists.validate().unwrap();
+        assert!(lists.count.iter().all(|&c| c == 20));
+        let inverse = lists.invert().unwrap();
+        let lengths: Vec<i32> = inverse.offset[..=d.blocks()].windows(2).map(|w| w[1] - w[0]).collect();
+        let mean = lengths.iter().sum::<i32>() / lengths.len() as i32;
+        assert!(lengths.iter().any(|&len| len > 3 * mean), "{lengths:?}");
+        assert!(lengths.iter().any(|&len| len < mean / 3), "{lengths:?}");
     }
 
     #[test]

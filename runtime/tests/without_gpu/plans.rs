@@ -99,8 +99,9 @@ fn memory_of_a_problem() {
     assert_eq!(needed.query_lists, 4 * heads * groups * (51 + 1));
     assert_eq!(needed.key_lists, 4 * heads * (groups * 51 + blocks + 1));
     assert_eq!(needed.lse, 4 * heads * 32_768);
-    // Row statistics, the ring's word a head rounded up, and the accumulator of dQ.
-    assert_eq!(needed.workspace, 4 * heads * 32_768 * (2 + 128) + 256);
+    // Row statistics, the order of the KV blocks, the ring's word a head rounded up, and the accumulator of dQ.
+    let order = 4 * heads * blocks;
+    assert_eq!(needed.workspace, 4 * heads * 32_768 * (2 + 128) + order + 256);
     assert_eq!(needed.total(), needed.query_lists + needed.key_lists + needed.lse + needed.workspace);
 
     let forward = MemoryNeeded::of(&Problem { op: AttnOp::Fwd, ..p });
@@ -109,11 +110,11 @@ fn memory_of_a_problem() {
 
     let dense = MemoryNeeded::of(&Problem { lists: Lists::Dense, max_selected: 0, ..p });
     assert_eq!((dense.query_lists, dense.key_lists), (0, 0));
-    assert_eq!(dense.workspace, needed.workspace);
+    assert_eq!(dense.workspace, needed.workspace - order);
 
     // Nothing is accumulated where dQ is computed on its own.
     let exact = MemoryNeeded::of(&Problem { deterministic: Deterministic::Yes, ..p });
-    assert_eq!(exact.workspace, 4 * heads * 32_768 * 2);
+    assert_eq!(exact.workspace, 4 * heads * 32_768 * 2 + order);
 
     // Gathered units: no inverted lists, and dK and dV are accumulated instead of dQ, for every KV head.
     let gather = Problem {
@@ -131,7 +132,7 @@ fn memory_of_a_problem() {
 
     // One token: rows are padded to the backward's largest tile of 128, parts to 256 bytes.
     let one = Problem { num_heads: 1, num_kv_heads: 1, seqlen_q: 1, seqlen_kv: 1, max_selected: 1, ..p };
-    assert_eq!(MemoryNeeded::of(&one).workspace, 512 + 512 + 256 + 128 * 128 * 4);
+    assert_eq!(MemoryNeeded::of(&one).workspace, 512 + 512 + 256 + 256 + 128 * 128 * 4);
 }
 
 #[test]

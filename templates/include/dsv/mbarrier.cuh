@@ -53,6 +53,13 @@ __device__ __forceinline__ int3 cta_index() {
     return index;
 }
 
+// This thread's lane; volatile for the same reason.
+__device__ __forceinline__ int lane_id() {
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
+
 // This thread's warpgroup. By way of a shuffle, so that the compiler knows it to be the same in all lanes and keeps what
 // follows from it (descriptors above all) in uniform registers.
 __device__ __forceinline__ int warpgroup_index() { return __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0); }
