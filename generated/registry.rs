@@ -959,126 +959,126 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "c3b2433bf7a4418478b9d4542b358339a721c9aeec3a18b8d504238f664e673a",
+        source_hash: "1015547c4494931ec97b8474e5ec9ae0d5593f1d0a6bd63a4eb4852abeb48f34",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "14dced8cac69795938ba8a7e1df445a04ecfe8c820729a158f17b245562f0510",
+        source_hash: "a062fb7ca42304a650ef59e17448061f51e7080a2a1a86e1fbea7032cceb0b24",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "f5a40245053578d3502039d13d0c52d6dafa3f0afea1425ba91c44641f171e5f",
+        source_hash: "17fab490ebfcb6923655b6978511c78997f04179b16e5c80e7f94337213b56b2",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "fd66331b9b2c5715e119d7c642562e62c8eb6d26f215f2e7cd9001d7420f1c86",
+        source_hash: "7b6cd7fd16c039ae0800ebde9ed241a98fcd9efe00d2c85259f8db5685df7932",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "737f0345279c93670af57499142cc753a7d254b5a201c034b3024dd63e6bf31a",
+        source_hash: "8a116d11510702bd9cd9f0a35fb61fcbd26350ffa1b3631637425effd731d1d4",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "d340620bc91a2dd43f984e71e386ee61aac70632b5be8536df0bbb75c41b726d",
+        source_hash: "9292b3cfaf750f64e9a9e87718b069b0b840691dae9b69bd0d9376672c9c8bab",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "bf4fb4f67307fbedf0f1b21ea0ef047fad7678bf0d6c1f782d8466450d5330b8",
+        source_hash: "04cc740bcb4b225f7612e70130ef51e47920dd7d70eb409fdbf64fec9bd9c50a",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "5a1b0aa02a885e241b18e9bc5c7d99d652583d39f8102e31bb6534c38677b929",
+        source_hash: "4dd2fded18999839299533721620be8341b0032d463929d6c4bb69f83a30cf8b",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "16f0729435b705071aa30e481271b2f0e8f18f09e1cea13c526025acda44a9c5",
+        source_hash: "3921fbe015c2f70b60114794d9bf01a0a641187aea808dd3c51f6a69e9386010",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "e58c65cb819465a733004c3a8ba2a00de66fc98f9b14e2a193074d024fe67a74",
+        source_hash: "a4945268af4ea49c7edaadc6342b7a71783ce365c10b6bb84da0fba4676d294b",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "eb01e2c526ad22032c4bea42f28aa06e1e994c992170e4ddfa3a14f9490785b2",
+        source_hash: "b5feb24c4d602390462b80d2723145e92388394d708edd19584f4b105fb7a06c",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "6b8d1e98ab0ea5c6cb8ede2953c9b6bbdf3bcbd0c3a188bc3acc39a0565347b3",
+        source_hash: "aa5f551b1a8a79f4e9fa66ecb034b04972f2b10a9ec59f5b8b05896da4e83e4f",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "a54f0093864a927c9c2213573538b759aeacc880748a1e45e06662e548d8cdda",
+        source_hash: "b7092f86cfbed1cdcc3744e4d826bfe56136b3bd91280a851f707ff41a2d24f2",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "7d514f755670e87cc7e36e2730b6d3385e5169380933807aac81aa358ed74e0c",
+        source_hash: "bd3cdf9960d5375608e81cacb9250357822de467eefa773a7f7ec9979320b043",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "42af650c65be0f1221ef813c2031a4ecb9e80619c1c81c8ccf7f211300b61ac0",
+        source_hash: "9bfc96d647896039f0572f68fb9bc7926a48d7f66a613bbd4e2ea46e2b168072",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "70a5d42761d959dc6aabced15eec13e5695092e4ed9d14b86bf0f44715effcf7",
+        source_hash: "5e10f776d76b3f14c6d56811b8aad9ed0db7d1d9254bdc6d534a84cb45240963",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "2a6a95716300321e8a013593ad314a5914d0670c0fd63a0f5488f26f56822446",
+        source_hash: "0f9f6f04adf617e2f601307b61712eba8867fc75d899f998d9b32068ea5a4760",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "67af5e74d13793a499afaa09d12a8d7836b605744d1df2346d1c247ecf23b709",
+        source_hash: "0554a0d0a46e20656e6e963fe847b2c4f933a6eab7ce900e733f4adfdfb95318",
     },
     Kernel {
         name: "kv_validate_sm80",

@@ -139,8 +139,8 @@ impl Choice {
         match self {
             Choice::Rows(plan) => {
                 let lists = QueryLists { q2k_index: args.q2k_index.unwrap_or(0), q2k_count: args.q2k_count };
-                let FineArgs { q_lr, k_lr, budget, scores, error_flag, .. } = *args;
-                let args = SelectArgs { q_lr, k_lr, top_k: budget, lists, scores, error_flag };
+                let FineArgs { q_lr, k_lr, budget, scores, keep_mask, error_flag, .. } = *args;
+                let args = SelectArgs { q_lr, k_lr, top_k: budget, lists, scores, keep_mask, error_flag };
                 // SAFETY: the caller's promise.
                 unsafe { plan.select(stream, &args) }
             }
@@ -1153,6 +1153,7 @@ impl<'a> Session<'a> {
                 q2k_count: count.address(),
                 bitmap: None,
                 scores,
+                keep_mask: None,
                 capped: None,
                 error_flag: gpu.flag(),
             };

@@ -95,6 +95,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         top_k: top_k.address(),
         lists,
         scores: None,
+        keep_mask: None,
         error_flag: error_flag.address(),
     };
     let forward = FwdArgs {

@@ -78,6 +78,7 @@ fn run() -> Result<(), Box<dyn Error>> {
                 q2k_count: count.address(),
                 bitmap: None,
                 scores: None,
+                keep_mask: None,
                 capped: None,
                 error_flag: flag.address(),
             };

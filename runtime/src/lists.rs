@@ -218,6 +218,8 @@ pub struct SelectArgs {
     pub lists: QueryLists,
     /// f32 [B, H, G, N], written, where wanted; NaN as -inf, kept blocks as +inf.
     pub scores: Option<u64>,
+    /// u32 [G, ceil(N / 32)], where further blocks are kept as those of [`Keep`] are, in every head: bit n % 32 of word n / 32.
+    pub keep_mask: Option<u64>,
     /// i32, one element: the device error flag.
     pub error_flag: u64,
 }
@@ -285,6 +287,9 @@ impl SelectPlan {
             ("error_flag", args.error_flag),
         ];
         aligned(&self.kernel, &words, 4)?;
+        if let Some(address) = args.keep_mask {
+            aligned(&self.kernel, &[("keep_mask", address)], 4)?;
+        }
         let p = &self.problem;
         let shape = p.lists();
         let params = KvSelect {
@@ -294,6 +299,7 @@ impl SelectPlan {
             q2k_index: args.lists.q2k_index,
             q2k_count: args.lists.q2k_count,
             scores: args.scores.unwrap_or(0),
+            keep_mask: args.keep_mask.unwrap_or(0),
             error_flag: args.error_flag,
             batch: p.batch as i32,
             num_heads: p.num_heads as i32,

@@ -121,6 +121,8 @@ pub struct FineArgs {
     pub bitmap: Option<u64>,
     /// f32 [B, H, G, N], written, where wanted; NaN as -inf, kept units as +inf.
     pub scores: Option<u64>,
+    /// u32 [G, ceil(N / 32)], where further units are kept as those of [`Keep`] are, in every head: bit n % 32 of word n / 32.
+    pub keep_mask: Option<u64>,
     /// i32, one element, where wanted: increased by the number of lists that max_selected cut below their share. Such a
     /// list holds the max_selected largest scores; only [`Budget::TopP`] cuts.
     pub capped: Option<u64>,
@@ -200,6 +202,7 @@ impl FinePlan {
             ("q2k_index", args.q2k_index),
             ("bitmap", args.bitmap),
             ("scores", args.scores),
+            ("keep_mask", args.keep_mask),
             ("capped", args.capped),
         ] {
             if let Some(address) = address {
@@ -217,6 +220,7 @@ impl FinePlan {
             q2k_count: args.q2k_count,
             bitmap: args.bitmap.unwrap_or(0),
             scores: args.scores.unwrap_or(0),
+            keep_mask: args.keep_mask.unwrap_or(0),
             error_flag: args.error_flag,
             capped: args.capped.unwrap_or(0),
             batch: p.batch as i32,

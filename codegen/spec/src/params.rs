@@ -354,6 +354,8 @@ pub struct KvSelect {
     pub q2k_count: u64,
     /// f32 [B, H, G, N] out, for tests; 0 when not wanted.
     pub scores: u64,
+    /// u32 [G, ceil(N / 32)]: bit n % 32 of word n / 32 says whether KV block n scores +inf, in every head; 0 = none.
+    pub keep_mask: u64,
     /// i32 [1].
     pub error_flag: u64,
     /// Sequences.
@@ -398,6 +400,8 @@ pub struct KvSelectFine {
     pub bitmap: u64,
     /// f32 [B, H, G, N] out, for tests; 0 when not wanted.
     pub scores: u64,
+    /// u32 [G, ceil(N / 32)]: bit n % 32 of word n / 32 says whether KV unit n scores +inf, in every head; 0 = none.
+    pub keep_mask: u64,
     /// i32 [1].
     pub error_flag: u64,
     /// i32 [1], increased by the lists `max_selected` cut below `top_p`; 0 when not wanted.

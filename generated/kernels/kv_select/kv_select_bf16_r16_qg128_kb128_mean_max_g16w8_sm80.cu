@@ -27,7 +27,7 @@ constexpr int kWarps = 8;
 constexpr bool kProxyIsCentre = false;
 constexpr int kThreads = 256;
 constexpr int kCtasPerSm = 1;
-constexpr int kParamsBytes = 144;
+constexpr int kParamsBytes = 152;
 // END CONFIG
 
 constexpr int kSteps = kRank / 16;
@@ -46,6 +46,7 @@ struct Params {
     int32* q2k_index;   // [B, H, G, max_selected], written up to the count
     int32* q2k_count;   // [B, H, G], written
     float* scores;      // [B, H, G, N], written unless null
+    const uint32* keep_mask;  // [G, ceil(N / 32)], bit n % 32 of word n / 32: whether block n scores +inf; unless null
     int32* error_flag;  // [1]
     int32 batch;
     int32 num_heads;
@@ -178,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) kv_select_bf1
                 const int row = lane / 4 + 8 * i;
                 const int group = group0 + row;
                 float score = i == 0 ? best.x : best.y;
-                if (is_kept<kQueryGroup, kKvBlock>(block * kKvBlock, group, p.keep_first, p.keep_own, p.seqlen_kv)) {
+                if (is_kept<kQueryGroup, kKvBlock>(p, block * kKvBlock, group)) {
                     score = kInf;
                 }
                 if (score != score) {

@@ -40,7 +40,7 @@ constexpr int kKept = 0;
 constexpr int kThreads = 512;
 constexpr int kCtasPerSm = 1;
 constexpr int kSmemBytes = 203056;
-constexpr int kParamsBytes = 168;
+constexpr int kParamsBytes = 176;
 // END CONFIG
 
 // Scores are stored for kStoredSteps steps at most, where exponentials make them dear (the rule mass4, units that are blocks);
@@ -123,6 +123,7 @@ struct Params {
     int32* q2k_count;    // [B, H, G], written
     uint32* bitmap;      // [B, H, G, ceil(N / 32)], bit n % 32 of word n / 32: whether unit n is listed; unless null
     float* scores;       // [B, H, G, N], written unless null
+    const uint32* keep_mask;  // [G, ceil(N / 32)], bit n % 32 of word n / 32: whether unit n scores +inf; unless null
     int32* error_flag;   // [1]
     int32* capped;       // [1], increased by the lists that max_selected cut below top_p, unless null
     int32 batch;
@@ -272,7 +273,7 @@ __device__ __forceinline__ void multiply(const SharedStorage& shared, const Quer
 __device__ __forceinline__ float judged(const Params& p, float score, int key, int group) {
     asm volatile("" : "+r"(group));  // what follows is rare: nothing of it is worth a register all along
     if (key >= p.seqlen_kv) return __uint_as_float(0x7fffffffu);
-    return is_kept<kQueryGroup, kKvBlock>(key, group, p.keep_first, p.keep_own, p.seqlen_kv) ? kInf : score;
+    return is_kept<kQueryGroup, kKvBlock>(p, key, group) ? kInf : score;
 }
 
 // The sums below are written rounding by rounding: every pass must find the same bits.
@@ -565,7 +566,7 @@ __device__ __forceinline__ void walk(
         const int slot = slot_of(p, step);
         if (first < p.seqlen_kv && (kPart == Part::kAll || slot >= 0)) {
             const bool is_judged =
-                end > p.seqlen_kv || first < p.keep_first ||
+                end > p.seqlen_kv || first < p.keep_first || p.keep_mask != nullptr ||
                 (p.keep_own != 0 && first < own_first + kGroups * kQueryGroup && end > own_first);
             const int unit = step * kStepUnits + lane % 4 * kLaneUnits;
             if constexpr (kQueryMass) {

@@ -100,6 +100,17 @@ pub enum SelectError {
         /// Entries needed.
         expected: usize,
     },
+    /// A mask of kept blocks of another size.
+    #[error(
+        "the mask of kept blocks has {found} words\n  needed: {expected} (groups * ceil(blocks / 32)), or none\n  \
+         next: make it for the same ListDims"
+    )]
+    MaskLength {
+        /// Words found.
+        found: usize,
+        /// Words needed.
+        expected: usize,
+    },
 }
 
 fn check<T>(dims: &ListDims, rank: usize, q_lr: &View<'_, T>, k_lr: &View<'_, T>) -> Result<(), SelectError> {
@@ -319,31 +330,40 @@ pub fn speakers(rule: GroupRule, len: usize) -> Vec<usize> {
 
 /// Blocks that are listed before all others, whatever their score.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Keep {
+pub struct Keep<'a> {
     /// Blocks with one of the first tokens of the sequence (text, sinks): how many tokens.
     pub first: usize,
     /// Blocks with a token of the group's own, by position: key token i is query token i.
     pub own: bool,
+    /// [G, ceil(N / 32)]: bit n % 32 of word n / 32 is set where block n is kept, in every head; empty = none.
+    pub mask: &'a [u32],
 }
 
 /// Gives the kept blocks of every group the score +inf, NaN included: they come before all finite scores, ties by the
 /// smaller id. Scores [B, H, G, N].
 ///
 /// # Errors
-/// [`SelectError::ScoresLength`].
-pub fn keep<T: From<f32>>(dims: &ListDims, keep: Keep, scores: &mut [T]) -> Result<(), SelectError> {
+/// [`SelectError::ScoresLength`], [`SelectError::MaskLength`].
+pub fn keep<T: From<f32>>(dims: &ListDims, keep: Keep<'_>, scores: &mut [T]) -> Result<(), SelectError> {
     let (groups, blocks) = (dims.groups(), dims.blocks());
     let expected = dims.lists() * blocks;
     if scores.len() != expected {
         return Err(SelectError::ScoresLength { found: scores.len(), expected });
     }
+    let words = blocks.div_ceil(32);
+    if !keep.mask.is_empty() && keep.mask.len() != groups * words {
+        return Err(SelectError::MaskLength { found: keep.mask.len(), expected: groups * words });
+    }
     for (list, scores) in scores.chunks_exact_mut(blocks).enumerate() {
+        let mask = keep.mask.get(list % groups * words..).unwrap_or_default();
         let own = dims.group_rows(list % groups);
         // A group's own tokens are those of a whole group: the last one's may go on past its queries.
         let own = own.start..own.start + dims.query_group;
         for (block, score) in scores.iter_mut().enumerate() {
             let keys = dims.block_keys(block);
-            if keys.start < keep.first || (keep.own && keys.start < own.end && keys.end > own.start) {
+            let masked = mask.get(block / 32).is_some_and(|word| word >> (block % 32) & 1 != 0);
+            let is_own = keep.own && keys.start < own.end && keys.end > own.start;
+            if masked || is_own || keys.start < keep.first {
                 *score = f32::INFINITY.into();
             }
         }
@@ -672,7 +692,7 @@ mod tests {
         };
         let mut scores: Vec<f64> = (0..3 * 8).map(|n| f64::from(n % 8)).collect();
         scores[8] = f64::NAN; // Block 0 of group 1 is kept: its score is not looked at.
-        keep(&d, Keep { first: 9, own: true }, &mut scores).unwrap();
+        keep(&d, Keep { first: 9, own: true, mask: &[] }, &mut scores).unwrap();
         let lists = top_k(&d, &scores, &[5]).unwrap();
         assert_eq!(lists.view().blocks_of(0), [0, 1, 5, 6, 7], "text is the group's own cube here");
         assert_eq!(lists.view().blocks_of(1), [0, 1, 2, 3, 7]);
@@ -683,6 +703,20 @@ mod tests {
         keep(&d, Keep::default(), &mut none).unwrap();
         assert_eq!(none, scores);
         assert!(matches!(keep(&d, Keep::default(), &mut none[1..]), Err(SelectError::ScoresLength { .. })));
+
+        // A word a group: block 2 of the first, 2 and 4 of the second, none of the third.
+        let mask = [1 << 2, 1 << 2 | 1 << 4, 0];
+        let mut scores: Vec<f64> = (0..3 * 8).map(|n| f64::from(n % 8)).collect();
+        keep(&d, Keep { mask: &mask, ..Keep::default() }, &mut scores).unwrap();
+        let lists = top_k(&d, &scores, &[3]).unwrap();
+        assert_eq!(lists.view().blocks_of(0), [2, 6, 7]);
+        assert_eq!(lists.view().blocks_of(1), [2, 4, 7]);
+        assert_eq!(lists.view().blocks_of(2), [5, 6, 7]);
+        let short = Keep { mask: &mask[1..], ..Keep::default() };
+        assert!(matches!(
+            keep(&d, short, &mut scores),
+            Err(SelectError::MaskLength { found: 2, expected: 3 })
+        ));
     }
 
     #[test]

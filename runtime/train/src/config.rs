@@ -6,7 +6,8 @@
 //! its value and meaning.
 
 use crate::engine::Space;
-use dsv_spec::order::{Cube, Grid};
+use dsv_reference::lists::KvListsBuf;
+use dsv_spec::order::{Cube, Grid, token_order};
 use dsv_spec::space::{
     SHIPPED_BLOCK_SIZES, SHIPPED_GATHER, SHIPPED_GATHER_HEAD_DIMS, SHIPPED_RANKS, TRAINER_HEAD_DIMS,
 };
@@ -149,6 +150,10 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
             (
                 "keep_own",
                 "list the group's own tokens before all others, whatever is predicted; they count as kept",
+            ),
+            (
+                "keep_window",
+                "optional: list the KV within a 3D window around the group's centre query before all others as well; its share of each side of the clip (0.33 = the window of wa-m)",
             ),
             ("theta", "share of the softmax mass that critical KV hold"),
             ("profile_every", "steps between profiles in stage 1"),
@@ -426,6 +431,8 @@ pub struct Dsv {
     pub group_rule: GroupRule,
     /// A group lists its own tokens first.
     pub keep_own: bool,
+    /// And the KV within a window of this share of each side.
+    pub keep_window: Option<f64>,
     /// Share of the mass that critical KV hold.
     pub theta: f64,
     /// Steps between profiles in stage 1.
@@ -779,6 +786,7 @@ impl Config {
                 predictor_rope: false,
                 group_rule: GroupRule::Centre,
                 keep_own: false,
+                keep_window: None,
                 theta: 0.9,
                 profile_every: 50,
                 profile_every_stage2: 1000,
@@ -1083,6 +1091,9 @@ impl Config {
         if let Some(k) = dsv.keep {
             range("dsv.keep", k, "more than 0, up to dsv.max_keep, or absent", k > 0.0 && k <= dsv.max_keep);
         }
+        if let Some(side) = dsv.keep_window {
+            range("dsv.keep_window", side, "more than 0, up to 1, or absent", side > 0.0 && side <= 1.0);
+        }
         range("sample.guidance", sample.guidance, "0 and more", sample.guidance >= 0.0);
         if dsv.attention == Attention::Fixed && dsv.keep.is_none() {
             bad.push(
@@ -1160,6 +1171,9 @@ impl Config {
                 bad.push(no_deterministic_gather(n));
             }
         }
+        if bad.is_empty() && dsv.attention.predicts() {
+            bad.extend(dsv.keep_window.and_then(|side| self.window_too_wide(side)));
+        }
         if bad.is_empty() { Ok(()) } else { Err(ConfigError::Impossible(bad)) }
     }
 
@@ -1195,6 +1209,29 @@ impl Config {
                 Cube::of_group(self.dsv.query_group.max(self.dsv.kv_block) as u32)
             }
         }
+    }
+
+    /// Why lists do not hold the window of `dsv.keep_window`, if they do not.
+    fn window_too_wide(&self, side: f64) -> Option<String> {
+        let (g, n) = (self.dsv.query_group, self.dsv.kv_block);
+        let cube = self.first_cube();
+        let share = self.dsv.keep.unwrap_or(self.dsv.max_keep);
+        let grids = self.grids().into_iter().map(|grid| self.token_grid(grid));
+        let grids = grids.map(|[t, h, w]| Grid { t, h, w }).filter(|&grid| cube.fits(grid));
+        grids
+            .map(|grid| {
+                let order = token_order(grid, cube);
+                let widest = KvListsBuf::window(1, 1, g, n, grid, &order, [side; 3]).dims.max_selected;
+                let blocks = grid.tokens().div_ceil(n);
+                let kept = ((blocks as f64 * share - 1e-9).ceil() as usize).clamp(1, blocks);
+                (grid, widest, kept, blocks)
+            })
+            .find(|&(_, widest, kept, _)| widest > kept)
+            .map(|(Grid { t, h, w }, widest, kept, blocks)| {
+                format!(
+                    "dsv.keep_window is {side}, within which a group of a clip of {t} x {h} x {w} tokens has up to {widest} of {blocks} KV blocks, but it lists {kept} ({share} of them); allowed: a smaller window, a finer dsv.kv_block, a larger dsv.keep and dsv.max_keep, or absent"
+                )
+            })
     }
 
     /// Video tokens of a clip.
@@ -1473,6 +1510,7 @@ mod tests {
         let mut c = Config::preset("tiny").unwrap();
         c.dsv.force_sparse = Some(0.9);
         c.dsv.keep = Some(0.2);
+        c.dsv.keep_window = Some(0.1);
         c.dsv.cube = Some(CubeChoice::Auto);
         c.data.buckets = vec![[4, 8, 16]];
         c.train.init_weights = Some("w.safetensors".into());
@@ -1519,6 +1557,29 @@ mod tests {
         let wanted =
             "model.head_dim is 32, which no kernel serves on cuda; available: 64, 96, 128, 256 (any on cpu)";
         assert!(error.contains(wanted), "{error}");
+    }
+
+    #[test]
+    fn a_kept_window_fits_into_the_lists() {
+        let with = |sets: &[&str]| {
+            let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+            let clip = "[data]\nframes = 16\nheight = 16\nwidth = 16\n[model]\npatch = [1, 1, 1]\n[dsv]\nquery_group = 64\nkv_block = 8\nkeep = 0.2\nkeep_window = 0.33";
+            Config::from_toml(clip, "f", Some("0.8b"), &sets).map_err(|e| e.to_string())
+        };
+        assert_eq!(with(&[]).unwrap().dsv.keep_window, Some(0.33));
+        with(&["dsv.kv_block=64"]).unwrap();
+        // Without predictors nothing looks at it.
+        with(&["dsv.keep_window=0.9", "dsv.attention=full"]).unwrap();
+        insta::assert_snapshot!(with(&["dsv.kv_block=64", "dsv.keep_window=0.75"]).unwrap_err(), @r"
+        the config describes no possible run (1 problem)
+          - dsv.keep_window is 0.75, within which a group of a clip of 16 x 16 x 16 tokens has up to 48 of 64 KV blocks, but it lists 13 (0.2 of them); allowed: a smaller window, a finer dsv.kv_block, a larger dsv.keep and dsv.max_keep, or absent
+          next: correct the keys above, then dsv-train plan CONFIG.toml
+        ");
+        insta::assert_snapshot!(with(&["dsv.keep_window=0"]).unwrap_err(), @r"
+        the config describes no possible run (1 problem)
+          - dsv.keep_window is 0; allowed: more than 0, up to 1, or absent
+          next: correct the keys above, then dsv-train plan CONFIG.toml
+        ");
     }
 
     #[test]

@@ -119,6 +119,7 @@ impl ModelShape {
                 rope: d.predictor_rope,
                 rule: d.group_rule.into(),
                 keep_own: d.keep_own,
+                keep_window: d.keep_window,
                 theta: d.theta as f32,
                 samples: d.profile_queries.min(patch.tokens()),
                 lists: ListShape {
@@ -808,7 +809,10 @@ impl Model {
         engine.write_f32(self.io.cos, &tables.0.iter().map(|&x| x as f32).collect::<Vec<_>>())?;
         engine.write_f32(self.io.sin, &tables.1.iter().map(|&x| x as f32).collect::<Vec<_>>())?;
         if let Some(predictors) = &self.predictors {
-            predictors.write_tables(engine, &positions, self.shape.rope_base)?;
+            let ListShape { query_group, kv_block, .. } = predictors.shape.lists;
+            let windows =
+                predictors.shape.keep_window.map(|side| self.shape.window_lists(side, query_group, kv_block));
+            predictors.write_tables(engine, &positions, self.shape.rope_base, windows.as_ref())?;
         }
         if let (Some(shape), Some(lists)) = (self.shape.window, self.window) {
             let ListShape { batch, heads, query_group, kv_block, .. } = shape.lists;

@@ -8,6 +8,8 @@ use crate::engine::{
     ListShape, Lists, Profile, ProfiledLists, Rope, View,
 };
 use crate::params::{Init, Keeps, ParamId, ParamPlan, ParamSet};
+use dsv_reference::lists::KvListsBuf;
+use dsv_reference::select::bitmap;
 
 /// What the predictors of a run look like.
 #[derive(Copy, Clone, Debug, PartialEq)]
@@ -22,6 +24,8 @@ pub struct PredictorShape {
     pub rule: GroupRule,
     /// Whether a group lists its own tokens whatever is predicted.
     pub keep_own: bool,
+    /// Window whose KV a group lists as well, whatever is predicted: its share of each side of the clip.
+    pub keep_window: Option<f64>,
     /// Share of the softmax mass that counts as critical.
     pub theta: f32,
     /// Profiled queries.
@@ -60,6 +64,8 @@ pub struct Predictors {
     pub top_k: Buf,
     /// Cosines and sines `[S, d_lr/2]` `F32`, when rotated.
     pub rope_tables: Option<(Buf, Buf)>,
+    /// Units within each group's window, a bit each, where a window is kept.
+    pub keep_mask: Option<Buf>,
     /// List buffers that blocks can be given; the last one is shared by the profiles of dense blocks.
     pub slots: Vec<Lists>,
     weights: Vec<ParamId>,
@@ -86,6 +92,7 @@ pub struct Kept {
     samples: Buf,
     top_k: Buf,
     rope_tables: Option<(Buf, Buf)>,
+    keep_mask: Option<Buf>,
 }
 
 impl Predictors {
@@ -133,6 +140,10 @@ impl Predictors {
                 let len = seqlen * shape.d_lr / 2;
                 (plan.f32("predictors/cos", len), plan.f32("predictors/sin", len))
             }),
+            keep_mask: shape.keep_window.map(|_| {
+                let words = shape.lists.groups() * shape.lists.kv_blocks().div_ceil(32);
+                plan.i32("predictors/window", words)
+            }),
         }
     }
 
@@ -151,7 +162,7 @@ impl Predictors {
         let ListShape { batch, heads, seqlen, .. } = shape.lists;
         let lowrank = batch * seqlen * 2 * heads * shape.d_lr;
         let Shared { params, weights, loss, needed, covered, recall } = shared;
-        let Kept { samples, top_k, rope_tables } = kept;
+        let Kept { samples, top_k, rope_tables, keep_mask } = kept;
         Predictors {
             params,
             weights,
@@ -162,6 +173,7 @@ impl Predictors {
             samples,
             top_k,
             rope_tables,
+            keep_mask,
             slots: (0..=slots)
                 .map(|i| shape.lists.reserve(plan, &format!("lists/slot {i}"), inverse))
                 .collect(),
@@ -183,13 +195,18 @@ impl Predictors {
         self.slots[self.slots.len() - 1]
     }
 
-    /// Writes the constant tables.
+    /// Writes the constant tables; `windows` are the lists of the kept window, of one head.
     pub fn write_tables(
         &self,
         engine: &mut dyn Engine,
         positions: &[[u32; 3]],
         base: f64,
+        windows: Option<&KvListsBuf>,
     ) -> Result<(), EngineError> {
+        if let (Some(mask), Some(windows)) = (self.keep_mask, windows) {
+            let bits: Vec<i32> = bitmap(windows).into_iter().map(|word| word as i32).collect();
+            engine.write_i32(mask, &bits)?;
+        }
         if let Some((cos, sin)) = self.rope_tables {
             let (c, s) = dsv_reference::layers::rope_tables(positions, self.shape.d_lr, base);
             engine.write_f32(cos, &c.iter().map(|&x| x as f32).collect::<Vec<_>>())?;
@@ -265,6 +282,7 @@ impl Predictors {
                 top_k: per_head(self.top_k),
                 rule: self.shape.rule,
                 keep_own: self.shape.keep_own,
+                keep_mask: self.keep_mask,
                 lists: lists.unwrap_or(self.scratch_slot()),
             });
         }

@@ -64,6 +64,8 @@ struct Case {
     keep_first: usize,
     #[serde(default)]
     keep_own: bool,
+    #[serde(default)]
+    keep_mask: f64,
     #[serde(default = "none")]
     raises: Raises,
     #[serde(default = "bshd")]
@@ -163,6 +165,8 @@ fn run(gpu: &mut Gpu, case: &Case, spec: SelectSpec) -> Outcome {
     let q_lr = Tensor::with_rows(gpu, "q_lr", Dtype::Bf16, q_place, q_rows, &q)?;
     let k_lr = Tensor::with_rows(gpu, "k_lr", Dtype::Bf16, k_place, k_rows, &k)?;
     let top_k_flat = Flat::of(gpu, "top_k", &asked)?;
+    let kept = kept_bits(case.keep_mask, case.seed, &dims);
+    let mask = Flat::of(gpu, "keep_mask", &kept)?;
     let plan =
         gpu.runtime.selection_with(&problem, Tensor::layout(&q_place), Tensor::layout(&k_place), kernel)?;
 
@@ -179,6 +183,7 @@ fn run(gpu: &mut Gpu, case: &Case, spec: SelectSpec) -> Outcome {
             top_k: top_k_flat.address(),
             lists: QueryLists { q2k_index: index.address(), q2k_count: count.address() },
             scores: dump.then_some(scores.address()),
+            keep_mask: (!kept.is_empty()).then_some(mask.address()),
             error_flag: flag.address(),
         };
         // SAFETY: every buffer was made for this plan's sizes and layouts, and lives past the wait.
@@ -205,7 +210,7 @@ fn run(gpu: &mut Gpu, case: &Case, spec: SelectSpec) -> Outcome {
         rule,
         Some(Dtype::Bf16),
     )?;
-    keep(&dims, Keep { first: case.keep_first, own: case.keep_own }, &mut exact)?;
+    keep(&dims, Keep { first: case.keep_first, own: case.keep_own, mask: &kept }, &mut exact)?;
     let absolute = |values: &[f32]| values.iter().map(|x| x.abs()).collect::<Vec<f32>>();
     let (q_abs, k_abs) = (absolute(&q), absolute(&k));
     let magnitude = scores_f64(
@@ -253,6 +258,26 @@ fn run(gpu: &mut Gpu, case: &Case, spec: SelectSpec) -> Outcome {
 }
 
 /// q_lr and k_lr, packed, of bf16 values.
+/// Words [G, ceil(N / 32)] with this share of the bits set; none of the last group's, and all of them in words past the last
+/// unit, which no kernel may look at. Empty for a share of 0.
+pub(super) fn kept_bits(share: f64, seed: u64, dims: &ListDims) -> Vec<u32> {
+    if share == 0.0 {
+        return Vec::new();
+    }
+    let (groups, units) = (dims.groups(), dims.blocks());
+    let words = units.div_ceil(32);
+    let mut rng = SplitMix64::new(seed + 1000);
+    let mut bits = vec![0; groups * words];
+    for (at, word) in bits.iter_mut().enumerate() {
+        for bit in 0..32 {
+            let past = at % words * 32 + bit >= units;
+            let drawn = rng.uniform() < share && at / words + 1 < groups;
+            *word |= u32::from(past || drawn) << bit;
+        }
+    }
+    bits
+}
+
 fn numbers(case: &Case, rank: usize) -> (Vec<f32>, Vec<f32>) {
     let heads = case.top_k.len();
     let mut rng = SplitMix64::new(case.seed);

@@ -1,5 +1,6 @@
 //! `kv_select_fine`: scores against f64, lists and bits exactly the top-k of the scores, at every granularity.
 
+use super::select::kept_bits;
 use super::tensor::{Flat, Tensor, flag_is, same};
 use super::{ARCH, Gpu, GpuTest, Outcome};
 use crate::corpus::LayoutKind;
@@ -54,6 +55,8 @@ struct Case {
     keep_first: usize,
     #[serde(default)]
     keep_own: bool,
+    #[serde(default)]
+    keep_mask: f64,
     #[serde(default)]
     values: Values,
     #[serde(default)]
@@ -198,6 +201,8 @@ fn run(
         Budget::TopK => Flat::of(gpu, "top_k", &budgets)?,
         Budget::TopP => Flat::of(gpu, "top_p", &shares)?,
     };
+    let kept = kept_bits(case.keep_mask, case.seed, &dims);
+    let mask = Flat::of(gpu, "keep_mask", &kept)?;
     let plan = gpu.runtime.fine_selection_with(
         &problem,
         Tensor::layout(&q_place),
@@ -224,6 +229,7 @@ fn run(
             q2k_count: count.address(),
             bitmap: bits.then_some(bitmap.address()),
             scores: dump.then_some(scores.address()),
+            keep_mask: (!kept.is_empty()).then_some(mask.address()),
             capped: dump.then_some(capped.address()),
             error_flag: flag.address(),
         };
@@ -257,7 +263,7 @@ fn run(
         block_scores_f64(&dims, rank, &q, &k, rule, block_score, f64::from(SCALE), rounding)
     };
     let mut exact = of(&q[..], &k[..], rule, block_score, Some(Dtype::Bf16))?;
-    keep(&dims, Keep { first: case.keep_first, own: case.keep_own }, &mut exact)?;
+    keep(&dims, Keep { first: case.keep_first, own: case.keep_own, mask: &kept }, &mut exact)?;
     let absolute = |values: &[f32]| values.iter().map(|x| x.abs()).collect::<Vec<f32>>();
     // The largest product, rather than a mass, bounds what rounding moves.
     let largest = if rule == GroupRule::Mass4 { GroupRule::Max4 } else { rule };

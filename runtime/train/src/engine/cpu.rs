@@ -742,7 +742,9 @@ impl<T: CpuReal> Engine for CpuEngine<T> {
     fn kv_select(&mut self, args: &KvSelect) {
         let dims = list_dims(&args.lists.shape);
         let (q_lr, k_lr) = (self.view(&args.q_lr), self.view(&args.k_lr));
-        let keep = select::Keep { first: 0, own: args.keep_own };
+        let mask: &[i32] = args.keep_mask.map_or(&[], |mask| self.ints(mask));
+        let mask: Vec<u32> = mask.iter().map(|&word| word as u32).collect();
+        let keep = select::Keep { first: 0, own: args.keep_own, mask: &mask };
         let lists = T::scores(&dims, args.d_lr, &q_lr, &k_lr, args.rule).and_then(|mut scores| {
             select::keep(&dims, keep, &mut scores)?;
             select::top_k(&dims, &scores, self.ints(args.top_k))
@@ -948,6 +950,7 @@ mod tests {
             top_k,
             rule: GroupRule::Centre,
             keep_own: false,
+            keep_mask: None,
             lists,
         });
         let error = e.sync().unwrap_err().to_string();

@@ -579,10 +579,12 @@ impl CudaEngine {
         let lists = self.query_lists(&args.lists);
         let (q_lr, k_lr) = (self.act(args.q_lr.buf), self.act(args.k_lr.buf));
         let (top_k, error_flag) = (self.i32(args.top_k), self.flag());
+        let keep_mask = args.keep_mask.map(|mask| self.i32(mask));
         match &self.selections[at].1 {
             // SAFETY: buffers of the arena with the plan's sizes and layouts.
             Selection::Blocks(plan) => unsafe {
-                plan.select(&self.stream, &SelectArgs { q_lr, k_lr, top_k, lists, scores: None, error_flag })
+                let args = SelectArgs { q_lr, k_lr, top_k, lists, scores: None, keep_mask, error_flag };
+                plan.select(&self.stream, &args)
             },
             // SAFETY: as above.
             Selection::Fine(plan) => unsafe {
@@ -594,6 +596,7 @@ impl CudaEngine {
                     q2k_count: lists.q2k_count,
                     bitmap: None,
                     scores: None,
+                    keep_mask,
                     capped: None,
                     error_flag,
                 };

@@ -568,6 +568,9 @@ pub struct KvSelect {
     pub rule: GroupRule,
     /// Whether a group lists its own tokens before all others, within its budget.
     pub keep_own: bool,
+    /// `[G, ceil(N / 32)]` `I32`, where every group has further units that it lists before all others, in every head: bit
+    /// `n % 32` of word `n / 32`.
+    pub keep_mask: Option<Buf>,
     /// Written: lists, counts and, where present, the inverse.
     pub lists: Lists,
 }

@@ -34,6 +34,7 @@ fn shape(mlp: MlpAct) -> ModelShape {
             rope: true,
             rule: GroupRule::Centre,
             keep_own: false,
+            keep_window: None,
             theta: 0.9,
             samples: 3,
             lists,
@@ -231,6 +232,33 @@ fn lists_of_everything_give_the_dense_result() {
     assert!((dense - sparse).abs() < 1e-12, "{dense} {sparse}");
     rig.engine.write_i32(top_k, &[1; 4]).unwrap();
     assert!((dense - rig.loss(&SPARSE)).abs() > 1e-6);
+}
+
+#[test]
+fn lists_hold_the_window_whatever_is_predicted() {
+    let mut s = shape(MlpAct::GeGlu);
+    // 2 x 2 x 3 tokens, so windows of 1 x 1 x 2 tokens: one or two units of two.
+    s.predictor.as_mut().unwrap().keep_window = Some(0.5);
+    let mut rig = rig::<f64>(s, true);
+    let predictors = rig.model.predictors.clone().unwrap();
+    let windows = rig.model.shape.window_lists(0.5, 4, 2);
+    assert!(windows.dims.max_selected <= 2);
+    rig.engine.write_i32(predictors.top_k, &[3; 4]).unwrap();
+    rig.loss(&SPARSE);
+    let ListShape { batch, heads, max_selected, .. } = predictors.shape.lists;
+    for slot in &predictors.slots[..2] {
+        let index = rig.engine.read_i32(slot.q2k_index).unwrap();
+        let groups = windows.dims.groups();
+        for (list, ids) in index.chunks(max_selected).enumerate() {
+            let listed = |unit: &i32| ids[..3].contains(unit);
+            let window = windows.view().blocks_of(list % groups);
+            assert!(
+                !window.is_empty() && window.iter().all(listed),
+                "list {list} is {ids:?}, window {window:?}"
+            );
+        }
+        assert_eq!(index.len(), batch * heads * groups * max_selected);
+    }
 }
 
 #[test]

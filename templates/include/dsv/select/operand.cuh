@@ -77,13 +77,21 @@ __device__ __forceinline__ void load_key(uint2 (&key)[kSteps], const Element* ro
     }
 }
 
-// Whether a unit is listed before all others, its score +inf: it has one of the first `first` tokens, or one of the group's own
-// (where `own` is not 0; key token i is query token i). `key` is its first key and exists.
-template <int kQueryGroup, int kKvBlock>
-__device__ __forceinline__ bool is_kept(int key, int group, int first, int own, int seqlen_kv) {
+// Whether a unit is listed before all others, its score +inf: it has one of the first keep_first tokens, or one of the group's
+// own (where keep_own is not 0; key token i is query token i), or its bit in the group's row of keep_mask is set. `key` is its
+// first key and exists; a group past the last has no row.
+template <int kQueryGroup, int kKvBlock, class Params>
+__device__ __forceinline__ bool is_kept(const Params& p, int key, int group) {
     const int own_first = group * kQueryGroup;
-    const bool is_own = own != 0 && key < own_first + kQueryGroup && min(key + kKvBlock, seqlen_kv) > own_first;
-    return key < first || is_own;
+    const bool is_own = p.keep_own != 0 && key < own_first + kQueryGroup && min(key + kKvBlock, p.seqlen_kv) > own_first;
+    bool is_masked = false;
+    if (p.keep_mask != nullptr && group < p.num_groups) {
+        asm volatile("" : "+r"(key), "+r"(group));  // rare: nothing of it is worth a register all along
+        const int unit = key / kKvBlock;
+        const int words = (p.num_kv_blocks + 31) / 32;
+        is_masked = (__ldg(p.keep_mask + static_cast<int64>(group) * words + unit / 32) >> unit % 32 & 1) != 0;
+    }
+    return key < p.keep_first || is_own || is_masked;
 }
 
 // A score as an integer of the same order; equal scores, the two zeros included, become equal integers.
