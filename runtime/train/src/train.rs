@@ -1020,6 +1020,7 @@ pub(crate) fn rules(config: &Config, engine: &dyn DeviceFacts, model: &Model, sl
         kv_blocks: model.shape.patch.tokens().div_ceil(dsv.kv_block),
         max_selected: model.shape.predictor.map_or(config.max_selected(), |p| p.lists.max_selected),
         keep: dsv.keep,
+        share: dsv.share,
         crossover,
         crossover_source,
         force_sparse: if dsv.attention == Attention::Fixed { Some(1.0) } else { dsv.force_sparse },
