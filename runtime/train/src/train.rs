@@ -320,7 +320,8 @@ impl Trainer {
         Self::begin(config, engine, layout)
     }
 
-    /// A run where a checkpoint left it.
+    /// A run where a checkpoint left it. Where `[dsv]` asks for other lists than the checkpoint's run (a fork), what heads keep
+    /// is decided at once.
     pub fn resume(
         config: Config,
         engine: Box<dyn Engine>,
@@ -344,7 +345,13 @@ impl Trainer {
         trainer.good_steps = more.good_steps;
         trainer.cube = more.cube;
         trainer.reorder(cube_of(&trainer.config, more.cube))?;
-        trainer.write_top_k()?;
+        let theirs = Config::from_toml(&checkpoint.state.config, "the checkpoint", None, &[]);
+        let forked = theirs.is_ok_and(|theirs| theirs.dsv != trainer.config.dsv);
+        match trainer.stages.stage() {
+            Stage::Dense if forked => trainer.decide(Decision::dense)?,
+            Stage::Sparse { .. } if forked => trainer.decide(Decision::choose)?,
+            _ => trainer.write_top_k()?,
+        }
         Ok(trainer)
     }
 
