@@ -162,6 +162,10 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
             ("switch", "end of stage 1: a step (100) or a loss (\"loss < 0.01\")"),
             ("force_sparse", "optional: share of blocks made sparse in stage 2 whatever the dispatcher says"),
             ("keep", "optional: share of KV blocks each group keeps; absent = from the profile"),
+            (
+                "share",
+                "who gets the blocks of dsv.keep: \"even\" (every head as many) or \"need\" (the same total over all blocks and heads, in proportion to what their profiles need; lists as wide as dsv.max_keep)",
+            ),
             ("max_keep", "widest list, as a share of the KV blocks; sizes the index buffers"),
             ("min_sparsity", "sparsity from which sparse is assumed faster where no table says"),
             ("memory_budget_gb", "device memory the dispatcher may plan with, in GiB; 0 = what is free"),
@@ -449,6 +453,8 @@ pub struct Dsv {
     /// Share of KV blocks each group keeps; `None` = from the profile.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep: Option<f64>,
+    /// Who gets them.
+    pub share: Share,
     /// Widest list as a share of the KV blocks.
     pub max_keep: f64,
     /// Sparsity from which sparse is assumed faster where no table says.
@@ -511,6 +517,16 @@ impl Attention {
             Attention::Fixed => "fixed share of predicted keys in every block",
         }
     }
+}
+
+/// How heads share the KV blocks of `dsv.keep`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Share {
+    /// Every head of every block keeps as many.
+    Even,
+    /// The same total, in proportion to what each head's profile needs.
+    Need,
 }
 
 /// Which tokens are contiguous.
@@ -794,6 +810,7 @@ impl Config {
                 switch: Switch::Loss(0.01),
                 force_sparse: None,
                 keep: None,
+                share: Share::Even,
                 max_keep: 0.5,
                 min_sparsity: 0.6,
                 memory_budget_gb: 0.0,
@@ -1101,6 +1118,16 @@ impl Config {
                     .to_string(),
             );
         }
+        match (dsv.share, dsv.keep) {
+            (Share::Need, None) => bad.push(
+                "dsv.keep is absent, but dsv.share is \"need\", which shares it out; allowed: more than 0, below dsv.max_keep (or dsv.share=\"even\")"
+                    .to_string(),
+            ),
+            (Share::Need, Some(k)) if k == dsv.max_keep => bad.push(format!(
+                "dsv.max_keep is {k}, as dsv.keep is, but dsv.share is \"need\", under which some heads keep more; allowed: more than {k}, up to 1 (or dsv.share=\"even\")"
+            )),
+            _ => {}
+        }
         if device.graphs && train.kept_budget_gb > 0.0 {
             bad.push(format!(
                 "device.graphs is true and train.kept_budget_gb {}; copies to the host are not recorded in graphs: --set device.graphs=false, or train.kept_budget_gb=0",
@@ -1276,8 +1303,8 @@ impl Config {
     /// Width of the predicted lists: the most KV blocks a group may keep.
     pub fn max_selected(&self) -> usize {
         let n = self.kv_blocks();
-        let share = match (self.dsv.attention, self.dsv.keep) {
-            (Attention::Fixed, Some(keep)) => keep,
+        let share = match (self.dsv.attention, self.dsv.keep, self.dsv.share) {
+            (Attention::Fixed, Some(keep), Share::Even) => keep,
             _ => self.dsv.max_keep,
         };
         ((n as f64 * share - 1e-9).ceil() as usize).clamp(1, n.max(1))
@@ -1645,6 +1672,45 @@ mod tests {
           - dsv.query_group x dsv.kv_block is 12 x 8, which no kernel serves on cuda; available: 64 x 64, 128 x 128 (any on cpu)
           next: correct the keys above, then dsv-train plan CONFIG.toml
         "#);
+    }
+
+    #[test]
+    fn budgets_by_need_are_of_a_mean_and_may_exceed_it() {
+        let with = |sets: &[&str]| {
+            let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+            Config::from_toml("[dsv]\nshare = \"need\"", "f", Some("0.8b"), &sets).map_err(|e| e.to_string())
+        };
+        insta::assert_snapshot!(with(&[]).unwrap_err(), @r#"
+        the config describes no possible run (1 problem)
+          - dsv.keep is absent, but dsv.share is "need", which shares it out; allowed: more than 0, below dsv.max_keep (or dsv.share="even")
+          next: correct the keys above, then dsv-train plan CONFIG.toml
+        "#);
+        insta::assert_snapshot!(with(&["dsv.keep=0.2", "dsv.max_keep=0.2"]).unwrap_err(), @r#"
+        the config describes no possible run (1 problem)
+          - dsv.max_keep is 0.2, as dsv.keep is, but dsv.share is "need", under which some heads keep more; allowed: more than 0.2, up to 1 (or dsv.share="even")
+          next: correct the keys above, then dsv-train plan CONFIG.toml
+        "#);
+        insta::assert_snapshot!(with(&["dsv.share=most"]).unwrap_err(), @r#"
+        f is not a valid config
+          line 2: [dsv] share = "most"
+          unknown variant `most`, expected `even` or `need`
+          next: dsv-train plan --preset tiny   (prints every key, its default and its meaning)
+        "#);
+        // A mean above the widest list is one problem, not two.
+        assert!(with(&["dsv.keep=0.3", "dsv.max_keep=0.2"]).unwrap_err().contains("1 problem"));
+        let widths = |share: &str| {
+            ["dsv", "fixed"].map(|attention| {
+                let sets = [
+                    "dsv.keep=0.25".into(),
+                    format!("dsv.share={share}"),
+                    format!("dsv.attention={attention}"),
+                ];
+                let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+                let c = with(&sets).unwrap();
+                c.max_selected() as f64 / c.kv_blocks() as f64
+            })
+        };
+        assert_eq!((widths("even"), widths("need")), ([0.5, 0.25], [0.5, 0.5]));
     }
 
     #[test]

@@ -1,12 +1,17 @@
 //! The OP dispatcher: dense or sparse self-attention for each block, from its profile, the speed of both
 //! kernels, and the list buffers the memory budget allows. Pure, so a decision can be replayed and tested.
 
+use crate::config::Share;
 use crate::model::BlockAttention;
 use serde::{Deserialize, Serialize};
 
 /// Lists keep this factor more KV blocks than the profile's critical share: a block is kept whole for one
 /// critical key, and one list serves a whole query group.
 pub const KEEP_MARGIN: f64 = 1.5;
+
+/// Least that a head keeps where budgets follow the need, as a share of the even budget: a predicted list is not the best
+/// one, so a head of few critical keys needs more units than hold them.
+pub const LEAST_SHARE: f64 = 0.25;
 
 /// How concentrated the attention of each block and head is: `S_i = 0.9 S_{i-1} + 0.1 observed`, and how much of it
 /// the predicted lists hold.
@@ -78,6 +83,8 @@ pub struct Rules {
     pub max_selected: usize,
     /// Share of KV blocks to keep; `None` = from the profile.
     pub keep: Option<f64>,
+    /// How heads share what `keep` gives all of them together.
+    pub share: Share,
     /// Share of KV skipped from which sparse is faster.
     pub crossover: f64,
     /// Where the crossover comes from, for the log.
@@ -113,16 +120,15 @@ pub struct Decision {
 impl Decision {
     /// All blocks dense, for stage 1 and the baseline; lists of dense blocks (profiles) keep what `rules` say.
     pub fn dense(rules: &Rules, profile: &ProfileState) -> Decision {
-        let blocks = (0..rules.layers)
-            .map(|block| {
-                let top_k = top_k(rules, profile, block);
-                BlockDecision {
-                    attention: BlockAttention::Dense,
-                    skipped: skipped(rules, &top_k),
-                    profiled_sparsity: profile.sparsity(block),
-                    top_k,
-                    why: "dense: stage 1".into(),
-                }
+        let blocks = top_k(rules, profile)
+            .chunks(rules.heads)
+            .enumerate()
+            .map(|(block, top_k)| BlockDecision {
+                attention: BlockAttention::Dense,
+                skipped: skipped(rules, top_k),
+                profiled_sparsity: profile.sparsity(block),
+                top_k: top_k.to_vec(),
+                why: "dense: stage 1".into(),
             })
             .collect();
         Decision { blocks }
@@ -211,19 +217,57 @@ impl Decision {
     }
 }
 
-/// KV blocks each head of a block keeps.
-fn top_k(rules: &Rules, profile: &ProfileState, block: usize) -> Vec<i32> {
-    (0..rules.heads)
-        .map(|head| {
-            let share = match (rules.keep, profile.needed.get(block)) {
-                (Some(keep), _) => keep,
-                (None, Some(needed)) => KEEP_MARGIN * needed[head],
-                (None, None) => 1.0,
-            };
-            let k = (share * rules.kv_blocks as f64 - 1e-9).ceil() as i32;
-            k.clamp(1, rules.max_selected as i32)
-        })
-        .collect()
+/// KV blocks each head keeps, `[layers * heads]`.
+fn top_k(rules: &Rules, profile: &ProfileState) -> Vec<i32> {
+    let units = |share: f64| {
+        let k = (share * rules.kv_blocks as f64 - 1e-9).ceil() as usize;
+        k.clamp(1, rules.max_selected)
+    };
+    let all = rules.layers * rules.heads;
+    let needed: Vec<f64> = profile.needed.concat();
+    let kept = match (rules.keep, rules.share) {
+        (Some(keep), Share::Need) if !needed.is_empty() => by_need(&needed, units(keep), rules.max_selected),
+        (Some(keep), _) => vec![units(keep); all],
+        (None, _) if needed.is_empty() => vec![units(1.0); all],
+        (None, _) => needed.iter().map(|need| units(KEEP_MARGIN * need)).collect(),
+    };
+    kept.into_iter().map(|k| k as i32).collect()
+}
+
+/// Shares out `even` units for each head in proportion to what they need, to each at least [`LEAST_SHARE`] of `even` and
+/// at most `most`. What these bounds take from a head or give it goes to or comes from the others.
+fn by_need(needed: &[f64], even: usize, most: usize) -> Vec<usize> {
+    let least = ((LEAST_SHARE * even as f64).ceil() as usize).max(1);
+    let total = even * needed.len();
+    // A need of 0 has no proportion.
+    let need: Vec<f64> = needed.iter().map(|x| x.max(f64::EPSILON)).collect();
+    let mut bound: Vec<Option<usize>> = vec![None; need.len()];
+    let exact: Vec<f64> = loop {
+        let free: f64 = need.iter().zip(&bound).filter(|(_, b)| b.is_none()).map(|(x, _)| x).sum();
+        let left = total as f64 - bound.iter().flatten().sum::<usize>() as f64;
+        let exact: Vec<f64> =
+            need.iter().zip(&bound).map(|(x, b)| b.map_or(left * x / free, |b| b as f64)).collect();
+        let below: f64 = exact.iter().map(|x| (least as f64 - x).max(0.0)).sum();
+        let above: f64 = exact.iter().map(|x| (x - most as f64).max(0.0)).sum();
+        if below == 0.0 && above == 0.0 {
+            break exact;
+        }
+        // Only the side that is further out is bounded now: heads of the other may be within their bounds afterwards.
+        for (x, b) in exact.iter().zip(&mut bound) {
+            match below >= above {
+                true if *x < least as f64 => *b = Some(least),
+                false if *x > most as f64 => *b = Some(most),
+                _ => {}
+            }
+        }
+    };
+    let mut kept: Vec<usize> = exact.iter().map(|&x| (x as usize).clamp(least, most)).collect();
+    let rest = total.saturating_sub(kept.iter().sum());
+    let mut order: Vec<usize> = (0..kept.len()).filter(|&i| kept[i] < most).collect();
+    // A stable sort: ties go to the lower index.
+    order.sort_by(|&a, &b| (exact[b] - kept[b] as f64).total_cmp(&(exact[a] - kept[a] as f64)));
+    order.into_iter().take(rest).for_each(|i| kept[i] += 1);
+    kept
 }
 
 fn skipped(rules: &Rules, top_k: &[i32]) -> f64 {
@@ -242,6 +286,7 @@ mod tests {
             kv_blocks: 64,
             max_selected: 32,
             keep: None,
+            share: Share::Even,
             crossover: 0.7,
             crossover_source: "test".into(),
             force_sparse: None,
@@ -303,6 +348,82 @@ mod tests {
         let d = Decision::choose(&Rules { keep: Some(0.2), ..rules() }, &profile());
         assert!(d.top_k().iter().all(|&k| k == 13), "ceil(12.8)");
         assert_eq!(sparse(&d), [0, 1, 2, 3]);
+    }
+
+    fn need(keep: f64, max_selected: usize) -> Rules {
+        Rules { keep: Some(keep), share: Share::Need, max_selected, ..rules() }
+    }
+
+    #[test]
+    fn budgets_follow_the_need_at_the_even_total() {
+        // 104 units in all. The first block's share would be 3.5 a head, of which 4 is the least; the others share 96
+        // as 0.4 to 0.1 to 0.2, 27.4 to 6.9 to 13.7: four units are left after rounding down.
+        let d = Decision::choose(&need(0.2, 32), &profile());
+        assert_eq!(d.top_k(), [4, 4, 27, 27, 7, 7, 14, 14]);
+        assert_eq!(d, Decision::choose(&need(0.2, 32), &profile()));
+        assert!((d.blocks[1].skipped - (1.0 - 27.0 / 64.0)).abs() < 1e-12, "{d:?}");
+        assert_eq!(sparse(&d), [0, 2, 3], "block 1 skips 57.8 %, below the crossover");
+        // Lists of 16 at most: what blocks 1 and 3 may not take goes to the others, 40 as 0.05 to 0.1.
+        let d = Decision::dense(&need(0.2, 16), &profile());
+        assert_eq!(d.top_k(), [7, 7, 16, 16, 13, 13, 16, 16]);
+    }
+
+    #[test]
+    fn budgets_of_any_need_keep_the_total_and_their_bounds() {
+        let mut state = 7u64;
+        let mut random = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f64 / (1u64 << 24) as f64
+        };
+        for case in 0..2000 {
+            let heads = 1 + (random() * 40.0) as usize;
+            let even = 1 + (random() * 60.0) as usize;
+            let most = even + (random() * 100.0) as usize;
+            // From alike to almost all in a few heads.
+            let power = 12.0 * random();
+            let needed: Vec<f64> = (0..heads).map(|_| random().powf(power)).collect();
+            let kept = by_need(&needed, even, most);
+            let least = even.div_ceil(4);
+            assert_eq!(kept.iter().sum::<usize>(), even * heads, "case {case}");
+            assert!(kept.iter().all(|k| (least..=most).contains(k)), "case {case}: {kept:?}");
+            assert_eq!(kept, by_need(&needed, even, most));
+            // Less than a unit from the proportion within the bounds, found by halving.
+            let at = |scale: f64, i: usize| (scale * needed[i]).clamp(least as f64, most as f64);
+            let (mut low, mut high) = (0.0, 1e300);
+            for _ in 0..2200 {
+                let scale = (low + high) / 2.0;
+                let sum: f64 = (0..heads).map(|i| at(scale, i)).sum();
+                (low, high) = if sum < (even * heads) as f64 { (scale, high) } else { (low, scale) };
+            }
+            assert!(
+                (0..heads).all(|i| (kept[i] as f64 - at(low, i)).abs() < 1.0 + 1e-6),
+                "case {case}: {kept:?}"
+            );
+            for (a, b) in (0..heads).flat_map(|a| (0..heads).map(move |b| (a, b))) {
+                assert!(
+                    needed[a] <= needed[b] || kept[a] >= kept[b],
+                    "case {case}: heads {a} and {b} of {kept:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn heads_that_need_alike_keep_alike_and_ties_go_to_the_lower_index() {
+        assert_eq!(by_need(&[0.3; 5], 13, 32), [13; 5]);
+        assert_eq!(by_need(&[0.0; 3], 13, 32), [13; 3]);
+        assert_eq!(by_need(&[0.2, 0.1, 0.1, 0.1], 4, 9), [7, 3, 3, 3]);
+        assert_eq!(by_need(&[0.3, 0.1, 0.1], 5, 9), [9, 3, 3]);
+        assert_eq!(by_need(&[0.1, 0.1, 0.15], 3, 9), [3, 2, 4]);
+        assert_eq!(by_need(&[0.1, 0.9], 1, 4), [1, 1], "at least a unit");
+    }
+
+    #[test]
+    fn before_a_profile_and_where_lists_cannot_differ_budgets_are_even() {
+        let even = Decision::choose(&Rules { keep: Some(0.2), ..rules() }, &profile());
+        let first = Decision::choose(&need(0.2, 32), &ProfileState::new());
+        assert_eq!(first.top_k(), even.top_k());
+        assert_eq!(Decision::choose(&need(0.2, 13), &profile()).top_k(), even.top_k());
     }
 
     #[test]

@@ -97,9 +97,14 @@ struct RunArgs {
     /// Folder for everything the run writes [default: out.dir]
     #[arg(long)]
     out: Option<PathBuf>,
-    /// Go on from the newest valid checkpoint of the folder
+    /// Go on from the newest valid checkpoint of the folder, with the configuration in it; --set may change all but [model],
+    /// [data] (its path and readers excepted), dsv.rank and dsv.attention, so that a copy of the folder goes on as a fork:
+    /// with other lists, another dsv.switch
     #[arg(long)]
     resume: bool,
+    /// Stop after this step with a checkpoint, as SIGTERM does; --resume goes on [default: train.steps]
+    #[arg(long, value_name = "STEP")]
+    until: Option<u64>,
     /// Delete the folder's checkpoints and begin anew
     #[arg(long, conflicts_with = "resume")]
     overwrite: bool,
@@ -320,7 +325,7 @@ fn train(args: &RunArgs) -> anyhow::Result<()> {
     };
     let engine = engine::open(&config.device, config.train.deterministic)?;
     let mut recorder = Recorder::new(&config);
-    let outcome = run::run(&config, engine, existing, &stop, &mut recorder);
+    let outcome = run::run(&config, engine, existing, args.until, &stop, &mut recorder);
     recorder.finish();
     let outcome = outcome?;
     let out = &config.out.dir;

@@ -69,6 +69,9 @@ pub enum Record {
         sparse: Vec<bool>,
         /// Share of KV that each block's lists skip.
         skipped: Vec<f64>,
+        /// KV blocks that each head keeps, `[layers][heads]`; empty rows for windows, no rows in records that had none.
+        #[serde(default)]
+        top_k: Vec<Vec<i32>>,
         /// One line for each block.
         why: Vec<String>,
     },
@@ -219,6 +222,12 @@ impl Record {
                 }
                 out
             }
+            Record::Dispatch { skipped, .. } => {
+                let kept: Vec<Vec<f64>> = skipped.iter().map(|s| vec![1.0 - s]).collect();
+                let mut out = vec![("dsv/kept".into(), mean(&kept))];
+                out.extend(by_block("kept", &kept));
+                out
+            }
             Record::Eval { loss, .. } => vec![("eval/loss".into(), *loss)],
             Record::Transfers { steps, moved, .. } => {
                 let each = |x: f64| x / *steps as f64;
@@ -232,7 +241,6 @@ impl Record {
             Record::Run { .. }
             | Record::Stage { .. }
             | Record::Cube { .. }
-            | Record::Dispatch { .. }
             | Record::Observed { .. }
             | Record::Note { .. } => Vec::new(),
         }
@@ -613,6 +621,12 @@ mod tests {
             (get("dsv/sparsity") - 0.75).abs() < 1e-12 && (get("covered_mass/block_01") - 0.7).abs() < 1e-12
         );
         assert!((get("dsv/recall") - 0.6).abs() < 1e-12 && (get("recall/block_01") - 0.4).abs() < 1e-12);
+        let (sparse, top_k) = (vec![true; 2], vec![vec![4, 4], vec![2, 6]]);
+        let why = vec![String::new(); 2];
+        let dispatch = Record::Dispatch { step: 3, sparse, skipped: vec![0.75, 0.5], top_k, why };
+        let scalars = dispatch.scalars();
+        assert_eq!(scalars[0], ("dsv/kept".into(), 0.375));
+        assert_eq!(scalars[2], ("kept/block_01".into(), 0.5));
         assert!(step(0).scalars().iter().any(|s| s.0 == "predictor_loss/block_01" && s.1 == 0.6));
     }
 

@@ -1,7 +1,7 @@
 //! Memory, arithmetic and time of a run, component by component, before anything is allocated; and which setting to
 //! change where it does not fit.
 
-use crate::config::{Attention, Config, EmaOn, Moments};
+use crate::config::{Attention, Config, EmaOn, Moments, Share};
 use crate::engine::{ArenaPlan, DeviceFacts, Space};
 use crate::model::ModelShape;
 use crate::train::Layout;
@@ -169,7 +169,11 @@ fn advice(config: &Config, device: &dyn DeviceFacts, room: &Room) -> Vec<String>
             |c| format!("data.buckets='{:?}'", c.data.buckets),
         ),
         (
-            |c| c.dsv.attention == Attention::Fixed && c.dsv.keep.is_some_and(|k| k > 0.05),
+            // By need lists are as wide as dsv.max_keep, whatever the mean.
+            |c| {
+                let even = c.dsv.attention == Attention::Fixed && c.dsv.share == Share::Even;
+                even && c.dsv.keep.is_some_and(|k| k > 0.05)
+            },
             |c| c.dsv.keep = c.dsv.keep.map(|k| (k / 2.0).max(0.05)),
             |c| format!("dsv.keep={}", c.dsv.keep.unwrap_or_default()),
         ),

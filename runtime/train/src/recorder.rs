@@ -1,6 +1,7 @@
 //! Turns what a run tells into metrics records, TensorBoard events and the live progress line.
 
 use crate::config::Config;
+use crate::dispatch::Decision;
 use crate::metrics::{Metrics, MetricsError, Progress as Bar, Record, StepMetrics};
 use crate::model::BlockAttention;
 use crate::run::{Observer, Progress};
@@ -119,13 +120,15 @@ impl<'a> Recorder<'a> {
                     decision.blocks.iter().map(|b| b.attention != BlockAttention::Dense).collect();
                 let count = sparse.iter().filter(|s| **s).count();
                 if self.sparse != sparse {
-                    self.say(&format!("step {step}: {count} of {} blocks sparse", sparse.len()));
+                    let kept = kept(decision);
+                    self.say(&format!("step {step}: {count} of {} blocks sparse{kept}", sparse.len()));
                     self.sparse.clone_from(&sparse);
                 }
                 self.write(&Record::Dispatch {
                     step: *step,
                     sparse,
                     skipped: decision.blocks.iter().map(|b| b.skipped).collect(),
+                    top_k: decision.blocks.iter().map(|b| b.top_k.clone()).collect(),
                     why: decision.blocks.iter().map(|b| b.why.clone()).collect(),
                 })
             }
@@ -138,6 +141,19 @@ impl<'a> Recorder<'a> {
                 self.write(&Record::Profile { step: *step, sparsity, covered, recall })
             }
         }
+    }
+}
+
+/// What the lists of the sparse blocks keep, mean and range; nothing where none is sparse.
+fn kept(decision: &Decision) -> String {
+    let sparse = decision.blocks.iter().filter(|b| b.attention != BlockAttention::Dense);
+    let kept: Vec<f64> = sparse.map(|b| 100.0 * (1.0 - b.skipped)).collect();
+    let (least, most) = kept.iter().fold((f64::INFINITY, 0.0f64), |(a, b), &x| (a.min(x), b.max(x)));
+    let mean = kept.iter().sum::<f64>() / kept.len() as f64;
+    match kept.is_empty() {
+        true => String::new(),
+        false if most - least < 0.05 => format!(", {mean:.1} % of the KV kept"),
+        false => format!(", {mean:.1} % of the KV kept ({least:.1} to {most:.1} % by block)"),
     }
 }
 

@@ -70,6 +70,19 @@ pub enum RunError {
         /// Its newest checkpoint.
         step: u64,
     },
+    /// The step to stop after is none that is to come.
+    #[error(
+        "--until is {until}; {from} of {steps} steps (train.steps) are done\n  allowed: {}\n  next: choose one of these, or leave --until away",
+        if from < steps { format!("{} to {steps}", from + 1) } else { format!("none, before --set train.steps is above {steps}") }
+    )]
+    Until {
+        /// The step asked for.
+        until: u64,
+        /// Steps done before.
+        from: u64,
+        /// `train.steps`.
+        steps: u64,
+    },
     /// The checkpoint was made by another model or data.
     #[error("checkpoint {path} belongs to another run; it differs in\n  {}\n  next: resume with {config}, or choose another --out", differences.join("\n  "))]
     Foreign {
@@ -97,7 +110,7 @@ pub enum Progress {
     Started {
         /// First step to do.
         step: u64,
-        /// Steps of the whole run.
+        /// The step after which it stops.
         steps: u64,
         /// The device.
         engine: String,
@@ -183,16 +196,31 @@ pub fn checkpoints(out: &Path) -> PathBuf {
     out.join("checkpoints")
 }
 
-/// Trains to `train.steps`, or until `stop` is set; either way the last state is on disk when this returns.
+/// The step after which a run of so many done steps stops.
+fn last_step(config: &Config, until: Option<u64>, from: u64) -> Result<u64, RunError> {
+    let steps = config.train.steps;
+    match until {
+        Some(until) if until <= from || until > steps => Err(RunError::Until { until, from, steps }),
+        _ => Ok(until.unwrap_or(steps)),
+    }
+}
+
+/// Trains to `train.steps`, or to the step `until`, or until `stop` is set; in any case the last state is on disk when this
+/// returns.
 pub fn run(
     config: &Config,
     engine: Box<dyn Engine>,
     existing: Existing,
+    until: Option<u64>,
     stop: &AtomicBool,
     observer: &mut dyn Observer,
 ) -> Result<Outcome, RunError> {
     let out = config.out.dir.clone();
     let root = checkpoints(&out);
+    if existing != Existing::Resume {
+        // Before anything is deleted.
+        last_step(config, until, 0)?;
+    }
     let data = Dataset::open(config)?;
     let mut rejected = Vec::new();
     let found = match existing {
@@ -213,6 +241,7 @@ pub fn run(
             None
         }
     };
+    let last = last_step(config, until, found.as_ref().map_or(0, |c| c.state.step))?;
     let write = |path: PathBuf| move |source| RunError::Write { path, source };
     let config_file = out.join("config.toml");
     let name = engine.name();
@@ -227,12 +256,7 @@ pub fn run(
     write_file(&RealDisk, &config_file, |f| f.write_all(config.documented_toml().as_bytes()))
         .map_err(write(config_file.clone()))?;
     let mut session = Session { config, data: &data, out: &out, observer, read_back: None };
-    session.tell(Progress::Started {
-        step: trainer.step_number(),
-        steps: config.train.steps,
-        engine: name,
-        rejected,
-    })?;
+    session.tell(Progress::Started { step: trainer.step_number(), steps: last, engine: name, rejected })?;
     if let (Existing::Refuse | Existing::Overwrite, Some(weights)) = (existing, &config.train.init_weights) {
         let model = trainer.model.clone();
         let found = import::import(trainer.engine(), &model, weights, config.train.init_map.as_deref())?;
@@ -241,7 +265,7 @@ pub fn run(
     if trainer.step_number() == 0 {
         session.evaluate(&mut trainer)?;
     }
-    session.train(&mut trainer, position, stop)
+    session.train(&mut trainer, position, last, stop)
 }
 
 fn check_fingerprint(config: &Config, checkpoint: &Checkpoint, file: &Path) -> Result<(), RunError> {
@@ -322,12 +346,13 @@ impl Session<'_> {
         mut self,
         trainer: &mut Trainer,
         mut position: DataPosition,
+        last: u64,
         stop: &AtomicBool,
     ) -> Result<Outcome, RunError> {
         let t = &self.config.train;
         let steps = t.steps;
         let per_step = trainer.clips_per_step();
-        let left = steps.saturating_sub(trainer.step_number());
+        let left = last.saturating_sub(trainer.step_number());
         let data = self.data;
         let mut saved_at = None;
         let readers = [self.config.data.readers, self.config.data.read_ahead];
@@ -341,7 +366,7 @@ impl Session<'_> {
             let mut events = Vec::new();
             let mut due = false;
             self.read_back = Some(Instant::now());
-            while trainer.step_number() < steps && !stop.load(Ordering::Relaxed) {
+            while trainer.step_number() < last && !stop.load(Ordering::Relaxed) {
                 let Some((clips, after)) = batches.next() else { break };
                 let result = trainer.step(&clips?, &mut events);
                 self.tell_all(&mut events)?;

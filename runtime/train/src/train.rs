@@ -320,7 +320,8 @@ impl Trainer {
         Self::begin(config, engine, layout)
     }
 
-    /// A run where a checkpoint left it.
+    /// A run where a checkpoint left it. Where `[dsv]` asks for other lists than the checkpoint's run (a fork), what heads keep
+    /// is decided at once.
     pub fn resume(
         config: Config,
         engine: Box<dyn Engine>,
@@ -344,7 +345,13 @@ impl Trainer {
         trainer.good_steps = more.good_steps;
         trainer.cube = more.cube;
         trainer.reorder(cube_of(&trainer.config, more.cube))?;
-        trainer.write_top_k()?;
+        let theirs = Config::from_toml(&checkpoint.state.config, "the checkpoint", None, &[]);
+        let forked = theirs.is_ok_and(|theirs| theirs.dsv != trainer.config.dsv);
+        match trainer.stages.stage() {
+            Stage::Dense if forked => trainer.decide(Decision::dense)?,
+            Stage::Sparse { .. } if forked => trainer.decide(Decision::choose)?,
+            _ => trainer.write_top_k()?,
+        }
         Ok(trainer)
     }
 
@@ -1020,6 +1027,7 @@ pub(crate) fn rules(config: &Config, engine: &dyn DeviceFacts, model: &Model, sl
         kv_blocks: model.shape.patch.tokens().div_ceil(dsv.kv_block),
         max_selected: model.shape.predictor.map_or(config.max_selected(), |p| p.lists.max_selected),
         keep: dsv.keep,
+        share: dsv.share,
         crossover,
         crossover_source,
         force_sparse: if dsv.attention == Attention::Fixed { Some(1.0) } else { dsv.force_sparse },

@@ -62,7 +62,8 @@ fn train_evaluate_sample_report() {
     for name in ["report.html", "sample.gif", "step-00000008"] {
         assert!(said.contains(name), "{said}");
     }
-    assert!(said.contains("stage 2 from step 4") && said.contains("1 of 1 blocks sparse"), "{said}");
+    assert!(said.contains("stage 2 from step 4"), "{said}");
+    assert!(said.contains("1 of 1 blocks sparse, 25.0 % of the KV kept"), "{said}");
     let page = std::fs::read_to_string(out.join("report.html")).unwrap();
     assert!(page.contains("<svg") && page.contains("data:image/gif"), "report without plots or sample");
     assert!(page.contains("What the attention looks like"), "report without observations");
@@ -224,6 +225,72 @@ fn killed_at_random_moments_it_resumes_bit_for_bit() {
     assert_eq!(losses(&whole), losses(&cut), "seed {seed}, killed at {kills:?}");
     let left: Vec<_> = std::fs::read_dir(&checkpoints).unwrap().flatten().map(|e| e.file_name()).collect();
     assert_eq!(left.len(), 2, "half a checkpoint was left: {left:?}");
+}
+
+#[test]
+fn quality_runs_fork_from_one_stage_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/quality.sh");
+    let call = |only: &str, sets: &[&str]| {
+        let mut command = Command::new("sh");
+        command.arg(&script).args([path(dir.path()), "300"]);
+        let lists = ["dsv.query_group=8", "dsv.kv_block=8", "dsv.profile_every=2", "device.kind=cpu"];
+        let small = ["model.heads=2", "model.head_dim=12", "data.batch_size=1", "train.steps=8"];
+        for set in SMALL.iter().chain(&lists).chain(&small).chain(sets) {
+            command.args(["--set", set]);
+        }
+        command.env("DSV_TRAIN", env!("CARGO_BIN_EXE_dsv-train")).env("SEEDS", "1").env("ONLY", only);
+        command.env(
+            "VARIANTS",
+            "need:dsv.share=need,dsv.max_keep=0.5 b16:dsv.kv_block=16,train.deterministic=false",
+        );
+        command
+    };
+    ok(call("full dsv", &[]));
+    let said = ok(call("full dsv need b16 wa-m", &[]));
+    assert_eq!(said.matches("steps 4 to 8").count(), 2, "forks that were there are not run again: {said}");
+    assert_eq!(said.matches("difference ").count(), 4, "{said}");
+    assert!(dir.path().join("report.html").exists() && dir.path().join("evals.txt").exists());
+    let of = |name: &str| losses(&dir.path().join(format!("{name}-1")));
+    let (base, full) = (of("base"), of("full"));
+    assert_eq!((base.len(), full.len()), (4, 8));
+    for name in ["full", "dsv", "need", "b16"] {
+        assert!(base.iter().all(|(step, loss)| of(name)[step] == *loss), "{name} began otherwise");
+        assert_eq!(of(name).len(), 8);
+    }
+    assert!(full != of("dsv") && of("dsv") != of("b16"), "forks that are alike");
+    let config = std::fs::read_to_string(dir.path().join("full-1/config.toml")).unwrap();
+    assert!(config.contains("switch = 8 ") && config.contains("deterministic = true "), "{config}");
+
+    for (only, sets, wanted) in [
+        ("full b9", vec![], "ONLY names b9; allowed: full dsv need b16 wa-m wa-l"),
+        ("full", vec!["dsv.switch=loss < 0.1"], "allowed: 1 to 7, as in --set dsv.switch=2"),
+        ("full", vec!["dsv.switch=8"], "allowed: 1 to 7"),
+    ] {
+        let output = call(only, &sets).output().unwrap();
+        assert!(output.status.code() == Some(2) && text(&output).contains(wanted), "{}", text(&output));
+    }
+}
+
+#[test]
+fn a_run_stops_after_the_step_it_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let go = |args: &[&str]| {
+        let mut command = bare(&["run", "--out", path(dir.path())]);
+        command.args(args);
+        command
+    };
+    let mut first = command(&["run", "--preset", "tiny", "--out", path(dir.path())], &["train.steps=6"]);
+    first.args(["--until", "3"]);
+    let said = ok(first);
+    assert!(said.contains("steps 0 to 3") && said.contains("stopped after 3 of 6 steps"), "{said}");
+    for until in ["0", "3", "7"] {
+        let said = error(go(&["--resume", "--until", until]));
+        assert!(said.contains(&format!("--until is {until}; 3 of 6 steps")), "{said}");
+        assert!(said.contains("allowed: 4 to 6"), "{said}");
+    }
+    let said = ok(go(&["--resume"]));
+    assert!(said.contains("steps 3 to 6") && said.contains("sample.gif"), "{said}");
 }
 
 #[test]

@@ -22,6 +22,9 @@ fn running() {
     let texts = [
         RunError::Write { path: "runs/a/config.toml".into(), source: full() }.to_string(),
         RunError::Occupied { path: "runs/a".into(), step: 100 }.to_string(),
+        RunError::Until { until: 0, from: 0, steps: 200 }.to_string(),
+        RunError::Until { until: 80, from: 100, steps: 200 }.to_string(),
+        RunError::Until { until: 200, from: 200, steps: 200 }.to_string(),
         RunError::Foreign {
             path: "runs/a/checkpoints/step-00000100".into(),
             differences: vec!["model.layers: 3 -> 4".into()],

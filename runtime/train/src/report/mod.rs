@@ -75,6 +75,8 @@ pub struct Dispatch {
     pub sparse: Vec<bool>,
     /// Share of KV its lists skip.
     pub skipped: Vec<f64>,
+    /// KV blocks that each of its heads keeps; nothing for windows and in runs that recorded none.
+    pub top_k: Vec<Vec<i32>>,
     /// Why.
     pub why: Vec<String>,
 }
@@ -113,8 +115,8 @@ impl RunData {
                 Record::Profile { step, sparsity, covered, recall } => {
                     run.profiles.insert(step, Profile { sparsity, covered, recall });
                 }
-                Record::Dispatch { step, sparse, skipped, why } => {
-                    run.dispatches.insert(step, Dispatch { sparse, skipped, why });
+                Record::Dispatch { step, sparse, skipped, top_k, why } => {
+                    run.dispatches.insert(step, Dispatch { sparse, skipped, top_k, why });
                 }
                 Record::Eval { step, loss, triples } => {
                     run.evals.insert(step, (loss, triples));
@@ -310,17 +312,18 @@ fn page(runs: &[RunData]) -> String {
     paired(&mut body, runs);
     for run in runs {
         let of = if runs.len() > 1 { format!(" of {}", escape(&run.title)) } else { String::new() };
-        if let Some((step, Dispatch { sparse, skipped, why })) = run.dispatches.last_key_value() {
+        if let Some((step, Dispatch { sparse, skipped, top_k, why })) = run.dispatches.last_key_value() {
             let _ = write!(
                 body,
-                "<h2>Last decision{of}</h2><p>Made before step {step}.</p><div class=\"wide\"><table><tr><th class=\"n\">block</th><th>attention</th><th class=\"n\">skipped</th><th>why</th></tr>"
+                "<h2>Last decision{of}</h2><p>Made before step {step}.</p><div class=\"wide\"><table><tr><th class=\"n\">block</th><th>attention</th><th class=\"n\">skipped</th><th class=\"n\">KV blocks a head keeps</th><th>why</th></tr>"
             );
             for (b, is_sparse) in sparse.iter().enumerate() {
                 let _ = write!(
                     body,
-                    "<tr><td class=\"n\">{b}</td><td>{}</td><td class=\"n\">{}</td><td>{}</td></tr>",
+                    "<tr><td class=\"n\">{b}</td><td>{}</td><td class=\"n\">{}</td><td class=\"n\">{}</td><td>{}</td></tr>",
                     if *is_sparse { "sparse" } else { "dense" },
                     skipped.get(b).map_or(String::new(), |s| format!("{:.0} %", s * 100.0)),
+                    top_k.get(b).map_or(String::new(), |heads| budgets(heads)),
                     why.get(b).map_or(String::new(), |w| escape(w)),
                 );
             }
@@ -353,6 +356,15 @@ fn page(runs: &[RunData]) -> String {
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width,initial-scale=1\"><title>{}</title><style>{STYLE}</style></head><body>\n{body}\n</body></html>\n",
         escape(&title)
     )
+}
+
+/// The least and the most that heads keep.
+fn budgets(heads: &[i32]) -> String {
+    match (heads.iter().min(), heads.iter().max()) {
+        (Some(least), Some(most)) if least < most => format!("{least} to {most}"),
+        (Some(all), _) => all.to_string(),
+        _ => String::new(),
+    }
 }
 
 fn facts(body: &mut String, runs: &[RunData]) {
@@ -710,6 +722,7 @@ mod tests {
                 step: 40,
                 sparse: vec![true, false],
                 skipped: vec![0.8, 0.0],
+                top_k: vec![vec![4, 9], vec![13, 13]],
                 why: vec!["forced".into(), "below <crossover>".into()],
             });
         }
@@ -764,6 +777,8 @@ mod tests {
             "Loss criterion (predictor loss &lt; 0.01)",
             "met first in step 50",
             "below &lt;crossover&gt;",
+            "80 %</td><td class=\"n\">4 to 9</td>",
+            "0 %</td><td class=\"n\">13</td>",
             "CPU &amp; co",
             "1.500 GB to the host, 1.000 GB back, 30.0 ms of copies, 1.5 ms waited for: 95 % beside compute",
             "data:image/gif;base64,R0lGOD",

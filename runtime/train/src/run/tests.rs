@@ -24,7 +24,7 @@ fn engine() -> Box<dyn Engine> {
 fn go(config: &Config, existing: Existing, stop_after: u64) -> (Result<Outcome, RunError>, Vec<Progress>) {
     let stop = AtomicBool::new(false);
     let mut seen = Vec::new();
-    let result = run(config, engine(), existing, &stop, &mut |p: &Progress| {
+    let result = run(config, engine(), existing, None, &stop, &mut |p: &Progress| {
         if let Progress::Train(Event::Step(r)) = p {
             stop.store(r.step + 1 >= stop_after, Ordering::Relaxed);
         }
@@ -83,7 +83,7 @@ fn a_run_that_chooses_its_cube_says_so_and_is_evaluated_in_it() {
     let mut config = config(dir.path());
     config.dsv.cube = Some(crate::config::CubeChoice::Auto);
     let mut recorder = crate::recorder::Recorder::new(&config);
-    run(&config, engine(), Existing::Refuse, &AtomicBool::new(false), &mut recorder).unwrap();
+    run(&config, engine(), Existing::Refuse, None, &AtomicBool::new(false), &mut recorder).unwrap();
     let data = crate::report::RunData::load(dir.path()).unwrap();
     let [(4, choice)] = &data.cubes[..] else { panic!("{:?}", data.cubes) };
     let page = dir.path().join("page.html");
@@ -211,6 +211,98 @@ fn a_run_told_to_stop_writes_a_checkpoint_and_resumes_bit_for_bit() {
     let resumed = resumed.unwrap();
     assert!(matches!(&seen[0], Progress::Started { step, .. } if *step == outcome.step));
     assert!(weights(&resumed.checkpoint) == weights(&expected.checkpoint), "weights differ");
+}
+
+/// Runs to a step.
+fn go_until(config: &Config, existing: Existing, until: u64) -> (Result<Outcome, RunError>, Vec<Progress>) {
+    let mut seen = Vec::new();
+    let result =
+        run(config, engine(), existing, Some(until), &AtomicBool::new(false), &mut |p: &Progress| {
+            seen.push(p.clone());
+            Ok(())
+        });
+    (result, seen)
+}
+
+#[test]
+fn a_run_until_a_step_stops_there_and_resumes_bit_for_bit() {
+    let (whole, cut) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (expected, all) = go(&config(whole.path()), Existing::Refuse, u64::MAX);
+    let config = config(cut.path());
+    // Four is a step of an evaluation, not of a checkpoint; three and five are in both stages, five between two readings.
+    let mut seen = Vec::new();
+    for (until, existing) in [(3, Existing::Refuse), (4, Existing::Resume), (5, Existing::Resume)] {
+        let (outcome, told) = go_until(&config, existing, until);
+        let outcome = outcome.unwrap();
+        assert!(outcome.interrupted && outcome.sample.is_none() && outcome.step == until, "{outcome:?}");
+        assert_eq!(outcome.checkpoint, checkpoint::folder(&checkpoints(cut.path()), until));
+        assert!(matches!(&told[0], Progress::Started { steps, .. } if *steps == until));
+        seen.extend(told);
+    }
+    let (resumed, told) = go_until(&config, Existing::Resume, 8);
+    let resumed = resumed.unwrap();
+    assert!(!resumed.interrupted && resumed.sample.is_some());
+    seen.extend(told);
+    assert!(weights(&resumed.checkpoint) == weights(&expected.unwrap().checkpoint), "weights differ");
+    let evals = |seen: &[Progress]| -> Vec<EvalResult> {
+        seen.iter().filter_map(|p| if let Progress::Eval(r) = p { Some(r.clone()) } else { None }).collect()
+    };
+    assert_eq!(evals(&seen), evals(&all));
+}
+
+#[test]
+fn a_step_that_a_run_cannot_stop_after_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(dir.path());
+    let refused = |existing: Existing, until: u64| match go_until(&config, existing, until) {
+        (Err(RunError::Until { until, from, steps }), _) => (until, from, steps),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(refused(Existing::Refuse, 0), (0, 0, 8));
+    assert_eq!(refused(Existing::Refuse, 9), (9, 0, 8));
+    assert!(!checkpoints(dir.path()).exists());
+    go_until(&config, Existing::Refuse, 4).0.unwrap();
+    assert_eq!(refused(Existing::Resume, 0), (0, 4, 8));
+    assert_eq!(refused(Existing::Resume, 4), (4, 4, 8));
+    assert_eq!(refused(Existing::Overwrite, 9), (9, 0, 8), "and the checkpoint is still there:");
+    go(&config, Existing::Resume, u64::MAX).0.unwrap();
+    assert_eq!(refused(Existing::Resume, 8), (8, 8, 8));
+}
+
+#[test]
+fn a_copy_goes_on_with_other_lists_in_either_stage() {
+    let dir = tempfile::tempdir().unwrap();
+    let begun = |until: u64| {
+        let mut config = config(&dir.path().join(format!("until-{until}")));
+        // Lists of 77 of 256 tokens: more than there are blocks of eight.
+        (config.dsv.kv_block, config.dsv.max_keep, config.train.checkpoint_every) = (1, 0.4, 0);
+        go_until(&config, Existing::Refuse, until).0.unwrap();
+        config
+    };
+    for until in [2, 4, 6] {
+        let mut config = begun(until);
+        (config.dsv.kv_block, config.dsv.keep, config.dsv.max_keep) = (8, Some(0.5), 0.5);
+        let (outcome, seen) = go(&config, Existing::Resume, u64::MAX);
+        assert_eq!(outcome.unwrap().step, 8);
+        let decided = seen.iter().find_map(|p| match p {
+            Progress::Train(Event::Decision { decision, .. }) => Some(decision.top_k()),
+            _ => None,
+        });
+        // From step 4 on the next dispatch is due after the end.
+        assert_eq!(decided, (until <= 4).then(|| vec![16; 2]));
+        let found = checkpoint::latest(&checkpoints(&config.out.dir)).unwrap().checkpoint.unwrap();
+        let Attends { attention, top_k, .. } = train::attention_of(&found).unwrap();
+        assert_eq!(
+            (attention[0], top_k),
+            (BlockAttention::Sparse { slot: 0 }, vec![16; 2]),
+            "from step {until}"
+        );
+    }
+    // Full attention throughout is stage 1 to the end.
+    let mut config = begun(3);
+    config.dsv.switch = Switch::Step(8);
+    let (_, seen) = go(&config, Existing::Resume, u64::MAX);
+    assert!(!seen.iter().any(|p| matches!(p, Progress::Train(Event::Stage { .. }))));
 }
 
 #[test]

@@ -440,6 +440,41 @@ fn falls(mut config: Config) {
 }
 
 #[test]
+fn budgets_by_need_follow_the_profiles_and_keep_their_total() {
+    let mut config = config();
+    (config.dsv.share, config.dsv.max_keep, config.dsv.kv_block) = (config::Share::Need, 0.75, 1);
+    for attention in [Attention::Dsv, Attention::Fixed] {
+        config.dsv.attention = attention;
+        config.validate().unwrap();
+        let events = resumes(config.clone(), &[7, 14]);
+        let trainer = Trainer::new(config.clone(), engine()).unwrap();
+        let rules = rules(&config, &*trainer.engine, &trainer.model, trainer.slots());
+        assert_eq!((rules.kv_blocks, rules.max_selected), (64, 48));
+        let mut profile = ProfileState::new();
+        let mut budgets = Vec::new();
+        for event in &events {
+            match event {
+                Event::Profile { profile: seen, .. } => profile = seen.clone(),
+                Event::Decision { decision, .. } => {
+                    assert_eq!(*decision, Decision::choose(&rules, &profile));
+                    // 40 % of 64, rounded up, for two heads of two blocks.
+                    assert_eq!(decision.top_k().iter().sum::<i32>(), 4 * 26, "{decision:?}");
+                    budgets.push(decision.top_k());
+                }
+                _ => {}
+            }
+        }
+        let first = budgets[0].clone();
+        assert_eq!(
+            first == [26; 4],
+            attention == Attention::Fixed,
+            "even before a profile alone: {budgets:?}"
+        );
+        assert!(budgets.last() != Some(&first), "{budgets:?}");
+    }
+}
+
+#[test]
 fn the_baseline_trains_without_predictors_from_the_same_weights_and_noise() {
     let mut config = config();
     let data = Dataset::open(&config).unwrap();
