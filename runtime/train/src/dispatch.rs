@@ -81,6 +81,8 @@ pub struct Rules {
     pub kv_blocks: usize,
     /// Width of a list.
     pub max_selected: usize,
+    /// KV blocks that every head keeps at least: those of a kept window, or 1.
+    pub least: usize,
     /// Share of KV blocks to keep; `None` = from the profile.
     pub keep: Option<f64>,
     /// How heads share what `keep` gives all of them together.
@@ -221,12 +223,14 @@ impl Decision {
 fn top_k(rules: &Rules, profile: &ProfileState) -> Vec<i32> {
     let units = |share: f64| {
         let k = (share * rules.kv_blocks as f64 - 1e-9).ceil() as usize;
-        k.clamp(1, rules.max_selected)
+        k.clamp(rules.least.min(rules.max_selected), rules.max_selected)
     };
     let all = rules.layers * rules.heads;
     let needed: Vec<f64> = profile.needed.concat();
     let kept = match (rules.keep, rules.share) {
-        (Some(keep), Share::Need) if !needed.is_empty() => by_need(&needed, units(keep), rules.max_selected),
+        (Some(keep), Share::Need) if !needed.is_empty() => {
+            by_need(&needed, units(keep), rules.least, rules.max_selected)
+        }
         (Some(keep), _) => vec![units(keep); all],
         (None, _) if needed.is_empty() => vec![units(1.0); all],
         (None, _) => needed.iter().map(|need| units(KEEP_MARGIN * need)).collect(),
@@ -235,9 +239,9 @@ fn top_k(rules: &Rules, profile: &ProfileState) -> Vec<i32> {
 }
 
 /// Shares out `even` units for each head in proportion to what they need, to each at least [`LEAST_SHARE`] of `even` and
-/// at most `most`. What these bounds take from a head or give it goes to or comes from the others.
-fn by_need(needed: &[f64], even: usize, most: usize) -> Vec<usize> {
-    let least = ((LEAST_SHARE * even as f64).ceil() as usize).max(1);
+/// `least`, and at most `most`. What these bounds take from a head or give it goes to or comes from the others.
+fn by_need(needed: &[f64], even: usize, least: usize, most: usize) -> Vec<usize> {
+    let least = ((LEAST_SHARE * even as f64).ceil() as usize).clamp(least.min(even), even);
     let total = even * needed.len();
     // A need of 0 has no proportion.
     let need: Vec<f64> = needed.iter().map(|x| x.max(f64::EPSILON)).collect();
@@ -285,6 +289,7 @@ mod tests {
             heads: 2,
             kv_blocks: 64,
             max_selected: 32,
+            least: 1,
             keep: None,
             share: Share::Even,
             crossover: 0.7,
@@ -363,6 +368,9 @@ mod tests {
         assert_eq!(d, Decision::choose(&need(0.2, 32), &profile()));
         assert!((d.blocks[1].skipped - (1.0 - 27.0 / 64.0)).abs() < 1e-12, "{d:?}");
         assert_eq!(sparse(&d), [0, 2, 3], "block 1 skips 57.8 %, below the crossover");
+        // A kept window of seven blocks: no head keeps fewer.
+        let d = Decision::dense(&Rules { least: 7, ..need(0.2, 32) }, &profile());
+        assert_eq!(d.top_k(), [7, 7, 25, 25, 7, 7, 13, 13]);
         // Lists of 16 at most: what blocks 1 and 3 may not take goes to the others, 40 as 0.05 to 0.1.
         let d = Decision::dense(&need(0.2, 16), &profile());
         assert_eq!(d.top_k(), [7, 7, 16, 16, 13, 13, 16, 16]);
@@ -382,11 +390,11 @@ mod tests {
             // From alike to almost all in a few heads.
             let power = 12.0 * random();
             let needed: Vec<f64> = (0..heads).map(|_| random().powf(power)).collect();
-            let kept = by_need(&needed, even, most);
+            let kept = by_need(&needed, even, 1, most);
             let least = even.div_ceil(4);
             assert_eq!(kept.iter().sum::<usize>(), even * heads, "case {case}");
             assert!(kept.iter().all(|k| (least..=most).contains(k)), "case {case}: {kept:?}");
-            assert_eq!(kept, by_need(&needed, even, most));
+            assert_eq!(kept, by_need(&needed, even, 1, most));
             // Less than a unit from the proportion within the bounds, found by halving.
             let at = |scale: f64, i: usize| (scale * needed[i]).clamp(least as f64, most as f64);
             let (mut low, mut high) = (0.0, 1e300);
@@ -410,12 +418,12 @@ mod tests {
 
     #[test]
     fn heads_that_need_alike_keep_alike_and_ties_go_to_the_lower_index() {
-        assert_eq!(by_need(&[0.3; 5], 13, 32), [13; 5]);
-        assert_eq!(by_need(&[0.0; 3], 13, 32), [13; 3]);
-        assert_eq!(by_need(&[0.2, 0.1, 0.1, 0.1], 4, 9), [7, 3, 3, 3]);
-        assert_eq!(by_need(&[0.3, 0.1, 0.1], 5, 9), [9, 3, 3]);
-        assert_eq!(by_need(&[0.1, 0.1, 0.15], 3, 9), [3, 2, 4]);
-        assert_eq!(by_need(&[0.1, 0.9], 1, 4), [1, 1], "at least a unit");
+        assert_eq!(by_need(&[0.3; 5], 13, 1, 32), [13; 5]);
+        assert_eq!(by_need(&[0.0; 3], 13, 1, 32), [13; 3]);
+        assert_eq!(by_need(&[0.2, 0.1, 0.1, 0.1], 4, 1, 9), [7, 3, 3, 3]);
+        assert_eq!(by_need(&[0.3, 0.1, 0.1], 5, 1, 9), [9, 3, 3]);
+        assert_eq!(by_need(&[0.1, 0.1, 0.15], 3, 1, 9), [3, 2, 4]);
+        assert_eq!(by_need(&[0.1, 0.9], 1, 1, 4), [1, 1], "at least a unit");
     }
 
     #[test]

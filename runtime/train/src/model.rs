@@ -15,7 +15,7 @@ use crate::engine::{
     Space, TextSelect, View,
 };
 use crate::params::{Init, Keeps, Linear, ParamId, ParamPlan, ParamSet};
-use crate::predictor::{self, PredictorShape, PredictorTask, Predictors};
+use crate::predictor::{self, KeptWindow, PredictorShape, PredictorTask, Predictors};
 use crate::rng::Purpose;
 use dsv_reference::lists::KvListsBuf;
 use dsv_spec::order::{Cube, Grid, token_order};
@@ -119,7 +119,7 @@ impl ModelShape {
                 rope: d.predictor_rope,
                 rule: d.group_rule.into(),
                 keep_own: d.keep_own,
-                keep_window: d.keep_window,
+                keep_window: None,
                 theta: d.theta as f32,
                 samples: d.profile_queries.min(patch.tokens()),
                 lists: ListShape {
@@ -132,6 +132,7 @@ impl ModelShape {
                 },
             }),
         };
+        shape.keep_window(d.keep_window);
         shape.window = d.attention.window().map(|side| {
             let lists = shape.window_lists(side, d.query_group, d.kv_block);
             WindowShape {
@@ -149,6 +150,16 @@ impl ModelShape {
         });
         shape
     }
+    /// Notes the window of this side that groups list whatever is predicted.
+    fn keep_window(&mut self, side: Option<f64>) {
+        let Some(ListShape { query_group, kv_block, .. }) = self.predictor.map(|p| p.lists) else { return };
+        let widest = |side| self.window_lists(side, query_group, kv_block).dims.max_selected;
+        let kept = side.map(|side| KeptWindow { side, widest: widest(side) });
+        if let Some(p) = &mut self.predictor {
+            p.keep_window = kept;
+        }
+    }
+
     /// Lists of one head: each group lists the KV blocks that hold a key of the window around its centre query.
     fn window_lists(&self, side: f64, query_group: usize, kv_block: usize) -> KvListsBuf {
         let (order, _) = self.token_order();
@@ -811,7 +822,7 @@ impl Model {
         if let Some(predictors) = &self.predictors {
             let ListShape { query_group, kv_block, .. } = predictors.shape.lists;
             let windows =
-                predictors.shape.keep_window.map(|side| self.shape.window_lists(side, query_group, kv_block));
+                predictors.shape.keep_window.map(|w| self.shape.window_lists(w.side, query_group, kv_block));
             predictors.write_tables(engine, &positions, self.shape.rope_base, windows.as_ref())?;
         }
         if let (Some(shape), Some(lists)) = (self.shape.window, self.window) {
@@ -832,6 +843,7 @@ impl Model {
     /// and neither does noise, which belongs to places of the clip: over all keys the model computes the same as before.
     pub fn reorder(&mut self, engine: &mut dyn Engine, cube: Cube) -> Result<(), EngineError> {
         self.shape.cube = cube;
+        self.shape.keep_window(self.shape.predictor.and_then(|p| p.keep_window).map(|w| w.side));
         self.write_tables(engine)
     }
 

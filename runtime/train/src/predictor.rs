@@ -24,14 +24,23 @@ pub struct PredictorShape {
     pub rule: GroupRule,
     /// Whether a group lists its own tokens whatever is predicted.
     pub keep_own: bool,
-    /// Window whose KV a group lists as well, whatever is predicted: its share of each side of the clip.
-    pub keep_window: Option<f64>,
+    /// Window whose KV a group lists as well, whatever is predicted.
+    pub keep_window: Option<KeptWindow>,
     /// Share of the softmax mass that counts as critical.
     pub theta: f32,
     /// Profiled queries.
     pub samples: usize,
     /// Size of the lists.
     pub lists: ListShape,
+}
+
+/// A 3D window around each group's centre query.
+#[derive(Copy, Clone, Debug, PartialEq)]
+pub struct KeptWindow {
+    /// Its share of each side of the clip.
+    pub side: f64,
+    /// The most KV units that a group has within it: no head keeps fewer.
+    pub widest: usize,
 }
 
 /// What the predictors do during a forward pass.

@@ -1026,6 +1026,7 @@ pub(crate) fn rules(config: &Config, engine: &dyn DeviceFacts, model: &Model, sl
         heads: config.model.heads,
         kv_blocks: model.shape.patch.tokens().div_ceil(dsv.kv_block),
         max_selected: model.shape.predictor.map_or(config.max_selected(), |p| p.lists.max_selected),
+        least: model.shape.predictor.and_then(|p| p.keep_window).map_or(1, |w| w.widest),
         keep: dsv.keep,
         share: dsv.share,
         crossover,

@@ -238,7 +238,8 @@ fn lists_of_everything_give_the_dense_result() {
 fn lists_hold_the_window_whatever_is_predicted() {
     let mut s = shape(MlpAct::GeGlu);
     // 2 x 2 x 3 tokens, so windows of 1 x 1 x 2 tokens: one or two units of two.
-    s.predictor.as_mut().unwrap().keep_window = Some(0.5);
+    s.keep_window(Some(0.5));
+    assert!(s.predictor.unwrap().keep_window.is_some_and(|w| w.side == 0.5 && w.widest == 2));
     let mut rig = rig::<f64>(s, true);
     let predictors = rig.model.predictors.clone().unwrap();
     let windows = rig.model.shape.window_lists(0.5, 4, 2);
