@@ -39,14 +39,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "92cc9319e1444d46856592fd97c5f831eaeb60688bf10f6a502588f8909e54bd",
+        source_hash: "53345ca4fa4a6574288faa415528f519e552d00ab4d69ccfef0af1e404da4f85",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "94bd04f3fbc9e9a5fb629333b733affba54ea6f2219ad4d1ee4c9a0349b0f1e0",
+        source_hash: "4fd0a2ef9140e426d9d562e760553076f537848aaed224b14e6dcdb2376a5e4b",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
@@ -60,28 +60,28 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "89ac5158d01090d19d0d29a3d9480e498cb1a12e3c68751d3016d67214c339a1",
+        source_hash: "7d0eab43a58027783a11c9bfbbcce3115d9f8b7daf378db4e812eb552c92193e",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b1eafbff54748145f6834751e84a9697d6e75fb646cd7424ce758fefea0f481d",
+        source_hash: "c74babc03c6dcf6543dca41e754923af46bc3c1d5535f7485961fb6d58d3d77a",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "fa7d9ca50c41af3d80f14a4e9eecd5bc89faf87153e3dcc5f234816aa1ee9873",
+        source_hash: "ed0cd6ca11cb87f877ef1893d8cfd9a52aa4f8671dece7a260db25437c166b89",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "f26e9b7db1f94baf1e257f046467c46b49dcc0a1904f720cde34712267dd1d19",
+        source_hash: "b2a9149fb231f66adebd9b84959880613719c6da001898dab79f2547cb453f0c",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
@@ -95,7 +95,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0eae365117edb8aa316ac1d3ed4ab55f5bc871d02e13a76b4c5532207ec7d7aa",
+        source_hash: "0676840591f1142d12f3d2d3211c870cbe7dd6f95dd8b2b4e4fce882ced6533c",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
@@ -130,14 +130,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0c5f82468321536b7e46821fb611e712c99ac95682e04536df12ccedb10546fc",
+        source_hash: "974966908357889300c59ff8e68e1f1ec26088f45f4e6854e7da4276088e8c23",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "87cddc705d7a999fde1faf2d55d6a026d12ca6a1ac06ab39e08f00c60e5ad723",
+        source_hash: "af22f11b200629096f94c551ff20bd634d8b601150bd7a2c4e90d2f9d0c67d2e",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
@@ -151,63 +151,63 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "60e4ddc7fdd6682a2ab341ca71a9b255bcac9fc88252f29f927fa7508b4c564b",
+        source_hash: "5014f197140ba7810b332af2ef5ef8e63812a23ac4b20d77a0630630cb3d80e7",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "017f632aedb874ebdc7006cb3841f55cbc729386e938295a609042e9603d8826",
+        source_hash: "e3aa796b17fe96497ba28e95d913f257faefd7d272182c90ffea64eb28646909",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c7b9f90fd23a655eb8255c34c86c0977e6b0296d765c45240a1699261bede8de",
+        source_hash: "18340d34d785b408510b1d0f4f4782666dcba325878f98a2ba7aac78f34b42ea",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "0a8c594b79b5ee05d7d961fca8de8d7af64b07eb1f4fca7e359fc573de6d21e9",
+        source_hash: "19074c1e57f4e0ad3360264670c4a259b980723a27e98f03500a460f7d0725f5",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6d02daec2730da22e7a46041ceea2ad40adc1a7ef583ef488bcc8b0a270ffdd1",
+        source_hash: "f9e7913992749379180cc443fcecab01d72915dda04132723ef1321b7da607b4",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b54e5aaa03852767aaa9fb20ebc52b85c1f72ada77aa1a3de4a4695a03876a40",
+        source_hash: "2d6b15adda705286e3ee111250661428e99e16520323c3b1452c90c762d184ba",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "fd5fd58bfa7413796178a9da2c7c1fccd0002caf9d551a87cabb93e23a2d7f96",
+        source_hash: "d5ec217303c57199dcb9a95bbd127937d3f62e1989c2d887f11dca1849946c81",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4e17ebc15d2dacae79a9c53e1896efd771ce6e5a5d893804b4d8d1461fde15c8",
+        source_hash: "075bdeb7eed7a58f4f4acd009feba9a28c6e1dcb678e4ce248660f5575e8d384",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "eff9e1e84ee97d1bf669f244a480f7508d67832c23953da16a2dd6bc5caf3ec5",
+        source_hash: "7805c55777e858188c6e9a5adc5e1d972b8846404a3089d038c71da7227b603d",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -221,14 +221,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "56f253fe2beb91ea4c26c1c1fbc722b1b1f0285d1334be89b88601a4651b4cf3",
+        source_hash: "58cd87da5dbe9c85aecd38d668cc1550c7d8dd741d032fce6828c208a167068a",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "1cc0398f9ffe9f56e0ca0f98bd83c2530cd2b17a65f90d66b69e37b708c9dbb6",
+        source_hash: "248c1fc5a69f9f8291e60ab9e0ac067850cd123ee1522183bccb18c734d8f456",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -242,7 +242,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4a2ff8c1cd52a6d39659068203f54df122d09f28c9f60e469c02aff62fba26f0",
+        source_hash: "dce5c53ab7901c22417bc8a4fd65c73c067c06f04280ef74fe3202024c168e4c",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
@@ -270,7 +270,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0249a71837a31e859c672d1c7ecbf5c9f4aba5ba5b6d3298c3953ec217edf6bb",
+        source_hash: "7596164ca35dfe6bfcc61b54e32ae66a79332d185f6760694e2e3ee6a88556a6",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -284,7 +284,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ab73c845f0de371b7928e2a6eb9e41134c24cb21b7592fbeca260e01bacb54d4",
+        source_hash: "347bff501c5e2b4bcdb3ced98bc29c7fe57dbf02c8efec5896f9ced0c07363fc",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
@@ -298,42 +298,42 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9ab6ffa684a210fb2f68488ed3d2df16c9cbb28263e3bfde7aa70e7e70d6d316",
+        source_hash: "0094ff085427e85c5d46ccdbc03e9e64e80d5958f2181dfc12bed9ef0c8acebd",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "1561502fbb5f3c2f1ff78e164eb247faa133e0fed341b50c0a5d45fafff4c70e",
+        source_hash: "c07f4515e2fb7e85f77724710f7800dac721f9a0acdcc472ae60b3b2441565b3",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "fbb046724732d711d1e876db91b5a932da3cf840375098f47071e4f7fcf2ff55",
+        source_hash: "ceca7a65919db85052672842a19f8569ef89317ff2a36b3e010f383b2a1918a7",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "206518c8a32312b23afbe2a2d5c6e745dfb206979a0b686e34bb0747eb90ddcb",
+        source_hash: "9212ff53d56adc21ae7dc6a8c1d64283248d203163f9ec1bb02c6855dfa0e9c5",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "fc73006b0421e1b4ac95a4483ff8547a1e1a276dfa6407d1b0d43374b93b0f47",
+        source_hash: "fac7a3851d4803e6f6af8db2c9f67f609b8e1180a17c08a1e4f54d7b5ffb306f",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5bdcf6d18e95a7bb62cb5eb5fa4eb972fd97ba74cb79a24326fbad5d4aaa3863",
+        source_hash: "2fe9bf513998029b088635d9471498c267c3691b9178ff6e4d7ea5e1d7f158a8",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
@@ -361,14 +361,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "dd1cc908653d6a24bc8824cdb9fac715c1f12cb2e20083b11ff54895a491bbc2",
+        source_hash: "8c210baa15797571a251748fa2329fca8d20836012099c13376670a02fb35e44",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "4a1476f09a137b9bf42c0ae9947e3eeef5cae4acf052922b105c57c2e8d021db",
+        source_hash: "e00cb12823fd8df42c04749e4a86f47722c2caee92aebbd5785d485ffe07cedb",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
@@ -382,84 +382,84 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "818a39a857276beff2809e5958ca658e4d9f713cb02bd46e0b3bff98d0c89285",
+        source_hash: "e56e05fae8be592c73e99ccab6f13cbe646c59abb5d0a2c3e1e0452d2d830d30",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5a7de0957f25b1fdb7df453dca81310c8cdb2a6d29e6f431ec1edb5b99e0adb3",
+        source_hash: "339dc7e4169fc360c09da76fdf5ac81adb88762631e20419e375b8a2e305b8b5",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f84e9880a00991e244b59c8cbf9686a7d9c30030cf6ad5c65e510b5498cf5b49",
+        source_hash: "5ab56ec0d56dab444e3d20ce07aebb4a185459c49836d2f68d3ee6648e5c8555",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f45440506f16163cf8cd74858f5684a1e7b8bc11b3b4873d8d18c0175de4446b",
+        source_hash: "5486df1e6a3e9b78152b8be1fe8489784e629dfd488ba773971354f08a9ac161",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2ffa99cfa39c406771b56afc157eae8d85d8615ccc044a5a50d63d405edc55af",
+        source_hash: "ebe5f6fd65e52d3d6f39dc481819902be342cbe42546eb5b19bfb148ae393bee",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d2ae9dbda2b2c68e4ad380d5520c1ac5ec8b417af75ae8808b2ec3de6c156cd3",
+        source_hash: "bf10324e9752ba8ab34f7d84b13982e754e79629ec85e1708820a6673ef36a55",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "26c3faedb1fd8f53c48b2a581f8a2a48650e5749dce663ce96cf02dd90e55b07",
+        source_hash: "0eeb6abd5d2922b372a8b5149226677d4a905a1c16a0c1abd8080cd0ea99605f",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e88d2cff3e3ed744248ff9097c5ee9600fcfc983a0221df51b40aa27d137bb81",
+        source_hash: "835ffec3cedb1ccb59bf58109bda49d3c15d7dcf89880cf78dcb06050293b89b",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ee8afe0f7cdb10633206c5a43ab532dcbc1b482d8210464f29a1c5dc0fe04f21",
+        source_hash: "082214c1276edf77656569e73ebbbad269a23f12dc3a4722a87a3eadbe2b0bf8",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8e92210c11d4b9ee4a4b57c98b057d6b8f8110362b5c3c9d996e9a961c954505",
+        source_hash: "8131c85cd297801886b7f19373939c0e13f1c4c31fc8d35b4033de02d8861e79",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "deeebb1898410a646663a6edde02be9a6bb4d09a2bd0887ff928a290a8dc7335",
+        source_hash: "ea3c551363ec8912b1f3379ac6db32999e97b781bebb30c36eeb1c594442d940",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d44e83e7afcaa19fe289935d0e0c0760cb028c22015af5f457a8e5c702c5274f",
+        source_hash: "8a3a31ca304d136cc4992109372dfcfe3227d2ff20e655930ac52c600ef561ee",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",

@@ -8,7 +8,8 @@
 //
 // Floors: 6 * pairs * head_dim FLOP at 750 TF, and 4 * head_dim bytes a KV token and CTA from L2 at 7 TB/s: with 64
 // query rows 96 FLOP a byte, so 670 TF.
-// Registers of a consumer: dQ head_dim / 2, S and dP block_n, dS as operand block_n / 4, and about 40 more.
+// Registers of a consumer: dQ head_dim / 2, S and dP block_n, dS as operand block_n / 4, Q and dO as operands head_dim / 4 each,
+// and about 32 more.
 // Shared memory: Q (dQ in the epilogue), dO, and the ring of K and V.
 #include "dsv/attention.cuh"
 #include "dsv/fragment.cuh"
@@ -40,6 +41,13 @@ constexpr int kRows = 64;  // query rows of one consumer
 constexpr int kConsumerThreads = 128 * kConsumers;
 constexpr dsv::uint32 kTileBytesQ = dsv::tile_bytes(kRows, kHeadDim);
 constexpr dsv::uint32 kTileBytesKv = dsv::tile_bytes(kBlockN, kHeadDim);
+
+// Products of 64 keys with both operands in shared memory fill its port, 128 bytes a clock: Q, and then dO, wait in registers
+// where there are enough.
+constexpr int kOperandRegisters = kHeadDim / 4;
+constexpr int kSpareRegisters = kConsumerRegisters - (kHeadDim / 2 + kBlockN + kBlockN / 4 + 32);
+constexpr bool kQInRegisters = kBlockN == 64 && kSpareRegisters >= kOperandRegisters;
+constexpr bool kDoInRegisters = kBlockN == 64 && kSpareRegisters >= 2 * kOperandRegisters;
 
 static_assert(kBlockM == kRows * kConsumers, "one wgmma M of 64 rows a consumer");
 static_assert(kHeadDim % 16 == 0, "whole K steps of the products");
@@ -149,14 +157,23 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
         const auto release = [&](dsv::uint64* barrier) {
             if (lane == 0) dsv::mbarrier_arrive(barrier);
         };
+        dsv::uint32 q[kHeadDim / 16][4], d_o[kHeadDim / 16][4];
         const auto wait_for_values = [&] { dsv::mbarrier_wait(&smem.full_v[ring.index], ring.phase); };
         const auto issue_scores = [&] {
             dsv::mbarrier_wait(&smem.full_k[ring.index], ring.phase);
             dsv::wgmma_fence();
-            dsv::gemm_ss_kk<Element, kBlockN, kHeadDim, kRows, kBlockN>(s, smem.q[consumer], smem.k[ring.index]);
+            if constexpr (kQInRegisters) {
+                dsv::gemm_rs_kk<Element, kBlockN, kHeadDim, kBlockN>(s, q, smem.k[ring.index]);
+            } else {
+                dsv::gemm_ss_kk<Element, kBlockN, kHeadDim, kRows, kBlockN>(s, smem.q[consumer], smem.k[ring.index]);
+            }
             dsv::wgmma_commit();
             dsv::wgmma_fence();
-            dsv::gemm_ss_kk<Element, kBlockN, kHeadDim, kRows, kBlockN>(dp, smem.d_o[consumer], smem.v[ring.index]);
+            if constexpr (kDoInRegisters) {
+                dsv::gemm_rs_kk<Element, kBlockN, kHeadDim, kBlockN>(dp, d_o, smem.v[ring.index]);
+            } else {
+                dsv::gemm_ss_kk<Element, kBlockN, kHeadDim, kRows, kBlockN>(dp, smem.d_o[consumer], smem.v[ring.index]);
+            }
             dsv::wgmma_commit();
         };
         const auto issue_dq = [&](dsv::uint32 stage) {
@@ -178,6 +195,8 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
         };
 
         dsv::mbarrier_wait(&smem.full_q, 0);
+        if constexpr (kQInRegisters) dsv::load_fragment<kHeadDim, kRows>(q, smem.q[consumer], 0);
+        if constexpr (kDoInRegisters) dsv::load_fragment<kHeadDim, kRows>(d_o, smem.d_o[consumer], 0);
         wait_for_values();
         issue_scores();
         dsv::wgmma_wait<0>();
