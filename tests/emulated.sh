@@ -43,3 +43,8 @@ awk -v cases="$cases" -v others="$extremes|$ranks" -F/ '
 printf 'emulated: %d of the %d GPU tests; left out: the tuner'"'"'s candidates, and cases not named in %s\n' \
     "$(wc -l <"$chosen")" "$(wc -l <"$all")" "${BASH_SOURCE[0]}"
 DSV_GPU_TEST_ONLY=$chosen "$program"
+
+# The C interface, as a C program has it.
+cc -std=c99 -Wall -Wextra -Werror runtime/capi/examples/attention.c -Iruntime/capi/include -Ltarget/release -ldsv \
+    -Ltarget/emulated -l:libcuda.so.1 -lm -o target/emulated/attention
+LD_LIBRARY_PATH=$PWD/target/release:$LD_LIBRARY_PATH target/emulated/attention

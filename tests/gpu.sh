@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The GPU tests, made here and run on a GPU machine.
 #   tests/gpu.sh pack DIR    here: builds the test programs and tools, and puts them, stripped, with this script into DIR
-#   DIR/gpu.sh run           there: every test of the shipped kernels and the trainer
+#   DIR/gpu.sh run           there: every test of the shipped kernels, the trainer and the PyTorch binding
 #   DIR/gpu.sh sanitize      there: compute-sanitizer over a part of them
 #   DIR/gpu.sh candidates    there: the same cases for kernels that are not shipped: the tuner's candidates, other shapes
 # Each is made to end within ten minutes; logs under DIR/log.
@@ -19,12 +19,13 @@ pack() {
     local to=$1 kernels trainer target
     cd "$here/.." || exit 1
     kernels=$(test_program dsv-tests) && trainer=$(test_program dsv-train) || exit 1
-    cargo build --profile dist -p dsv-train -p dsv-autotune || exit 1
+    cargo build --profile dist -p dsv-train -p dsv-autotune -p dsv-capi || exit 1
     target=$(cargo metadata --format-version 1 --no-deps | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
     mkdir -p "$to" || exit 1
     cp "$kernels" "$to/gpu-kernels" && cp "$trainer" "$to/gpu-trainer" || exit 1
     cp "$target/dist/dsv-train" "$target/dist/dsv-autotune" "$here/gpu.sh" "$to" || exit 1
     cp runtime/train/configs/*.toml "$to" || exit 1
+    mkdir -p "$to/capi" && cp -r runtime/capi/include runtime/capi/python "$target/dist/libdsv.so" "$to/capi" || exit 1
     strip "$to/gpu-kernels" "$to/gpu-trainer"
     # Attention tests end in the kernel's name; a kernel that is shipped and a candidate is listed twice.
     find generated/kernels -name '*.cu' -printf '%f\n' | sed 's/\.cu$//' >"$to/shipped"
@@ -70,7 +71,7 @@ export -f together
 
 # Prints what failed in the named logs, then the summary.
 finish() {
-    for name in "$@"; do grep -E 'FAILED|panicked|times the tolerance|outside tolerance' "log/$name" | head -20; done
+    for name in "$@"; do [[ ! -e log/$name ]] || grep -E 'FAILED|panicked|times the tolerance|outside tolerance' "log/$name" | head -20; done
     printf '%s\n' "${summary[@]}"
     exit $failed
 }
@@ -78,7 +79,11 @@ finish() {
 run() {
     step kernels 420 together 8 run.list ./gpu-kernels
     step trainer 120 ./gpu-trainer --test-threads 1
-    finish kernels trainer
+    # Where there is PyTorch.
+    if python3 -c 'import torch' 2>/dev/null; then
+        step binding 120 env DSV_LIBRARY=capi/libdsv.so python3 capi/python/test_dsv_torch.py
+    fi
+    finish kernels trainer binding
 }
 
 sanitize() {
