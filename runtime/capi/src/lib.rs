@@ -1,7 +1,7 @@
 //! Owns the C face of dsv-runtime (`include/dsv.h`): handles for plans, plain structures for problems and addresses, and errors
 //! as a code with a text. It must never know how a kernel is chosen or launched, nor a tensor library.
 //!
-//! What functions and fields mean stands in the header, whose names these are.
+//! What functions and fields mean stands in the header, whose names these are. Start at [`dsv_open`].
 
 use dsv_runtime::device::Stream;
 use dsv_runtime::{
