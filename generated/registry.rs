@@ -39,14 +39,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "53345ca4fa4a6574288faa415528f519e552d00ab4d69ccfef0af1e404da4f85",
+        source_hash: "6e826abbcd6ce2d42468821ebfa51910ba02338082068de2fbf896cfbad41603",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "4fd0a2ef9140e426d9d562e760553076f537848aaed224b14e6dcdb2376a5e4b",
+        source_hash: "ff93f9e15da57b2ae37009782235af63925dff50c7363bb723e59d871abef01d",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
@@ -60,28 +60,28 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7d0eab43a58027783a11c9bfbbcce3115d9f8b7daf378db4e812eb552c92193e",
+        source_hash: "9342de6012ab9ecf472e4cd1231a59602e4d9f06719a8b374a2082965591434d",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c74babc03c6dcf6543dca41e754923af46bc3c1d5535f7485961fb6d58d3d77a",
+        source_hash: "e7be66c958050b70750f698400e441b94e7cda0800751cd1be9fb24b3cbecb13",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ed0cd6ca11cb87f877ef1893d8cfd9a52aa4f8671dece7a260db25437c166b89",
+        source_hash: "f31b032623709bb0e195239998f2da87879ecab1a1c3f9c54f1fbcf84cba6b4b",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "b2a9149fb231f66adebd9b84959880613719c6da001898dab79f2547cb453f0c",
+        source_hash: "56e66b5932dafd3c5ed42dfc91acd208009bfbc89fa1ccc75830f8dcf5f1773b",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
@@ -95,7 +95,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0676840591f1142d12f3d2d3211c870cbe7dd6f95dd8b2b4e4fce882ced6533c",
+        source_hash: "f35a2ee3ab1f40963d250dd08547bd2c27e2dff4e00626d5292d29159c036a2f",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
@@ -130,14 +130,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "974966908357889300c59ff8e68e1f1ec26088f45f4e6854e7da4276088e8c23",
+        source_hash: "1efe208ca0a51b4c0fabd5cbc21c464cf851b0d35fb41ff7fae021d3d30a7f4a",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "af22f11b200629096f94c551ff20bd634d8b601150bd7a2c4e90d2f9d0c67d2e",
+        source_hash: "844edc07c9410b64da7894b5feecdabd16da15c2888087cb15761c63dc63b14a",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
@@ -151,63 +151,63 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5014f197140ba7810b332af2ef5ef8e63812a23ac4b20d77a0630630cb3d80e7",
+        source_hash: "9074d99fb3af5f63c479b3a7d68befdffc381085a0b885b4a1ae96cf964cd439",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "e3aa796b17fe96497ba28e95d913f257faefd7d272182c90ffea64eb28646909",
+        source_hash: "fd1a8e3c2bde1332c4adeca76517417478729ccd61e6efa261df4bd639a54455",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "18340d34d785b408510b1d0f4f4782666dcba325878f98a2ba7aac78f34b42ea",
+        source_hash: "848beb5601aaf059ac8bfa79a1dc401395480be7462b400fe641ad499ebb936e",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "19074c1e57f4e0ad3360264670c4a259b980723a27e98f03500a460f7d0725f5",
+        source_hash: "0978fe79456ed3e290aed266eb055a6bde8c039e1ec20a502133222cd8448b2c",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f9e7913992749379180cc443fcecab01d72915dda04132723ef1321b7da607b4",
+        source_hash: "94cd9db84d409da9dd3ac74aaf68d23c74e824404ab9d3b63094ae276ffa4df6",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "2d6b15adda705286e3ee111250661428e99e16520323c3b1452c90c762d184ba",
+        source_hash: "a193b683e7732804b53b23ddbac0f0cadd8a298658b97b083c716c6309cb52d0",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "d5ec217303c57199dcb9a95bbd127937d3f62e1989c2d887f11dca1849946c81",
+        source_hash: "5f3471dad9650a939f02f34c63b2311823e1846d3e0ceae6aaca9efeb0296208",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "075bdeb7eed7a58f4f4acd009feba9a28c6e1dcb678e4ce248660f5575e8d384",
+        source_hash: "5a2b15664d98d81f939612da4ac6a302e3555a016e5df71cab4c34db527069df",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "7805c55777e858188c6e9a5adc5e1d972b8846404a3089d038c71da7227b603d",
+        source_hash: "6ca83ebb7f3fc0a57ad40790afab3b91d75fd7e28e354dd012b62c48268330f7",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -221,14 +221,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "58cd87da5dbe9c85aecd38d668cc1550c7d8dd741d032fce6828c208a167068a",
+        source_hash: "1623fd53664459fc78ccc2ee9a2e39de38758dbe28b8ad4c45c0f75f0c0ae9ac",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "248c1fc5a69f9f8291e60ab9e0ac067850cd123ee1522183bccb18c734d8f456",
+        source_hash: "6a7f6b2e4727faf706e53bf02927dfb16bcc6d81cbedfc3de23aaca9fe9badc0",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -242,7 +242,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "dce5c53ab7901c22417bc8a4fd65c73c067c06f04280ef74fe3202024c168e4c",
+        source_hash: "8b04cf9594786856636cb16f4092567764b954072343ebfbff7c354eb242baa2",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
@@ -270,7 +270,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7596164ca35dfe6bfcc61b54e32ae66a79332d185f6760694e2e3ee6a88556a6",
+        source_hash: "f0da2b0721dff553c6ad1ab359198977b70d3f43aec349b5cd93369b1e669508",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -284,7 +284,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "347bff501c5e2b4bcdb3ced98bc29c7fe57dbf02c8efec5896f9ced0c07363fc",
+        source_hash: "a89aab5c1574e1bacfe6aa6f6f96afe9db55ca2161e6f7704d5a6273f0bb9bee",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
@@ -298,42 +298,42 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0094ff085427e85c5d46ccdbc03e9e64e80d5958f2181dfc12bed9ef0c8acebd",
+        source_hash: "49d1ded96e748f854be193f366d2535b7e1bf7db15c7769385e7f59c69f4b4f9",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "c07f4515e2fb7e85f77724710f7800dac721f9a0acdcc472ae60b3b2441565b3",
+        source_hash: "8812934d83f04de5a9fbe12e38b83e5278bfcad46bc3c1edb648f3d3acf7c331",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ceca7a65919db85052672842a19f8569ef89317ff2a36b3e010f383b2a1918a7",
+        source_hash: "803ea90923597cf7d9092c7e3a9f45bf8f438a60cb72a0ab6fedf3d0933b4aa6",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9212ff53d56adc21ae7dc6a8c1d64283248d203163f9ec1bb02c6855dfa0e9c5",
+        source_hash: "5a39783c9fc795d9ecfa6d1db22e2ccfa40997d806e94f6b01692e0967e43402",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "fac7a3851d4803e6f6af8db2c9f67f609b8e1180a17c08a1e4f54d7b5ffb306f",
+        source_hash: "ad5b69bcb7266d3a84c18c8d85d6eaa3a6a8475acb6e29727e5d05d49c166c5a",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2fe9bf513998029b088635d9471498c267c3691b9178ff6e4d7ea5e1d7f158a8",
+        source_hash: "987d43b1751d278b56000654398948442e782b4a9c9e4aad113c31daf391def2",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
@@ -361,14 +361,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8c210baa15797571a251748fa2329fca8d20836012099c13376670a02fb35e44",
+        source_hash: "8da71d24cbbd90ed55552218c223c0d3bd936545ff71a740928ad8ee071b418e",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "e00cb12823fd8df42c04749e4a86f47722c2caee92aebbd5785d485ffe07cedb",
+        source_hash: "bd5cfb7eb79257d28c78b7f6c55b10b181a67de6fdd80da85f053d94413c7698",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",

@@ -26,8 +26,8 @@ fi
 cases='^(attn_(fwd|bwd|bwd_dq)/(fine_)?(no_multiple|last_block_of_one_token|last_unit_of_one_token|counts_zero_and_one_adjacent|counts_differ)-'
 cases+='|attn_(fwd|bwd|bwd_dq)/dims_(no_multiple|counts_differ)-'
 cases+='|faults/|adamw_8bit/blocks_(1|7)$|predictor/|profile/|flow_prepare/|kv_lists/(no_multiple|last_block|empty_groups|odd_count|counts|Index|Count|Repeated|Descending)'
-cases+='|kv_select/(typical|equal_scores|nan_key|one_token|nothing_and_everything|signs_of_zero)/'
-cases+='|kv_select_fine/(typical|equal_scores|nan_key|kept_nan|text_and_own_cube|one_token|few_values)/)'
+cases+='|kv_select/(typical|equal_scores|nan_key|one_token|nothing_and_everything|signs_of_zero|kept_by_a_mask_alone)/'
+cases+='|kv_select_fine/(typical|equal_scores|nan_key|kept_nan|kept_by_a_mask_alone|text_and_own_cube|one_token|few_values)/)'
 all=target/emulated/all chosen=target/emulated/chosen
 # A kernel that is shipped and a candidate is listed twice.
 "$program" --list 2>/dev/null | sed -n 's/: test$//p' | awk '!seen[$0]++' >"$all"

@@ -927,8 +927,6 @@ __device__ __forceinline__ void consume_columns(const Params& p, SharedStorage& 
     }
 }
 
-// Grid: (ceil(seqlen_kv / kBlockN), with lists N * kTilesPerBlock; num_kv_heads; B), tiles of a head adjacent so that its Q, dO
-// and dQ stay in L2.
 // One thread. CTAs of about equally long lists run beside each other: none is left alone at the end, and those that keep step
 // find in L2 what the others read.
 __device__ __forceinline__ int kv_tile_of_cta(const Params& p) {
@@ -939,6 +937,8 @@ __device__ __forceinline__ int kv_tile_of_cta(const Params& p) {
     return block * kTilesPerBlock + cta.x % kTilesPerBlock;
 }
 
+// Grid: (ceil(seqlen_kv / kBlockN), with lists N * kTilesPerBlock; num_kv_heads; B), tiles of a head adjacent so that its Q, dO
+// and dQ stay in L2.
 extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a(const __grid_constant__ Params p) {
     // Swizzle atoms are 1024 bytes; a driver that aligned shared memory less would have to be told from here.
     extern __shared__ __align__(1024) dsv::uint8 raw[];

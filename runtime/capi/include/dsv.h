@@ -6,10 +6,10 @@
  * error flag and give it to dsv_check_error_flag.
  *
  * Functions that can fail return 0, or -1 and then dsv_last_error says what was wrong, with which value, what is allowed, and what
- * to do. Structures are plain; set them to zero first, and what is not set has its default. Addresses are device addresses
- * (CUdeviceptr) of the GPU's primary context, which PyTorch and the CUDA runtime use; 0 where a field is optional. Streams are
- * CUstream (cudaStream_t), NULL is the default stream. A handle may be used by several threads at once, but not while it is freed;
- * plans may outlive the dsv_runtime they came from.
+ * to do. Structures are plain; set them to zero first. Addresses are device addresses (CUdeviceptr) of the GPU's primary context,
+ * which PyTorch and the CUDA runtime use, and which every call leaves as the current one of its thread; 0 where a field is optional.
+ * Streams are CUstream (cudaStream_t), NULL is the default stream. A handle may be used by several threads at once, but not while it is
+ * freed; plans may outlive the dsv_runtime they came from, and must outlive the CUDA graphs that captured them.
  *
  * Letters: B sequences, H query heads, Hkv KV heads (H a multiple of them), D = head_dim, G = ceil(seqlen_q / query_group) query
  * groups, N = ceil(seqlen_kv / kv_block) KV units. */
@@ -30,12 +30,12 @@ typedef struct dsv_attention dsv_attention;
 typedef struct dsv_selection dsv_selection;
 typedef struct dsv_lists dsv_lists;
 
-/* dtype */
+/* dtype; f16 kernels do not ship, README.md says how to add them */
 enum { DSV_BF16 = 0, DSV_F16 = 1 };
 /* group_rule: the low-rank query that decides for its group is the middle one, the mean of all, or four, of which each unit has the
- * largest score or the mean softmax mass */
+ * largest score or the mean softmax mass (of these two no kernel ships) */
 enum { DSV_CENTRE = 0, DSV_MEAN = 1, DSV_MAX4 = 2, DSV_MASS4 = 3 };
-/* budget: a number of units a head, or a share of the predicted softmax mass */
+/* budget: a number of units a head, or a share of the predicted softmax mass (ships with DSV_CENTRE and kv_block 8) */
 enum { DSV_TOP_K = 0, DSV_TOP_P = 1 };
 
 typedef struct {
@@ -43,11 +43,11 @@ typedef struct {
     int32_t device;      /* ordinal of the GPU */
     const char *bundle;  /* folder made by `dsv-codegen build --out DIR`; NULL: kernels are compiled by NVRTC when first asked for */
     const char *table;   /* dispatch table made by dsv-autotune; NULL: the one shipped for this GPU */
-    void (*notice)(const char *text, void *data); /* told what the user should know, from any thread; may be NULL */
+    void (*notice)(const char *text, void *data); /* told what the user should know, from any thread; calls nothing here; may be NULL */
     void *notice_data;
 } dsv_options;
 
-/* Elements between neighbours; the innermost stride is 1. In bytes all are multiples of 16. */
+/* Elements between neighbours, all of them set; the innermost stride is 1. In bytes all are multiples of 16. */
 typedef struct {
     int64_t batch, seq, head;
 } dsv_strides;
@@ -64,7 +64,7 @@ typedef struct {
     uint32_t seqlen_kv;
     uint32_t max_selected;  /* width of the lists, in KV units; 0 when dense */
     uint32_t backward;      /* 1: plan the backward as well */
-    uint32_t deterministic; /* 1: the backward gives the same bits every time */
+    uint32_t deterministic; /* 1: the backward gives the same bits every time; not with kv_block below 64 */
     float scale;            /* of the logits; 0: 1 / sqrt(head_dim) */
 } dsv_problem;
 
@@ -103,7 +103,7 @@ typedef struct {
 } dsv_backward_args;
 
 typedef struct {
-    uint32_t rank;         /* columns of the low-rank queries and keys */
+    uint32_t rank;         /* columns of the low-rank queries and keys; 16 ships */
     uint32_t query_group;
     uint32_t kv_block;
     uint32_t group_rule;
@@ -120,7 +120,8 @@ typedef struct {
 
 typedef struct {
     uint64_t q_lr, k_lr; /* bf16 [B, seqlen, H, rank] */
-    uint64_t budget;     /* one a head; DSV_TOP_K: i32, 0 to min(N, max_selected); DSV_TOP_P: f32, 0 to 1 */
+    uint64_t budget;     /* one a head; DSV_TOP_K: i32, 0 to min(N, max_selected), units listed before all others among them;
+                          * DSV_TOP_P: f32, 0 to 1, those on top */
     uint64_t keep_mask;  /* u32 [G, ceil(N / 32)]: bit n % 32 of word n / 32: unit n is listed before all others too; 0: none */
     uint64_t q2k_index, q2k_count; /* written */
     uint64_t error_flag;

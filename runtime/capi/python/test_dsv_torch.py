@@ -70,13 +70,43 @@ def main():
     packed = torch.randn(1, 256, 3, 4, 64, device="cuda").bfloat16()
     close("views", dsv.attention(q, packed[:, :, 1], packed[:, :, 2]),
           reference(q.double(), packed[:, :, 1].double(), packed[:, :, 2].double(), None, None)[0], 0.02)
-    # Captured in a graph after one call of the shapes.
+    # A whole step captured in a graph after one call of the shapes; replayed with other lists.
+    low = torch.randn(1, 256, 4, 16, device="cuda").bfloat16()
+    leaf = torch.randn(1, 256, 4, 64, device="cuda").bfloat16().requires_grad_()
+    seed = torch.randn_like(leaf)
+
+    def step():
+        lists = dsv.select(low, low, 2, query_group=64, kv_block=64)
+        out = dsv.attention(leaf, leaf, leaf, lists)
+        return lists, out, torch.autograd.grad(out, leaf, seed)[0]
+
+    step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = dsv.attention(q, q, q)
-    graph.replay()
-    close("graph", captured, reference(q.double(), q.double(), q.double(), None, None)[0], 0.02)
+        lists, out, grad = step()
+    for _ in range(2):
+        low.copy_(torch.randn_like(low))
+        graph.replay()
+        exact = leaf.detach().double().requires_grad_()
+        exact_out = reference(exact, exact, exact, lists, None)[0]
+        close("graph, out", out, exact_out, 0.02)
+        close("graph, gradient", grad, torch.autograd.grad(exact_out, exact, seed.double())[0], 0.03)
+    # Lists that change between forward and backward are refused, a second derivative too.
+    lists = dsv.select(low, low, 2, query_group=64, kv_block=64)
+    out = dsv.attention(leaf, leaf, leaf, lists)
+    lists.index.zero_()
+    for wrong in (lambda: torch.autograd.grad(out, leaf, seed),
+                  lambda: torch.autograd.grad(torch.autograd.grad(dsv.attention(leaf, leaf, leaf), leaf, seed, create_graph=True)[0].sum(), leaf)):
+        try:
+            wrong()
+        except RuntimeError:
+            pass
+        else:
+            raise AssertionError("not refused")
     for wrong in (lambda: dsv.attention(q.float(), q.float(), q.float()), lambda: dsv.attention(q[..., :40], q[..., :40], q[..., :40]),
+                  lambda: dsv.attention(q, q, q[:, :, :2]), lambda: dsv.attention(q, q, q.cpu()),
+                  lambda: dsv.select(low, low[:, :, :2], 2, query_group=64, kv_block=64),
+                  lambda: dsv.select(low, low, 2, query_group=64, kv_block=64, keep_mask=torch.zeros(4, 1, device="cuda")),
                   lambda: Lists(torch.zeros(1, device="cuda"), torch.zeros(1, device="cuda"), 64, 64)):
         try:
             wrong()

@@ -441,14 +441,16 @@ pub extern "C" fn dsv_last_error() -> *const c_char {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dsv_open(options: *const COptions, runtime: *mut *mut CRuntime) -> i32 {
     let open = || {
-        // SAFETY: the caller's promise.
-        let o = *unsafe { read(options, "options") }?;
-        if o.abi_version != ABI_VERSION {
+        // The version first: a structure of another may be shorter.
+        // SAFETY: the caller's promise; every version begins with its number.
+        let version = *unsafe { read(options.cast::<i32>(), "options") }?;
+        if version != ABI_VERSION {
             return Err(format!(
-                "abi_version is {}; allowed: {ABI_VERSION}, which this library has: include the dsv.h beside it",
-                o.abi_version
+                "abi_version is {version}; allowed: {ABI_VERSION}, which this library has: include the dsv.h beside it"
             ));
         }
+        // SAFETY: the caller's promise.
+        let o = *unsafe { read(options, "options") }?;
         let ordinal =
             usize::try_from(o.device).map_err(|_| format!("device is {}; allowed: 0 and more", o.device))?;
         // SAFETY: the caller's promise.
@@ -702,9 +704,14 @@ fn select_plan(
             seqlen_kv,
             max_selected,
         };
-        if let Ok(plan) = runtime.selection(&blocks, q_lr, k_lr) {
-            return Ok(Selection::Rows(plan));
-        }
+        return match runtime.selection(&blocks, q_lr, k_lr) {
+            Ok(plan) => Ok(Selection::Rows(plan)),
+            // What the problem has wrong, or that there is no room: the other kernel for blocks is not always there.
+            Err(first) => match runtime.fine_selection(&fine, q_lr, k_lr) {
+                Ok(plan) => Ok(Selection::Fine(plan)),
+                Err(_) => Err(text(first)),
+            },
+        };
     }
     runtime.fine_selection(&fine, q_lr, k_lr).map(Selection::Fine).map_err(text)
 }

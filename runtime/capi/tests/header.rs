@@ -10,13 +10,15 @@ fn header() -> PathBuf {
 }
 
 /// The C name of a structure, its bytes, and its fields with their places.
+type Structure = (&'static str, usize, Vec<(&'static str, usize)>);
+
 macro_rules! structure {
     ($c:literal, $rust:ident: $($field:ident),+) => {
         ($c, size_of::<$rust>(), vec![$((stringify!($field), offset_of!($rust, $field))),+])
     };
 }
 
-fn structures() -> Vec<(&'static str, usize, Vec<(&'static str, usize)>)> {
+fn structures() -> Vec<Structure> {
     vec![
         structure!("dsv_options", COptions: abi_version, device, bundle, table, notice, notice_data),
         structure!("dsv_strides", CStrides: batch, seq, head),

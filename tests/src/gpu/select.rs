@@ -257,7 +257,6 @@ fn run(gpu: &mut Gpu, case: &Case, spec: SelectSpec) -> Outcome {
     Ok(format!("  scores within {worst:.1e}"))
 }
 
-/// q_lr and k_lr, packed, of bf16 values.
 /// Words [G, ceil(N / 32)] with this share of the bits set; none of the last group's, and all of them in words past the last
 /// unit, which no kernel may look at. Empty for a share of 0.
 pub(super) fn kept_bits(share: f64, seed: u64, dims: &ListDims) -> Vec<u32> {
@@ -278,6 +277,7 @@ pub(super) fn kept_bits(share: f64, seed: u64, dims: &ListDims) -> Vec<u32> {
     bits
 }
 
+/// q_lr and k_lr, packed, of bf16 values.
 fn numbers(case: &Case, rank: usize) -> (Vec<f32>, Vec<f32>) {
     let heads = case.top_k.len();
     let mut rng = SplitMix64::new(case.seed);
