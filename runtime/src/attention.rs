@@ -9,6 +9,7 @@ use dsv_spec::params::{
     AttnFwdGather, AttnFwdViews, AttnSizes,
 };
 use dsv_spec::{Arch, AttnOp, AttnSpec, AttnTile, Deterministic, Dtype, KernelSpec, Lists, Problem, limits};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Where the tensors of one attention call lie. Those of the backward are not looked at for `attn_fwd`.
@@ -156,6 +157,11 @@ fn statistics_rows(p: &Problem) -> u64 {
 /// Whether the backward takes KV blocks in the order of their lists' lengths.
 fn ordered(p: &Problem) -> bool {
     !p.lists.is_dense() && !p.lists.is_gather()
+}
+
+/// Whether these kernels do: those of sm80 walk blocks as they come.
+fn walks_in_order(p: &Problem, kernels: &BackwardKernels) -> bool {
+    ordered(p) && kernels.main.spec().arch() == Arch::Sm90a
 }
 
 /// Byte offsets of the backward's workspace: f32 `lse_log2` and `delta` [B, H, seqlen_q_padded], where there are lists of KV
@@ -397,6 +403,15 @@ impl AttnPlan {
         self.backward.is_some() && !lists.is_dense() && !lists.is_gather()
     }
 
+    /// Where in the workspace a backward over lists leaves, i32 [B, Hkv, N], the KV blocks of every KV head, those that most groups
+    /// list first: the order in which they are walked. Bytes; `None` where there is no such order.
+    pub fn kv_order(&self) -> Option<Range<u64>> {
+        let p = &self.problem;
+        let kernels = self.backward.as_ref()?;
+        let bytes = 4 * p.batch as u64 * p.num_kv_heads as u64 * p.num_kv_blocks() as u64;
+        walks_in_order(p, kernels).then_some(self.workspace.order..self.workspace.order + bytes)
+    }
+
     /// Bytes of workspace the backward needs; 0 for `attn_fwd`.
     pub fn workspace_bytes(&self) -> u64 {
         if self.backward.is_some() { self.workspace.bytes } else { 0 }
@@ -530,7 +545,7 @@ impl AttnPlan {
         let row_tiles = [seqlen_q_padded(p) / limits::BWD_BLOCK_M as u32, p.num_heads, p.batch];
         stream.bind()?;
 
-        let ordered = ordered(p) && kernels.main.spec().arch() == Arch::Sm90a;
+        let ordered = walks_in_order(p, kernels);
         let kv_order = if ordered { args.workspace + self.workspace.order } else { 0 };
         let prep = AttnBwdPrep {
             o: layouts.out.view(args.out),

@@ -292,7 +292,14 @@ impl Call {
         // SAFETY: as above.
         unsafe { plan.backward(&gpu.stream, &args)? };
         gpu.wait()?;
-        workspace.read::<u8>(gpu)?;
+        let left = workspace.read::<u8>(gpu)?;
+        if let (Some(place), Some((offset, _))) = (plan.kv_order(), &self.key_lists) {
+            let order: Vec<i32> = left[place.start as usize..place.end as usize]
+                .chunks_exact(4)
+                .map(|x| i32::from_ne_bytes([x[0], x[1], x[2], x[3]]))
+                .collect();
+            longest_first(plan.problem(), &offset.read::<i32>(gpu)?, &order)?;
+        }
         Ok(grads)
     }
 
@@ -318,6 +325,36 @@ impl Call {
     fn flag(&self, gpu: &Gpu) -> Result<i32, super::Failure> {
         Ok(self.error_flag.read::<i32>(gpu)?[0])
     }
+}
+
+/// Whether `order` [B, Hkv, N] has every KV block once, those that most groups of the heads sharing a KV head list first, equal ones by
+/// their index.
+fn longest_first(p: &Problem, offset: &[i32], order: &[i32]) -> Result<(), super::Failure> {
+    let blocks = p.num_kv_blocks() as usize;
+    let shared = (p.num_heads / p.num_kv_heads) as usize;
+    for (kv_head, order) in order.chunks_exact(blocks).enumerate() {
+        // A faulty inverse may hold anything; the kernel's sums wrap too.
+        let lengths: Vec<i32> = (0..blocks)
+            .map(|block| {
+                (0..shared).fold(0i32, |sum, head| {
+                    let at = (kv_head * shared + head) * (blocks + 1) + block;
+                    sum.wrapping_add(offset[at + 1].wrapping_sub(offset[at]))
+                })
+            })
+            .collect();
+        let mut wanted: Vec<i32> = (0..blocks as i32).collect();
+        wanted.sort_by_key(|&block| (std::cmp::Reverse(lengths[block as usize]), block));
+        if order != wanted {
+            let at = order.iter().zip(&wanted).position(|(a, b)| a != b).unwrap_or(0);
+            return Err(format!(
+                "KV blocks of KV head {kv_head} are walked as {:?}..., by the lengths of their lists from place {at} on {:?}",
+                &order[at..blocks.min(at + 4)],
+                &wanted[at..blocks.min(at + 4)]
+            )
+            .into());
+        }
+    }
+    Ok(())
 }
 
 struct Grads {
