@@ -636,12 +636,20 @@ fn selected(head_dim: usize, query_group: usize, kv_block: usize) {
     let len = batch * seqlen * width;
     let low = batch * seqlen * 2 * heads * 16;
     let top_k = vec![most as i32, 1, most as i32 / 2];
+    // A unit of every group.
+    let words = blocks.div_ceil(32);
+    let mut keep_mask = vec![0i32; groups * words];
+    for group in 0..groups {
+        let unit = 7 * group % blocks;
+        keep_mask[group * words + unit / 32] |= 1 << (unit % 32);
+    }
     let inputs = [
         Input::Floats(0, noise(1, 3 * len, 1.5)),
         // Multiples of 1/8: sums of their products are exact in any order, so that both engines list the same units.
         Input::Floats(1, noise(2, low, 1.0).iter().map(|x| (8.0 * x).round() / 8.0).collect()),
         Input::Ints(2, top_k.clone()),
         Input::Floats(9, noise(3, len, 1.0)),
+        Input::Ints(11, keep_mask.clone()),
     ];
     let dims = Dims { heads, head_dim, dim: width, seqlen, lists: Some(list_shape), ..dims() };
     let mut pair = Pair::new(&dims, &inputs, |p| {
@@ -657,6 +665,7 @@ fn selected(head_dim: usize, query_group: usize, kv_block: usize) {
             p.f32("lse", batch * heads * seqlen),
             p.act("d_out", len),
             p.act("d_qkv", 3 * len),
+            p.i32("keep_mask", keep_mask.len()),
         ]
     });
     let lists = move |b: &[Buf]| Lists {
@@ -674,6 +683,7 @@ fn selected(head_dim: usize, query_group: usize, kv_block: usize) {
             top_k: b[2],
             rule: GroupRule::Centre,
             keep_own: true,
+            keep_mask: Some(b[11]),
             lists: lists(b),
         });
     });
@@ -748,6 +758,7 @@ fn selected(head_dim: usize, query_group: usize, kv_block: usize) {
         top_k,
         rule: GroupRule::Mean,
         keep_own: false,
+        keep_mask: None,
         lists: lists(&pair.gpu_bufs),
     };
     pair.gpu.kv_select(&args);
@@ -994,6 +1005,7 @@ fn model_shape(head_dim: usize, (query_group, kv_block): (usize, usize)) -> Mode
             rope: true,
             rule: GroupRule::Centre,
             keep_own: true,
+            keep_window: None,
             theta: 0.9,
             samples: 16,
             lists,
