@@ -16,8 +16,8 @@ use crate::watchdog::Watchdog;
 use dsv_compile::{CompileJob, Compiler, SpillList};
 use dsv_reference::lists::{KvInverse, KvListsBuf};
 use dsv_runtime::{
-    AttnPlan, BackwardKernels, FineArgs, FinePlan, FineProblem, Keep, Kernel, KeyLists, Layout, ListShape,
-    MemoryNeeded, Origin, QueryLists, SelectArgs, SelectPlan, SelectProblem, Stream,
+    AttnPlan, BackwardKernels, FineArgs, FineProblem, Keep, Kernel, KeyLists, Layout, ListShape,
+    MemoryNeeded, Origin, SelectProblem, Selection,
 };
 use dsv_spec::{
     Arch, AttnOp, AttnSpec, Budget, Deterministic, KernelSpec, Lists, Outcome, Problem, SCHEMA, SelectOp,
@@ -123,30 +123,6 @@ struct CaseData<'a> {
 impl CaseData<'_> {
     fn device_lists(&self) -> Option<&DeviceLists> {
         self.lists.as_ref().map(|l| &l.2)
-    }
-}
-
-/// A selection ready to be launched.
-enum Choice {
-    Rows(SelectPlan),
-    Fine(FinePlan),
-}
-
-impl Choice {
-    /// # Safety
-    /// Every address is device memory of the size and layout the plan was made for, until the work is done.
-    unsafe fn launch(&self, stream: &Stream, args: &FineArgs) -> Result<(), dsv_runtime::Error> {
-        match self {
-            Choice::Rows(plan) => {
-                let lists = QueryLists { q2k_index: args.q2k_index.unwrap_or(0), q2k_count: args.q2k_count };
-                let FineArgs { q_lr, k_lr, budget, scores, keep_mask, error_flag, .. } = *args;
-                let args = SelectArgs { q_lr, k_lr, top_k: budget, lists, scores, keep_mask, error_flag };
-                // SAFETY: the caller's promise.
-                unsafe { plan.select(stream, &args) }
-            }
-            // SAFETY: the caller's promise.
-            Choice::Fine(plan) => unsafe { plan.select(stream, args) },
-        }
     }
 }
 
@@ -1054,7 +1030,7 @@ impl<'a> Session<'a> {
     }
 
     /// The plan of a selection: `kv_select` as the runtime has it, `kv_select_fine` as it was compiled here.
-    fn choice(&self, case: &Case, spec: &SelectSpec) -> Result<Choice, Outcome> {
+    fn choice(&self, case: &Case, spec: &SelectSpec) -> Result<Selection, Outcome> {
         let layout = Layout::bshd(case.seqlen, case.num_heads, RANK as u32);
         let (query_group, kv_block, group_rule) = (spec.query_group(), spec.kv_block(), spec.group_rule());
         let Case { batch, num_heads, seqlen, max_selected, .. } = *case;
@@ -1072,7 +1048,7 @@ impl<'a> Session<'a> {
                 max_selected,
             };
             return match self.gpu.runtime.selection(&problem, layout, layout) {
-                Ok(plan) => Ok(Choice::Rows(plan)),
+                Ok(plan) => Ok(Selection::Blocks(plan)),
                 Err(e) => Err(Failure::from(e).into()),
             };
         }
@@ -1097,7 +1073,7 @@ impl<'a> Session<'a> {
             None => return Err(launch_failure("it was not compiled")),
         };
         match self.gpu.runtime.fine_selection_with(&problem, layout, layout, kernel) {
-            Ok(plan) => Ok(Choice::Fine(plan)),
+            Ok(plan) => Ok(Selection::Fine(plan)),
             Err(e) => Err(Failure::from(e).into()),
         }
     }
@@ -1158,7 +1134,7 @@ impl<'a> Session<'a> {
                 error_flag: gpu.flag(),
             };
             // SAFETY: the buffers were made for this problem, and outlive the wait that ends every step.
-            unsafe { choice.launch(&gpu.stream, &args) }
+            unsafe { choice.select(&gpu.stream, &args) }
         };
         let judge_lists = |gpu: &Gpu, scores: &[Vec<f32>]| -> Result<(), Failure> {
             let counts = count.read::<i32>(&gpu.stream, 0, shape.count_bytes() as usize / 4)?;

@@ -159,6 +159,11 @@ fn ordered(p: &Problem) -> bool {
     !p.lists.is_dense() && !p.lists.is_gather()
 }
 
+/// Bytes of that order, i32 [B, Hkv, N].
+fn order_bytes(p: &Problem) -> u64 {
+    4 * p.batch as u64 * p.num_kv_heads as u64 * p.num_kv_blocks() as u64
+}
+
 /// Whether these kernels do: those of sm80 walk blocks as they come.
 fn walks_in_order(p: &Problem, kernels: &BackwardKernels) -> bool {
     ordered(p) && kernels.main.spec().arch() == Arch::Sm90a
@@ -196,12 +201,7 @@ impl Workspace {
             AttnOp::BwdPost => (p.batch as u64 * p.num_heads as u64 * 4).next_multiple_of(256),
             _ => 0,
         };
-        let order_bytes = match ordered(p) {
-            true => {
-                (p.batch as u64 * p.num_kv_heads as u64 * p.num_kv_blocks() as u64 * 4).next_multiple_of(256)
-            }
-            false => 0,
-        };
+        let order_bytes = if ordered(p) { order_bytes(p).next_multiple_of(256) } else { 0 };
         let accumulator = 2 * statistics + order_bytes + clocks;
         Workspace {
             delta: statistics,
@@ -408,8 +408,8 @@ impl AttnPlan {
     pub fn kv_order(&self) -> Option<Range<u64>> {
         let p = &self.problem;
         let kernels = self.backward.as_ref()?;
-        let bytes = 4 * p.batch as u64 * p.num_kv_heads as u64 * p.num_kv_blocks() as u64;
-        walks_in_order(p, kernels).then_some(self.workspace.order..self.workspace.order + bytes)
+        let start = self.workspace.order;
+        walks_in_order(p, kernels).then_some(start..start + order_bytes(p))
     }
 
     /// Bytes of workspace the backward needs; 0 for `attn_fwd`.

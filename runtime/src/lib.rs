@@ -31,7 +31,7 @@ pub use nvml::Clocks;
 pub use optimizer::AdamWPlan;
 pub use registry::{KernelText, Registry};
 pub use report::{Notice, Report, silent};
-pub use select::{FineArgs, FinePlan, FineProblem};
+pub use select::{FineArgs, FinePlan, FineProblem, Selection};
 
 use dsv_spec::{
     Arch, AttnOp, Dtype, KernelSpec, ListOp, ListSpec, PointwiseOp, PointwiseSpec, Problem, space,

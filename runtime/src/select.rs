@@ -1,11 +1,11 @@
 //! Selecting KV lists of any granularity, down to single tokens: `kv_select_fine`.
 
-use crate::attention::aligned;
+use crate::attention::{QueryLists, aligned};
 use crate::device::Stream;
 use crate::error::Error;
 use crate::kernels::Kernel;
 use crate::layout::{ALIGN_BYTES, Extent, Layout};
-use crate::lists::{Keep, ListShape, low_rank_extent};
+use crate::lists::{Keep, ListShape, SelectArgs, SelectPlan, low_rank_extent};
 use dsv_spec::params::KvSelectFine;
 use dsv_spec::{BlockScore, Budget, GroupRule, KernelSpec, SelectOp};
 use std::sync::Arc;
@@ -237,5 +237,37 @@ impl FinePlan {
         let grid = [shape.num_groups.div_ceil(self.groups_per_cta), p.num_heads, p.batch];
         // SAFETY: the caller's promise; the parameters are those of kv_select_fine.
         unsafe { self.kernel.launch(stream, grid, self.kernel.max_smem_bytes(), &params) }
+    }
+}
+
+/// A selection by either kernel, asked in the same words.
+#[derive(Clone, Debug)]
+pub enum Selection {
+    /// `kv_select`: blocks of 64 tokens or more, whose scores lie in shared memory.
+    Blocks(SelectPlan),
+    /// `kv_select_fine`.
+    Fine(FinePlan),
+}
+
+impl Selection {
+    /// As [`SelectPlan::select`] or [`FinePlan::select`]. `kv_select` writes ids, and neither bits nor what was capped.
+    ///
+    /// # Safety
+    /// Every address is device memory of the size and layout the plan was made for, until the work is done.
+    ///
+    /// # Errors
+    /// A null or misaligned address, or what the driver answers.
+    pub unsafe fn select(&self, stream: &Stream, args: &FineArgs) -> Result<(), Error> {
+        match self {
+            Selection::Blocks(plan) => {
+                let lists = QueryLists { q2k_index: args.q2k_index.unwrap_or(0), q2k_count: args.q2k_count };
+                let FineArgs { q_lr, k_lr, budget, scores, keep_mask, error_flag, .. } = *args;
+                let args = SelectArgs { q_lr, k_lr, top_k: budget, lists, scores, keep_mask, error_flag };
+                // SAFETY: the caller's promise.
+                unsafe { plan.select(stream, &args) }
+            }
+            // SAFETY: the caller's promise.
+            Selection::Fine(plan) => unsafe { plan.select(stream, args) },
+        }
     }
 }

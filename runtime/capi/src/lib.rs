@@ -5,9 +5,9 @@
 
 use dsv_runtime::device::Stream;
 use dsv_runtime::{
-    AttnLayouts, AttnPlan, BwdArgs, FineArgs, FinePlan, FineProblem, FwdArgs, Keep, KeyLists, Layout,
-    ListPlan, ListShape, Notice, Options, QueryLists, Runtime, SelectArgs, SelectPlan, SelectProblem,
-    TableSource, decode_error_flag,
+    AttnLayouts, AttnPlan, BwdArgs, FineArgs, FineProblem, FwdArgs, Keep, KeyLists, Layout, ListPlan,
+    ListShape, Notice, Options, QueryLists, Runtime, SelectProblem, Selection, TableSource,
+    decode_error_flag,
 };
 use dsv_spec::{AttnOp, BlockScore, Budget, Deterministic, Dtype, GroupRule, Lists, Problem};
 use std::cell::RefCell;
@@ -43,11 +43,6 @@ pub struct CLists {
 }
 
 type RuntimeDevice = Arc<dsv_runtime::Device>;
-
-enum Selection {
-    Rows(SelectPlan),
-    Fine(FinePlan),
-}
 
 /// `dsv_options`
 #[repr(C)]
@@ -705,7 +700,7 @@ fn select_plan(
             max_selected,
         };
         return match runtime.selection(&blocks, q_lr, k_lr) {
-            Ok(plan) => Ok(Selection::Rows(plan)),
+            Ok(plan) => Ok(Selection::Blocks(plan)),
             // What the problem has wrong, or that there is no room: the other kernel for blocks is not always there.
             Err(first) => match runtime.fine_selection(&fine, q_lr, k_lr) {
                 Ok(plan) => Ok(Selection::Fine(plan)),
@@ -768,40 +763,20 @@ pub unsafe extern "C" fn dsv_select(
     answer(|| {
         // SAFETY: the caller's promise.
         let (selection, a) = unsafe { (read(selection, "selection")?, read(args, "args")?) };
+        let args = FineArgs {
+            q_lr: a.q_lr,
+            k_lr: a.k_lr,
+            budget: a.budget,
+            q2k_index: Some(a.q2k_index),
+            q2k_count: a.q2k_count,
+            bitmap: None,
+            scores: None,
+            keep_mask: some(a.keep_mask),
+            capped: None,
+            error_flag: a.error_flag,
+        };
         // SAFETY: the caller's promise.
-        let queue = unsafe { stream(&selection.runtime, queue) };
-        match &selection.plan {
-            Selection::Rows(plan) => {
-                let args = SelectArgs {
-                    q_lr: a.q_lr,
-                    k_lr: a.k_lr,
-                    top_k: a.budget,
-                    lists: QueryLists { q2k_index: a.q2k_index, q2k_count: a.q2k_count },
-                    scores: None,
-                    keep_mask: some(a.keep_mask),
-                    error_flag: a.error_flag,
-                };
-                // SAFETY: the caller's promise.
-                unsafe { plan.select(&queue, &args) }
-            }
-            Selection::Fine(plan) => {
-                let args = FineArgs {
-                    q_lr: a.q_lr,
-                    k_lr: a.k_lr,
-                    budget: a.budget,
-                    q2k_index: Some(a.q2k_index),
-                    q2k_count: a.q2k_count,
-                    bitmap: None,
-                    scores: None,
-                    keep_mask: some(a.keep_mask),
-                    capped: None,
-                    error_flag: a.error_flag,
-                };
-                // SAFETY: the caller's promise.
-                unsafe { plan.select(&queue, &args) }
-            }
-        }
-        .map_err(text)
+        unsafe { selection.plan.select(&stream(&selection.runtime, queue), &args) }.map_err(text)
     })
 }
 

@@ -16,9 +16,9 @@ use dsv_reference::layers::AdamWStep;
 use dsv_reference::layers::eight_bits::Numbers;
 use dsv_runtime::device::{Event, Graph, PinnedBuffer, Plain};
 use dsv_runtime::{
-    AttnLayouts, AttnPlan, BwdArgs, Device, DeviceBuffer, Dispatch, FineArgs, FinePlan, FineProblem, FwdArgs,
-    Keep, Kernel, KeyLists, Layout, ListPlan, MemoryNeeded, Options, QueryLists, Runtime, SelectArgs,
-    SelectPlan, SelectProblem, Stream, TableSource, decode_error_flag,
+    AttnLayouts, AttnPlan, BwdArgs, Device, DeviceBuffer, Dispatch, FineArgs, FineProblem, FwdArgs, Keep,
+    Kernel, KeyLists, Layout, ListPlan, MemoryNeeded, Options, QueryLists, Runtime, SelectProblem, Selection,
+    Stream, TableSource, decode_error_flag,
 };
 use dsv_spec::params;
 use dsv_spec::{
@@ -87,14 +87,6 @@ pub struct CudaEngine {
     deterministic: Deterministic,
     /// First error since the last sync.
     error: Option<EngineError>,
-}
-
-/// A selection of KV lists with its kernel.
-enum Selection {
-    /// Blocks of 64 tokens or more: a group's scores lie in shared memory.
-    Blocks(SelectPlan),
-    /// Single tokens and smaller blocks.
-    Fine(FinePlan),
 }
 
 /// Device memory left to what the driver and cublasLt load when kernels first run.
@@ -580,30 +572,20 @@ impl CudaEngine {
         let (q_lr, k_lr) = (self.act(args.q_lr.buf), self.act(args.k_lr.buf));
         let (top_k, error_flag) = (self.i32(args.top_k), self.flag());
         let keep_mask = args.keep_mask.map(|mask| self.i32(mask));
-        match &self.selections[at].1 {
-            // SAFETY: buffers of the arena with the plan's sizes and layouts.
-            Selection::Blocks(plan) => unsafe {
-                let args = SelectArgs { q_lr, k_lr, top_k, lists, scores: None, keep_mask, error_flag };
-                plan.select(&self.stream, &args)
-            },
-            // SAFETY: as above.
-            Selection::Fine(plan) => unsafe {
-                let launch = FineArgs {
-                    q_lr,
-                    k_lr,
-                    budget: top_k,
-                    q2k_index: Some(lists.q2k_index),
-                    q2k_count: lists.q2k_count,
-                    bitmap: None,
-                    scores: None,
-                    keep_mask,
-                    capped: None,
-                    error_flag,
-                };
-                plan.select(&self.stream, &launch)
-            },
-        }
-        .map_err(device_error)?;
+        let launch = FineArgs {
+            q_lr,
+            k_lr,
+            budget: top_k,
+            q2k_index: Some(lists.q2k_index),
+            q2k_count: lists.q2k_count,
+            bitmap: None,
+            scores: None,
+            keep_mask,
+            capped: None,
+            error_flag,
+        };
+        // SAFETY: buffers of the arena with the plan's sizes and layouts.
+        unsafe { self.selections[at].1.select(&self.stream, &launch) }.map_err(device_error)?;
         if let Some(to) = self.key_lists(&args.lists) {
             let at = self.list_plan(&args.lists.shape)?;
             // SAFETY: as above.
