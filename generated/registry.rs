@@ -39,14 +39,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "6e826abbcd6ce2d42468821ebfa51910ba02338082068de2fbf896cfbad41603",
+        source_hash: "7d8b2c3aceafb2f41c9d20b6702db90881916999bbfb5ee508eabf8abb6ffd12",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ff93f9e15da57b2ae37009782235af63925dff50c7363bb723e59d871abef01d",
+        source_hash: "40871fc5e4ef13c2e8a8301b9c9908d01fe2e90d5c9988db37a96e11939eef7d",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
@@ -60,28 +60,28 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9342de6012ab9ecf472e4cd1231a59602e4d9f06719a8b374a2082965591434d",
+        source_hash: "c658e016d4ec1bb76a934485d86e599380ea2fdec5e6951fc73384c42cf435cd",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e7be66c958050b70750f698400e441b94e7cda0800751cd1be9fb24b3cbecb13",
+        source_hash: "f8c5b683e279c31ecea4cf5e0e41a832ebefc6896ffe230738836ef985f7ab88",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "f31b032623709bb0e195239998f2da87879ecab1a1c3f9c54f1fbcf84cba6b4b",
+        source_hash: "c113558bf72adfb1be00bd0567a56f2aa2fc345ff1a9da904bd635593e1f7297",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "56e66b5932dafd3c5ed42dfc91acd208009bfbc89fa1ccc75830f8dcf5f1773b",
+        source_hash: "0e61cc8b43c0c3a345fb2e69b12ddba4afa5d65b003a6c59d07bb4585489de67",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
@@ -95,7 +95,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f35a2ee3ab1f40963d250dd08547bd2c27e2dff4e00626d5292d29159c036a2f",
+        source_hash: "d7cdea381f3c7f64eaf515bb52eb0339139313ee3b4fd80f89c19e43c2716e6e",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
@@ -130,14 +130,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1efe208ca0a51b4c0fabd5cbc21c464cf851b0d35fb41ff7fae021d3d30a7f4a",
+        source_hash: "32cb51eb988592ab97f03adfa0f6c8950f593f94f2989f553882ae7be1ef6370",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "844edc07c9410b64da7894b5feecdabd16da15c2888087cb15761c63dc63b14a",
+        source_hash: "54a969dd245c075912cbdb3a53cd10fd51a308aaa8051e3556da20a58c77cba9",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
@@ -151,63 +151,63 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9074d99fb3af5f63c479b3a7d68befdffc381085a0b885b4a1ae96cf964cd439",
+        source_hash: "b6e668a41bda14145e312643a4ae893b1eab8e7a8d886bf31f578cf85486f212",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "fd1a8e3c2bde1332c4adeca76517417478729ccd61e6efa261df4bd639a54455",
+        source_hash: "09172e03b2975e3dcabe766b497426f5b2e80cd95c8b1e6bb4aab80451c31d99",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "848beb5601aaf059ac8bfa79a1dc401395480be7462b400fe641ad499ebb936e",
+        source_hash: "d19fe902b6c7edbef530aea26a8b64077e172eb361fbfa6a942756cd525de647",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "0978fe79456ed3e290aed266eb055a6bde8c039e1ec20a502133222cd8448b2c",
+        source_hash: "6c4ce9ea599e75b79d49483dcd0363f0d119ec1054bf86cafd1d17649775d81a",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "94cd9db84d409da9dd3ac74aaf68d23c74e824404ab9d3b63094ae276ffa4df6",
+        source_hash: "acd378fda5200bef47daa2de8b53e7aab565e5cda35d84e29627b23d6e492f21",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "a193b683e7732804b53b23ddbac0f0cadd8a298658b97b083c716c6309cb52d0",
+        source_hash: "f89702e17154d91cbce1a4732f70af197dd24ef56b2e99395da434c1db6bc471",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "5f3471dad9650a939f02f34c63b2311823e1846d3e0ceae6aaca9efeb0296208",
+        source_hash: "6c71d3df9c4d652378429e56f260455d24000f78658783bd7a7e57d5b00aec1b",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5a2b15664d98d81f939612da4ac6a302e3555a016e5df71cab4c34db527069df",
+        source_hash: "e3396a04a70890d6b2a8601fb4290b922b34eebba9720180b1db656ade538268",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "6ca83ebb7f3fc0a57ad40790afab3b91d75fd7e28e354dd012b62c48268330f7",
+        source_hash: "652c1ef9b8f2e5eb18c926ea90fcb090a90c9a1aca3dc6eee3cd7e02ec21ad6d",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -221,14 +221,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1623fd53664459fc78ccc2ee9a2e39de38758dbe28b8ad4c45c0f75f0c0ae9ac",
+        source_hash: "99d89867fd982aef24f93feb1142ea2fe71f850bc04c36344e5d75b9c9736a52",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "6a7f6b2e4727faf706e53bf02927dfb16bcc6d81cbedfc3de23aaca9fe9badc0",
+        source_hash: "37856b0b0e621ce55206a1b059d734ce078031c6639226fe26cec9a02ed2f2ff",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -242,7 +242,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8b04cf9594786856636cb16f4092567764b954072343ebfbff7c354eb242baa2",
+        source_hash: "a04772c1cf06915d1aaf02097a564bb9a04873c436e87fdb437829efd134a8f4",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
@@ -270,7 +270,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f0da2b0721dff553c6ad1ab359198977b70d3f43aec349b5cd93369b1e669508",
+        source_hash: "4c13bb8b678e40f19fc1edd1eb2b735fa5bb6e8283570378094fb93c5eba134c",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -284,7 +284,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "a89aab5c1574e1bacfe6aa6f6f96afe9db55ca2161e6f7704d5a6273f0bb9bee",
+        source_hash: "02beaea20fe42d660419d857896fb020e53928bd25ae3f3b8c247166798ff936",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
@@ -298,42 +298,42 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "49d1ded96e748f854be193f366d2535b7e1bf7db15c7769385e7f59c69f4b4f9",
+        source_hash: "452ad94da05483d9218fa23cece1fefe4d566f149ca1c513067344e654eabd96",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "8812934d83f04de5a9fbe12e38b83e5278bfcad46bc3c1edb648f3d3acf7c331",
+        source_hash: "e796cb3b271ebabb91d24f144099227adf450af3f88c53eec4f801ca524c4e12",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "803ea90923597cf7d9092c7e3a9f45bf8f438a60cb72a0ab6fedf3d0933b4aa6",
+        source_hash: "8339b064950f5590959fb691b75de6863286a7c57637564d47cbeccbdd27cdf1",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5a39783c9fc795d9ecfa6d1db22e2ccfa40997d806e94f6b01692e0967e43402",
+        source_hash: "1223772bc79d396879049d82c5e8623292368bbd9dbe9a24d59457b673b2b06b",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "ad5b69bcb7266d3a84c18c8d85d6eaa3a6a8475acb6e29727e5d05d49c166c5a",
+        source_hash: "0de8d4e74206b0baf6de8b4fa8a53623536892c38a0232685d919d02b087f612",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "987d43b1751d278b56000654398948442e782b4a9c9e4aad113c31daf391def2",
+        source_hash: "2f648f1e3c2ccf32fc3fad2815540762c0294d5971bd5edfa1ded01d7305fc14",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
@@ -361,14 +361,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8da71d24cbbd90ed55552218c223c0d3bd936545ff71a740928ad8ee071b418e",
+        source_hash: "8a1fdc1f17a537166b94e9a2104dc13157ff93a067386a3721c2a699c56a4185",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "bd5cfb7eb79257d28c78b7f6c55b10b181a67de6fdd80da85f053d94413c7698",
+        source_hash: "77816c8b7879e4f9e81ea7a4b8ecb91b849a83bb00ee8e20d21a25e38792705d",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",

@@ -10,7 +10,7 @@ use dsv_codegen::spec::{
     SelectSpec, space,
 };
 use dsv_codegen::{HEADERS, build_bundle, committed_specs, render, source_hash};
-use dsv_compile::{Bundle, CompileJob, Compiled, Compiler, SpillList, oldest_driver, sass};
+use dsv_compile::{Bundle, CompileError, CompileJob, Compiled, Compiler, SpillList, oldest_driver, sass};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_path_buf()
@@ -100,7 +100,7 @@ fn launch_bounds_are_the_facts() {
 }
 
 #[test]
-fn attention_runs_on_the_tensor_cores_and_the_copy_engine() {
+fn machine_code_uses_tensor_cores_keeps_operands_and_no_local_memory() {
     for (spec, compiled) in compiled() {
         let counts = sass(&compiled.cubin).unwrap_or_else(|e| panic!("{e}"));
         let counts = &counts[&spec.name()];
@@ -113,6 +113,7 @@ fn attention_runs_on_the_tensor_cores_and_the_copy_engine() {
             };
             assert!(used.iter().all(|opcode| counts.count(opcode) > 0), "{}", spec.name());
         }
+        assert_eq!(counts.lost_operands(), [""; 0], "{}", spec.name());
         if spills().allowed(&spec.name()) == 0 {
             assert_eq!(
                 (counts.count("LDL"), counts.count("STL")),
@@ -202,11 +203,21 @@ fn assert_compile_without_spills(specs: Vec<KernelSpec>) {
         .iter()
         .map(|(name, source)| CompileJob { name, source, headers: HEADERS, arch: Arch::Sm90a.nvrtc() })
         .collect();
+    let sound = |compiled: &Compiled| {
+        compiled.check(&SpillList::none())?;
+        Ok(sass(&compiled.cubin)?.into_values().flat_map(|text| text.lost_operands().to_vec()).collect())
+    };
     let failed: Vec<String> = compiler()
         .compile_all(&jobs, 2, |_, _| {})
         .into_iter()
-        .filter_map(|result| result.and_then(|c| c.check(&SpillList::none()).map(|()| c)).err())
-        .map(|e| e.to_string())
+        .zip(&specs)
+        .flat_map(|(result, spec)| {
+            let found: Result<Vec<String>, CompileError> = result.and_then(|compiled| sound(&compiled));
+            found
+                .unwrap_or_else(|e| vec![e.to_string()])
+                .into_iter()
+                .map(|what| format!("{}: {what}", spec.name()))
+        })
         .collect();
     assert!(failed.is_empty(), "{}", failed.join("\n"));
 }

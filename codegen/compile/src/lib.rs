@@ -20,7 +20,7 @@ pub use bundle::{Bundle, BundleError, BundledKernel, write_bundle};
 pub use error::CompileError;
 pub use nvrtc::{NVDISASM_WHEEL, NVRTC_WHEEL, fetch_nvrtc, find_nvrtc, oldest_driver};
 pub use report::{ResourceReport, SpillList};
-pub use sass::{SassHistogram, find_nvdisasm, sass};
+pub use sass::{SassReport, find_nvdisasm, sass};
 
 use nvrtc::{Nvrtc, Product};
 

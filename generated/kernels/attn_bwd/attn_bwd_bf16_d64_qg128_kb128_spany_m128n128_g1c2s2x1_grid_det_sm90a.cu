@@ -87,13 +87,6 @@ constexpr bool kStatisticsEarly = kHalves == 1;
 // head_dim 96 what it needs is short of registers there (C7512).
 constexpr bool kSendAfterP = kHeadDim != 96;
 
-// Products of 64 queries with both operands in shared memory fill its port, 128 bytes a clock: K and V, which a CTA keeps, wait in
-// registers where there are enough (one too many is C7512).
-constexpr bool kRegistersForK = kHeadDim <= 64 || (kHeadDim <= 96 && kDeterministic && kConsumers > 1);
-constexpr bool kRegistersForV = kHeadDim <= 64 && (kDeterministic || kConsumers > 1);
-constexpr bool kKInRegisters = kHalves == 1 && !kByColumns && kRegistersForK;
-constexpr bool kVInRegisters = kHalves == 1 && !kByColumns && kRegistersForV;
-
 // Of a ring: the CTAs at a time of an H100 or H200 (where they are fewer, its clock is as much slower than they are), a CTA's tiles
 // between two ticks of the clock, and the groups it chooses from.
 constexpr int kWalkers = 132 * kCtasPerSm;
@@ -413,7 +406,6 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
         if (warp_leader) dsv::mbarrier_arrive(barrier);
     };
 
-    dsv::uint32 k[kHeadDim / 16][4], v[kHeadDim / 16][4];
     using Scores = float[kBlockM / 2];                 // S and P, or dP and dS, transposed
     using Operand = dsv::uint32[kBlockM / 16][4];      // P or dS
     using Statistic = float2[kBlockM / 8];             // LSE or delta of the thread's queries
@@ -423,20 +415,12 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
     };
     const auto issue_s = [&](Scores& s, int stage) {
         dsv::wgmma_fence();
-        if constexpr (kKInRegisters) {
-            dsv::gemm_rs_kk<Element, kBlockM, kHeadDim, kBlockM>(s, k, smem.q[stage]);
-        } else {
-            dsv::gemm_ss_kk<Element, kBlockM, kHeadDim, kBlockN, kBlockM>(s, smem.k + kv_row * dsv::kRowBytes, smem.q[stage]);
-        }
+        dsv::gemm_ss_kk<Element, kBlockM, kHeadDim, kBlockN, kBlockM>(s, smem.k + kv_row * dsv::kRowBytes, smem.q[stage]);
         dsv::wgmma_commit();
     };
     const auto issue_dp = [&](Scores& dp, int stage) {
         dsv::wgmma_fence();
-        if constexpr (kVInRegisters) {
-            dsv::gemm_rs_kk<Element, kBlockM, kHeadDim, kBlockM>(dp, v, smem.d_o[stage]);
-        } else {
-            dsv::gemm_ss_kk<Element, kBlockM, kHeadDim, kBlockN, kBlockM>(dp, smem.v + kv_row * dsv::kRowBytes, smem.d_o[stage]);
-        }
+        dsv::gemm_ss_kk<Element, kBlockM, kHeadDim, kBlockN, kBlockM>(dp, smem.v + kv_row * dsv::kRowBytes, smem.d_o[stage]);
         dsv::wgmma_commit();
     };
     const auto issue_dv = [&](const Operand& p_operand, int stage) {
@@ -527,8 +511,6 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem, in
     };
 
     dsv::mbarrier_wait(&smem.full_kv, 0);
-    if constexpr (kKInRegisters) dsv::load_fragment<kHeadDim, kBlockN>(k, smem.k, kv_row);
-    if constexpr (kVInRegisters) dsv::load_fragment<kHeadDim, kBlockN>(v, smem.v, kv_row);
     dsv::RingState<kStages> ring;
     // The query tile of the ring's stage once its Q is there; -1 after the last.
     const auto await_tile = [&] {
