@@ -77,13 +77,6 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "c113558bf72adfb1be00bd0567a56f2aa2fc345ff1a9da904bd635593e1f7297",
     },
     Kernel {
-        name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a.cu"
-        ),
-        source_hash: "0e61cc8b43c0c3a345fb2e69b12ddba4afa5d65b003a6c59d07bb4585489de67",
-    },
-    Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
@@ -714,6 +707,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "f7fd181711db13348b1ba657016ff386a0808a34d3f1d84af7544532fe658ff7",
     },
     Kernel {
+        name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "f84f1c876c4ab89899bb29cb15dd3ff0bde897270a6a7344c2697b945f2170fb",
+    },
+    Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a.cu"
@@ -749,13 +749,6 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "b35ba9e5f94911b08724c9c9de63b9f933b301494f73d851cdf835e6af6a3ee0",
     },
     Kernel {
-        name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "29381a51326b6e9b9d13a83bf10117b02ad6fda2feebaf6de5da2673f7682339",
-    },
-    Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
@@ -768,6 +761,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
         source_hash: "f824865bf336e7b50fbcdc39104789f556524a53f0a415d91fd8b7b5beda2f40",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "e4df1d821442f314f5ae4fefb04da1515e74dddd86ec6714f88f599884fdca95",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",

@@ -273,6 +273,8 @@ pub const FULL_HEAD_DIMS: [u16; 2] = [128, 64];
 pub const FEW_LENGTHS: [u32; 2] = [32768, 4096];
 /// Sparsities of [`FEW_LENGTHS`].
 pub const FEW_SPARSITIES: [u8; 2] = [50, 90];
+/// (length, heads, sparsity) of the longest random lists of a full run: a head is far larger than L2 there, and other kernels win.
+pub const LONGEST: (u32, u32, u8) = (131_072, 4, 90);
 
 impl Plan {
     /// The cases of `--quick` or of a full run; `only` keeps those whose label or step holds every one of its words.
@@ -308,6 +310,14 @@ impl Plan {
             for head_dim in space::SHIPPED_HEAD_DIMS.into_iter().filter(|d| !FULL_HEAD_DIMS.contains(d)) {
                 let heads = if head_dim > 128 { heads / 2 } else { heads };
                 add(head_dim, heads, seqlen, &[ListKind::Random], &FEW_SPARSITIES);
+            }
+        }
+        if !quick {
+            let (seqlen, heads, sparsity) = LONGEST;
+            let keep = 1.0 - sparsity as f64 / 100.0;
+            for head_dim in FULL_HEAD_DIMS {
+                let lists = |size| Case::sparse(head_dim, heads, seqlen, size, keep, ListKind::Random);
+                cases.extend(space::SHIPPED_BLOCK_SIZES.map(lists));
             }
         }
         let mut plan = Plan {
@@ -665,7 +675,7 @@ mod tests {
         let backwards = |of: &dyn Fn(u16) -> bool| {
             full.iter().filter(|c| c.step == Step::Backward && of(c.case.head_dim)).count()
         };
-        assert_eq!(backwards(&|d| FULL_HEAD_DIMS.contains(&d)), 5 * 2 * (1 + 2 * 2 * 4));
+        assert_eq!(backwards(&|d| FULL_HEAD_DIMS.contains(&d)), 2 * (5 * (1 + 2 * 2 * 4) + 2));
         assert_eq!(backwards(&|d| [96, 256].contains(&d)), 2 * 2 * (1 + 2 * 2));
         assert!(full.iter().all(|c| !c.specs.is_empty()));
         assert!(full.iter().all(|c| c.case.head_dim != 256 || c.case.num_heads == 8));

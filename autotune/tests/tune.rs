@@ -370,8 +370,8 @@ fn the_report_holds_everything_and_needs_nothing() {
     ] {
         assert!(page.contains(words), "the report lacks: {words}");
     }
-    // Five lengths x two ops, one plot over length, two of crossovers.
-    assert_eq!(page.matches("<svg").count(), 5 * 2 + 1 + 2);
+    // Six lengths x two ops, one plot over length, two of crossovers.
+    assert_eq!(page.matches("<svg").count(), 6 * 2 + 1 + 2);
     assert!(
         !page.contains("http-equiv") && !page.contains("<script") && !page.contains("src="),
         "self-contained"

@@ -1,7 +1,7 @@
-// attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a
+// attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a
 // Generated from templates/kernels/attn_fwd.cu.tera by dsv-codegen: do not edit, change the template or the spec.
 // attn_fwd, bf16, head_dim 64, query_group 64, kv_block 64, any sparsity, deterministic, sm90a;
-// block_m 64, block_n 128, groups per CTA 1, consumers 1, stages 2, cluster 1, schedule grid
+// block_m 64, block_n 64, groups per CTA 1, consumers 1, stages 3, cluster 1, schedule grid
 
 // out = softmax(scale * Q K^T) V over the keys a query group lists (all keys when kQueryGroup is 0), and
 // LSE = ln sum exp(scale * Q K^T): online softmax, m the running row maximum, l the running row sum.
@@ -26,15 +26,15 @@ constexpr int kHeadDim = 64;
 constexpr int kQueryGroup = 64;  // tokens sharing one list; 0 = dense
 constexpr int kKvBlock = 64;        // tokens of one listed unit; 0 = dense
 constexpr int kBlockM = 64;
-constexpr int kBlockN = 128;
+constexpr int kBlockN = 64;
 constexpr int kGroups = 1;        // neighbouring query groups, more than one over their merged lists
 constexpr int kConsumers = 1;  // warpgroups of 64 query rows
-constexpr int kStages = 2;
+constexpr int kStages = 3;
 constexpr int kThreads = 256;
-constexpr int kCtasPerSm = 2;
-constexpr int kConsumerRegisters = 232;  // 0: left as compiled
+constexpr int kCtasPerSm = 3;
+constexpr int kConsumerRegisters = 136;  // 0: left as compiled
 constexpr int kProducerRegisters = 24;
-constexpr int kSmemBytes = 75776;
+constexpr int kSmemBytes = 59392;
 constexpr int kParamsBytes = 640;
 // END CONFIG
 
@@ -486,7 +486,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
 }
 
 // Grid: (ceil(seqlen_q / kBlockM), H, B), tiles of a head adjacent so that its K and V stay in L2.
-extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_fwd_bf16_d64_qg64_kb64_spany_m64n128_g1c1s2x1_grid_det_sm90a(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a(const __grid_constant__ Params p) {
     // Swizzle atoms are 1024 bytes; a driver that aligned shared memory less would have to be told from here.
     extern __shared__ __align__(1024) dsv::uint8 raw[];
     if (dsv::smem_address(raw) % 1024 != 0) __trap();
