@@ -17,1177 +17,1177 @@ pub static KERNELS: &[Kernel] = &[
     Kernel {
         name: "adamw_8bit_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw_8bit/adamw_8bit_bf16_d0_v4_sm90a.cu"),
-        source_hash: "6790bbc4b371a1fbb34799d30f7f98a51712db0b6f6398c23b7e877da8058931",
+        source_hash: "1d02115cf923f4ed48fd6f939589d8b09cdaa58fa62e456c8f24c918c358fb9d",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm80",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm80.cu"),
-        source_hash: "ea40e11910fac5f1c7f236f3e17cb8c618056c93c420a199031784dfafd2109b",
+        source_hash: "abd86e41e7c62d2cc3c1fba1ca468fe345cd1811cc63a67640112b7753799937",
     },
     Kernel {
         name: "adamw_bf16_d0_v4_sm90a",
         source: include_str!("kernels/adamw/adamw_bf16_d0_v4_sm90a.cu"),
-        source_hash: "adad51da8a2be9ad58a7ad2d8ca99d32eba5af51ccec27c64a4e792c6e9267f5",
+        source_hash: "5e1a11d5f2a4edfbf0b4c3445661dc05bd5e59e1377c6d64f9933e423e5acc63",
     },
     Kernel {
         name: "add_rows_bf16_d0_v8_sm90a",
         source: include_str!("kernels/add_rows/add_rows_bf16_d0_v8_sm90a.cu"),
-        source_hash: "468c0ff83990c46e3b8897a9ac9afd45511e5bd53aa946c652be9f5924a6048b",
+        source_hash: "6a28de2ce1139ee4311da4a02986eb2485999e77e4d0dacb7463453884ec84b9",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7d8b2c3aceafb2f41c9d20b6702db90881916999bbfb5ee508eabf8abb6ffd12",
+        source_hash: "a25b426446b36a6e80d23ab39579ba0052eb6d60cc1ef2a26b4454a316d6a5f9",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "40871fc5e4ef13c2e8a8301b9c9908d01fe2e90d5c9988db37a96e11939eef7d",
+        source_hash: "2dbb697a6e7bebc176e8f2d56b6abc3b5f65e81a48dad2ae05f2a60b6e043c46",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "c0d37d0e2a574681df0156efa3ce13b348020075740d3cfcebcd4ba7308b8c4f",
+        source_hash: "a46ceeae8817031c90a145fefec22584c532c9bb2f6cd091a9660e6e6f7f160f",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c658e016d4ec1bb76a934485d86e599380ea2fdec5e6951fc73384c42cf435cd",
+        source_hash: "be03d6e1be4e5452ad1354663dd5d950d4cd100dcf0d58ce237a7e39090f33f4",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f8c5b683e279c31ecea4cf5e0e41a832ebefc6896ffe230738836ef985f7ab88",
+        source_hash: "bfe8947b696e1a880f81a9195602a16792fca51f9ea46727e9d56ed6b6d1ad3a",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "c113558bf72adfb1be00bd0567a56f2aa2fc345ff1a9da904bd635593e1f7297",
+        source_hash: "1e3a3c47ae92d79ffdc39bfd126feea7816dd3cb3e4527acc046962ecc45d331",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "7293058f177d3de9654fc5a9af637c2f27e6f481eb9d83f75f4b591ef58d46cc",
+        source_hash: "c3d63e470f513388ae0293d329091b8fddd614a3683377ce654d927eb151a94f",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d7cdea381f3c7f64eaf515bb52eb0339139313ee3b4fd80f89c19e43c2716e6e",
+        source_hash: "962c7a821f63f6fa5f164108da80f1ec0d396804723c913d8c9a234e693d308f",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "cfe056490106b82581de41e1be7f8a15a7498f638cd9fdd385a7b2ff742b2f83",
+        source_hash: "599b6b6b6a575996e30d25a81990a7aa730a25a9a110a678b52d2c8afe3e2c94",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "768662854bdfb6ccd01431f9afdf8797d1d62e57ca4f7e5dae810ca4edc329f1",
+        source_hash: "39a9fdaad9513bb11ab3a1e0c46af81f483d76c99e9ded439352bb523ef0854e",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "e131fa641920fae785d760747846297b3f989a07f9cbd7a77b534de905f9895d",
+        source_hash: "ea97137633e5e023edaade19dc30db33c6876333f973fdbec1bda28e8abc94b6",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "eeaa3cb1214326c1531a1330c0af96e9641aca169a1663e9fb14d2d26c67c364",
+        source_hash: "9f5e94b136e2fe2036a9f52f023ff88974173c862d1f27062fdcf5f2a34b959e",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "32cb51eb988592ab97f03adfa0f6c8950f593f94f2989f553882ae7be1ef6370",
+        source_hash: "66ad213bf8b4c8bb001a65a39a81d0c0350fb19a41dded1fd39ce252e7b42dd0",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "54a969dd245c075912cbdb3a53cd10fd51a308aaa8051e3556da20a58c77cba9",
+        source_hash: "281043174389056ee1926a8558dd45de7ba21c34234ad675fb5a42ff83e03bf2",
     },
     Kernel {
         name: "attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "20049edec2fbf060a8c5f41248ab11bacb51c7debec0d67f95e07c5e48e2a6d9",
+        source_hash: "f2e5320f75fbcc95e5abd23c626467d4b1b2a96f2fa1a8c0a99d6a299fabe801",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b6e668a41bda14145e312643a4ae893b1eab8e7a8d886bf31f578cf85486f212",
+        source_hash: "7a52d50eef17c01d0f9aec18f7f6f17304864fba2c1d8408fff513dd044608a1",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg0_kb0_sp0_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "09172e03b2975e3dcabe766b497426f5b2e80cd95c8b1e6bb4aab80451c31d99",
+        source_hash: "ce138e99801a0da1b006270536fc1f2749b709b58aefdebadeea6b7e02bd6f32",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "d19fe902b6c7edbef530aea26a8b64077e172eb361fbfa6a942756cd525de647",
+        source_hash: "07e5c9e03382aa3a5bb118ec23d30c1287179bc2e7f1318473ca2c506b711471",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg128_kb128_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "6c4ce9ea599e75b79d49483dcd0363f0d119ec1054bf86cafd1d17649775d81a",
+        source_hash: "3fa6fb4efbf7bf99d4f6bc167625c8039549a6546535e899b28844c5d8a5727e",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "acd378fda5200bef47daa2de8b53e7aab565e5cda35d84e29627b23d6e492f21",
+        source_hash: "5b511316d8d6bee51070c501d922ce3b88e88beb5af262e34493fbd6fd9dcb20",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "f89702e17154d91cbce1a4732f70af197dd24ef56b2e99395da434c1db6bc471",
+        source_hash: "6343267a816ac29cdea9f38509acfbb6eab1e5f0173ead0809a7e3c26a4a0f44",
     },
     Kernel {
         name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a.cu"
         ),
-        source_hash: "6c71d3df9c4d652378429e56f260455d24000f78658783bd7a7e57d5b00aec1b",
+        source_hash: "124bdc31f9db2b15a30b5731c5a43d025c8aa62de548774e6475d674d5348c0f",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e3396a04a70890d6b2a8601fb4290b922b34eebba9720180b1db656ade538268",
+        source_hash: "c86cd0da39ee9cb115da7b9e2dc6ae6d069ab050b11b5d33067b9f944396adf9",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "652c1ef9b8f2e5eb18c926ea90fcb090a90c9a1aca3dc6eee3cd7e02ec21ad6d",
+        source_hash: "38a827365b29e3de5a8dbcc6625c49bc96bf14d54dcd02ad40e5f7faab5197f9",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "4b83dcab29dd0f6cbb6246479c2a439bda2dae89ba1bed24ef4793a9b6042a20",
+        source_hash: "b103ab8685aff7f3a8d02f66fa26eb3646c1af5db188bcc68024745b19d1eced",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "99d89867fd982aef24f93feb1142ea2fe71f850bc04c36344e5d75b9c9736a52",
+        source_hash: "c0566277994f435b3e71483f9b113324de6c2663121385b4ee1b9ed8851f57e9",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "37856b0b0e621ce55206a1b059d734ce078031c6639226fe26cec9a02ed2f2ff",
+        source_hash: "0ed854a943f90971549bc511add3dd2d0bceac7eef23c3e0927284d342ba23d6",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "110728151983475c1f656416dda58ad2f20b2b7669559d7c313b86af75d3f860",
+        source_hash: "c8b9a9b155ba2a50ac1598422f95476fd4ee50c3605eb85ad6d15c2a5c5adcfb",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "a04772c1cf06915d1aaf02097a564bb9a04873c436e87fdb437829efd134a8f4",
+        source_hash: "5d8a89643b5bf29fbbf900c2fb398247f1992a209a0037d03b453155724f3a6f",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "46e671d2901beed15be28a3e25d835dfc4e439269bd5ea1fbf164f7cc3387434",
+        source_hash: "1af6a29f7c6f940b426a1528f197f087da9537a8cee46be9d7f37909d9a21df7",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "133afcc50e0796eef6f15bf9d7f8e049d0a5c404b20d9debae4076137fe43377",
+        source_hash: "34a04584e49c8fca39e10127929230deb6eff2ab453daeec3368e37ced6d9622",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "b206221039d8d6a96325be19d1ee44d03b93743511e094129da0080b4834bf15",
+        source_hash: "bcc394939032859d1af85e4ada8c26e38816d2e38747ce69a0858961fcd1bf4f",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4c13bb8b678e40f19fc1edd1eb2b735fa5bb6e8283570378094fb93c5eba134c",
+        source_hash: "c4dc98afbec01902900411a82130a01fc50fa4b4f9911ead5234086eb7bb0311",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm80.cu"
         ),
-        source_hash: "c324dd416a3f543871bdaeebe828b4d1020136ce822f4be44242c261f8120f48",
+        source_hash: "3ae3026500d0f90966228d97f7c8ef8e0f7a4b3f74381ace86c178f1f0d2b64e",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "02beaea20fe42d660419d857896fb020e53928bd25ae3f3b8c247166798ff936",
+        source_hash: "7876686be308e082a4e6cf98b1411bec6dc82bb8e28a41f137e73b498eac2923",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "303d09df296e614c2e6780675e4d9109ee7dca1dd7b6175387e3dad84baf5af2",
+        source_hash: "aaa0ca2fc595c0f12e94551efe84621a25691af9c7edab7174bcc3ba2f438d1c",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "452ad94da05483d9218fa23cece1fefe4d566f149ca1c513067344e654eabd96",
+        source_hash: "22adf3f9d12a1d9e74f55c83b758c50262563ff90b849c927cd0dd84e92ffc53",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "e796cb3b271ebabb91d24f144099227adf450af3f88c53eec4f801ca524c4e12",
+        source_hash: "fdf41d531e38ed10c59982ee19ddab3c2b4323f31c1cbbf2c4fef0f125844b19",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg0_kb0_sp0_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8339b064950f5590959fb691b75de6863286a7c57637564d47cbeccbdd27cdf1",
+        source_hash: "f7e156fb54195156548d39e6b93dfce3e9c77f9f109672736366e57fd1cd3209",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1223772bc79d396879049d82c5e8623292368bbd9dbe9a24d59457b673b2b06b",
+        source_hash: "92895a4ea2b09936162dc523620bc8e8e7ea8f3dd1175ae1ecb21913c3a54fdf",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "0de8d4e74206b0baf6de8b4fa8a53623536892c38a0232685d919d02b087f612",
+        source_hash: "720cfa89e7059be011d55760115a6399aa62314d8caf41dfcd7c14c1b0b6330e",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2f648f1e3c2ccf32fc3fad2815540762c0294d5971bd5edfa1ded01d7305fc14",
+        source_hash: "f023906550f537314d74e45c76d71427786acbcaa623114895dd91d4d2721084",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "a5ad27e00d563e393941cbcdbc809a4bf32b141ecd5d1be14d860f07aaabc08b",
+        source_hash: "03fde4801098d41a091be086f37df4d2e56ddd5517a72b80d2494e85f7343f57",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "633fd0c96bde0fa1fa2a149d8355e89f6c01574393dd756da0f5cb9bc1447cef",
+        source_hash: "4707361e9ae5ce6a57317dab36175b4f40708d9ad570d9362c56cc4f0fc43577",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "a6eeb598930b1fbe4274adeb06fbeb61b9e218f702c1778d64fbd38dc7eff5ab",
+        source_hash: "150abf97bf00c7b1f54a764b29055c753087d4220dabdf7d788d5e3e6023b5dc",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8a1fdc1f17a537166b94e9a2104dc13157ff93a067386a3721c2a699c56a4185",
+        source_hash: "2608f7e2830e1e20152e88eb1f8b981d33c958100f4442cb3d231edcc2dfcfc4",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "77816c8b7879e4f9e81ea7a4b8ecb91b849a83bb00ee8e20d21a25e38792705d",
+        source_hash: "26eaa1a56465ccaf3f755472e2fda4167c19d1752935fd6404747f59528661d1",
     },
     Kernel {
         name: "attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
-        source_hash: "40e7f870326898647bb6b34dd890ae3e88502a5ceeb812196e1c9da41f506eba",
+        source_hash: "e149cb2bc373c5b0aded2af4bd0d9776a97d1bb57bba7ea0f57010be88411d13",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e56e05fae8be592c73e99ccab6f13cbe646c59abb5d0a2c3e1e0452d2d830d30",
+        source_hash: "e9a5387f52ed0580f96b4831174f00769947c4e7c8e18405fdf10c713e1ee3f8",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "339dc7e4169fc360c09da76fdf5ac81adb88762631e20419e375b8a2e305b8b5",
+        source_hash: "c0bb093ce280d59a26b86579611eb9fb785bb8b5b4bb1c59ce8f6939b0bcb7af",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5ab56ec0d56dab444e3d20ce07aebb4a185459c49836d2f68d3ee6648e5c8555",
+        source_hash: "b64288317ac2ee550402dafe20f57114b7e1aad522ce8b4a1c79988cb16993cd",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg0_kb0_sp0_m128n32_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5486df1e6a3e9b78152b8be1fe8489784e629dfd488ba773971354f08a9ac161",
+        source_hash: "bc27e550993870f953fbacb0355f29bf01503f611ba8a01b2ef6b4911ce97a6b",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg128_kb128_spany_m128n32_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ebe5f6fd65e52d3d6f39dc481819902be342cbe42546eb5b19bfb148ae393bee",
+        source_hash: "9f1644701cb7c5fa27aee36dd214d4d8fd711b3826b28c5373aedafb972b5e98",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d256_qg64_kb64_spany_m64n32_g1c1s4x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bf10324e9752ba8ab34f7d84b13982e754e79629ec85e1708820a6673ef36a55",
+        source_hash: "aa11be2846a62bac097687572f8419612d059c15636d5774273fa26ef862d73c",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0eeb6abd5d2922b372a8b5149226677d4a905a1c16a0c1abd8080cd0ea99605f",
+        source_hash: "64e1350de7286de2bbd0a4b228977e8e1518a50aac1566a9d674a86ca16055f4",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "835ffec3cedb1ccb59bf58109bda49d3c15d7dcf89880cf78dcb06050293b89b",
+        source_hash: "a4224fb68bf328cd82e17aa0d5868af4a1e66490931df9f92cd69d4c5672a713",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "082214c1276edf77656569e73ebbbad269a23f12dc3a4722a87a3eadbe2b0bf8",
+        source_hash: "96a24f246475dd02cd48cd21aa36be700e3f0e9f489f51a3fdd23c396fa86c0b",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg0_kb0_sp0_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8131c85cd297801886b7f19373939c0e13f1c4c31fc8d35b4033de02d8861e79",
+        source_hash: "bd587868e9c3a24329e7743486304d7aa886dbc8dfb428bdc43fca721be7ae15",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg128_kb128_spany_m128n64_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ea3c551363ec8912b1f3379ac6db32999e97b781bebb30c36eeb1c594442d940",
+        source_hash: "ab1d58bc8d057ee8eef7dc6796e483f3713d24223d06f14c672bfd6fb509376d",
     },
     Kernel {
         name: "attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_dq/attn_bwd_dq_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8a3a31ca304d136cc4992109372dfcfe3227d2ff20e655930ac52c600ef561ee",
+        source_hash: "973473586a7c626bde09d02615936768dc42357df9fc6203b8afe23b2f4779f4",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "eb58df8feeb2d356cf73719d9618412b31fbef17e21696cedb23828cdfb8c468",
+        source_hash: "97cc043ab5708964c64454fd3eca336100e069fa7ab56b0f97b516a7cc309320",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "744e2ed1f4fb98fba889b3b00c0deafa45e73595985e808b9b4d053ef6e43002",
+        source_hash: "4634958e179090ca292c41e5a0018182f402324911401277f5cf55c21b5da143",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1c65efc9c12ae1161dd5adbb88b34b17ea529a80c3808b559f139a8813665f15",
+        source_hash: "61939d36d38059a55e0ba5a5ddd194b2075d49bed11d9fc138b58b27bf2d5c34",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "77016534c60a3ebf6c23d27b6de0e70d1eab960f9ea0481230d164c14f442ea8",
+        source_hash: "276b0a1fa6aa4d6d2f63285477275e409c0bc285334dfc5cf3114c292c3983a2",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "beb4badc5d1485332b5948cf1bf9d0840ac9b08c636d3ac36cfd1ff41f91016c",
+        source_hash: "9bc9bff652b6ca09650c7c0d7b8f4b0b202a8096998afd0861b56130ead91184",
     },
     Kernel {
         name: "attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post/attn_bwd_post_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "2025aa54a582ba60f583bd602419a3530f4648287c3851e3457abf3dff1cae02",
+        source_hash: "0a9c01a3235b0efc1dffc7fe4e4e92a30e0b0c4f6f1e73d2fcd47e1b48d8add1",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1bc8eedbb787e1a2453af06259fdc65b81a4623fb24df7656eebef065fde13d1",
+        source_hash: "a46909d170437eb39d7cc57f8074de1876d9ba0ef438bb172cebd0cf82fbde89",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "55d5590087788944844cba0dfcf0fb229f02fd164205334426c237a0c730df17",
+        source_hash: "33d4309d08b221fb8e149988e7caa3d42c930620b39ca1151880149a87fed3c0",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "045bab6c9b6275bde52cd8a39c1dfb0d55f882665f9afe8ab24d26bd2ca0e8f6",
+        source_hash: "e448107b973bf57b5f16255503631b1b90f406c9a521b93d3659e72f45f89aea",
     },
     Kernel {
         name: "attn_bwd_post_kv_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_post_kv/attn_bwd_post_kv_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0ef62b7e1125548d9dd7373c60f55010e42781e06365ce51c2b33a5ddba97402",
+        source_hash: "245639c0dbf4c27c34507ba22a6c0baadb14a551ef62b0838952d3a38e33fed4",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "9a96eab4d179d67b1b8c47d6a0c2c89d32003c529d935390c8f3f558e0ae873e",
+        source_hash: "6e18312fc7fb6fccf28120ec3cbe603210fc1b22e845816bf4da7cf98919001a",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d128_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "233152f3f734b73411d09a6ac3848d149280b062ffe8e988737cd6b82f08c4f4",
+        source_hash: "89ca5c2e7a291b300240c839afb68b92bc4e3a9601240e2337be395204d86e0e",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d256_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9911e88d397b9abb7384df54bba8835b8eb7f5e204d0920e80fb9154ade65812",
+        source_hash: "fb7e34cad692c87da4c001c5cbc0751c39beb84969eadc07acb3b18e596640bb",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm80.cu"
         ),
-        source_hash: "1db3328bebc1ed9d09ed713f665f65cdb05145b1d6067184c2bc6a5a40f749ea",
+        source_hash: "39b1ef34c868e6a0dd5e992bebda822faf72d6203ec49576b4e4a51a1fe455c5",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d64_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c08975d3acfd35ab9cdcba306813b51006208f2b018eb904bd9523aab6df677e",
+        source_hash: "3666891238d238686c6d1b2b8c15c51f4ba5622fdc40dc5e51a7614633238124",
     },
     Kernel {
         name: "attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd_prep/attn_bwd_prep_bf16_d96_qg0_kb0_sp0_m64n0_g1c1s0x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ea64c0a177cb65386291bdce96616096fddb572dd27c441ef0fc8bdf176198e7",
+        source_hash: "d9271d8a8c635cd9544ec9e726b2159434618f0679b3ee85021512208e1202a6",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "551a5ac81a923c8bc669ebd45b9e6c970a47712e6c2e6ed13684c5efd7192bf6",
+        source_hash: "21302b5cbc647107d80cdb4d68c572bfbf6247fb36da815634029ec8083beace",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e5900fff5cca4f0650c5f8b46b24deda60f1be3125dad96a9be66103954f33ef",
+        source_hash: "63872ac5432758ee8ec858865ef0376d03a7585daacf6bf81f54e63f1e8c7557",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "84e832b8428403a4158fb3ffa702ab07f391a776fc4dd4c9e4937e5cc70daea2",
+        source_hash: "5103a478aefcc8ba1563caf5abad88aff50f4f3bb25d358285c9174a2cf2f297",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f8c4f2bd82eeee6590db77e993e65acc4fbe6370fd51bea319edf1792ba8718d",
+        source_hash: "bc44a7918406b3dd25eb30b8c888ec057022eb9af732dfcc311560586348e20b",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80.cu"
         ),
-        source_hash: "101d77b018cf8eaaa8f62c43128dc812f80ba464d022f3df33b75f5b1770edf2",
+        source_hash: "7417adc1f319c6846cd5b1e8cdacdf237d6a39a8299416168983bb4504f98f2d",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "1497bba64b113acc5ee1968367823cac189693ad44f9c2d66cf86f9527663c96",
+        source_hash: "b9a4dfe706c7e3ed2d3ae04f689085c80c83f15de04ffeb4989acb248e652139",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "638a7b45f0b639aa185d49031a51f2c86cf0a7421f7e09ae42aeceb6b90c30c1",
+        source_hash: "41458c5f55b80b17391cd8c182fa33b1ca13e524bda49a4a118f69338c3e2cf4",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "ceb8aebae8784e3bf7eb482303d812db232c6f04153ebe9fbaf43734ae2442d0",
+        source_hash: "437e54e363a4cdab9ba56702e6d20751d1e64861ccd963d5c55e2edbc5311504",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "cf3b5cd3973ba977686ba3595a1c8366a0799796b8295ec089443931e2578e1c",
+        source_hash: "b628469d8efbd4b78f9a95c8402f6f91d546389afd4d725304b1a7c1246a7ac3",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "063587e182bc88f56c7bb937a028ae4331a783ef006618e0da12e852c927962f",
+        source_hash: "bd355b6bba1e08d39d36cf5b260cf069ae92d6180ca67b1c0074631608b1535b",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c9e7eb0a22c459fb3e373fbf0d01b3d6ff8ba592d6122f14e2064a3230966a61",
+        source_hash: "2eac8106f7416b0c0887629052128ae4a522a79e31ed399d92e233906c1a0c63",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "74855a0cda06c7a07eb61ef3fe8d4bc89eaaeac75592e5db34a1104de6ec1c79",
+        source_hash: "4eaa71fffa467c6c1de777ad0fd2319edb1ae0d2bfe665b1b6e406235362e041",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "9b7b9b5ffd8442198197cfd793d370dec742cd18437bedadad64829fbc449f99",
+        source_hash: "73d2d2481348c8e472b0234a5b412e84e022deaa7252f5d62f9b2fb20d5602b1",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "faa5455ff2da7cffbcd1cfc4a6d6fcaa610e4fc142a4fda785935d6f54be182b",
+        source_hash: "7942102bb0f17705e08f1f280f78df7b10e291716b30954c3e45f68f4bcd64cc",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "dd27fcacf54da91d574a01e1af2467365ae8c951fe555893b8e8b71969787eb6",
+        source_hash: "8e07d748790ccbae9e8234cd75b2aa74a969743b8cdc78675cf3815fd4da7e93",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "0ad6f17137f9546451b50fd5fb7af0056ec61fa0e8b284bb2937ce6fc8a43e12",
+        source_hash: "c96eed5a7cb3807645ce792bed82bcae3e59dac31cb9fcde1c477e459cffa54c",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "b9ebf10b78cdd46bc725e3f714eecd9039d24edbdaf7d1b9dd7835eb1c9ae732",
+        source_hash: "abda89c2d6c9a03f1005d72b4228df164346940b2543e4b3244cf9b3b5d42303",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5a58e33e20be817560adc553cd43e3e0f730baf02606609ab7f4a3dca462a2ff",
+        source_hash: "98ac03a9293bcd0091499aa5ac259075c9f725bfe78816585356a3fcf7e304e6",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f983f64fd4231b2e213a28c21254643d5bd39a41e4be7589d6a0856e95fa1751",
+        source_hash: "4392fe643dc864c03324bd1a1a51dd7609a93375ec3cf8509db0ad1f2f26cb4b",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "f7fd181711db13348b1ba657016ff386a0808a34d3f1d84af7544532fe658ff7",
+        source_hash: "99e6c88195459ca6053dc3fd3a1123b3d92963411cb9ffc0b7e1e8edf9e370c5",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f84f1c876c4ab89899bb29cb15dd3ff0bde897270a6a7344c2697b945f2170fb",
+        source_hash: "72e5f249f99f47f0263d2623d394bdd755d607f129ffba417cfb8512967ca13c",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "7905614e42af2c2eff8f4e5dc886a77b359fb6af0fd026af173ee0062da00759",
+        source_hash: "53b54b1d4579ef75ee2449f2314670edc7e791c49aaf311b5621cacd01a09282",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "3b0f4030e35c1f46ca5b2f688acae4c9970f6ea0102434a55c3a32351cae1942",
+        source_hash: "b54ed88b944247fa487eb168d8143614381f9730dcb4d23a403a584083ed5960",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e349248e3d8362c0f25206edaafc0f8c41386811beb76c6598585ef746d31002",
+        source_hash: "1656e4df996c1ec100724b8f0175a10d8d750ab423df26c1592916bb0dbb41a6",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "360282dff4ae1806cac4a671b07f2a010953c84bebbc40c367d758f147c006f3",
+        source_hash: "deb8d5f19b641747a95d0c6a28c46b0407dccd10f566df2cb2b13d9dda386489",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b35ba9e5f94911b08724c9c9de63b9f933b301494f73d851cdf835e6af6a3ee0",
+        source_hash: "1a9912355d6a1272e1985ada04aeca42d9a3db8b4ddcc59509a9519c087228d3",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
         ),
-        source_hash: "6012e7e183cb4026b01a26efcb4253a557e80356081dc2820c34896dce9a0ce9",
+        source_hash: "2537999a244ddade7003d99ff26f5167ccebb6c989b69eb91656fe41cd9bc098",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f824865bf336e7b50fbcdc39104789f556524a53f0a415d91fd8b7b5beda2f40",
+        source_hash: "fb8766401499a4a17515ac80e814f41a8140dd5bb586d78f70980af22a57db35",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e4df1d821442f314f5ae4fefb04da1515e74dddd86ec6714f88f599884fdca95",
+        source_hash: "807dad5e320195db3de94f765e8942b19b496dbf3227d93ab408d137ab8f06e1",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "e1f07befdebeed6fb36ad5aef32f3d690519eb7913c4d87d4b970a9957e526f8",
+        source_hash: "22fbbecd5f9da03475e2d7f1d781c364dc2276235c2822f1b335e34c0dc3327b",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "51204b0581ae22ec0f33af8188bac544702446f5ce0722fd237513a52d13e782",
+        source_hash: "aa581e05fef35616eed8e20865321da48380e20ad6188e14a3ea61fbbea50181",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "81dfa94c93fc3020a6ed4373f225750ab64e7f2ba4fcad0eba2724dd256568ed",
+        source_hash: "168b018519ce2fa534500edefc31fad4e669b891599a55e18b167a194be730f8",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "fdf2aa26966a745273b2654baec497d44c8b7e2064915d4e02bc2a0d037569c0",
+        source_hash: "96c92ecee360f988137bba99dbded408bdf4cc88e64cebec7271c578b26d6e1f",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4b4c4b00a722491b62744bd0f1a53e8b28c9f1d484fc1cd0053667f17985c96f",
+        source_hash: "af64a5636937dccb682a93db2b55d49c77331608c3b54d6db3a46e1ce9f7bc50",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb8_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "f755c595a19e29f2ac85c25fdbd6a0a337682a096897ce8d46172d1635413caa",
+        source_hash: "bd78904c82fbafcec1ebfc767357194623a9798a648e3989e6c33f4facfae789",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "5c08b1327878b74d5dcd8e1efb3485351f97bdb5ce3746a5bdeac019fb25530e",
+        source_hash: "3a61d194532a8165264a33311de4ce2fd51ac6a9631d8e40ee244ce3f5434976",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4a36e5daffbb6c02ba5bb0c91057f2c57358776227996992b3734444bca8f870",
+        source_hash: "80d34ab973df59707511ad325df82dadc146f2c1fab27985c381fda47fef1301",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "02ecd1a2317cc038430e1ea98039a7d95f5b8c6d7be1c60a1b6c23c0e9657606",
+        source_hash: "86ab2832089f4a2c3fbaeded117a748566d7e3c91d8ed644ec670a26e9c6eb56",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "58841668aeda176aa9ce826e881e9f35d3f4f37cc7a4929717d0d3fdc569e2ce",
+        source_hash: "1604b281bd409fee86df2a4b10d4ccbad3c7b3399953bf8894f3a8f5635ac43d",
     },
     Kernel {
         name: "axpy_bf16_d0_v8_sm90a",
         source: include_str!("kernels/axpy/axpy_bf16_d0_v8_sm90a.cu"),
-        source_hash: "57e3f169d287a2679997e05faf5ca6f0d6bceacd75b09efcf15c30271642d48a",
+        source_hash: "426509198de84814403d80c3eb19058df5fa2e94acbaf310ed2b57f80a0969a7",
     },
     Kernel {
         name: "cast_bf16_d0_v8_sm90a",
         source: include_str!("kernels/cast/cast_bf16_d0_v8_sm90a.cu"),
-        source_hash: "e75aa64922ed151df1f7dc30695e311bd03b47ec6faf6a9a424c60cfa6afb4a0",
+        source_hash: "7c537b7475bd3359b06d360ecec7334812af77e5c8fcf27a466530935bc1c583",
     },
     Kernel {
         name: "ema_f32_d0_v8_sm90a",
         source: include_str!("kernels/ema/ema_f32_d0_v8_sm90a.cu"),
-        source_hash: "696894130e83eabdf58593f415b1d87c77931930cb9aad770e11ff949c2320fc",
+        source_hash: "7f4e175321cdf3e9013273852f8c34a81ccc5ccec3cb2f73151cd91960e75f46",
     },
     Kernel {
         name: "flow_loss_bf16_d0_v8_sm90a",
         source: include_str!("kernels/flow_loss/flow_loss_bf16_d0_v8_sm90a.cu"),
-        source_hash: "08fdef0e76c0e4867943e6860b5d4927c9570848b5dae54820d1946eb1a46486",
+        source_hash: "f62beb698ff6da7f31365b165a934b6513c857258ef3916a6ddc6489b4b11db2",
     },
     Kernel {
         name: "flow_prepare_bf16_d0_v1_sm90a",
         source: include_str!("kernels/flow_prepare/flow_prepare_bf16_d0_v1_sm90a.cu"),
-        source_hash: "1f388bb0eb63cba4fa1e91495b3f828cce146e29a4f918da286c881229bacaa4",
+        source_hash: "12e4b1011845f81624558ee9503454b90de302c94058dcfc1f966851b9c69414",
     },
     Kernel {
         name: "gate_grad_bf16_d0_v8_sm90a",
         source: include_str!("kernels/gate_grad/gate_grad_bf16_d0_v8_sm90a.cu"),
-        source_hash: "6769c2529a281c9440325d40078cc19d5d55eed04cfe82ec0b4a3b52897fc2d5",
+        source_hash: "8f37431d3b6a52559fd12e8c0735935fda6f83ef69f37d761f1b1eebe31ee80c",
     },
     Kernel {
         name: "gate_weight_bf16_d0_v8_sm90a",
         source: include_str!("kernels/gate_weight/gate_weight_bf16_d0_v8_sm90a.cu"),
-        source_hash: "8899d660857fcf8013ce71cc454f66c76654962b44855af777f69b4a29a1769a",
+        source_hash: "282afeeaa1b084c1285a7a25b199756b6e08373a3593898fe6c8f3219fb4fe8d",
     },
     Kernel {
         name: "grad_clip_f32_d0_v1_sm90a",
         source: include_str!("kernels/grad_clip/grad_clip_f32_d0_v1_sm90a.cu"),
-        source_hash: "c2c8be480cd25584aae71a16b830544bfecd9f13c635a2baeff98862da0e566e",
+        source_hash: "82a14dafbd5ae34df1b06eb3a102289f21810a3c6a587d85e82955caeae95ca4",
     },
     Kernel {
         name: "grad_norm_f32_d0_v8_sm90a",
         source: include_str!("kernels/grad_norm/grad_norm_f32_d0_v8_sm90a.cu"),
-        source_hash: "bfc66e1c92103274c8171b1dac71329a7d2da812f3302dee10432818dd9b1265",
+        source_hash: "9af71e9ab42f10d8460b133d729a48691a41bbd4f6c888525062e26ef8e1b7c0",
     },
     Kernel {
         name: "gram_key_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "6f47aa2a1c47d4fce0c247ea1e971c426d91d313ee82d61aba53d8c68a1b4f3f",
+        source_hash: "e994fb7daa7d81740eb353467c5449ee23e04049bdfe6cabd1fb8cb39e8cda61",
     },
     Kernel {
         name: "gram_key_bf16_d256_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d256_r16_v1_sm90a.cu"),
-        source_hash: "565f562209fd12f3061646500a43865ad41649674116edf4de25accc81018cdd",
+        source_hash: "db1402a89d0226152f6a7347f898c5bc62a34eb7d4ca9403be44ad1d639dae60",
     },
     Kernel {
         name: "gram_key_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "5b65fbc4cb6527f73c5c3523c2bca9388b024d7ed90d8bd29ac5cf11edded5fd",
+        source_hash: "35398f6a6c1e3ffd1a51e9376df4e106078cde3dc00a4ae17c17ee05def4c9c3",
     },
     Kernel {
         name: "gram_key_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_key/gram_key_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "78f21983ff14898e682e102ced95dc4685cd4851c66d7eb597ba5b0d916093e4",
+        source_hash: "2b8252f10582129aaa1b215ae18bc884e71ec891c086674b651068dafcb73ed9",
     },
     Kernel {
         name: "gram_query_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "99294e846b24ce8e9aa34c3b14154337da31f25e7d33f3fce246a830b640c8b3",
+        source_hash: "858432f924ffa1766d5e0105f399ff0e73ec2b681b9b6ddcd7d1ca4e376d6ca2",
     },
     Kernel {
         name: "gram_query_bf16_d256_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d256_r16_v1_sm90a.cu"),
-        source_hash: "38d311d89cea31e68359404714ed58ce85e639385e54cf5ce219a1df43643fbe",
+        source_hash: "e3b0379f195d9b8430fbc2772674a73fc5aab308c117a5e36d2e6dede2706a3b",
     },
     Kernel {
         name: "gram_query_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "24c889877627b746bfe17e1d8b4fc9c981aa3244cc1547895f257ef006c4e378",
+        source_hash: "e1bbcaf6b12911f35fac9fcdf0c4eb9a701d9404f781ff2891eaed93cc440a60",
     },
     Kernel {
         name: "gram_query_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_query/gram_query_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "726f3844c69970306a2fbccd63427db6c740a6b607e205c398c9f2edbfdeb948",
+        source_hash: "a8722dd744ae08ca6fa0fee97f48c27a8f069e9945ec25f0a583fa49655f8692",
     },
     Kernel {
         name: "gram_sums_bf16_d128_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d128_r16_v1_sm90a.cu"),
-        source_hash: "bd83485272c600d5bfb0ce7f4b5829a00dc2e933c7fcdbf0b5076512aefee511",
+        source_hash: "e18fd2c24ef34ef103196655e206b4e728b1a634cc3cb2166d186e8ce2412f29",
     },
     Kernel {
         name: "gram_sums_bf16_d256_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d256_r16_v1_sm90a.cu"),
-        source_hash: "1e7428a3ff01a0d7297110dc39bc3b54763da4eb7e651e070860e0d23a875906",
+        source_hash: "c7630b71607cb18c9d547e1adba97e29759151dd16d9613376a1216dfa537a15",
     },
     Kernel {
         name: "gram_sums_bf16_d64_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d64_r16_v1_sm90a.cu"),
-        source_hash: "e49c6b376dd7b28fc6e064db56bbf97bf8fb99adfa031a98a991bfe719ff74a2",
+        source_hash: "096d514bdaba2aacb7aec1e520b53abc45c1e8a348dac68a9f30a6c8aa2d3a07",
     },
     Kernel {
         name: "gram_sums_bf16_d96_r16_v1_sm90a",
         source: include_str!("kernels/gram_sums/gram_sums_bf16_d96_r16_v1_sm90a.cu"),
-        source_hash: "cda99d8639326c6aeda430b96a2d61e271721fd2881a91dece156242ada2a1cc",
+        source_hash: "80b19e2504ac29627225ee6b9ead200aa79ff69afbc0e40ed01ff6be551e562d",
     },
     Kernel {
         name: "kv_invert_sm80",
         source: include_str!("kernels/kv_invert/kv_invert_sm80.cu"),
-        source_hash: "23612d34ed0578734875437d817ae46a74a5c678f1f03cfae5b549daeb51056b",
+        source_hash: "b715e2c99be67a8b62e829934ab66dd1e010cf59c9ce9a98329c4eaf7482d29f",
     },
     Kernel {
         name: "kv_invert_sm90a",
         source: include_str!("kernels/kv_invert/kv_invert_sm90a.cu"),
-        source_hash: "7793c62b20420f3d86a392fa33c00b71ab093008c027fdc4cf16509a2564bf7c",
+        source_hash: "531c78d34b7ca44d3c82d70d73780424266c5128228fced06c8123839caac746",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "1015547c4494931ec97b8474e5ec9ae0d5593f1d0a6bd63a4eb4852abeb48f34",
+        source_hash: "a24f3c272f70483ddd6044bd65fa242103653912d3a8e6c2f132ddb5ca33a833",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "a062fb7ca42304a650ef59e17448061f51e7080a2a1a86e1fbea7032cceb0b24",
+        source_hash: "8eab350ba13f37413b776d3c8e2ff09591b07eb32e7dd45249b1dea839b4596b",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "17fab490ebfcb6923655b6978511c78997f04179b16e5c80e7f94337213b56b2",
+        source_hash: "a06ca3bd224db82fc70963733b866147c3f80c12bbacf242e9949f6a693aa614",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg128_kb128_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "7b6cd7fd16c039ae0800ebde9ed241a98fcd9efe00d2c85259f8db5685df7932",
+        source_hash: "354fdd5de80387633abb2c4564bb6f46c89e48b3f625f6f76826039cbd860e55",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm80.cu"
         ),
-        source_hash: "8a116d11510702bd9cd9f0a35fb61fcbd26350ffa1b3631637425effd731d1d4",
+        source_hash: "bfd6b5ced4ad3b955be44c811b91e963a16c864576d87f926a782ab9297f5039",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_centre_max_g16w8_sm90a.cu"
         ),
-        source_hash: "9292b3cfaf750f64e9a9e87718b069b0b840691dae9b69bd0d9376672c9c8bab",
+        source_hash: "50d8e0f96ad93e1504d6741eb63058607ac7680da50bf5b713ff732d6f220209",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm80.cu"
         ),
-        source_hash: "04cc740bcb4b225f7612e70130ef51e47920dd7d70eb409fdbf64fec9bd9c50a",
+        source_hash: "a2d4e39b91e6b4a9903f68188fb67067652375e96bbe3a067b70bb364dbb7294",
     },
     Kernel {
         name: "kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a",
         source: include_str!(
             "kernels/kv_select/kv_select_bf16_r16_qg64_kb64_mean_max_g16w8_sm90a.cu"
         ),
-        source_hash: "4dd2fded18999839299533721620be8341b0032d463929d6c4bb69f83a30cf8b",
+        source_hash: "6a0d29a841d62f5b32fbd9f491a456013a945fcbef89c8a030390bb8a7b935e0",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "3921fbe015c2f70b60114794d9bf01a0a641187aea808dd3c51f6a69e9386010",
+        source_hash: "35ced0ca1eacf1360fc8f43bcdfc24ef6600d2b353fd68fa644ed36c619d34af",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "a4945268af4ea49c7edaadc6342b7a71783ce365c10b6bb84da0fba4676d294b",
+        source_hash: "ef48337b4845875b939bd11c2db350bb796e3fb6b611f007b9b2ec81a26c43c2",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "b5feb24c4d602390462b80d2723145e92388394d708edd19584f4b105fb7a06c",
+        source_hash: "67bbc94d05e404e1d6cf25a8943c48841d9436c83e239049e1081d72a042a344",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "aa5f551b1a8a79f4e9fa66ecb034b04972f2b10a9ec59f5b8b05896da4e83e4f",
+        source_hash: "ce5b00ada5e2a81fadfa39e4a102c4eb312d393399cea6ad62bc015e66592891",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg128_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "b7092f86cfbed1cdcc3744e4d826bfe56136b3bd91280a851f707ff41a2d24f2",
+        source_hash: "9f8a35250954bdf727a144cc430a0d39e1a551a7b85d39d3c24386f544c4101b",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "bd3cdf9960d5375608e81cacb9250357822de467eefa773a7f7ec9979320b043",
+        source_hash: "c3c6661cd610ea43102141e5eda2f3c46fd5d7752a60a9f8d76c152ae73303c8",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb1_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "9bfc96d647896039f0572f68fb9bc7926a48d7f66a613bbd4e2ea46e2b168072",
+        source_hash: "273dac5e62a733f868f1dd4c45547ae295d28a060377b2f960e067f6bca5d611",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "5e10f776d76b3f14c6d56811b8aad9ed0db7d1d9254bdc6d534a84cb45240963",
+        source_hash: "2eb723bc79a923c1b84b10e88c7c810e112a5db52ec695b6930840e38aa46b79",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_centre_max_topp_g64w16_sm90a.cu"
         ),
-        source_hash: "0f9f6f04adf617e2f601307b61712eba8867fc75d899f998d9b32068ea5a4760",
+        source_hash: "2df54c8771b02ada6ab429b28b9b025bb9a899cd8dc745c00b2d8011173651ce",
     },
     Kernel {
         name: "kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a",
         source: include_str!(
             "kernels/kv_select_fine/kv_select_fine_bf16_r16_qg64_kb8_mean_max_topk_g64w16_sm90a.cu"
         ),
-        source_hash: "0554a0d0a46e20656e6e963fe847b2c4f933a6eab7ce900e733f4adfdfb95318",
+        source_hash: "8cd55c183070597eefd730c25550ec4aeff949ad688b272b0d3f8d1280e85da3",
     },
     Kernel {
         name: "kv_validate_sm80",
         source: include_str!("kernels/kv_validate/kv_validate_sm80.cu"),
-        source_hash: "74a81e9cf32ae4ab538d3befe18c13a3e3dd601a8bfe6800f0043f9f469cbf5b",
+        source_hash: "23b633a1cf6c1114fec222518fb514bcc4423f31d6791a549a08660153040469",
     },
     Kernel {
         name: "kv_validate_sm90a",
         source: include_str!("kernels/kv_validate/kv_validate_sm90a.cu"),
-        source_hash: "b496c59ee337a17e1ba3264758b1d370c8b86c7f6f329a1212862880d45096ec",
+        source_hash: "2849c1525b725898e33eaaab815133a721e93d0777f997dda8d4c97c4c35eb34",
     },
     Kernel {
         name: "mlp_act_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_bwd/mlp_act_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "25b31e1a21ed6f101d30c44dadf2be54b84c5e0e81067575f1f9dce72e4c62ff",
+        source_hash: "14bfcc8d913758578e9b6f2c1e438df14990330667f4b67ba1eda109e4d510b4",
     },
     Kernel {
         name: "mlp_act_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/mlp_act_fwd/mlp_act_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "40bad3735ed78e17ceee32d84dcc133045a68bf09ee7a7b5c90b2d0be0173900",
+        source_hash: "f1d9fed56774b749e0e38f93c37bbdfe946c5495a68bffef9845d8eea083a5e8",
     },
     Kernel {
         name: "norm_mod_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_bwd/norm_mod_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "032839b63122ac82e460267a193b14861c0378fe8d153f76e07d6e3eeb023f32",
+        source_hash: "dec178ddf6bd95fd5781230951047023f84d3cdc4fc08dd9b2d5878d3cfc7fdd",
     },
     Kernel {
         name: "norm_mod_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/norm_mod_fwd/norm_mod_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "9c545068d59b7af7c70cf85c23b0958f229439509ab9a714399276d29e8188fa",
+        source_hash: "f677cb8ae090c352c76accf94b0f63ac89fba3b5a2f059001612728361479e27",
     },
     Kernel {
         name: "normal_f32_d0_v1_sm90a",
         source: include_str!("kernels/normal/normal_f32_d0_v1_sm90a.cu"),
-        source_hash: "59910846e5a748afd4e46c4ffde95ad002a56798e48131a7d47c0e5193415bda",
+        source_hash: "93cfad4473365e2bb136c11a6cef6b414ae39d7e70d70770d3cb9f1a7f5575c6",
     },
     Kernel {
         name: "profile_bf16_d128_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d128_v1_sm90a.cu"),
-        source_hash: "e0c307dcccdb4c0fcff69ff588d88ab8ab8f8c7b04421a18b972690cdf9ba0cb",
+        source_hash: "cf66262bf310d71c0af469e2369ce7c4bea8ce288a057f9bee62e43c3850c16e",
     },
     Kernel {
         name: "profile_bf16_d256_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d256_v1_sm90a.cu"),
-        source_hash: "903bde922da2dfd8ce2d9c7ebfe6907984d33498913497c617c33edf75078f26",
+        source_hash: "e7787c786685927de166a3cc221b3fa6b09a68aabc18bd8ac30b410c18631c34",
     },
     Kernel {
         name: "profile_bf16_d64_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d64_v1_sm90a.cu"),
-        source_hash: "32033e74d6ad36dbd39e8986d6e1b0c2e1678eb0cf12382fe5fb8f0367384d40",
+        source_hash: "39af6ba141a973e94d76bdb5569adb214d5e422cadfb303a0d814290b9317303",
     },
     Kernel {
         name: "profile_bf16_d96_v1_sm90a",
         source: include_str!("kernels/profile/profile_bf16_d96_v1_sm90a.cu"),
-        source_hash: "aa1ea6f348ec7dfffbb951d3e3b9dee05cc1060e3f9ecb404ea585a0d4ecbfc4",
+        source_hash: "77cf413da2ea88d12da83c3aa561511fca113cb89c93d0a136aed49a6b2cf3b4",
     },
     Kernel {
         name: "qk_prep_bwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_bwd/qk_prep_bwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "ac288df19c0869c9de325d142ffedaa958e0288b5b9e7b12453ec709935daf96",
+        source_hash: "445226762848838759ad623ecb0d492ee7700b78633dd127b6b43acf44caa7e0",
     },
     Kernel {
         name: "qk_prep_fwd_bf16_d0_v1_sm90a",
         source: include_str!("kernels/qk_prep_fwd/qk_prep_fwd_bf16_d0_v1_sm90a.cu"),
-        source_hash: "d92a9ced75b94946ccda659d9fc223cdd86581a62bb3666af974ef1735d2ce56",
+        source_hash: "918938bf6c30e3ce4251d87552e8da7e066e608129f06d3c878b38f52ade60e4",
     },
     Kernel {
         name: "rope_bf16_d0_v1_sm90a",
         source: include_str!("kernels/rope/rope_bf16_d0_v1_sm90a.cu"),
-        source_hash: "395554246ab727aae81f2f78bae4a2281c59a1e26b39b008cfa97bbd5aae7df7",
+        source_hash: "059d15557e2c8908df146154cdccc1d75269ab285bcf538785cf67ae2411cc55",
     },
     Kernel {
         name: "silu_bwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_bwd/silu_bwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "5d78992fa12e8ff1d6709e691e456cce1a29ea40248cb94bae93be998d5f172c",
+        source_hash: "4bdceb97f2888d9b40e622be75839495567d8221ae6c1218061ba9d525f24b66",
     },
     Kernel {
         name: "silu_fwd_bf16_d0_v8_sm90a",
         source: include_str!("kernels/silu_fwd/silu_fwd_bf16_d0_v8_sm90a.cu"),
-        source_hash: "f5fe9f3c30faf07ef02f26ec327d89cb974c3519773385710986bef17e20cefb",
+        source_hash: "cb4f452b48f1eabf6b49223b5cb3490ffbd32826e0be2bd6f970e8f51e9751d0",
     },
     Kernel {
         name: "sum_rows_bf16_d0_v4_sm90a",
         source: include_str!("kernels/sum_rows/sum_rows_bf16_d0_v4_sm90a.cu"),
-        source_hash: "44050b694f210412929334f791c2e860be30a612fea27cdcc9c71cacfaf19d51",
+        source_hash: "dd60cbd6cb872e4ea326b344c86155a17f39579c24c0cfd9932959061a49a15e",
     },
     Kernel {
         name: "text_select_bwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_bwd/text_select_bwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "57df6458d929e867d15898e7a709f1003e80dae4fb838fa6f9643f7a0c04e5d5",
+        source_hash: "b436f04f6ba56e434f4ffc8065d8f2a139179ca1043b72b7004d9b1460c3013b",
     },
     Kernel {
         name: "text_select_fwd_bf16_d0_v8_sm90a",
         source: include_str!(
             "kernels/text_select_fwd/text_select_fwd_bf16_d0_v8_sm90a.cu"
         ),
-        source_hash: "23ac851ec80b9e09d4a998abaea694fb2f9c2a62bdf5b399e50ee7d451812883",
+        source_hash: "17abb9bc7c41fee3d9e49d61e64d7f213f911e425074df6b33310b19c41213b1",
     },
     Kernel {
         name: "time_embed_bf16_d0_v1_sm90a",
         source: include_str!("kernels/time_embed/time_embed_bf16_d0_v1_sm90a.cu"),
-        source_hash: "4f9e25f54ce78f9fbf22c8cc17e6cee861cfe7e45b682c6c28508d3e078be182",
+        source_hash: "41e72560864a6e76cc2205af80926f4996d7eb9ced7ed37b100a91384885ed21",
     },
     Kernel {
         name: "unpatchify_f32_d0_v1_sm90a",
         source: include_str!("kernels/unpatchify/unpatchify_f32_d0_v1_sm90a.cu"),
-        source_hash: "391c658f3699735e0c1b08129e671be82b1001b1322ca8317e9519222412bba0",
+        source_hash: "06d51b63ee9ec8649478fa1711b3385f04cb9b5ed8c22131740fd44e907a224c",
     },
 ];
 

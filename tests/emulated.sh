@@ -34,9 +34,10 @@ all=target/emulated/all chosen=target/emulated/chosen
 find generated/kernels -name '*.cu' -printf '%f\n' | sed 's/\.cu$//' | sort >target/emulated/shipped
 # Masses too small or too large for f32 by themselves; no kernel of this rule is shipped.
 extremes='^kv_select_fine/(drift|one_giant)/.*_mass4_'
-# Ranks that no shipped kernel has.
+# A head_dim and ranks that no shipped kernel has.
+dims='^attn_(fwd|bwd|bwd_dq)/dims_no_multiple-d80-(dense|random).*_(m128n128_g1c2s2|m64n128_g1c2s2|m64n64_g1c1s2|m128n64_g1c2s3)x1_grid_'
 ranks='^kv_select(_fine)?/(typical|nan_key)/.*_r(32|48|64)_'
-awk -v cases="$cases" -v others="$extremes|$ranks" -F/ '
+awk -v cases="$cases" -v others="$extremes|$dims|$ranks" -F/ '
     NR == FNR { shipped[$0]; next }
     $0 ~ others || $0 ~ cases && ($NF in shipped || $1 == "faults" || $1 == "kv_lists" || $1 == "predictor" || $1 == "profile" || $1 == "flow_prepare" || $1 == "adamw_8bit")
 ' target/emulated/shipped "$all" >"$chosen"

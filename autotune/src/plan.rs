@@ -690,8 +690,8 @@ mod tests {
         assert!(plan.cases.iter().all(|c| c.label().starts_with("d128 h16 s32768 qg128 kb128 sp90")));
         let plan = Plan::tune(Mode::Full, Some("d96 s32768 dense")).unwrap();
         assert_eq!(plan.cases, [Case::dense(96, 16, 32768)]);
-        let error = Plan::tune(Mode::Quick, Some("d80")).unwrap_err().to_string();
-        assert!(error.contains("--only 'd80'") && error.contains("allowed:"), "{error}");
+        let error = Plan::tune(Mode::Quick, Some("d72")).unwrap_err().to_string();
+        assert!(error.contains("--only 'd72'") && error.contains("allowed:"), "{error}");
     }
 
     #[test]
@@ -719,7 +719,8 @@ mod tests {
             let error = request.plan().unwrap_err().to_string();
             assert!(words.iter().all(|w| error.contains(w)), "{error}");
         };
-        expect(BenchRequest { head_dims: vec![80], ..good.clone() }, &["--head-dim 80", "64, 96, 128, 256"]);
+        let shipped = space::SHIPPED_HEAD_DIMS.map(|d| d.to_string()).join(", ");
+        expect(BenchRequest { head_dims: vec![72], ..good.clone() }, &["--head-dim 72", &shipped]);
         expect(
             BenchRequest { blocks: vec!["63x64".into()], ..good.clone() },
             &["--block 63x64", "dense, 64x64, 128x128, 64x1, 64x8, 128x1, 128x8"],

@@ -540,7 +540,7 @@ fn explain_names_kernel_line_memory_and_crossover_without_a_gpu() {
     let dense = explain(&["--block", "dense", "--deterministic"]);
     assert!(dense.contains("dense, deterministic") && !dense.contains("sparse beats"), "{dense}");
     let with = |args: &[&'static str]| [&["explain", "--table", "t.json"], args].concat();
-    refuses(temp.path(), &with(&["--head-dim", "80"]), &["no kernel", "head_dim available", "space.rs"]);
+    refuses(temp.path(), &with(&["--head-dim", "72"]), &["no kernel", "head_dim available", "space.rs"]);
     refuses(temp.path(), &with(&["--keep", "0"]), &["--keep 0", "above 0"]);
     refuses(temp.path(), &with(&["--block", "7x7"]), &["--block 7x7", "128x128"]);
     refuses(temp.path(), &["explain", "--table", "no.json"], &["no.json", "cannot be read"]);

@@ -131,12 +131,17 @@ fn machine_code_uses_tensor_cores_keeps_operands_and_no_local_memory() {
 fn forwards_that_are_not_committed_compile() {
     let block_sizes = [(64, 64), (128, 128), (128, 64), (64, 128), (256, 128)];
     let mut specs: Vec<AttnSpec> = Vec::new();
-    for head_dim in [96, 256] {
+    for head_dim in [80, 96, 256] {
         specs.extend(space::candidates(AttnOp::Fwd, Dtype::Bf16, head_dim, Lists::Dense, Arch::Sm90a));
     }
-    for (dtype, head_dim) in
-        [(Dtype::Bf16, 64), (Dtype::Bf16, 96), (Dtype::Bf16, 128), (Dtype::Bf16, 256), (Dtype::F16, 128)]
-    {
+    for (dtype, head_dim) in [
+        (Dtype::Bf16, 64),
+        (Dtype::Bf16, 80),
+        (Dtype::Bf16, 96),
+        (Dtype::Bf16, 128),
+        (Dtype::Bf16, 256),
+        (Dtype::F16, 128),
+    ] {
         for (query_group, kv_block) in block_sizes {
             let lists = Lists::Blocks { query_group, kv_block };
             let candidates = space::candidates(AttnOp::Fwd, dtype, head_dim, lists, Arch::Sm90a);
@@ -161,7 +166,7 @@ fn backwards_that_are_not_committed_compile() {
             assert!(!found.is_empty(), "{op}, {dtype}, head_dim {head_dim}, {lists:?}");
             found
         };
-        for head_dim in [96, 256] {
+        for head_dim in [80, 96, 256] {
             specs.extend(candidates(Dtype::Bf16, head_dim, Lists::Dense));
             if matches!(op, AttnOp::Bwd | AttnOp::BwdDq) {
                 let lists = Lists::Blocks { query_group: 64, kv_block: 128 };

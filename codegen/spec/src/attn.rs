@@ -115,7 +115,7 @@ pub struct AttnSpec {
 }
 
 /// Head dims an attention kernel can be written for.
-const HEAD_DIMS: [u16; 4] = [64, 96, 128, 256];
+const HEAD_DIMS: [u16; 5] = [64, 80, 96, 128, 256];
 /// Query groups the contract knows.
 const QUERY_GROUPS: [u16; 3] = [64, 128, 256];
 /// KV blocks the contract knows.
@@ -166,7 +166,7 @@ impl AttnSpec {
             return Err(SpecError::new("dtype", self.dtype, "bf16 or f16, the tensor cores' 16-bit types"));
         }
         if !HEAD_DIMS.contains(&self.head_dim) {
-            return Err(SpecError::new("head_dim", self.head_dim, "64, 96, 128 or 256"));
+            return Err(SpecError::new("head_dim", self.head_dim, "64, 80, 96, 128 or 256"));
         }
         if let Lists::Blocks { query_group, kv_block } = self.lists {
             if !QUERY_GROUPS.contains(&query_group) {
@@ -230,12 +230,13 @@ impl AttnSpec {
     /// The head dims this op's template serves on this architecture, and the same in words.
     const fn matmul_head_dims(&self) -> (&'static [u16], &'static str) {
         match (self.op, self.arch) {
-            (AttnOp::Fwd, Arch::Sm90a) => (&HEAD_DIMS, "64, 96, 128 or 256 in attn_fwd on sm90a"),
-            (AttnOp::Bwd, Arch::Sm90a) if self.lists.is_gather() => {
-                (&[64, 96, 128], "64, 96 or 128 in attn_bwd with kv_block below 64: dQ stays in registers")
-            }
+            (AttnOp::Fwd, Arch::Sm90a) => (&HEAD_DIMS, "64, 80, 96, 128 or 256 in attn_fwd on sm90a"),
+            (AttnOp::Bwd, Arch::Sm90a) if self.lists.is_gather() => (
+                &[64, 80, 96, 128],
+                "64, 80, 96 or 128 in attn_bwd with kv_block below 64: dQ stays in registers",
+            ),
             (AttnOp::Bwd | AttnOp::BwdDq, Arch::Sm90a) => {
-                (&HEAD_DIMS, "64, 96, 128 or 256 in the backward on sm90a")
+                (&HEAD_DIMS, "64, 80, 96, 128 or 256 in the backward on sm90a")
             }
             _ => (&[64, 128], "64 or 128 with the sm80 templates: whole 128-byte swizzle columns"),
         }

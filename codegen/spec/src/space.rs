@@ -119,7 +119,7 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
             (128, 64, 2, 3),
             (128, 64, 2, 4),
         ],
-        AttnOp::Fwd if head_dim == 96 => vec![
+        AttnOp::Fwd if head_dim <= 96 => vec![
             (192, 96, 3, 2),
             (128, 128, 2, 2),
             (128, 176, 2, 2),

@@ -47,11 +47,12 @@ constexpr int kTilesPerGroup = kDense ? 1 : kQueryGroup / kBlockM;    // query t
 constexpr int kHalves = kBlockM / 64;                                 // 64 queries: of the copies and of dQ's accumulator
 constexpr int kConsumerThreads = 128 * kConsumers;
 constexpr int kDsBuffers = kConsumers == 1 ? 1 : 2;
-// Of dQ a consumer makes its share of the columns, whole slabs where head_dim is no multiple of 128 columns, or, with as
-// many halves as consumers, all columns of its half.
+// Of dQ a consumer makes its share of the columns, a slab each where the last is short, or, with as many halves as
+// consumers, all columns of its half.
+constexpr bool kShortSlab = kHeadDim % dsv::kSlabColumns != 0;
 constexpr bool kDqByRows = kHalves > 1;
-constexpr bool kDqUneven = !kDeterministic && kConsumers > 1 && !kDqByRows && kHeadDim == 96;
-constexpr int kDqColumns = kDqByRows || kConsumers == 1 ? kHeadDim : kHeadDim == 96 ? 64 : kHeadDim / 2;  // of the first
+constexpr bool kDqUneven = !kDeterministic && kConsumers > 1 && !kDqByRows && kShortSlab;
+constexpr int kDqColumns = kDqByRows || kConsumers == 1 ? kHeadDim : kShortSlab ? dsv::kSlabColumns : kHeadDim / 2;  // of the first
 constexpr dsv::uint32 kTileBytesKv = dsv::tile_bytes(kBlockN, kHeadDim);
 constexpr dsv::uint32 kTileBytesQ = dsv::tile_bytes(kBlockM, kHeadDim);
 constexpr dsv::uint32 kStatBytes = kBlockM * 4;
@@ -73,9 +74,9 @@ constexpr bool kDqLater = kStagedDq && kDqByRows;
 constexpr bool kEarlyS = !kDeterministic && !kByColumns && !kDqLater && kStages > 1 && (kStagedDq || kConsumers > 1);
 // Where dP has registers beside dQ, dQ is staged under both.
 constexpr bool kDpBesideDq = kHeadDim <= 64;
-// dK may run into the next tile, which then needs a stage of its own; at head_dim 96 with dQ of 96 columns beside it registers
-// are too few (C7512).
-constexpr bool kDkAcross = kStages > 1 && !kDqLater && !kEarlyS && (kDeterministic || kHeadDim != 96);
+// dK may run into the next tile, which then needs a stage of its own; with dQ of 96 columns beside it registers are too few
+// (C7512).
+constexpr bool kDkAcross = kStages > 1 && !kDqLater && !kEarlyS && (kDeterministic || !kShortSlab);
 
 // dV beside dP keeps every accumulator and both operands alive at once: 226 registers at head_dim 128.
 constexpr bool kEarlyDv = kHalves == 1 && (kHeadDim < 128 || kConsumers > 1);
@@ -83,9 +84,9 @@ constexpr bool kEarlyDv = kHalves == 1 && (kHeadDim < 128 || kConsumers > 1);
 // LSE and delta are read ahead of S and dP, which else wait for a shared memory that is busy with products. With 128 queries
 // there are no registers for them.
 constexpr bool kStatisticsEarly = kHalves == 1;
-// dQ staged under S is sent when P is made: until then the copy engine may not read it, and no one waits for that. At
-// head_dim 96 what it needs is short of registers there (C7512).
-constexpr bool kSendAfterP = kHeadDim != 96;
+// dQ staged under S is sent when P is made: until then the copy engine may not read it, and no one waits for that. With a
+// short slab (head_dim 96) what it needs is short of registers there (C7512).
+constexpr bool kSendAfterP = !kShortSlab;
 
 // Of a ring: the CTAs at a time of an H100 or H200 (where they are fewer, its clock is as much slower than they are), a CTA's tiles
 // between two ticks of the clock, and the groups it chooses from.
@@ -96,7 +97,7 @@ constexpr int kWindow = kRing ? 2048 : 32;
 static_assert(kHalves == 1 || (kHalves == kConsumers && kHeadDim == 64), "64 queries, or 128 as one 64-column slab");
 static_assert(kBlockN == kRows * kConsumers || (kByColumns && kConsumers == 2 && kHeadDim % 128 == 0 && kStages > 1),
               "one wgmma M of 64 rows a consumer, or one for two that take half the columns each");
-static_assert(kHeadDim % 32 == 0, "whole K steps, and whole N of dQ's products");
+static_assert(kHeadDim % 16 == 0, "whole K steps");
 static_assert(kDense || kKvBlock % kBlockN == 0, "a listed block is whole tiles");
 static_assert(kDense || kQueryGroup % kBlockM == 0, "a query tile lies within one group");
 

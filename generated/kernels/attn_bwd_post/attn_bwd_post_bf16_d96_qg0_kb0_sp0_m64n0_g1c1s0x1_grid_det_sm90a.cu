@@ -20,7 +20,7 @@ constexpr int kCtasPerSm = 2;
 constexpr int kParamsBytes = 88;
 // END CONFIG
 
-static_assert(kBlockM == 64 && kHeadDim % 8 == 0, "the layout of dQ's accumulator");
+static_assert(kBlockM == 64 && kHeadDim % 16 == 0 && kThreads <= 256, "the layout of dQ's accumulator, in whole passes");
 
 struct Params {
     dsv::TensorView dq;     // [B, Sq, H, D] out
@@ -54,9 +54,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_post
     }
     __syncthreads();
     constexpr int kChunks = kHeadDim / 8;  // 16 bytes each
+    constexpr int kPlaces = kBlockM * kChunks;
 #pragma unroll
-    for (int i = 0; i < kBlockM * kChunks / kThreads; ++i) {
+    for (int i = 0; i < (kPlaces + kThreads - 1) / kThreads; ++i) {
         const int place = i * kThreads + threadIdx.x;
+        if (kPlaces % kThreads != 0 && place >= kPlaces) break;
         const int row = blockIdx.x * kBlockM + place / kChunks;
         if (row < p.sizes.seqlen_q) {
             const dsv::uint32* from = tile + place / kChunks * kPitch + place % kChunks * 4;

@@ -60,9 +60,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_post
         }
         __syncthreads();
         constexpr int kChunks = kHeadDim / 8;  // 16 bytes each
+        constexpr int kPlaces = kBlockN * kChunks;
 #pragma unroll
-        for (int i = 0; i < kBlockN * kChunks / kThreads; ++i) {
+        for (int i = 0; i < (kPlaces + kThreads - 1) / kThreads; ++i) {
             const int place = i * kThreads + threadIdx.x;
+            if (kPlaces % kThreads != 0 && place >= kPlaces) break;
             const int row = blockIdx.x * kBlockN + place / kChunks;
             if (row < p.sizes.seqlen_kv) {
                 const dsv::uint32* from = tile + place / kChunks * kPitch + place % kChunks * 4;

@@ -22,10 +22,11 @@ constexpr int kParamsBytes = 168;
 // END CONFIG
 
 constexpr int kChunks = kHeadDim / 8;  // of 16 bytes, one a thread
-// A power of two; at head_dim 96 four of 16 threads take part in the sum alone.
+// A power of two; at head_dim 96, for one, four of 16 threads take part in the sum alone.
 constexpr int kThreadsPerRow = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
 constexpr int kRowsPerPass = kThreads / kThreadsPerRow;
-static_assert(kHeadDim % 8 == 0 && kChunks <= kThreadsPerRow, "a row lies within one warp");
+static_assert(kHeadDim % 16 == 0 && kThreads <= 256, "the accumulator is whole passes");
+static_assert(kChunks <= kThreadsPerRow, "a row lies within one warp");
 static_assert(kBlockM % kRowsPerPass == 0, "whole passes");
 
 struct Params {

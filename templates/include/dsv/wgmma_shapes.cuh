@@ -13,7 +13,28 @@ constexpr bool kIsBf16<Bf16> = true;
 
 template <class Element, int N, int trans_a, int trans_b>
 __device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], uint64 desc_a, uint64 desc_b, int accumulate) {
-    static_assert(N == 32 || N == 64 || N == 80 || N == 96 || N == 128 || N == 176, "no wgmma of this N is listed here");
+    static_assert(N == 16 || N == 32 || N == 64 || N == 80 || N == 96 || N == 128 || N == 176, "no wgmma of this N is listed here");
+    if constexpr (N == 16) {
+        if constexpr (kIsBf16<Element>) {
+            asm volatile(
+                "{ .reg .pred p; setp.ne.b32 p, %10, 0; "
+                "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
+                "%0, %1, %2, %3, %4, %5, %6, %7"
+                "}, %8, %9, p, 1, 1, %11, %12; }\n"
+                :
+                "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+                : "l"(desc_a), "l"(desc_b), "r"(accumulate), "n"(trans_a), "n"(trans_b));
+        } else {
+            asm volatile(
+                "{ .reg .pred p; setp.ne.b32 p, %10, 0; "
+                "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
+                "%0, %1, %2, %3, %4, %5, %6, %7"
+                "}, %8, %9, p, 1, 1, %11, %12; }\n"
+                :
+                "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+                : "l"(desc_a), "l"(desc_b), "r"(accumulate), "n"(trans_a), "n"(trans_b));
+        }
+    }
     if constexpr (N == 32) {
         if constexpr (kIsBf16<Element>) {
             asm volatile(
@@ -242,7 +263,7 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], uint64 desc_a, uint6
 
 template <class Element, int N, int trans_b>
 __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const uint32 (&a)[4], uint64 desc_b, int accumulate) {
-    static_assert(N == 64 || N == 96 || N == 128 || N == 256, "no wgmma of this N is listed here");
+    static_assert(N == 64 || N == 80 || N == 96 || N == 128 || N == 256, "no wgmma of this N is listed here");
     if constexpr (N == 64) {
         if constexpr (kIsBf16<Element>) {
             asm volatile(
@@ -271,6 +292,41 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const uint32 (&a)[4]
                 "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),
                 "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),
                 "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc_b), "r"(accumulate), "n"(trans_b));
+        }
+    }
+    if constexpr (N == 80) {
+        if constexpr (kIsBf16<Element>) {
+            asm volatile(
+                "{ .reg .pred p; setp.ne.b32 p, %45, 0; "
+                "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 {"
+                "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+                "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
+                "%38, %39"
+                "}, {%40, %41, %42, %43}, %44, p, 1, 1, %46; }\n"
+                :
+                "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+                "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),
+                "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),
+                "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),
+                "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),
+                "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39])
+                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc_b), "r"(accumulate), "n"(trans_b));
+        } else {
+            asm volatile(
+                "{ .reg .pred p; setp.ne.b32 p, %45, 0; "
+                "wgmma.mma_async.sync.aligned.m64n80k16.f32.f16.f16 {"
+                "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+                "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
+                "%38, %39"
+                "}, {%40, %41, %42, %43}, %44, p, 1, 1, %46; }\n"
+                :
+                "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+                "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),
+                "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),
+                "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),
+                "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),
+                "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39])
                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc_b), "r"(accumulate), "n"(trans_b));
         }
     }

@@ -38,8 +38,7 @@ pub(super) fn tests() -> Vec<GpuTest> {
         }
     }
     let served = |v: &Variant| match v.case.name.as_str() {
-        "no_multiple" | "dims_no_multiple" => true,
-        "fine_no_multiple" => is_shipped(v.head_dim, v.lists),
+        "no_multiple" | "dims_no_multiple" | "fine_no_multiple" => is_shipped(v.head_dim, v.lists),
         _ => false,
     };
     for variant in variants().into_iter().filter(served) {
@@ -120,9 +119,11 @@ fn default_attn(
 
 /// Whether kernels of this shape are committed.
 fn is_shipped(head_dim: u16, lists: Lists) -> bool {
-    !lists.is_gather()
-        || (space::SHIPPED_GATHER_HEAD_DIMS.contains(&head_dim)
-            && space::shipped_gather().any(|l| l == lists))
+    let (head_dims, sizes): (&[u16], _) = match lists.is_gather() {
+        true => (&space::SHIPPED_GATHER_HEAD_DIMS, space::shipped_gather().any(|l| l == lists)),
+        false => (&space::SHIPPED_HEAD_DIMS, space::shipped_lists().any(|l| l == lists)),
+    };
+    head_dims.contains(&head_dim) && sizes
 }
 
 /// The shipped forward and backward; none where that form is not shipped.
