@@ -230,7 +230,7 @@ mod tests {
         }
     }
 
-    /// The list of style.md, each by a property rather than a name.
+    /// What a corpus of attention needs, each by a property rather than a name.
     #[test]
     fn the_corpus_holds_every_kind_of_case() {
         let variants = variants();

@@ -1,5 +1,5 @@
-//! The predictor's loss and gradients over all queries and keys (paper.md, "What this project does
-//! differently").
+//! The predictor's loss and gradients over all queries and keys (the DSV paper compares sampled
+//! score rows; here no product of S x S is made).
 //!
 //! For query i of a head, over the keys j:
 //!

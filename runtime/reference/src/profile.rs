@@ -1,8 +1,8 @@
 //! What the profiler measures on sampled queries: how concentrated attention is, and how well lists cover it.
 //!
 //! The *critical KV* of a query at theta is the smallest set of keys that holds theta of its softmax mass; the
-//! sparsity of a head is the mean over queries of the share of keys that is not critical (paper.md, "What they
-//! observed"). Everything is exact (a full sort a row) and in f64.
+//! sparsity of a head is the mean over queries of the share of keys that is not critical (as the DSV paper,
+//! arXiv 2502.07590, measures it). Everything is exact (a full sort a row) and in f64.
 
 use crate::attention::{AttnError, AttnShape, KvLists, View, dot_f64, keys_of_row};
 use crate::element::Element;
@@ -54,7 +54,7 @@ pub struct RowProfile {
 pub struct HeadProfile {
     /// 1 - mean critical share.
     pub sparsity: f64,
-    /// Share of queries for which a tenth of the keys hold theta of the mass (paper.md, observation 1).
+    /// Share of queries for which a tenth of the keys hold theta of the mass (the paper's power law).
     pub power_law_share: f64,
     /// Mean covered mass; None without lists.
     pub covered_mass: Option<f64>,
@@ -193,7 +193,7 @@ pub fn smooth(previous: Option<f64>, observed: f64) -> f64 {
     previous.map_or(observed, |previous| 0.9 * previous + 0.1 * observed)
 }
 
-/// How far critical keys lie from their query (paper.md, observation 2): counts of keys at Euclidean distance on
+/// How far critical keys lie from their query (the paper: they lie anywhere, not in windows): counts of keys at Euclidean distance on
 /// the token grid up to `edges[0]`, up to `edges[1]`, ..., and beyond the last; `edges` ascend. `order[i]` is
 /// the raster index of token i of the sequence ([`dsv_spec::order::token_order`]).
 pub fn distance_histogram(
@@ -216,7 +216,7 @@ pub fn distance_histogram(
     counts
 }
 
-/// How much the queries of one group agree (paper.md, observation 5): the mean over ordered pairs of queries of
+/// How much the queries of one group agree (the paper: neighbours share 80 %): the mean over ordered pairs of queries of
 /// the share of the first one's critical keys that are critical for the second too. Sets ascending, none empty.
 /// None for fewer than two queries.
 pub fn group_overlap(critical: &[Vec<usize>]) -> Option<f64> {

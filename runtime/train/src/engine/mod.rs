@@ -249,7 +249,7 @@ impl AttnShape {
     }
 }
 
-/// Sizes of a set of KV lists; see style.md section 3.
+/// Sizes of a set of KV lists ([`dsv_reference::lists`] says what they hold).
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub struct ListShape {
     /// Batch.
@@ -549,7 +549,7 @@ pub struct FlowLoss {
     pub weight: f32,
 }
 
-/// Critical-KV selection from low-rank scores (paper.md, "Critical-KV estimation").
+/// Critical-KV selection from low-rank scores (the DSV paper's critical-KV estimation).
 ///
 /// Score of (group, KV block) = max over the block's keys of `<q_proxy, k_lr>`; per (batch, head,
 /// group) the `top_k[h]` largest, ties to the smaller index, ids ascending; `top_k` is clamped to
@@ -601,7 +601,7 @@ pub struct GramLoss {
     pub weight: f32,
 }
 
-/// Sparsity profile on sampled queries (paper.md, "Profiler").
+/// Sparsity profile on sampled queries (the DSV paper's profiler).
 #[derive(Copy, Clone, Debug)]
 pub struct Profile {
     /// Sizes.
