@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use dsv_codegen::spec::{
-    Arch, AttnOp, AttnSpec, Budget, Dtype, GroupRule, KernelSpec, Lists, PointwiseOp, PointwiseSpec, RANKS,
-    SelectSpec, space,
+    Arch, AttnOp, AttnSpec, Budget, Deterministic, Dtype, GroupRule, KernelSpec, Lists, PointwiseOp,
+    PointwiseSpec, RANKS, SelectSpec, space,
 };
 use dsv_codegen::{HEADERS, build_bundle, committed_specs, render, source_hash};
 use dsv_compile::{Bundle, CompileError, CompileJob, Compiled, Compiler, SpillList, oldest_driver, sass};
@@ -131,17 +131,12 @@ fn machine_code_uses_tensor_cores_keeps_operands_and_no_local_memory() {
 fn forwards_that_are_not_committed_compile() {
     let block_sizes = [(64, 64), (128, 128), (128, 64), (64, 128), (256, 128)];
     let mut specs: Vec<AttnSpec> = Vec::new();
-    for head_dim in [80, 96, 256] {
+    for head_dim in [96, 256] {
         specs.extend(space::candidates(AttnOp::Fwd, Dtype::Bf16, head_dim, Lists::Dense, Arch::Sm90a));
     }
-    for (dtype, head_dim) in [
-        (Dtype::Bf16, 64),
-        (Dtype::Bf16, 80),
-        (Dtype::Bf16, 96),
-        (Dtype::Bf16, 128),
-        (Dtype::Bf16, 256),
-        (Dtype::F16, 128),
-    ] {
+    for (dtype, head_dim) in
+        [(Dtype::Bf16, 64), (Dtype::Bf16, 96), (Dtype::Bf16, 128), (Dtype::Bf16, 256), (Dtype::F16, 128)]
+    {
         for (query_group, kv_block) in block_sizes {
             let lists = Lists::Blocks { query_group, kv_block };
             let candidates = space::candidates(AttnOp::Fwd, dtype, head_dim, lists, Arch::Sm90a);
@@ -166,7 +161,7 @@ fn backwards_that_are_not_committed_compile() {
             assert!(!found.is_empty(), "{op}, {dtype}, head_dim {head_dim}, {lists:?}");
             found
         };
-        for head_dim in [80, 96, 256] {
+        for head_dim in [96, 256] {
             specs.extend(candidates(Dtype::Bf16, head_dim, Lists::Dense));
             if matches!(op, AttnOp::Bwd | AttnOp::BwdDq) {
                 let lists = Lists::Blocks { query_group: 64, kv_block: 128 };
@@ -176,6 +171,25 @@ fn backwards_that_are_not_committed_compile() {
         specs.push(candidates(Dtype::F16, 128, Lists::Dense)[0]);
     }
     assert_compile_without_spills(specs.into_iter().map(KernelSpec::Attn).collect());
+}
+
+/// What head_dim 80 ships once it is in SHIPPED_HEAD_DIMS. None may spill.
+#[test]
+fn head_dim_80_compiles() {
+    let mut specs: Vec<KernelSpec> = Vec::new();
+    for &op in AttnOp::ALL {
+        for lists in space::shipped_lists() {
+            for &form in Deterministic::ALL {
+                specs.extend(
+                    space::default_attn(op, Dtype::Bf16, 80, lists, form, Arch::Sm90a).map(KernelSpec::Attn),
+                );
+            }
+        }
+    }
+    specs.sort_by_key(KernelSpec::name);
+    specs.dedup();
+    assert_eq!(specs.len(), 15, "the README says how many");
+    assert_compile_without_spills(specs);
 }
 
 /// The selections and the predictor's kernels that a rank in SHIPPED_RANKS would ship. None may spill, but two of rank 64:
