@@ -376,7 +376,7 @@ impl Pass<'_> {
         if let Some(predictors) = &self.model.predictors {
             e.fill(predictors.params.state().grad, 0.0);
         }
-        self.model.blocks(e, self.attention, self.task(profile), &mut |_, _| ());
+        self.model.blocks(e, self.attention, self.task(profile), true, &mut |_, _| ());
     }
 
     /// Norm and update of the predictors.

@@ -5,7 +5,6 @@ use crate::data::{Clip, Dataset};
 use crate::engine::{Engine, EngineError};
 use crate::metrics::EvalTriple;
 use crate::model::{BlockAttention, Model};
-use crate::predictor::PredictorTask;
 use crate::rng::{self, Purpose};
 use crate::train::write_latents_and_text;
 use serde::{Deserialize, Serialize};
@@ -108,7 +107,7 @@ pub fn evaluate(
         let filled: Vec<usize> = (0..batch).map(|i| chunk[i.min(chunk.len() - 1)]).collect();
         let (clips, times) = write_triples(engine, model, config, data, &filled)?;
         model.prepare(engine);
-        model.forward(engine, attention, PredictorTask::default());
+        model.infer(engine, attention);
         model.loss(engine, None);
         let read = engine.read_f32(model.io.loss)?;
         triples.extend((0..chunk.len()).map(|i| EvalTriple {

@@ -860,14 +860,21 @@ impl Model {
         });
     }
 
-    /// Velocity of `io.x_t` at `io.t` under `io.text`, into `io.pred`.
+    /// Velocity of `io.x_t` at `io.t` under `io.text`, into `io.pred`; a backward may follow.
     pub fn forward(&self, engine: &mut dyn Engine, attention: &[BlockAttention], task: PredictorTask) {
-        self.forward_watched(engine, attention, task, &mut |_, _| ());
+        self.enter(engine);
+        self.blocks(engine, attention, task, true, &mut |_, _| ());
+        self.leave(engine);
+    }
+
+    /// The same, where no backward follows: nothing goes to the host.
+    pub fn infer(&self, engine: &mut dyn Engine, attention: &[BlockAttention]) {
+        self.infer_watched(engine, attention, PredictorTask::default(), &mut |_, _| ());
     }
 
     /// The same; `watch` is called after each block with its queries and keys, `[B,S,H,D]` `Act`, normalised and
     /// rotated, which it may read.
-    pub fn forward_watched(
+    pub fn infer_watched(
         &self,
         engine: &mut dyn Engine,
         attention: &[BlockAttention],
@@ -875,7 +882,7 @@ impl Model {
         watch: &mut dyn FnMut(&mut dyn Engine, [Buf; 2]),
     ) {
         self.enter(engine);
-        self.blocks(engine, attention, task, watch);
+        self.blocks(engine, attention, task, false, watch);
         self.leave(engine);
     }
 
@@ -885,24 +892,26 @@ impl Model {
         self.linear(e, self.weights.patch, self.shape.rows(), self.io.x_t, self.input_of(0));
     }
 
-    /// The blocks, after [`Model::enter`].
+    /// The blocks, after [`Model::enter`]; `keep` what a backward needs.
     pub(crate) fn blocks(
         &self,
         e: &mut dyn Engine,
         attention: &[BlockAttention],
         task: PredictorTask,
+        keep: bool,
         watch: &mut dyn FnMut(&mut dyn Engine, [Buf; 2]),
     ) {
+        let shelf = self.shelf.as_ref().filter(|_| keep);
         // Of each block whose set has left or is on its way.
         let mut left: Vec<Done> = Vec::new();
         for (l, &mode) in attention.iter().enumerate() {
-            if let Some(shelf) = &self.shelf
+            if let Some(shelf) = shelf
                 && let Some(free) = l.checked_sub(shelf.sets.len())
             {
                 e.after(&left[free]);
             }
             self.block(e, l, Some((mode, task)));
-            left.extend(self.shelf.as_ref().map(|shelf| shelf.leave(e, l, mode)));
+            left.extend(shelf.map(|shelf| shelf.leave(e, l, mode)));
             let work = self.work_of(l);
             watch(e, [work.q, work.k]);
             if !self.purposes.train && l + 1 < attention.len() {

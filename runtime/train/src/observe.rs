@@ -96,7 +96,7 @@ pub fn observe(
     // Profiling writes the lists that a dense block would have had.
     let task = PredictorTask { train: false, profile: model.predictors.is_some() };
     let mut found: Vec<Result<BlockObservation, EngineError>> = Vec::new();
-    model.forward_watched(engine, attention, task, &mut |engine, [q, k]| {
+    model.infer_watched(engine, attention, task, &mut |engine, [q, k]| {
         let lists = match (attention[found.len()], &model.predictors) {
             (BlockAttention::Dense, None) => None,
             (BlockAttention::Dense, Some(predictors)) => Some(predictors.scratch_slot()),

@@ -3,7 +3,6 @@
 use crate::config::{Config, Solver};
 use crate::engine::{Engine, EngineError};
 use crate::model::{BlockAttention, Model};
-use crate::predictor::PredictorTask;
 use crate::rng::{self, Purpose};
 use std::fmt;
 use std::time::Instant;
@@ -49,12 +48,12 @@ pub fn sample(
         engine.write_f32(io.t, &vec![t as f32; batch])?;
         engine.copy(x, io.x_t);
         engine.write_i32(io.drop, &vec![0; batch])?;
-        model.forward(engine, attention, PredictorTask::default());
+        model.infer(engine, attention);
         engine.copy(io.pred, out);
         if guidance != 1.0 {
             // v = v_none + guidance (v_text - v_none)
             engine.write_i32(io.drop, &vec![1; batch])?;
-            model.forward(engine, attention, PredictorTask::default());
+            model.infer(engine, attention);
             engine.axpy(guidance - 1.0, out, out);
             engine.axpy(1.0 - guidance, io.pred, out);
         }
@@ -115,7 +114,7 @@ pub fn speed(
         for _ in 0..6 {
             engine.sync()?;
             let began = Instant::now();
-            model.forward(engine, attention, PredictorTask::default());
+            model.infer(engine, attention);
             engine.sync()?;
             ms.push(1e3 * began.elapsed().as_secs_f64());
         }

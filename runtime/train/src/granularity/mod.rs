@@ -540,7 +540,7 @@ fn layers(
     model.prepare(engine);
     // Profiling makes the scores of dense blocks too.
     let task = PredictorTask { train: false, profile: model.predictors.is_some() };
-    model.forward_watched(engine, attention, task, &mut |engine, [q, k]| {
+    model.infer_watched(engine, attention, task, &mut |engine, [q, k]| {
         let mut read = || -> Result<Vec<Report>, MeasureError> {
             let (q, k) = (engine.read_f32(q)?, engine.read_f32(k)?);
             let lowrank = match &model.predictors {

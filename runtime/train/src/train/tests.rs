@@ -185,6 +185,13 @@ fn outputs_and_lists_that_went_to_the_host_give_the_same_bits() {
         moved.iter().all(|(_, m)| m.to_host_bytes == m.to_device_bytes && m.to_host_bytes > 0),
         "{moved:?}"
     );
+    // What no backward follows copies nothing.
+    let data = Dataset::open(&config).unwrap();
+    let mut trainer = Trainer::new(config.clone(), engine()).unwrap();
+    run(&mut trainer, &data, &mut DataPosition::default(), 10);
+    trainer.engine.transfers();
+    trainer.evaluate(&data).unwrap();
+    assert_eq!(trainer.engine.transfers().to_host_bytes, 0);
     config.device.graphs = true;
     let error = config.validate().unwrap_err().to_string();
     assert!(error.contains("device.graphs=false") && error.contains("train.kept_budget_gb=0"), "{error}");
