@@ -12,7 +12,7 @@ cargo build --release --quiet --workspace --lib
 program=$(cargo test --release --quiet --workspace --exclude dsv-train --features dsv-tests/gpu --test gpu --no-run --message-format=json |
     sed -n 's/.*"name":"gpu".*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
 # Wherever cargo builds (CARGO_TARGET_DIR, build.target-dir).
-target=$(cargo metadata --format-version 1 --no-deps | sed 's/.*"target_directory":"\([^"]*\)".*/\1/p;d')
+target=$(cargo metadata --format-version 1 --no-deps | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
 emulated=$target/emulated
 mkdir -p "$emulated"
 # Renamed into place: a program that runs keeps the library it has.

@@ -285,8 +285,8 @@ impl Plan {
         let quick = mode == Mode::Quick;
         let shapes = if quick { &FULL_SHAPES[..2] } else { &FULL_SHAPES[..] };
         let mut cases = Vec::new();
-        let mut add = |head_dim, heads, seqlen, kinds: &[ListKind], sparsities: &[u8]| {
-            cases.push(Case::dense(head_dim, heads, seqlen));
+        let lists = |head_dim, heads, seqlen, kinds: &[ListKind], sparsities: &[u8]| {
+            let mut cases = Vec::new();
             for &kind in kinds {
                 for block_size in space::SHIPPED_BLOCK_SIZES {
                     for &sparsity in sparsities {
@@ -295,6 +295,11 @@ impl Plan {
                     }
                 }
             }
+            cases
+        };
+        let mut add = |head_dim, heads, seqlen, kinds: &[ListKind], sparsities: &[u8]| {
+            cases.push(Case::dense(head_dim, heads, seqlen));
+            cases.extend(lists(head_dim, heads, seqlen, kinds, sparsities));
         };
         let (kinds, sparsities): (&[ListKind], &[u8]) = match quick {
             true => (&[ListKind::Random], &[90]),
@@ -314,10 +319,8 @@ impl Plan {
         }
         if !quick {
             let (seqlen, heads, sparsity) = LONGEST;
-            let keep = 1.0 - sparsity as f64 / 100.0;
             for head_dim in FULL_HEAD_DIMS {
-                let lists = |size| Case::sparse(head_dim, heads, seqlen, size, keep, ListKind::Random);
-                cases.extend(space::SHIPPED_BLOCK_SIZES.map(lists));
+                cases.extend(lists(head_dim, heads, seqlen, &[ListKind::Random], &[sparsity]));
             }
         }
         let mut plan = Plan {

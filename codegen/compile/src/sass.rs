@@ -85,8 +85,13 @@ struct Instruction<'a> {
 }
 
 impl Instruction<'_> {
-    fn is(&self, opcode: &str) -> bool {
-        self.opcode.split('.').next() == Some(opcode)
+    /// The opcode without its modifiers.
+    fn stem(&self) -> &str {
+        self.opcode.split_once('.').map_or(self.opcode, |(stem, _)| stem)
+    }
+
+    fn is(&self, stem: &str) -> bool {
+        self.stem() == stem
     }
 
     /// The general registers it writes, but for wgmma's accumulators: a result that is a predicate comes first; stores,
@@ -129,7 +134,7 @@ fn is_predicate(word: &str) -> bool {
     word.strip_prefix('P').is_some_and(|rest| rest == "T" || rest.parse::<u32>().is_ok())
 }
 
-/// A kernel's instructions, and its loops: the first and the last instruction of each.
+/// A kernel's instructions, and at which of them each label stands.
 #[derive(Default)]
 struct Text<'a> {
     instructions: Vec<Instruction<'a>>,
@@ -140,12 +145,12 @@ impl Text<'_> {
     fn report(&self) -> SassReport {
         let mut counts = BTreeMap::new();
         for instruction in &self.instructions {
-            let opcode = instruction.opcode.split('.').next().unwrap_or_default();
-            *counts.entry(opcode.to_owned()).or_default() += 1;
+            *counts.entry(instruction.stem().to_owned()).or_default() += 1;
         }
         SassReport { counts, lost_operands: self.lost_operands() }
     }
 
+    /// The first and the last instruction of each loop.
     fn loops(&self) -> Vec<(usize, usize)> {
         let target = |i: &Instruction| {
             let label = i.operands.split_once("`(").and_then(|(_, rest)| rest.split_once(')'))?.0;

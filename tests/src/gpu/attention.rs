@@ -37,9 +37,9 @@ pub(super) fn tests() -> Vec<GpuTest> {
             }
         }
     }
-    let served = |v: &Variant| match v.case.name.as_str() {
-        "no_multiple" | "dims_no_multiple" | "fine_no_multiple" => is_shipped(v.head_dim, v.lists),
-        _ => false,
+    let served = |v: &Variant| {
+        matches!(v.case.name.as_str(), "no_multiple" | "dims_no_multiple" | "fine_no_multiple")
+            && is_shipped(v.head_dim, v.lists)
     };
     for variant in variants().into_iter().filter(served) {
         for form in [Deterministic::No, Deterministic::Yes] {
