@@ -77,6 +77,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "1e3a3c47ae92d79ffdc39bfd126feea7816dd3cb3e4527acc046962ecc45d331",
     },
     Kernel {
+        name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n128_g1c2s2x1_ring_nondet_sm90a.cu"
+        ),
+        source_hash: "be46550f69919e929438ce8ad49eeafaa307d6525371a608240e1c2e9504525c",
+    },
+    Kernel {
         name: "attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d128_qg128_kb128_spany_m64n64_g1c1s1x1_grid_nondet_sm80.cu"
@@ -182,13 +189,6 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "6343267a816ac29cdea9f38509acfbb6eab1e5f0173ead0809a7e3c26a4a0f44",
     },
     Kernel {
-        name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a",
-        source: include_str!(
-            "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a.cu"
-        ),
-        source_hash: "124bdc31f9db2b15a30b5731c5a43d025c8aa62de548774e6475d674d5348c0f",
-    },
-    Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
@@ -222,6 +222,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s2x1_grid_nondet_sm90a.cu"
         ),
         source_hash: "0ed854a943f90971549bc511add3dd2d0bceac7eef23c3e0927284d342ba23d6",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "c30dd1e7f7d79259a7a5919767e8c77cb4463b4de2fad83c633581a371fb64b4",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_nondet_sm80",
@@ -707,13 +714,6 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "99e6c88195459ca6053dc3fd3a1123b3d92963411cb9ffc0b7e1e8edf9e370c5",
     },
     Kernel {
-        name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s2x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "72e5f249f99f47f0263d2623d394bdd755d607f129ffba417cfb8512967ca13c",
-    },
-    Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a.cu"
@@ -761,13 +761,6 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
         source_hash: "fb8766401499a4a17515ac80e814f41a8140dd5bb586d78f70980af22a57db35",
-    },
-    Kernel {
-        name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "807dad5e320195db3de94f765e8942b19b496dbf3227d93ab408d137ab8f06e1",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",

@@ -1,7 +1,7 @@
-// attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a
+// attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a
 // Generated from templates/kernels/attn_bwd.cu.tera by dsv-codegen: do not edit, change the template or the spec.
-// attn_bwd, bf16, head_dim 256, query_group 64, kv_block 64, any sparsity, not deterministic, sm90a;
-// block_m 64, block_n 64, groups per CTA 1, consumers 2, stages 2, cluster 1, schedule ring
+// attn_bwd, bf16, head_dim 64, query_group 128, kv_block 128, any sparsity, deterministic, sm90a;
+// block_m 64, block_n 64, groups per CTA 1, consumers 1, stages 2, cluster 1, schedule grid
 
 // For a tile of keys, over the query tiles that listed it (all when kQueryGroup is 0), transposed so that keys are rows:
 //   P^T = exp2(c K Q^T - LSE log2 e),  dP^T = V dO^T,  dS^T = P^T (dP^T - delta),
@@ -22,20 +22,20 @@
 
 // BEGIN CONFIG
 using Element = dsv::Bf16;
-constexpr int kHeadDim = 256;
-constexpr int kQueryGroup = 64;  // tokens sharing one list; 0 = dense
-constexpr int kKvBlock = 64;        // tokens of one listed unit; 0 = dense
+constexpr int kHeadDim = 64;
+constexpr int kQueryGroup = 128;  // tokens sharing one list; 0 = dense
+constexpr int kKvBlock = 128;        // tokens of one listed unit; 0 = dense
 constexpr int kBlockM = 64;
 constexpr int kBlockN = 64;
-constexpr int kConsumers = 2;  // warpgroups of 64 KV rows; two with kBlockN 64 split head_dim
+constexpr int kConsumers = 1;  // warpgroups of 64 KV rows; two with kBlockN 64 split head_dim
 constexpr int kStages = 2;
-constexpr bool kDeterministic = false;  // leaves dQ to attn_bwd_dq
-constexpr bool kRing = true;  // of its list a CTA takes what is next from where those of its head are by now
-constexpr int kThreads = 384;
-constexpr int kCtasPerSm = 1;
-constexpr int kConsumerRegisters = 232;  // 0: left as compiled
-constexpr int kProducerRegisters = 40;
-constexpr int kSmemBytes = 231424;
+constexpr bool kDeterministic = true;  // leaves dQ to attn_bwd_dq
+constexpr bool kRing = false;  // of its list a CTA takes what is next from where those of its head are by now
+constexpr int kThreads = 256;
+constexpr int kCtasPerSm = 2;
+constexpr int kConsumerRegisters = 224;  // 0: left as compiled
+constexpr int kProducerRegisters = 32;
+constexpr int kSmemBytes = 51200;
 constexpr int kParamsBytes = 1024;
 // END CONFIG
 
@@ -922,7 +922,7 @@ __device__ __forceinline__ int kv_tile_of_cta(const Params& p) {
 
 // Grid: (ceil(seqlen_kv / kBlockN), with lists N * kTilesPerBlock; num_kv_heads; B), tiles of a head adjacent so that its Q, dO
 // and dQ stay in L2.
-extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_bwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s2x1_grid_det_sm90a(const __grid_constant__ Params p) {
     // Swizzle atoms are 1024 bytes; a driver that aligned shared memory less would have to be told from here.
     extern __shared__ __align__(1024) dsv::uint8 raw[];
     if (dsv::smem_address(raw) % 1024 != 0) __trap();
