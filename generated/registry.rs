@@ -1201,6 +1201,11 @@ pub static HEADERS: &[(&str, &str)] = &[
     ("dsv/mbarrier.cuh", include_str!("../templates/include/dsv/mbarrier.cuh")),
     ("dsv/mma.cuh", include_str!("../templates/include/dsv/mma.cuh")),
     ("dsv/operand.cuh", include_str!("../templates/include/dsv/operand.cuh")),
+    (
+        "dsv/pairs/cluster.cuh",
+        include_str!("../templates/include/dsv/pairs/cluster.cuh"),
+    ),
+    ("dsv/pairs/walk.cuh", include_str!("../templates/include/dsv/pairs/walk.cuh")),
     ("dsv/patches.cuh", include_str!("../templates/include/dsv/patches.cuh")),
     ("dsv/philox.cuh", include_str!("../templates/include/dsv/philox.cuh")),
     (

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dsv_codegen::spec::{Arch, KernelSpec, space};
+use dsv_codegen::spec::{Arch, AttnOp, Dtype, KernelSpec, space};
 use dsv_codegen::{COMMITTED_ARCHES, HEADERS, template_name, template_path};
 
 fn root() -> PathBuf {
@@ -47,14 +47,18 @@ fn line_of(text: &str, what: &str) -> Option<usize> {
     lines(text).find(|(_, line)| line.contains(what)).map(|(n, _)| n)
 }
 
+/// Or is what the tuner tries for a shipped size.
 #[test]
 fn every_shipped_op_has_a_template_and_every_template_an_op() {
-    let shipped: BTreeSet<String> = COMMITTED_ARCHES
-        .iter()
-        .flat_map(|&arch| space::shipped(arch))
-        .map(|spec| template_name(&spec).to_owned())
-        .collect();
-    assert_eq!(names("kernels", ".cu.tera"), shipped);
+    let shipped = COMMITTED_ARCHES.iter().flat_map(|&arch| space::shipped(arch));
+    let tried = space::SHIPPED_HEAD_DIMS.into_iter().flat_map(|head_dim| {
+        space::shipped_lists().flat_map(move |lists| {
+            space::candidates(AttnOp::Fwd, Dtype::Bf16, head_dim, lists, Arch::Sm90a)
+        })
+    });
+    let named: BTreeSet<String> =
+        shipped.chain(tried.map(KernelSpec::Attn)).map(|spec| template_name(&spec).to_owned()).collect();
+    assert_eq!(names("kernels", ".cu.tera"), named);
 }
 
 /// What was tried and measured, in `<op>.md`; the list kernels share `kv.md`, the trainer's small ones `pointwise.md`.

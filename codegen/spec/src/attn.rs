@@ -249,7 +249,7 @@ impl AttnSpec {
             return Err(SpecError::new("head_dim", self.head_dim, which));
         }
         if cluster != 1 {
-            return Err(SpecError::new("cluster", cluster, format!("1 with the {} templates", self.arch)));
+            self.check_pair()?;
         }
         let adds_dq = self.op == AttnOp::Bwd && self.deterministic == Deterministic::No;
         let rings = adds_dq && self.arch == Arch::Sm90a && !self.lists.is_gather() && !self.lists.is_dense();
@@ -485,6 +485,23 @@ impl AttnSpec {
                 "groups",
                 groups,
                 "1; or one for each consumer with query_group 64, block_n = kv_block and at least 2 stages",
+            ));
+        }
+        Ok(())
+    }
+
+    /// What a cluster of two CTAs asks, one for each of two neighbouring groups.
+    fn check_pair(&self) -> Result<(), SpecError> {
+        let AttnTile { block_m, block_n, groups, consumers, stages, cluster, .. } = self.tile;
+        let served = (self.op, self.arch, self.lists.block_size()) == (AttnOp::Fwd, Arch::Sm90a, (64, 64))
+            && (80..=128).contains(&self.head_dim);
+        let tile = (block_m, block_n, groups, consumers, cluster) == (64, 64, 1, 1, 2);
+        if !served || !tile || stages < 2 {
+            return Err(SpecError::new(
+                "cluster",
+                cluster,
+                "1; or 2 in attn_fwd on sm90a over (64, 64) lists with head_dim 80, 96 or 128, one group and one consumer a CTA, \
+                 tiles of m64n64 and at least 2 stages",
             ));
         }
         Ok(())

@@ -130,6 +130,8 @@ impl Facts {
                     (1, AttnOp::Fwd) if small_forward => (3, 136, 24),
                     // 128 registers of O cannot be had while two CTAs share a multiprocessor.
                     (1, AttnOp::Fwd) if spec.head_dim() > 128 => (1, 240, 24),
+                    // The producer of a pair compares two lists.
+                    (1, AttnOp::Fwd) if spec.tile().cluster > 1 => (2, 216, 40),
                     // The producer of merged lists keeps a place in each of them.
                     (2, AttnOp::Fwd) if spec.tile().groups > 1 => (1, 232, 40),
                     (1, AttnOp::Bwd) => (2, 224, 32),
@@ -246,5 +248,6 @@ pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
         }
         AttnOp::BwdPrep | AttnOp::BwdPost | AttnOp::BwdPostKv => 0,
     };
-    tiles + 2048
+    // Nothing aligns by the slack: pairs do without it, so that two CTAs with three stages share a multiprocessor.
+    if spec.tile().cluster > 1 { tiles + 1024 } else { tiles + 2048 }
 }

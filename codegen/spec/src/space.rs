@@ -160,6 +160,10 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
             ..tile(64 * groups as u16, lists.block_size().1, groups, stages)
         }));
     }
+    // Pairs of groups, where L2 is what binds.
+    if op == AttnOp::Fwd {
+        tiles.extend([2, 3].map(|stages| AttnTile { cluster: 2, ..tile(64, 64, 1, stages) }));
+    }
     let sparsity = if lists.is_dense() { Sparsity::Percent(0) } else { Sparsity::Any };
     // Where a head does not fit L2, CTAs that walk it together share what they read. Dense ones walk in step anyway.
     if op == AttnOp::Bwd && arch == Arch::Sm90a && !lists.is_gather() && !lists.is_dense() {

@@ -70,17 +70,20 @@ pub(super) fn tests() -> Vec<GpuTest> {
             }
         }
     }
-    // Groups that share a CTA must not harm each other either.
+    // Groups that share a CTA or a cluster must not harm each other either.
     let lists = Lists::Blocks { query_group: 64, kv_block: 64 };
-    let merged = space::candidates(AttnOp::Fwd, Dtype::Bf16, 64, lists, ARCH);
-    for spec in merged.into_iter().filter(|spec| spec.tile().groups > 1) {
+    let of = |head_dim| space::candidates(AttnOp::Fwd, Dtype::Bf16, head_dim, lists, ARCH);
+    let merged = of(64).into_iter().filter(|spec| spec.tile().groups > 1);
+    let pairs = of(128).into_iter().filter(|spec| spec.tile().cluster > 1);
+    for spec in merged.chain(pairs) {
+        let head_dim = spec.head_dim();
         for fault in Fault::ALL.into_iter().filter(|fault| !fault.in_inverse()) {
-            let Some(mut kernels) = shipped(64, lists, Deterministic::No, ARCH) else { continue };
+            let Some(mut kernels) = shipped(head_dim, lists, Deterministic::No, ARCH) else { continue };
             kernels[0] = KernelSpec::Attn(spec);
             tests.push(GpuTest::new(
                 format!("faults/{fault:?}-{}", kernels[0]),
                 kernels.clone(),
-                move |gpu| faulty_lists(gpu, 64, lists, fault, &kernels, Deterministic::No),
+                move |gpu| faulty_lists(gpu, head_dim, lists, fault, &kernels, Deterministic::No),
             ));
         }
     }
