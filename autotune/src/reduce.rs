@@ -10,8 +10,8 @@ use dsv_spec::{
 };
 use std::collections::{BTreeMap, BTreeSet};
 
-/// The winner among the right kernels of one op on one case: a shipped one within [`WORTH_A_KERNEL`] of the fastest, else
-/// the fastest; and the field it won against.
+/// The winner among the right kernels of one op on one case, and the field it won against. Of those within [`WORTH_A_KERNEL`] of the
+/// fastest a shipped one; over random lists one that shares what neighbours list, where it is faster than that over clustered lists.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Best {
     /// The kernel.
@@ -117,10 +117,19 @@ pub fn rows<'r>(records: impl IntoIterator<Item = &'r TuneRecord>) -> Vec<Row> {
     let shipped: BTreeSet<KernelSpec> = Arch::ALL.iter().flat_map(|&arch| space::shipped(arch)).collect();
     // Selection and inversion do not depend on head_dim: one measurement serves every row of the same lists.
     let mut list_us: BTreeMap<(bool, RowKey), f64> = BTreeMap::new();
+    // Over clustered lists, by the key of the random ones.
+    let mut clustered: BTreeMap<(AttnOp, RowKey), Times> = BTreeMap::new();
+    let random = ListKind::Random.name();
     for record in records {
         let forward = Problem { op: AttnOp::Fwd, ..record.problem };
         match record.spec {
             KernelSpec::Attn(_) => {
+                if record.lists == ListKind::Clustered.name()
+                    && let Some(us) = right_us(record)
+                {
+                    let key = (record.problem.op, row_key(&forward, random));
+                    clustered.entry(key).or_default().insert(record.spec, us);
+                }
                 groups
                     .entry(row_key(&forward, &record.lists))
                     .or_insert_with(|| Group {
@@ -154,7 +163,8 @@ pub fn rows<'r>(records: impl IntoIterator<Item = &'r TuneRecord>) -> Vec<Row> {
             let lists = group.by_op.values().flat_map(|m| m.values()).next().map_or("", |r| &r.lists);
             let best_where = |op, keep: fn(&AttnSpec) -> bool| {
                 let kept = |r: &&TuneRecord| matches!(&r.spec, KernelSpec::Attn(s) if keep(s));
-                group.by_op.get(&op).and_then(|m| best(m.values().copied().filter(kept), &shipped))
+                let also = clustered.get(&(op, row_key(&group.problem, lists)));
+                group.by_op.get(&op).and_then(|m| best(m.values().copied().filter(kept), &shipped, also))
             };
             let best = |op| best_where(op, |_| true);
             let time = |invert: bool, lists: &str| {
@@ -170,26 +180,46 @@ pub fn rows<'r>(records: impl IntoIterator<Item = &'r TuneRecord>) -> Vec<Row> {
                 backward_deterministic: best_where(AttnOp::Bwd, |s| s.deterministic() == Deterministic::Yes),
                 dq: best(AttnOp::BwdDq),
                 // Choosing lists takes the same time however they turn out.
-                select_us: time(false, lists).or_else(|| time(false, ListKind::Random.name())),
+                select_us: time(false, lists).or_else(|| time(false, random)),
                 invert_us: time(true, lists),
             }
         })
         .collect()
 }
 
+/// Median of each kernel, microseconds.
+type Times = BTreeMap<KernelSpec, f64>;
+
+/// The median of a record whose kernel was right.
+fn right_us(record: &TuneRecord) -> Option<f64> {
+    match &record.outcome {
+        Outcome::Ok { timing, .. } => Some(timing.median_us).filter(|us| us.is_finite() && *us > 0.0),
+        _ => None,
+    }
+}
+
 /// A kernel that is not shipped anyway has to be faster than one that is by more than this: what differs less is
 /// within the noise between runs, and every winner is one more committed text.
 const WORTH_A_KERNEL: f64 = 1.02;
 
-fn best<'a>(records: impl Iterator<Item = &'a TuneRecord>, shipped: &BTreeSet<KernelSpec>) -> Option<Best> {
+/// Whether neighbouring groups load once what they both list.
+fn shares(spec: &KernelSpec) -> bool {
+    matches!(spec, KernelSpec::Attn(s) if s.tile().groups > 1 || s.tile().cluster > 1)
+}
+
+/// The winner, a shipped kernel where one is about as fast. Lists of neighbours overlap in real video: a form that shares what they
+/// have in common wins where it is about as fast over the lists at hand and faster over `clustered` ones.
+fn best<'a>(
+    records: impl Iterator<Item = &'a TuneRecord>,
+    shipped: &BTreeSet<KernelSpec>,
+    clustered: Option<&Times>,
+) -> Option<Best> {
     let (mut tried, mut failed) = (0, 0);
     let mut timed: Vec<(&TuneRecord, Timing)> = Vec::new();
     for record in records {
         tried += 1;
         match &record.outcome {
-            Outcome::Ok { timing, .. } if timing.median_us.is_finite() && timing.median_us > 0.0 => {
-                timed.push((record, *timing));
-            }
+            Outcome::Ok { timing, .. } if right_us(record).is_some() => timed.push((record, *timing)),
             _ => failed += 1,
         }
     }
@@ -197,12 +227,16 @@ fn best<'a>(records: impl Iterator<Item = &'a TuneRecord>, shipped: &BTreeSet<Ke
     timed.sort_by(|a, b| {
         a.1.median_us.total_cmp(&b.1.median_us).then_with(|| a.0.spec.name().cmp(&b.0.spec.name()))
     });
-    let fastest = timed.first()?.1.median_us;
-    let at = timed
-        .iter()
-        .position(|(r, t)| t.median_us <= fastest * WORTH_A_KERNEL && shipped.contains(&r.spec))
-        .unwrap_or(0);
-    let (winner, timing) = timed.remove(at);
+    let limit = timed.first()?.1.median_us * WORTH_A_KERNEL;
+    let as_fast = timed.iter().take_while(|(_, t)| t.median_us <= limit).count();
+    let at = timed[..as_fast].iter().position(|(r, _)| shipped.contains(&r.spec)).unwrap_or(0);
+    let over_clustered = |at: usize| clustered?.get(&timed[at].0.spec).copied();
+    let other = (0..as_fast)
+        .filter(|&i| shares(&timed[i].0.spec))
+        .filter_map(|i| Some((i, over_clustered(i)?)))
+        .min_by(|a, b| a.1.total_cmp(&b.1))
+        .filter(|&(_, us)| over_clustered(at).is_some_and(|now| us * WORTH_A_KERNEL < now));
+    let (winner, timing) = timed.remove(other.map_or(at, |(i, _)| i));
     Some(Best {
         kernel: winner.spec,
         source_hash: winner.source_hash.clone(),
@@ -222,7 +256,8 @@ pub struct Reduction {
     pub notes: Vec<String>,
 }
 
-/// A table must hold for lists nobody has seen: the other kinds are recorded, and reported, but make no line of it.
+/// A table must hold for lists nobody has seen: the other kinds are recorded, and reported, but make no line of it. Clustered ones
+/// only let in forms made for them that are about as fast over random ones.
 const OF_THE_TABLE: [ListKind; 2] = [ListKind::Dense, ListKind::Random];
 
 /// Whether a record is of a kernel that the tuner tries today.

@@ -52,9 +52,8 @@ fn line_of(text: &str, what: &str) -> Option<usize> {
 fn every_shipped_op_has_a_template_and_every_template_an_op() {
     let shipped = COMMITTED_ARCHES.iter().flat_map(|&arch| space::shipped(arch));
     let tried = space::SHIPPED_HEAD_DIMS.into_iter().flat_map(|head_dim| {
-        space::shipped_lists().flat_map(move |lists| {
-            space::candidates(AttnOp::Fwd, Dtype::Bf16, head_dim, lists, Arch::Sm90a)
-        })
+        space::shipped_lists()
+            .flat_map(move |lists| space::candidates(AttnOp::Fwd, Dtype::Bf16, head_dim, lists, Arch::Sm90a))
     });
     let named: BTreeSet<String> =
         shipped.chain(tried.map(KernelSpec::Attn)).map(|spec| template_name(&spec).to_owned()).collect();
