@@ -88,7 +88,7 @@ enum Command {
 
 #[derive(Args)]
 struct Bench {
-    /// Columns of Q, K, V.
+    /// Columns of Q, K, V: 64, 80, 96, 128 or 256; kernels that do not ship are made here.
     #[arg(long, value_delimiter = ',', default_value = "128")]
     head_dim: Vec<u16>,
     /// Tokens.

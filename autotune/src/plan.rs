@@ -5,8 +5,8 @@ use crate::listgen::{self, ListKind, mixed_counts, uniform_count};
 use crate::selection::{self, Selection};
 use crate::service::Service;
 use dsv_spec::{
-    Arch, AttnOp, AttnSpec, Budget, Deterministic, Dtype, GroupRule, KernelSpec, ListOp, ListSpec, Lists,
-    Problem, space,
+    Arch, AttnOp, AttnSpec, Budget, Deterministic, Dtype, GroupRule, HEAD_DIMS, KernelSpec, ListOp, ListSpec,
+    Lists, Problem, space,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
@@ -533,8 +533,9 @@ impl BenchRequest {
         for &seqlen in &self.seqlens {
             positive("--seqlen", seqlen)?;
             for &head_dim in &self.head_dims {
-                if !space::SHIPPED_HEAD_DIMS.contains(&head_dim) {
-                    let allowed = space::SHIPPED_HEAD_DIMS.map(|d| d.to_string()).join(", ");
+                // Kernels that do not ship are rendered.
+                if !HEAD_DIMS.contains(&head_dim) {
+                    let allowed = HEAD_DIMS.map(|d| d.to_string()).join(", ");
                     return Err(TuneError::option("--head-dim", head_dim, allowed));
                 }
                 for block in &self.blocks {
@@ -722,8 +723,12 @@ mod tests {
             let error = request.plan().unwrap_err().to_string();
             assert!(words.iter().all(|w| error.contains(w)), "{error}");
         };
-        let shipped = space::SHIPPED_HEAD_DIMS.map(|d| d.to_string()).join(", ");
-        expect(BenchRequest { head_dims: vec![72], ..good.clone() }, &["--head-dim 72", &shipped]);
+        expect(
+            BenchRequest { head_dims: vec![72], ..good.clone() },
+            &["--head-dim 72", "64, 80, 96, 128, 256"],
+        );
+        let rendered = BenchRequest { head_dims: vec![80], ..good.clone() }.plan().unwrap();
+        assert!(rendered.contests(Arch::Sm90a).iter().all(|contest| !contest.specs.is_empty()));
         expect(
             BenchRequest { blocks: vec!["63x64".into()], ..good.clone() },
             &["--block 63x64", "dense, 64x64, 128x128, 64x1, 64x8, 128x1, 128x8"],

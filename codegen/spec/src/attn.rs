@@ -115,7 +115,7 @@ pub struct AttnSpec {
 }
 
 /// Head dims an attention kernel can be written for.
-const HEAD_DIMS: [u16; 5] = [64, 80, 96, 128, 256];
+pub const HEAD_DIMS: [u16; 5] = [64, 80, 96, 128, 256];
 /// Query groups the contract knows.
 const QUERY_GROUPS: [u16; 3] = [64, 128, 256];
 /// KV blocks the contract knows.

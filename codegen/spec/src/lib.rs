@@ -18,7 +18,7 @@ pub mod space;
 mod table;
 mod types;
 
-pub use attn::{AttnOp, AttnSpec, AttnTile, Lists, Schedule, Sparsity};
+pub use attn::{AttnOp, AttnSpec, AttnTile, HEAD_DIMS, Lists, Schedule, Sparsity};
 pub use error::{NameError, SpecError, TableError};
 pub use facts::{Facts, limits};
 pub use lists::{ListOp, ListSpec};
