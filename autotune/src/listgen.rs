@@ -3,7 +3,7 @@
 //!
 //! | kind | lists |
 //! |---|---|
-//! | `random` | every group of every head draws `max_selected` blocks independently and uniformly: the worst case for caches |
+//! | `random` | every group of every head draws `max_selected` blocks independently and uniformly: neighbours have little in common |
 //! | `clustered` | of each head, groups 8c to 8c + 7 share round(0.8 * `max_selected`) blocks, and each draws the others by itself from those not shared: neighbours agree, as in trained models |
 //! | `popular` | some blocks are of use to most groups: a block's weight is log-normal, by head, and groups draw by weight; the lists that the backward walks differ in length by factors |
 //! | `mixed` | one launch of heads whose sparsities are spread evenly from 50 % to 99 %, in an order that is drawn ([`mixed_counts`]); the lists of a head are random |
