@@ -494,13 +494,13 @@ impl AttnSpec {
     fn check_pair(&self) -> Result<(), SpecError> {
         let AttnTile { block_m, block_n, groups, consumers, stages, cluster, .. } = self.tile;
         let served = (self.op, self.arch, self.lists.block_size()) == (AttnOp::Fwd, Arch::Sm90a, (64, 64))
-            && (80..=128).contains(&self.head_dim);
+            && self.head_dim <= 128;
         let tile = (block_m, block_n, groups, consumers, cluster) == (64, 64, 1, 1, 2);
         if !served || !tile || stages < 2 {
             return Err(SpecError::new(
                 "cluster",
                 cluster,
-                "1; or 2 in attn_fwd on sm90a over (64, 64) lists with head_dim 80, 96 or 128, one group and one consumer a CTA, \
+                "1; or 2 in attn_fwd on sm90a over (64, 64) lists with head_dim 64 to 128, one group and one consumer a CTA, \
                  tiles of m64n64 and at least 2 stages",
             ));
         }

@@ -127,11 +127,12 @@ impl Facts {
                     (1, AttnOp::Fwd) if by_token && spec.head_dim() > 128 => (1, 224, 56),
                     (1, _) if by_token => (2, 208, 48),
                     (2, _) if by_token || gather_backward => (1, 232, 40),
+                    // The producer of a pair compares two lists.
+                    (1, AttnOp::Fwd) if spec.tile().cluster > 1 && small_forward => (3, 128, 32),
+                    (1, AttnOp::Fwd) if spec.tile().cluster > 1 => (2, 216, 40),
                     (1, AttnOp::Fwd) if small_forward => (3, 136, 24),
                     // 128 registers of O cannot be had while two CTAs share a multiprocessor.
                     (1, AttnOp::Fwd) if spec.head_dim() > 128 => (1, 240, 24),
-                    // The producer of a pair compares two lists.
-                    (1, AttnOp::Fwd) if spec.tile().cluster > 1 => (2, 216, 40),
                     // The producer of merged lists keeps a place in each of them.
                     (2, AttnOp::Fwd) if spec.tile().groups > 1 => (1, 232, 40),
                     (1, AttnOp::Bwd) => (2, 224, 32),

@@ -162,7 +162,9 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
     }
     // Pairs of groups, where L2 is what binds.
     if op == AttnOp::Fwd {
-        tiles.extend([2, 3].map(|stages| AttnTile { cluster: 2, ..tile(64, 64, 1, stages) }));
+        // As many stages as the CTAs that share a multiprocessor have room for, and two.
+        let most = if small { 4 } else { 3 };
+        tiles.extend([2, most].map(|stages| AttnTile { cluster: 2, ..tile(64, 64, 1, stages) }));
     }
     let sparsity = if lists.is_dense() { Sparsity::Percent(0) } else { Sparsity::Any };
     // Where a head does not fit L2, CTAs that walk it together share what they read. Dense ones walk in step anyway.
