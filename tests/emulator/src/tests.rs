@@ -582,6 +582,23 @@ fn a_cluster_shares_loads_and_barriers() {
 }
 
 #[test]
+fn stores_reach_the_other_cta() {
+    // Each thread gives its number in the cluster to the one of its place in the other CTA.
+    let body = format!(
+        "mov.u64 %rd10, raw;\ncvt.u32.u64 %r10, %rd10;\nmov.u32 %r13, %cluster_ctarank;\nshl.b32 %r20, %r0, 2;\n\
+         add.u32 %r20, %r20, %r10;\nxor.b32 %r21, %r13, 1;\nmapa.shared::cluster.u32 %r22, %r20, %r21;\n\
+         shl.b32 %r13, %r13, 5;\nadd.u32 %r0, %r0, %r13;\n{CLUSTER_SYNC}st.shared::cluster.u32 [%r22], %r0;\n{CLUSTER_SYNC}\
+         ld.shared.u32 %r40, [%r20];\n{STORE}"
+    );
+    for seed in 0..16 {
+        let out = empty();
+        run_cluster(&body, 2, 32, &empty(), &out, None, seed)
+            .unwrap_or_else(|fault| panic!("seed {seed}: {}", fault.text));
+        assert_eq!(out.words()[..64], [(32..64).collect::<Vec<u32>>(), (0..32).collect()].concat());
+    }
+}
+
+#[test]
 fn shared_memory_goes_with_its_cta() {
     // A word to a CTA that may have left; a line on its way to one that does not wait.
     let checks = [
