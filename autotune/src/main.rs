@@ -88,7 +88,7 @@ enum Command {
 
 #[derive(Args)]
 struct Bench {
-    /// Columns of Q, K, V: 64, 80, 96, 128 or 256; kernels that do not ship are made here.
+    /// Columns of Q, K, V; kernels that do not ship are made here.
     #[arg(long, value_delimiter = ',', default_value = "128")]
     head_dim: Vec<u16>,
     /// Tokens.
@@ -100,8 +100,8 @@ struct Bench {
     /// Sequences.
     #[arg(long, default_value_t = 1)]
     batch: u32,
-    /// dense, or QUERY_GROUPxKV_BLOCK; KV blocks of 1 (tokens) and 8 ship for head_dim 64, 96
-    /// and 128, others below 64 are made here.
+    /// dense, or QUERY_GROUPxKV_BLOCK; KV blocks of 1 (tokens) and 8 ship for head_dim 64, 96 and 128, others below 64 are made
+    /// here.
     #[arg(long, value_delimiter = ',', default_value = "dense,64x64,128x128")]
     block: Vec<String>,
     /// Shares of the KV blocks kept.

@@ -202,11 +202,6 @@ fn right_us(record: &TuneRecord) -> Option<f64> {
 /// within the noise between runs, and every winner is one more committed text.
 const WORTH_A_KERNEL: f64 = 1.02;
 
-/// Whether neighbouring groups load once what they both list.
-fn shares(spec: &KernelSpec) -> bool {
-    matches!(spec, KernelSpec::Attn(s) if s.tile().groups > 1 || s.tile().cluster > 1)
-}
-
 /// The winner, a shipped kernel where one is about as fast. Lists of neighbours overlap in real video: a form that shares what they
 /// have in common wins where it is about as fast over the lists at hand and faster over `clustered` ones.
 fn best<'a>(
@@ -232,7 +227,7 @@ fn best<'a>(
     let at = timed[..as_fast].iter().position(|(r, _)| shipped.contains(&r.spec)).unwrap_or(0);
     let over_clustered = |at: usize| clustered?.get(&timed[at].0.spec).copied();
     let other = (0..as_fast)
-        .filter(|&i| shares(&timed[i].0.spec))
+        .filter(|&i| matches!(timed[i].0.spec, KernelSpec::Attn(s) if s.shares_loads()))
         .filter_map(|i| Some((i, over_clustered(i)?)))
         .min_by(|a, b| a.1.total_cmp(&b.1))
         .filter(|&(_, us)| over_clustered(at).is_some_and(|now| us * WORTH_A_KERNEL < now));

@@ -158,9 +158,7 @@ fn forwards_that_are_not_committed_compile() {
             assert!(!candidates.is_empty(), "{dtype}, head_dim {head_dim}, ({query_group}, {kv_block})");
             specs.push(candidates[0]);
             if dtype == Dtype::Bf16 {
-                specs.extend(
-                    candidates.into_iter().filter(|spec| spec.tile().groups > 1 || spec.tile().cluster > 1),
-                );
+                specs.extend(candidates.into_iter().filter(AttnSpec::shares_loads));
             }
         }
     }

@@ -47,7 +47,7 @@ fn line_of(text: &str, what: &str) -> Option<usize> {
     lines(text).find(|(_, line)| line.contains(what)).map(|(n, _)| n)
 }
 
-/// Or is what the tuner tries for a shipped size.
+/// A template is of a kernel that ships, or of one that the tuner tries for a shipped size.
 #[test]
 fn every_shipped_op_has_a_template_and_every_template_an_op() {
     let shipped = COMMITTED_ARCHES.iter().flat_map(|&arch| space::shipped(arch));

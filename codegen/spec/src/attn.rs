@@ -616,6 +616,10 @@ impl AttnSpec {
             && self.tile.consumers == 2
             && self.tile.block_n == 64
     }
+    /// Whether neighbouring groups, of a CTA or of a cluster, load once what they both list.
+    pub const fn shares_loads(&self) -> bool {
+        self.tile.groups > 1 || self.tile.cluster > 1
+    }
     /// The tunable shape.
     pub const fn tile(&self) -> AttnTile {
         self.tile

@@ -159,10 +159,7 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
             groups,
             ..tile(64 * groups as u16, lists.block_size().1, groups, stages)
         }));
-    }
-    // Pairs of groups, where L2 is what binds.
-    if op == AttnOp::Fwd {
-        // As many stages as the CTAs that share a multiprocessor have room for, and two.
+        // Pairs of groups, with two stages and with as many as the CTAs that share a multiprocessor have room for.
         let most = if small { 4 } else { 3 };
         tiles.extend([2, most].map(|stages| AttnTile { cluster: 2, ..tile(64, 64, 1, stages) }));
     }
