@@ -29,7 +29,7 @@ fn main() {
              /// given to NVRTC by name beside any source; see [`source_hash`] for what a text is hashed with.\n\
              pub static HEADERS: &[(&str, &str)] = &[\n";
     let include = templates.join("include/dsv");
-    let mut headers: Vec<(String, PathBuf)> = ["", "gather/", "pairs/", "select/", "sm80/"]
+    let mut headers: Vec<(String, PathBuf)> = ["", "gather/", "persistent/", "select/", "sm80/"]
         .iter()
         .flat_map(|folder| {
             let named = |(name, path)| (format!("dsv/{folder}{name}.cuh"), path);

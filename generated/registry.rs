@@ -578,14 +578,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "21302b5cbc647107d80cdb4d68c572bfbf6247fb36da815634029ec8083beace",
+        source_hash: "f7941bd20a5319e6d39f35f4a43c9f96b35cf4ded60e43d81deba30acd7ec84a",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg0_kb0_sp0_m128n176_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "63872ac5432758ee8ec858865ef0376d03a7585daacf6bf81f54e63f1e8c7557",
+        source_hash: "44699a376d396d3474d934e4e9d03cb78619faffa2cbd6d3042a10005e0c7683",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg0_kb0_sp0_m128n64_g1c1s1x1_grid_det_sm80",
@@ -599,7 +599,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bc44a7918406b3dd25eb30b8c888ec057022eb9af732dfcc311560586348e20b",
+        source_hash: "dd060b926dbe6af0d86afbc18bbd29e60efba910910ce0ad2ae6876d4aa74078",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_persistent_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_persistent_det_sm90a.cu"
+        ),
+        source_hash: "e1bb0dec77c30275a2e4291f604265bafcdff70390a38163a8d4cc933526b4fb",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
@@ -630,6 +637,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "437e54e363a4cdab9ba56702e6d20751d1e64861ccd963d5c55e2edbc5311504",
     },
     Kernel {
+        name: "attn_fwd_bf16_d128_qg64_kb64_spany_m128n128_g2c2s3x1_persistent_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m128n128_g2c2s3x1_persistent_det_sm90a.cu"
+        ),
+        source_hash: "069e8d4a2755ff5f4b4263e9b53564ff7b6e7db840605133620982c4a8f63a04",
+    },
+    Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80.cu"
@@ -641,7 +655,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "bd355b6bba1e08d39d36cf5b260cf069ae92d6180ca67b1c0074631608b1535b",
+        source_hash: "b93f9a4f90d953d619f4181641fb732cbeca114d0c2139c3201082454dc6d207",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
@@ -655,35 +669,35 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg0_kb0_sp0_m128n80_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4eaa71fffa467c6c1de777ad0fd2319edb1ae0d2bfe665b1b6e406235362e041",
+        source_hash: "eda01f9bdf38d0fae04f9c1a62194793a6fe41b2bda20ea81c053d838b82427a",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "73d2d2481348c8e472b0234a5b412e84e022deaa7252f5d62f9b2fb20d5602b1",
+        source_hash: "8fe1f93362fc58ca1aafb7c23080897e776bde3e0c5d580e2e0291b0e3aaef04",
     },
     Kernel {
-        name: "attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_grid_det_sm90a",
+        name: "attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_persistent_det_sm90a",
         source: include_str!(
-            "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_grid_det_sm90a.cu"
+            "kernels/attn_fwd/attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_persistent_det_sm90a.cu"
         ),
-        source_hash: "7942102bb0f17705e08f1f280f78df7b10e291716b30954c3e45f68f4bcd64cc",
+        source_hash: "61b6586a2ca6d4be46c54f0444f8a5afb3678211b91e2ec1670ababd25e984f9",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "8e07d748790ccbae9e8234cd75b2aa74a969743b8cdc78675cf3815fd4da7e93",
+        source_hash: "4cfa7478bbb466e89dd6f6edfbe6ff533a224a18fc3aea69c523222f7bbc52ed",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "c96eed5a7cb3807645ce792bed82bcae3e59dac31cb9fcde1c477e459cffa54c",
+        source_hash: "f0c2322aeda869a245c1a1938224545d1d0d8a8bfd58402d1f07dcde50b257fa",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg0_kb0_sp0_m128n64_g1c1s2x1_grid_det_sm80",
@@ -697,14 +711,21 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg0_kb0_sp0_m192n128_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "98ac03a9293bcd0091499aa5ac259075c9f725bfe78816585356a3fcf7e304e6",
+        source_hash: "87da91031b278f964d5c1a8b7d4bc19a891df3605276a9869e77dc3c64daf1b5",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "4392fe643dc864c03324bd1a1a51dd7609a93375ec3cf8509db0ad1f2f26cb4b",
+        source_hash: "74e6d3975a08e16a2ff26dd7037a57f6993baa649fb7f27a925f34144178eaff",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_persistent_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_persistent_det_sm90a.cu"
+        ),
+        source_hash: "650063407be9e6effd4e7111201a9ad14849e94fc32e0b63022ca3b58e7c9304",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
@@ -718,14 +739,14 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "53b54b1d4579ef75ee2449f2314670edc7e791c49aaf311b5621cacd01a09282",
+        source_hash: "9363abe8a145229c4e2c1934833e98e28afbcec0a65936f3e926776bae362748",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
         ),
-        source_hash: "b54ed88b944247fa487eb168d8143614381f9730dcb4d23a403a584083ed5960",
+        source_hash: "d96475f5fb2c7c04b810de125a99090410c754cbc16ee45d3c808870ec8119ad",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
@@ -760,7 +781,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "fb8766401499a4a17515ac80e814f41a8140dd5bb586d78f70980af22a57db35",
+        source_hash: "b805ba7fe9528f075480587d68a4fd8be1666a488f7aae92054a9b2cccf51bda",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
@@ -774,21 +795,28 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "aa581e05fef35616eed8e20865321da48380e20ad6188e14a3ea61fbbea50181",
+        source_hash: "a9935f121aa7fa2b5e7ea73515d60c746f6bb39d4f243c9adebfb1a456d631d0",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg0_kb0_sp0_m192n96_g1c3s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "168b018519ce2fa534500edefc31fad4e669b891599a55e18b167a194be730f8",
+        source_hash: "40c3ab254aecff13a6ffe7e42b4c5b447a72c26c08c2953a0535edaf2abd6828",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "96c92ecee360f988137bba99dbded408bdf4cc88e64cebec7271c578b26d6e1f",
+        source_hash: "9bf8eb55c6847a0be7d6fd737029d36803413e65a6767eeafd195a895c1954c0",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_persistent_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_persistent_det_sm90a.cu"
+        ),
+        source_hash: "e65090dfda7549c83f3488938e59ecc24216abda29d8f16f3faebcc17b819027",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
@@ -812,18 +840,11 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "3a61d194532a8165264a33311de4ce2fd51ac6a9631d8e40ee244ce3f5434976",
     },
     Kernel {
-        name: "attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m192n64_g3c3s4x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "80d34ab973df59707511ad325df82dadc146f2c1fab27985c381fda47fef1301",
-    },
-    Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
-        source_hash: "86ab2832089f4a2c3fbaeded117a748566d7e3c91d8ed644ec670a26e9c6eb56",
+        source_hash: "85a6744e536b45eb0c7d083886fde89334650b30146ce859118f944223d6ff49",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb8_spany_m64n64_g1c1s2x1_grid_det_sm90a",
@@ -1201,12 +1222,11 @@ pub static HEADERS: &[(&str, &str)] = &[
     ("dsv/mbarrier.cuh", include_str!("../templates/include/dsv/mbarrier.cuh")),
     ("dsv/mma.cuh", include_str!("../templates/include/dsv/mma.cuh")),
     ("dsv/operand.cuh", include_str!("../templates/include/dsv/operand.cuh")),
-    (
-        "dsv/pairs/cluster.cuh",
-        include_str!("../templates/include/dsv/pairs/cluster.cuh"),
-    ),
-    ("dsv/pairs/walk.cuh", include_str!("../templates/include/dsv/pairs/walk.cuh")),
     ("dsv/patches.cuh", include_str!("../templates/include/dsv/patches.cuh")),
+    (
+        "dsv/persistent/lists.cuh",
+        include_str!("../templates/include/dsv/persistent/lists.cuh"),
+    ),
     ("dsv/philox.cuh", include_str!("../templates/include/dsv/philox.cuh")),
     (
         "dsv/select/operand.cuh",

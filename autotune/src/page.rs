@@ -93,8 +93,9 @@ fn tile(kernel: &str) -> String {
     let from = parts.iter().position(is_tile).unwrap_or(0);
     let to = parts.iter().rposition(|part| *part == "det" || *part == "nondet").unwrap_or(parts.len());
     let words = parts.get(from..to).unwrap_or(&parts[..]).iter().filter(|part| **part != "grid");
-    // One group a CTA, and no cluster, go without saying.
+    // One group a CTA, and no cluster, go without saying; persistent CTAs are said short.
     let short = |part: &&str| {
+        let part = if *part == "persistent" { "p" } else { part };
         let part = part.strip_prefix("g1c").map_or(part.to_string(), |rest| format!("c{rest}"));
         part.strip_suffix("x1").map_or(part.clone(), str::to_string)
     };
@@ -273,7 +274,7 @@ pub fn text(bench: &Tables) -> String {
          det/bwd: deterministic backward over default (target {}/{}). sel+inv: us. TF/cuDNN: of its dense TF, fwd|bwd. speed-up:\n\
          its dense fwd+bwd over ours, lists given; step: selection and inversion included. us/other: clustered over random (target {CLUSTERED_AT_MOST:.2}), mixed over\n\
          uniform lists of the same work (target {MIXED_AT_MOST:.2}). err: largest error over its tolerance, below 1 is right. Tiles: ~ nearest line of the\n\
-         table, * default, ^ text not committed, = as before it.\n\
+         table, * default, ^ text not committed, _p persistent, = as before it.\n\
          Below a row its peers: TF fwd|bwd, and ours over theirs.\n",
         m.gpu,
         m.driver,

@@ -45,7 +45,7 @@ pub(crate) fn variables(spec: &KernelSpec) -> Variables {
             v.insert("consumers", consumers.to_string());
             v.insert("stages", stages.to_string());
             v.insert("cluster", cluster.to_string());
-            v.insert("queue", (schedule == Schedule::Queue).to_string());
+            v.insert("out_apart", s.has_out_apart().to_string());
             v.insert("ring", (schedule == Schedule::Ring).to_string());
             v.insert("deterministic", (s.deterministic() == Deterministic::Yes).to_string());
             // A text for any sparsity is not told one: a template that asks is a mistake.

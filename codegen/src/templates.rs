@@ -12,12 +12,12 @@ use crate::context::{describe, variables};
 // KERNELS and HEADERS, listed by the build script.
 include!(concat!(env!("OUT_DIR"), "/templates.rs"));
 
-/// Name of a spec's template: `<op>_gather` for lists of units smaller than a tile, `<op>_pairs` for clusters; else
-/// `<op>_<arch>` where the architecture has one of its own, else `<op>`.
+/// Name of a spec's template: `<op>_gather` for lists of units smaller than a tile, `<op>_persistent` for that schedule;
+/// else `<op>_<arch>` where the architecture has one of its own, else `<op>`.
 pub fn template_name(spec: &KernelSpec) -> &'static str {
     let own = match spec {
         KernelSpec::Attn(s) if s.lists().is_gather() => format!("{}_gather", spec.op()),
-        KernelSpec::Attn(s) if s.tile().cluster > 1 => format!("{}_pairs", spec.op()),
+        KernelSpec::Attn(s) if s.is_persistent() => format!("{}_persistent", spec.op()),
         _ => format!("{}_{}", spec.op(), spec.arch()),
     };
     KERNELS.iter().map(|(name, _)| *name).find(|name| *name == own).unwrap_or(spec.op())
@@ -202,7 +202,7 @@ mod tests {
         let by_hand = |source: &str| {
             let mut plain = blake3::Hasher::new();
             for (name, text) in [("", source)].iter().chain(HEADERS) {
-                if ["sm80", "gather", "pairs", "select"]
+                if ["sm80", "gather", "persistent", "select"]
                     .iter()
                     .any(|f| name.starts_with(&format!("dsv/{f}/")) && !source.contains(f))
                 {
@@ -215,7 +215,7 @@ mod tests {
             }
             plain.finalize().to_hex().to_string()
         };
-        for source in ["types", "sm80/cp_async", "gather/load", "pairs/walk", "select/operand"]
+        for source in ["types", "sm80/cp_async", "gather/load", "persistent/lists", "select/operand"]
             .map(|h| format!("#include \"dsv/{h}.cuh\""))
         {
             assert_eq!(source_hash(&source), by_hand(&source), "{source}");

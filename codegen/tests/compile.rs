@@ -141,7 +141,7 @@ fn machine_code_uses_tensor_cores_keeps_operands_and_no_local_memory() {
 }
 
 /// The forward's candidates for shapes that no committed kernel has: every tile of dense attention, the first guess of each
-/// block size, and what walks merged lists or pairs. None may spill.
+/// block size, and what stays. None may spill.
 #[test]
 fn forwards_that_are_not_committed_compile() {
     let block_sizes = [(64, 64), (128, 128), (128, 64), (64, 128), (256, 128)];
@@ -158,7 +158,7 @@ fn forwards_that_are_not_committed_compile() {
             assert!(!candidates.is_empty(), "{dtype}, head_dim {head_dim}, ({query_group}, {kv_block})");
             specs.push(candidates[0]);
             if dtype == Dtype::Bf16 {
-                specs.extend(candidates.into_iter().filter(AttnSpec::shares_loads));
+                specs.extend(candidates.into_iter().filter(AttnSpec::is_persistent));
             }
         }
     }

@@ -8,7 +8,9 @@ use dsv_spec::params::{
     AttnBwd, AttnBwdDq, AttnBwdGather, AttnBwdPost, AttnBwdPostKv, AttnBwdPrep, AttnBwdViews, AttnFwd,
     AttnFwdGather, AttnFwdViews, AttnSizes,
 };
-use dsv_spec::{Arch, AttnOp, AttnSpec, AttnTile, Deterministic, Dtype, KernelSpec, Lists, Problem, limits};
+use dsv_spec::{
+    Arch, AttnOp, AttnSpec, AttnTile, Deterministic, Dtype, KernelSpec, Lists, Problem, Schedule, limits,
+};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -434,7 +436,7 @@ impl AttnPlan {
         check.tensors(&[("q", args.q), ("k", args.k), ("v", args.v), ("out", args.out)])?;
         check.words(&[("lse", args.lse), ("error_flag", args.error_flag)])?;
         let (q, kv) = (extent_q(&self.problem), extent_kv(&self.problem));
-        let AttnTile { block_m, block_n, cluster, .. } = tile(kernel);
+        let AttnTile { block_m, block_n, schedule, .. } = tile(kernel);
         let box_rows = attn_spec(kernel).map_or(block_n, AttnSpec::kv_box_rows);
         let kv_map = |address, layout| match box_rows < block_n {
             true => kv.slab_map(address, layout, box_rows as u32),
@@ -442,8 +444,14 @@ impl AttnPlan {
         };
         stream.bind()?;
         let p = &self.problem;
-        let ctas = p.seqlen_q.div_ceil(block_m as u32).next_multiple_of(cluster as u32);
-        let grid = [ctas, p.num_heads, p.batch];
+        let tiles = p.seqlen_q.div_ceil(block_m as u32);
+        let grid = match schedule {
+            Schedule::Persistent => {
+                let all = tiles as u64 * p.num_heads as u64 * p.batch as u64;
+                [all.min(kernel.resident_ctas() as u64) as u32, 1, 1]
+            }
+            Schedule::Grid | Schedule::Ring => [tiles, p.num_heads, p.batch],
+        };
         let smem_bytes = kernel.facts().smem_bytes;
         if kernel.spec().arch() == Arch::Sm80 {
             let params = AttnFwdViews {

@@ -246,6 +246,11 @@ impl Kernel {
         self.max_smem_bytes
     }
 
+    /// CTAs that are meant to run at once on this GPU: [`Facts::ctas_per_sm`] on each multiprocessor.
+    pub fn resident_ctas(&self) -> u32 {
+        self.facts.ctas_per_sm * self.device.info().multiprocessors
+    }
+
     /// Queues the kernel on `grid` CTAs of [`Facts::threads`] threads with `smem_bytes` of dynamic shared memory
     /// and the op's launch parameters (one of [`dsv_spec::params`]). Allocates nothing, waits for nothing; may be
     /// captured.

@@ -1,5 +1,5 @@
 use crate::error::SpecError;
-use crate::facts::{attn_smem_bytes, limits};
+use crate::facts::{attn_smem_bytes, limits, out_apart_fits};
 use crate::types::{Arch, Deterministic, Dtype, tokens};
 use serde::{Deserialize, Serialize};
 
@@ -74,8 +74,8 @@ tokens! {
     Schedule {
         /// One tile a CTA, tiles of a head adjacent in launch order so that its K and V stay in L2.
         Grid = "grid",
-        /// One CTA a multiprocessor slot, tiles taken from a longest-first queue.
-        Queue = "queue",
+        /// As many CTAs as run at once, each of which takes every so-manieth tile; what the next needs is loaded during this one.
+        Persistent = "persistent",
         /// As `grid`, but of its list a CTA takes what is next from where those of its head are by now: what they read at the
         /// same time is the same. In the backward over lists that adds up dQ, whose order of sums is open anyway.
         Ring = "ring",
@@ -249,12 +249,25 @@ impl AttnSpec {
             return Err(SpecError::new("head_dim", self.head_dim, which));
         }
         if cluster != 1 {
-            self.check_pair()?;
+            return Err(SpecError::new("cluster", cluster, format!("1 with the {} templates", self.arch)));
         }
         let adds_dq = self.op == AttnOp::Bwd && self.deterministic == Deterministic::No;
         let rings = adds_dq && self.arch == Arch::Sm90a && !self.lists.is_gather() && !self.lists.is_dense();
-        if !(schedule == Schedule::Grid || (schedule == Schedule::Ring && rings)) {
-            let which = if rings { "grid or ring" } else { "grid" };
+        let persists = self.op == AttnOp::Fwd
+            && self.arch == Arch::Sm90a
+            && !self.lists.is_gather()
+            && !self.lists.is_dense();
+        let allowed = match schedule {
+            Schedule::Grid => true,
+            Schedule::Ring => rings,
+            Schedule::Persistent => persists,
+        };
+        if !allowed {
+            let which = match (rings, persists) {
+                (true, _) => "grid or ring",
+                (_, true) => "grid or persistent",
+                _ => "grid",
+            };
             return Err(SpecError::new(
                 "schedule",
                 schedule,
@@ -270,13 +283,8 @@ impl AttnSpec {
         if self.lists.is_gather() {
             self.check_gather()?;
         }
-        let most_stages = if groups == 1 { 4 } else { 6 };
-        if !(1..=most_stages).contains(&stages) {
-            return Err(SpecError::new(
-                "stages",
-                stages,
-                format!("1 to {most_stages} with {groups} groups a CTA"),
-            ));
+        if !(1..=4).contains(&stages) {
+            return Err(SpecError::new("stages", stages, "1 to 4"));
         }
         if self.op == AttnOp::BwdDq && stages < 2 {
             return Err(SpecError::new(
@@ -473,35 +481,19 @@ impl AttnSpec {
         }
     }
 
-    /// What several groups in one CTA ask: each has its consumer, which leaves out the blocks it does not list.
+    /// What two groups in one CTA ask: each has its consumer.
     fn check_groups(&self) -> Result<(), SpecError> {
-        let AttnTile { block_n, groups, consumers, stages, .. } = self.tile;
+        let AttnTile { block_n, groups, consumers, stages, schedule, .. } = self.tile;
         if self.op != AttnOp::Fwd || self.arch != Arch::Sm90a {
             return Err(SpecError::new("groups", groups, "1 outside attn_fwd on sm90a"));
         }
         let (query_group, kv_block) = self.lists.block_size();
-        if groups != consumers || query_group != 64 || block_n != kv_block || stages < 2 {
+        let whole_blocks = block_n >= kv_block && stages >= 2;
+        if schedule != Schedule::Persistent || (groups, consumers, query_group) != (2, 2, 64) || !whole_blocks {
             return Err(SpecError::new(
                 "groups",
                 groups,
-                "1; or one for each consumer with query_group 64, block_n = kv_block and at least 2 stages",
-            ));
-        }
-        Ok(())
-    }
-
-    /// What a cluster of two CTAs asks, one for each of two neighbouring groups.
-    fn check_pair(&self) -> Result<(), SpecError> {
-        let AttnTile { block_m, block_n, groups, consumers, stages, cluster, .. } = self.tile;
-        let served = (self.op, self.arch, self.lists.block_size()) == (AttnOp::Fwd, Arch::Sm90a, (64, 64))
-            && self.head_dim <= 128;
-        let tile = (block_m, block_n, groups, consumers, cluster) == (64, 64, 1, 1, 2);
-        if !served || !tile || stages < 2 {
-            return Err(SpecError::new(
-                "cluster",
-                cluster,
-                "1; or 2 in attn_fwd on sm90a over (64, 64) lists with head_dim 64 to 128, one group and one consumer a CTA, \
-                 tiles of m64n64 and at least 2 stages",
+                "1; or 2 in persistent CTAs with 2 consumers, query_group 64, block_n at least kv_block and at least 2 stages",
             ));
         }
         Ok(())
@@ -616,9 +608,27 @@ impl AttnSpec {
             && self.tile.consumers == 2
             && self.tile.block_n == 64
     }
-    /// Whether neighbouring groups, of a CTA or of a cluster, load once what they both list.
+    /// Whether neighbouring groups load once what they both list.
     pub const fn shares_loads(&self) -> bool {
-        self.tile.groups > 1 || self.tile.cluster > 1
+        self.tile.groups > 1
+    }
+    /// Whether CTAs take tile after tile.
+    pub const fn is_persistent(&self) -> bool {
+        matches!(self.tile.schedule, Schedule::Persistent)
+    }
+    /// CTAs that share a multiprocessor as far as registers go: with one consumer two, or three of short tiles at head_dim 64
+    /// in the forward, where O is no more than half of the registers.
+    pub(crate) const fn ctas_by_registers(&self) -> u32 {
+        match (self.tile.consumers, self.op) {
+            (1, AttnOp::Fwd) if self.head_dim == 64 && self.tile.block_n == 64 => 3,
+            (1, AttnOp::Fwd) if self.head_dim > 128 => 1,
+            (1, _) => 2,
+            _ => 1,
+        }
+    }
+    /// Whether a persistent forward has room for out beside Q, of which it loads the next while this leaves.
+    pub fn has_out_apart(&self) -> bool {
+        self.is_persistent() && out_apart_fits(self)
     }
     /// The tunable shape.
     pub const fn tile(&self) -> AttnTile {

@@ -127,14 +127,13 @@ impl Facts {
                     (1, AttnOp::Fwd) if by_token && spec.head_dim() > 128 => (1, 224, 56),
                     (1, _) if by_token => (2, 208, 48),
                     (2, _) if by_token || gather_backward => (1, 232, 40),
-                    // The producer of a pair compares two lists.
-                    (1, AttnOp::Fwd) if spec.tile().cluster > 1 && small_forward => (3, 128, 32),
-                    (1, AttnOp::Fwd) if spec.tile().cluster > 1 => (2, 216, 40),
+                    // Whoever walks sets of blocks needs more than one list's place.
+                    (1, AttnOp::Fwd) if spec.is_persistent() && small_forward => (3, 128, 32),
+                    (1, AttnOp::Fwd) if spec.is_persistent() && spec.head_dim() <= 128 => (2, 216, 40),
+                    (2, AttnOp::Fwd) if spec.is_persistent() => (1, 232, 40),
                     (1, AttnOp::Fwd) if small_forward => (3, 136, 24),
                     // 128 registers of O cannot be had while two CTAs share a multiprocessor.
                     (1, AttnOp::Fwd) if spec.head_dim() > 128 => (1, 240, 24),
-                    // The producer of merged lists keeps a place in each of them.
-                    (2, AttnOp::Fwd) if spec.tile().groups > 1 => (1, 232, 40),
                     (1, AttnOp::Bwd) => (2, 224, 32),
                     // Its tiles leave no room for a second CTA.
                     (1, AttnOp::BwdDq) if spec.head_dim() > 128 => (1, 240, 24),
@@ -249,6 +248,26 @@ pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
         }
         AttnOp::BwdPrep | AttnOp::BwdPost | AttnOp::BwdPostKv => 0,
     };
-    // Nothing aligns by the slack: pairs do without it, so that two CTAs with three stages share a multiprocessor.
-    if spec.tile().cluster > 1 { tiles + 1024 } else { tiles + 2048 }
+    if spec.is_persistent() {
+        let out = if out_apart_fits(spec) { m * columns * bytes } else { 0 };
+        return persistent_smem_bytes(spec) + out;
+    }
+    tiles + 2048
+}
+
+/// What a persistent forward has beside out: Q, the rings of K and V, of which that of V has at least three stages with
+/// several groups, and room for barriers and sets of blocks. Nothing aligns by slack.
+fn persistent_smem_bytes(spec: &AttnSpec) -> u32 {
+    let AttnTile { block_m, block_n, stages, groups, .. } = spec.tile();
+    let row = spec.head_dim().next_multiple_of(limits::SLAB_COLUMNS as u16) as u32 * spec.dtype().bytes();
+    let stages_v = if groups > 1 { stages.max(3) } else { stages };
+    let tiles = block_m as u32 + (stages + stages_v) as u32 * block_n as u32;
+    tiles * row + if groups > 1 { 3072 } else { 1024 }
+}
+
+/// Whether out has room of its own without costing a CTA of the multiprocessor. Of several groups it takes that of V.
+pub(crate) fn out_apart_fits(spec: &AttnSpec) -> bool {
+    let row = spec.head_dim().next_multiple_of(limits::SLAB_COLUMNS as u16) as u32 * spec.dtype().bytes();
+    let with_out = persistent_smem_bytes(spec) + spec.tile().block_m as u32 * row;
+    spec.tile().groups == 1 && with_out <= limits::SMEM_BYTES_PER_SM / spec.ctas_by_registers() - 1024
 }

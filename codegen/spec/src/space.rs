@@ -154,14 +154,21 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
         AttnOp::BwdPrep | AttnOp::BwdPost | AttnOp::BwdPostKv => vec![(64, 0, 1, 0)],
     };
     let mut tiles: Vec<AttnTile> = tiles.into_iter().map(|(m, n, c, s)| tile(m, n, c, s)).collect();
+    // Over lists CTAs that stay are faster than one a tile, and two groups in a CTA share what both list. At head_dim 64 and 96
+    // random lists are walked faster a group a CTA.
     if op == AttnOp::Fwd && arch == Arch::Sm90a {
-        tiles.extend(merged_lists(head_dim, lists).iter().map(|&(groups, stages)| AttnTile {
+        let persistent = |groups, block_n, stages| AttnTile {
             groups,
-            ..tile(64 * groups as u16, lists.block_size().1, groups, stages)
-        }));
-        // Pairs of groups, with two stages and with as many as the CTAs that share a multiprocessor have room for.
-        let most = if small { 4 } else { 3 };
-        tiles.extend([2, most].map(|stages| AttnTile { cluster: 2, ..tile(64, 64, 1, stages) }));
+            schedule: Schedule::Persistent,
+            ..tile(128, block_n, 2, stages)
+        };
+        let (one, two) = match head_dim {
+            ..=64 => (persistent(1, 128, 3), persistent(2, 128, 3)),
+            ..=128 => (persistent(1, 128, 2), persistent(2, 128, 3)),
+            _ => (persistent(1, 64, 2), persistent(2, 64, 2)),
+        };
+        tiles.insert(0, one);
+        tiles.insert(if head_dim == 128 { 0 } else { tiles.len() }, two);
     }
     let sparsity = if lists.is_dense() { Sparsity::Percent(0) } else { Sparsity::Any };
     // Where a head does not fit L2, CTAs that walk it together share what they read. Dense ones walk in step anyway.
@@ -181,19 +188,6 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
     // Tiles of two blocks are for two consumers that take turns; a lone one does better with more CTAs beside it.
     specs.sort_by_key(|spec| spec.kv_box_rows() < spec.tile().block_n && spec.tile().consumers == 1);
     specs
-}
-
-/// (groups, stages) of the forwards that walk the merged lists of neighbouring groups: faster than a group a CTA where
-/// neighbours list the same blocks, slower where they do not, so never the first guess.
-fn merged_lists(head_dim: u16, lists: Lists) -> &'static [(u8, u8)] {
-    match (lists.block_size(), head_dim) {
-        ((64, 64), ..=64) => &[(3, 4), (2, 4)],
-        ((64, 64), ..=128) => &[(2, 4), (2, 6), (3, 4)],
-        ((64, 64), _) => &[(2, 2)],
-        ((64, 128), ..=64) => &[(3, 3), (2, 4)],
-        ((64, 128), ..=128) => &[(2, 2), (2, 3)],
-        _ => &[],
-    }
 }
 
 /// The kernel taken where no table answers: the first candidate that is as deterministic as asked.

@@ -91,13 +91,18 @@ fn a_backward_of_three_consumers_cannot_split_dq() {
 
 #[test]
 fn groups_share_a_cta_only_where_each_has_its_consumer() {
-    let name = |groups: u8, lists: &str| {
-        format!("attn_fwd_bf16_d128_{lists}_spany_m128n64_g{groups}c2s4x1_grid_det_sm90a")
+    let name = |groups: u8, lists: &str, schedule: &str| {
+        format!("attn_fwd_bf16_d128_{lists}_spany_m128n64_g{groups}c2s4x1_{schedule}_det_sm90a")
     };
-    assert!(name(2, "qg64_kb64").parse::<KernelSpec>().is_ok());
-    for bad in [name(3, "qg64_kb64"), name(2, "qg128_kb64"), name(2, "qg64_kb128")] {
+    assert!(name(2, "qg64_kb64", "persistent").parse::<KernelSpec>().is_ok());
+    for bad in [
+        name(3, "qg64_kb64", "persistent"),
+        name(2, "qg128_kb64", "persistent"),
+        name(2, "qg64_kb128", "persistent"),
+        name(2, "qg64_kb64", "grid"),
+    ] {
         let error = bad.parse::<KernelSpec>().unwrap_err().to_string();
-        assert!(error.contains("is not possible: 1; or one for each consumer"), "{error}");
+        assert!(error.contains("is not possible: 1; or 2 in persistent CTAs"), "{error}");
     }
 }
 
@@ -288,28 +293,28 @@ fn records_round_trip() {
 
 #[test]
 fn the_vocabulary_reaches_what_comes_later() {
-    // A queue has a place in tile and name, though no template serves it yet.
+    // Clusters have a place in tile and name, though no template serves them.
     let tile = AttnTile {
         block_m: 128,
         block_n: 64,
         groups: 2,
         consumers: 2,
         stages: 2,
-        cluster: 1,
-        schedule: Schedule::Queue,
+        cluster: 2,
+        schedule: Schedule::Persistent,
     };
     let lists = Lists::Blocks { query_group: 64, kv_block: 64 };
-    let error = AttnSpec::new(
-        AttnOp::Fwd,
-        Dtype::Bf16,
-        128,
-        lists,
-        Sparsity::Any,
-        tile,
-        Deterministic::Yes,
-        Arch::Sm90a,
-    );
-    assert!(error.unwrap_err().what == "schedule");
+    let spec = |tile, lists, op| {
+        AttnSpec::new(op, Dtype::Bf16, 128, lists, Sparsity::Any, tile, Deterministic::Yes, Arch::Sm90a)
+    };
+    let what = |tile, lists, op| spec(tile, lists, op).unwrap_err().what;
+    assert!(what(tile, lists, AttnOp::Fwd) == "cluster");
+    let tile = AttnTile { cluster: 1, ..tile };
+    assert!(spec(tile, lists, AttnOp::Fwd).is_ok());
+    // Two groups are for CTAs that stay, and these for the forward over blocks.
+    assert!(what(AttnTile { schedule: Schedule::Grid, ..tile }, lists, AttnOp::Fwd) == "groups");
+    assert!(what(tile, Lists::Blocks { query_group: 64, kv_block: 8 }, AttnOp::Fwd) == "schedule");
+    assert!(what(tile, lists, AttnOp::BwdDq) == "schedule");
     let shipped = space::shipped(Arch::Sm90a);
     for op in [
         "kv_select",

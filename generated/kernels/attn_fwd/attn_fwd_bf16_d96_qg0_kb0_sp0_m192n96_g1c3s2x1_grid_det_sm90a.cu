@@ -27,7 +27,6 @@ constexpr int kQueryGroup = 0;  // tokens sharing one list; 0 = dense
 constexpr int kKvBlock = 0;        // tokens of one listed unit; 0 = dense
 constexpr int kBlockM = 192;
 constexpr int kBlockN = 96;
-constexpr int kGroups = 1;        // neighbouring query groups, more than one over their merged lists
 constexpr int kConsumers = 3;  // warpgroups of 64 query rows
 constexpr int kStages = 2;
 constexpr int kThreads = 512;
@@ -41,25 +40,22 @@ constexpr int kParamsBytes = 640;
 constexpr bool kDense = kKvBlock == 0;
 constexpr int kRows = 64;                                         // query rows of one consumer
 constexpr int kConsumerThreads = 128 * kConsumers;
-constexpr int kEndOfLists = 1 << kConsumers;
 // S of 64 keys with both operands in shared memory fills its port, 128 bytes a clock: Q waits in registers where there are
 // head_dim / 4 for it.
 constexpr bool kQInRegisters = kBlockN == 64 && kConsumerRegisters >= 136 && kConsumers <= 2 && kHeadDim <= 128;
 // S of the next tile is made while P of this one is, where there are registers for two S: no consumer waits for a product.
 // K is then needed a tile earlier, which costs two CTAs at head_dim 128 more than it gives: their rings have no third stage.
 constexpr int kScoresRegisters = kHeadDim / 2 + kBlockN + kBlockN / 4 + (kQInRegisters ? kHeadDim / 4 : 0) + 36;
-constexpr bool kTwoScores = kGroups == 1 && (kHeadDim == 64 || kConsumers == 2) && kScoresRegisters <= kConsumerRegisters;
+constexpr bool kTwoScores = (kHeadDim == 64 || kConsumers == 2) && kScoresRegisters <= kConsumerRegisters;
 constexpr dsv::uint32 kTileBytesQ = dsv::tile_bytes(kRows, kHeadDim);
 constexpr dsv::uint32 kTileBytesKv = dsv::tile_bytes(kBlockN, kHeadDim);
-// Consumers take turns at the tensor cores. With a group each they do not: each leaves out other tiles.
-constexpr bool kTurns = kConsumers > 1 && kGroups == 1 && !kTwoScores;
+// Consumers take turns at the tensor cores.
+constexpr bool kTurns = kConsumers > 1 && !kTwoScores;
 
 static_assert(kBlockM == kRows * kConsumers, "one wgmma M of 64 rows a consumer");
 static_assert(kHeadDim % 16 == 0, "whole K steps of the products");
 static_assert(kDense || kKvBlock % kBlockN == 0 || kBlockN % kKvBlock == 0, "a block is whole tiles or a tile whole blocks");
-static_assert(kDense || kQueryGroup * kGroups % kBlockM == 0, "a CTA lies within one group, or has whole groups");
-static_assert(kGroups == 1 || (kGroups == kConsumers && kQueryGroup == kRows && kKvBlock == kBlockN),
-              "of several groups each has its consumer, and tiles are blocks");
+static_assert(kDense || kQueryGroup % kBlockM == 0, "a CTA lies within one group");
 
 struct Params {
     dsv::TensorMap map_q;         // [B, Sq, H, D], box 64 rows
@@ -81,7 +77,6 @@ struct SharedStorage {
     dsv::uint64 full_q;
     dsv::uint64 full_k[kStages], empty_k[kStages];
     dsv::uint64 full_v[kStages], empty_v[kStages];
-    int listed[kStages];  // of several groups: a bit for each that lists the block of the stage; kEndOfLists after the last
 };
 static_assert(sizeof(SharedStorage) + 1024 <= kSmemBytes, "shared memory with slack to align it");
 
@@ -146,83 +141,13 @@ __device__ __forceinline__ void produce(const Params& p, SharedStorage& smem) {
     }
 }
 
-// The list of the group that begins at a query; an empty one where there is no such group.
-__device__ __forceinline__ Walk walk_of(const Params& p, int query, int head, int batch) {
-    const bool exists = query < p.sizes.seqlen_q;
-    Walk walk(p.q2k_index, p.q2k_count, p.error_flag, p.sizes, exists ? query : 0, head, batch);
-    if (!exists) walk.tiles = 0;
-    return walk;
-}
-
-// The same for several groups: every block that any of them lists, once, from the last to the first.
-__device__ __forceinline__ void produce_merged(const Params& p, SharedStorage& smem) {
-    const int3 cta = dsv::cta_index();
-    const int first_row = cta.x * kBlockM, head = cta.y, batch = cta.z;
-    const int kv_head = head / (p.sizes.num_heads / p.sizes.num_kv_heads);
-    const bool leader = threadIdx.x % 32 == 0;
-    Walk walks[kGroups];
-    int taken[kGroups];
-    int next[kGroups];  // first key of the block at hand; -1 past the end of the list
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-        walks[g] = walk_of(p, first_row + g * kRows, head, batch);
-        taken[g] = 0;
-        next[g] = walks[g].tiles > 0 ? walks[g].tile_start(0) : -1;
-    }
-    if (leader) {
-        dsv::mbarrier_arrive_expect(&smem.full_q, kConsumers * kTileBytesQ);
-        for (int c = 0; c < kConsumers; ++c) {
-            dsv::tma_load_tile<kHeadDim, kRows>(smem.q[c], &p.map_q, &smem.full_q, first_row + c * kRows, head, batch);
-        }
-    }
-
-    dsv::RingState<kStages> ring_k, ring_v;
-    int start_v = -1;
-    for (bool more = true; more;) {
-        int start = -1;
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) start = max(start, next[g]);
-        more = start >= 0;
-        int listed = more ? 0 : kEndOfLists;
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-            if (more && next[g] == start) {
-                listed |= 1 << g;
-                ++taken[g];
-                next[g] = taken[g] < walks[g].tiles ? walks[g].tile_start(taken[g]) : -1;
-            }
-        }
-        if (leader) {
-            dsv::uint64* full = &smem.full_k[ring_k.index];
-            dsv::mbarrier_wait(&smem.empty_k[ring_k.index], ring_k.phase ^ 1);
-            smem.listed[ring_k.index] = listed;
-            if (more) {
-                load_keys(smem.k[ring_k.index], &p.map_k, full, {start}, kv_head, batch);
-            } else {
-                dsv::mbarrier_arrive(full);
-            }
-        }
-        ring_k.advance();
-        if (start_v >= 0) {
-            if (leader) {
-                dsv::mbarrier_wait(&smem.empty_v[ring_v.index], ring_v.phase ^ 1);
-                load_keys(smem.v[ring_v.index], &p.map_v, &smem.full_v[ring_v.index], {start_v}, kv_head, batch);
-            }
-            ring_v.advance();
-        }
-        start_v = start;
-        __syncwarp();
-    }
-}
-
 __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
     const int3 cta = dsv::cta_index();
     const int first_row = cta.x * kBlockM, head = cta.y, batch = cta.z;
     const int consumer = dsv::warpgroup_index();
     const bool warp_leader = threadIdx.x % 32 == 0;
     const int row0 = first_row + consumer * kRows;
-    const Walk walk = kGroups > 1 ? walk_of(p, row0, head, batch)
-                                  : Walk(p.q2k_index, p.q2k_count, p.error_flag, p.sizes, first_row, head, batch);
+    const Walk walk(p.q2k_index, p.q2k_count, p.error_flag, p.sizes, first_row, head, batch);
     const float scale_log2 = p.sizes.scale_log2;
 
     float o[kHeadDim / 2];
@@ -230,8 +155,8 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
     for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.0f;
     dsv::Softmax<kBlockN> softmax;
 
-    if (kGroups > 1 || walk.tiles > 0) {
-        int valid = walk.tiles > 0 ? walk.valid_in_first(p.sizes.seqlen_kv) : 0;
+    if (walk.tiles > 0) {
+        int valid = walk.valid_in_first(p.sizes.seqlen_kv);
         dsv::RingState<kStages> ring_k, ring_v;
         dsv::mbarrier_wait(&smem.full_q, 0);
         if constexpr (kTurns) {
@@ -358,7 +283,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
             issue_output();
             dsv::wgmma_wait<0>();
             dsv::pin(o);
-        } else if constexpr (kGroups == 1) {
+        } else {
             wait_for_keys();
             issue_scores(s);
             pass_turn(walk.tiles == 1);
@@ -392,67 +317,6 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
             issue_output();
             dsv::wgmma_wait<0>();
             dsv::pin(o);
-        } else {
-            // Tiles that this group does not list are passed on, K when seen and V in its turn. While P waits for its V,
-            // K may run kStages tiles ahead: the producer loads K of one more before it needs the room of that V.
-            int behind = 0;  // tiles from V's place to K's; the first is that of P
-            bool pending = false;
-            const auto leave_values = [&](int left) {
-#pragma unroll 1
-                for (; behind > left; --behind) {
-                    dsv::mbarrier_wait(&smem.full_v[ring_v.index], ring_v.phase);
-                    pass_values();
-                }
-            };
-            while (true) {
-                int listed = 0;
-                while (true) {
-                    wait_for_keys();
-                    if (warp_leader) listed = smem.listed[ring_k.index];
-                    listed = __shfl_sync(0xFFFFFFFF, listed, 0);
-                    if ((listed & (1 << consumer | kEndOfLists)) != 0 || (pending && behind == kStages)) break;
-                    pass_keys();
-                    ++behind;
-                    if (!pending) leave_values(0);
-                }
-                const bool mine = (listed >> consumer & 1) != 0;
-                if (mine && pending) {
-                    issue_scores(s);
-                    issue_output();
-                    dsv::wgmma_wait<1>();
-                    dsv::pin(s);
-                    pass_keys();
-                    ++behind;
-                    softmax.step(s, scale_log2, rescale);
-                    dsv::pin(s);
-                    wait_for_keys();  // as above; the end of the lists comes as keys, too
-                    dsv::wgmma_wait<0>();
-                    dsv::pin(o);
-                    leave_values(1);
-                    rescale_output();
-                    dsv::to_operand<Element, kBlockN>(probabilities, s);
-                } else if (mine) {
-                    issue_scores(s);
-                    dsv::wgmma_wait<0>();
-                    dsv::pin(s);
-                    pass_keys();
-                    ++behind;
-                    if (valid < kBlockN) dsv::mask_tail<kBlockN>(s, valid, -dsv::kInf);
-                    valid = kBlockN;
-                    softmax.step(s, scale_log2, rescale);
-                    rescale_output();
-                    dsv::to_operand<Element, kBlockN>(probabilities, s);
-                    pending = true;
-                } else if (pending) {
-                    issue_output();
-                    dsv::wgmma_wait<0>();
-                    dsv::pin(o);
-                    leave_values(0);
-                    pending = false;
-                } else {
-                    break;
-                }
-            }
         }
     }
 
@@ -507,11 +371,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_fwd_bf16
     if (threadIdx.x >= kConsumerThreads) {
         dsv::registers_shrink<kProducerRegisters>();
         if (threadIdx.x < kConsumerThreads + 32) {
-            if constexpr (kGroups == 1) {
-                produce(p, smem);
-            } else {
-                produce_merged(p, smem);
-            }
+            produce(p, smem);
         }
     } else {
         dsv::registers_grow<kConsumerRegisters>();

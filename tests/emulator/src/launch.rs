@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 /// Dynamic shared memory a CTA may have, with its static one, bytes.
 pub(crate) const SHARED_LIMIT: u32 = 227 * 1024;
 /// What the device says it has.
-pub(crate) const MULTIPROCESSORS: u32 = 132;
+pub(crate) const MULTIPROCESSORS: u32 = 3;
 
 /// A kernel and how it is launched.
 #[derive(Clone, Debug)]

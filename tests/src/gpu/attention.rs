@@ -70,12 +70,10 @@ pub(super) fn tests() -> Vec<GpuTest> {
             }
         }
     }
-    // Groups that share a CTA or a cluster must not harm each other either.
+    // Groups that share a CTA must not harm each other either, nor tiles that one CTA takes.
     let lists = Lists::Blocks { query_group: 64, kv_block: 64 };
     let of = |head_dim| space::candidates(AttnOp::Fwd, Dtype::Bf16, head_dim, lists, ARCH);
-    let merged = of(64).into_iter().filter(|spec| spec.tile().groups > 1);
-    let pairs = of(128).into_iter().filter(|spec| spec.tile().cluster > 1);
-    for spec in merged.chain(pairs) {
+    for spec in [64, 128].into_iter().flat_map(of).filter(AttnSpec::is_persistent) {
         let head_dim = spec.head_dim();
         for fault in Fault::ALL.into_iter().filter(|fault| !fault.in_inverse()) {
             let Some(mut kernels) = shipped(head_dim, lists, Deterministic::No, ARCH) else { continue };
