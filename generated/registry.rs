@@ -189,6 +189,13 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "6343267a816ac29cdea9f38509acfbb6eab1e5f0173ead0809a7e3c26a4a0f44",
     },
     Kernel {
+        name: "attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d256_qg64_kb64_spany_m64n64_g1c2s2x1_ring_nondet_sm90a.cu"
+        ),
+        source_hash: "124bdc31f9db2b15a30b5731c5a43d025c8aa62de548774e6475d674d5348c0f",
+    },
+    Kernel {
         name: "attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a",
         source: include_str!(
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg0_kb0_sp0_m128n128_g1c2s2x1_grid_det_sm90a.cu"
@@ -285,6 +292,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_nondet_sm90a.cu"
         ),
         source_hash: "7876686be308e082a4e6cf98b1411bec6dc82bb8e28a41f137e73b498eac2923",
+    },
+    Kernel {
+        name: "attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a",
+        source: include_str!(
+            "kernels/attn_bwd/attn_bwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s3x1_grid_det_sm90a.cu"
+        ),
+        source_hash: "924236a10935430a1d644a2328756078d151c2e03f720c3167f4c732166ba77a",
     },
     Kernel {
         name: "attn_bwd_bf16_d64_qg64_kb8_spany_m64n64_g1c1s2x1_grid_nondet_sm90a",
@@ -606,7 +620,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg128_kb128_spany_m128n128_g1c2s2x1_persistent_det_sm90a.cu"
         ),
-        source_hash: "e1bb0dec77c30275a2e4291f604265bafcdff70390a38163a8d4cc933526b4fb",
+        source_hash: "35ea82a8395dd7920dbb00e660f3eae7edce330bd52e72eaab8711b483425d1b",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg128_kb128_spany_m128n64_g1c1s1x1_grid_det_sm80",
@@ -641,7 +655,7 @@ pub static KERNELS: &[Kernel] = &[
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d128_qg64_kb64_spany_m128n128_g2c2s3x1_persistent_det_sm90a.cu"
         ),
-        source_hash: "069e8d4a2755ff5f4b4263e9b53564ff7b6e7db840605133620982c4a8f63a04",
+        source_hash: "93c689b0714fdc02c395b4c96056966c42c8651c189ee768fdfce3da8555a7c9",
     },
     Kernel {
         name: "attn_fwd_bf16_d128_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
@@ -672,18 +686,18 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "eda01f9bdf38d0fae04f9c1a62194793a6fe41b2bda20ea81c053d838b82427a",
     },
     Kernel {
-        name: "attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_fwd/attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "8fe1f93362fc58ca1aafb7c23080897e776bde3e0c5d580e2e0291b0e3aaef04",
-    },
-    Kernel {
         name: "attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_persistent_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d256_qg128_kb128_spany_m128n64_g1c2s2x1_persistent_det_sm90a.cu"
         ),
-        source_hash: "61b6586a2ca6d4be46c54f0444f8a5afb3678211b91e2ec1670ababd25e984f9",
+        source_hash: "2c9f57d536f22176c035e1b550f735fe2bc4b1026d7cfe0c72f584e34007e5e3",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_persistent_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d256_qg64_kb64_spany_m128n64_g2c2s2x1_persistent_det_sm90a.cu"
+        ),
+        source_hash: "f0956deaa35c4002e7eaf5de2ff83a4a721b031bc4e9a8fd167d3eb494294c0b",
     },
     Kernel {
         name: "attn_fwd_bf16_d256_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",
@@ -714,18 +728,11 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "87da91031b278f964d5c1a8b7d4bc19a891df3605276a9869e77dc3c64daf1b5",
     },
     Kernel {
-        name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "74e6d3975a08e16a2ff26dd7037a57f6993baa649fb7f27a925f34144178eaff",
-    },
-    Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_persistent_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n128_g1c2s3x1_persistent_det_sm90a.cu"
         ),
-        source_hash: "650063407be9e6effd4e7111201a9ad14849e94fc32e0b63022ca3b58e7c9304",
+        source_hash: "47c3426c8961825dee361cd32b68d8ada43afe19fcb4c4ec3161d4d15d8421e1",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80",
@@ -733,13 +740,6 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m128n64_g1c1s2x1_grid_det_sm80.cu"
         ),
         source_hash: "99e6c88195459ca6053dc3fd3a1123b3d92963411cb9ffc0b7e1e8edf9e370c5",
-    },
-    Kernel {
-        name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_fwd/attn_fwd_bf16_d64_qg128_kb128_spany_m64n128_g1c1s3x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "9363abe8a145229c4e2c1934833e98e28afbcec0a65936f3e926776bae362748",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg128_kb128_spany_m64n64_g1c1s3x1_grid_det_sm90a",
@@ -768,6 +768,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
         source_hash: "1a9912355d6a1272e1985ada04aeca42d9a3db8b4ddcc59509a9519c087228d3",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d64_qg64_kb64_spany_m128n128_g2c2s3x1_persistent_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d64_qg64_kb64_spany_m128n128_g2c2s3x1_persistent_det_sm90a.cu"
+        ),
+        source_hash: "413840c327ade045c1f456188a22bcd5565488fcab3d3c8df0bb4f40d299d50e",
     },
     Kernel {
         name: "attn_fwd_bf16_d64_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm80",
@@ -805,18 +812,11 @@ pub static KERNELS: &[Kernel] = &[
         source_hash: "40c3ab254aecff13a6ffe7e42b4c5b447a72c26c08c2953a0535edaf2abd6828",
     },
     Kernel {
-        name: "attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a",
-        source: include_str!(
-            "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_grid_det_sm90a.cu"
-        ),
-        source_hash: "9bf8eb55c6847a0be7d6fd737029d36803413e65a6767eeafd195a895c1954c0",
-    },
-    Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_persistent_det_sm90a",
         source: include_str!(
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg128_kb128_spany_m128n128_g1c2s2x1_persistent_det_sm90a.cu"
         ),
-        source_hash: "e65090dfda7549c83f3488938e59ecc24216abda29d8f16f3faebcc17b819027",
+        source_hash: "704da094f9bbc4a49701e908c696033df675111d3680f28b62a069eea0bdae3d",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg128_kb1_spany_m128n128_g1c2s2x1_grid_det_sm90a",
@@ -838,6 +838,13 @@ pub static KERNELS: &[Kernel] = &[
             "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb1_spany_m64n64_g1c1s2x1_grid_det_sm90a.cu"
         ),
         source_hash: "3a61d194532a8165264a33311de4ce2fd51ac6a9631d8e40ee244ce3f5434976",
+    },
+    Kernel {
+        name: "attn_fwd_bf16_d96_qg64_kb64_spany_m128n128_g2c2s3x1_persistent_det_sm90a",
+        source: include_str!(
+            "kernels/attn_fwd/attn_fwd_bf16_d96_qg64_kb64_spany_m128n128_g2c2s3x1_persistent_det_sm90a.cu"
+        ),
+        source_hash: "0116a3db7ca1d73d7dc5fab47fd1cdaa4664c74bf8ce9f6a74ac485d2af1d0ed",
     },
     Kernel {
         name: "attn_fwd_bf16_d96_qg64_kb64_spany_m64n64_g1c1s2x1_grid_det_sm90a",

@@ -141,8 +141,7 @@ __device__ __forceinline__ void read_lists(const Params& p, SharedStorage& smem)
         dsv::make_task<kQueryGroup, kKvBlock, kBlockN, kGroups>(smem.sets[ring.index], smem.made[ring.index], lists,
                                                                 at.window * dsv::kWindowBlocks, p.sizes.seqlen_kv,
                                                                 p.sizes.num_kv_blocks);
-        __syncwarp();
-        if (dsv::lane_id() == 0) dsv::mbarrier_arrive(&smem.full_lists[ring.index]);
+        dsv::mbarrier_arrive(&smem.full_lists[ring.index]);
         ring.advance();
     }
 }
@@ -167,19 +166,12 @@ __device__ __forceinline__ void load_keys(dsv::uint8* tile, const dsv::TensorMap
     }
 }
 
-// Own tiles that every group has, and tiles of all groups.
-__device__ __forceinline__ int turns_of(const Task& task) { return kGroups == 1 ? 0 : min(task.own[0], task.own[kGroups - 1]); }
-__device__ __forceinline__ int all_tiles(const Task& task) {
-    return task.shared + (kGroups == 1 ? 0 : task.own[0] + task.own[kGroups - 1]);
-}
-
-// Feeds K with Q ahead of it, or V, tile by tile, task after task. One warp each: a thread that feeds both is late for own
-// tiles, which come twice as often as shared ones.
+// Feeds K with Q ahead of it, or V, tile by tile, task after task. One thread each: one that feeds both is late for own tiles,
+// which come twice as often as shared ones.
 template <bool with_q, int stages>
 __device__ __forceinline__ void load(const Params& p, SharedStorage& smem, const dsv::TensorMap* map,
                                      dsv::uint8 (&ring_tiles)[stages][kTileBytesKv], dsv::uint64 (&full)[kWhose][stages],
                                      dsv::uint64 (&empty)[stages]) {
-    const bool leader = dsv::lane_id() == 0;
     dsv::RingState<2> ring_lists;
     dsv::RingState<stages> ring;
     dsv::uint32 phase_q = 1;
@@ -189,9 +181,9 @@ __device__ __forceinline__ void load(const Params& p, SharedStorage& smem, const
         dsv::mbarrier_wait(&smem.full_lists[ring_lists.index], ring_lists.phase);
         const Task& made = smem.made[ring_lists.index];
         const int shared = made.shared;
-        const int turns_end = shared + 2 * turns_of(made);
-        const int tiles = all_tiles(made);
-        if (with_q && leader) {
+        const int turns_end = shared + 2 * min(made.own[0], made.own[kGroups - 1]);  // as long as both groups have own tiles
+        const int tiles = shared + made.own[0] + made.own[kGroups - 1];
+        if constexpr (with_q) {
             dsv::mbarrier_wait(&smem.empty_q, phase_q);
             smem.task = made;
             if (tiles > 0) {
@@ -206,41 +198,38 @@ __device__ __forceinline__ void load(const Params& p, SharedStorage& smem, const
         }
         phase_q ^= 1;
 
-        if (leader) {
-            const int used = (min(p.sizes.num_kv_blocks - at.window * dsv::kWindowBlocks, dsv::kWindowBlocks) + 31) / 32;
-            const dsv::uint32* words = smem.sets[ring_lists.index].words[0];
-            dsv::SetWalk of_all(0, used), of_first(1, used), of_second(2, used);
-            const int longest = kGroups > 1 && made.own[kGroups - 1] > made.own[0] ? 2 : 1;
-            int block = 0;
-            for (int t = 0; t < tiles; ++t) {
-                const int whose = kGroups == 1 || t < shared ? 0 : t < turns_end ? 1 + (t - shared) % 2 : longest;
-                const auto next = [&] {
-                    return kGroups == 1 || whose == 0 ? of_all.next(words)
-                         : whose == 1                 ? of_first.next(words)
-                                                      : of_second.next(words);
-                };
-                Units units;
-                if constexpr (kTilesPerBlock > 1) {
-                    if (t % kTilesPerBlock == 0) block = next();
-                    units = block * kTilesPerBlock + kTilesPerBlock - 1 - t % kTilesPerBlock;
-                } else if constexpr (kBlocksPerTile == 1) {
-                    units = next();
-                } else {
-                    // Where the last tile lacks a block, one that it has stands in its place: masked, but finite.
-                    const int group = kGroups == 1 ? 0 : whose - 1;
-                    const bool to_the_end = kGroups == 1 || (whose == longest && turns_end < tiles);
-                    const int last = to_the_end ? tiles - 1 : turns_end - 2 + group;
-                    const bool lone = group >= 0 && t == last && made.last_valid[group] < kBlockN;
-                    units = next();
-                    units = units << 16 | (lone ? units : next());
-                }
-                dsv::mbarrier_wait(&empty[ring.index], ring.phase ^ 1);
-                load_keys(ring_tiles[ring.index], map, &full[whose][ring.index], units, at.window, kv_head, batch);
-                ring.advance();
+        const int used = (min(p.sizes.num_kv_blocks - at.window * dsv::kWindowBlocks, dsv::kWindowBlocks) + 31) / 32;
+        const dsv::uint32* words = smem.sets[ring_lists.index].words[0];
+        dsv::SetWalk of_all(0, used), of_first(1, used), of_second(2, used);
+        const int longest = made.own[kGroups - 1] > made.own[0] ? 2 : 1;
+        int block = 0;
+        for (int t = 0; t < tiles; ++t) {
+            const int whose = kGroups == 1 || t < shared ? 0 : t < turns_end ? 1 + (t - shared) % 2 : longest;
+            const auto next = [&] {
+                return kGroups == 1 || whose == 0 ? of_all.next(words)
+                     : whose == 1                 ? of_first.next(words)
+                                                  : of_second.next(words);
+            };
+            Units units;
+            if constexpr (kTilesPerBlock > 1) {
+                if (t % kTilesPerBlock == 0) block = next();
+                units = block * kTilesPerBlock + kTilesPerBlock - 1 - t % kTilesPerBlock;
+            } else if constexpr (kBlocksPerTile == 1) {
+                units = next();
+            } else {
+                // Where the last tile lacks a block, one that it has stands in its place: masked, but finite.
+                const int group = kGroups == 1 ? 0 : whose - 1;
+                const bool to_the_end = kGroups == 1 || (whose == longest && turns_end < tiles);
+                const int last = to_the_end ? tiles - 1 : turns_end - 2 + group;
+                const bool lone = group >= 0 && t == last && made.last_valid[group] < kBlockN;
+                units = next();
+                units = units << 16 | (lone ? units : next());
             }
-            dsv::mbarrier_arrive(&smem.empty_lists[ring_lists.index]);
+            dsv::mbarrier_wait(&empty[ring.index], ring.phase ^ 1);
+            load_keys(ring_tiles[ring.index], map, &full[whose][ring.index], units, at.window, kv_head, batch);
+            ring.advance();
         }
-        __syncwarp();
+        dsv::mbarrier_arrive(&smem.empty_lists[ring_lists.index]);
         ring_lists.advance();
     }
 }
@@ -295,14 +284,14 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
         const auto of_task = [&](const int& number) { return __shfl_sync(0xFFFFFFFF, number, 0); };
         const int shared = of_task(smem.task.shared);
         const int own = of_task(smem.task.own[group]);
-        const int turns = of_task(turns_of(smem.task)), all = of_task(all_tiles(smem.task));
+        const int own_of_first = of_task(smem.task.own[0]), own_of_last = of_task(smem.task.own[kGroups - 1]);
+        const int turns = min(own_of_first, own_of_last), all = shared + own_of_first + own_of_last;
         const int tail = of_task(smem.task.tail[group]), tail_valid = of_task(smem.task.tail_valid[group]);
         const int last_valid = of_task(smem.task.last_valid[group]);
         const int tiles = shared + own;
         dsv::uint32 last_stage = 0;  // of V
-        const auto leave_q = [&] {
-            if (warp_leader) dsv::mbarrier_arrive(&smem.empty_q);
-        };
+        // Every thread has read the task, so every thread says that it has.
+        const auto leave_q = [&] { dsv::mbarrier_arrive(&smem.empty_q); };
 
         if (tiles > 0) {
             const auto tile = [&](int t) {
@@ -511,12 +500,13 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage& smem) {
                 dsv::bulk_commit();
             }
             if constexpr (!kOutApart) {
-                if (stores) {
-                    dsv::bulk_wait_read();
-                    // For all warps, and twice of V for one that the other consumer never sees.
-                    const bool in_v = kOutInV && tiles > 0;
-                    dsv::uint64* barrier = in_v ? &smem.empty_v[last_stage] : &smem.empty_q;
-                    for (int i = 0; i < (in_v ? 8 : 4); ++i) dsv::mbarrier_arrive(barrier);
+                if (stores) dsv::bulk_wait_read();
+                if (kOutInV && tiles > 0) {
+                    // For all warps of both consumers: the other one never sees this V.
+                    for (int i = 0; stores && i < kConsumerThreads / 32; ++i) dsv::mbarrier_arrive(&smem.empty_v[last_stage]);
+                } else {
+                    dsv::named_sync(kEpilogueBarrier + consumer, 128);
+                    leave_q();
                 }
             }
         } else if constexpr (!kOutApart && !kOutInV) {
@@ -537,7 +527,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_fwd_bf16
     if (threadIdx.x == 0) {
         constexpr int kWarps = kConsumerThreads / 32;
         dsv::mbarrier_init(&smem.full_q, 1);
-        dsv::mbarrier_init(&smem.empty_q, kWarps);
+        dsv::mbarrier_init(&smem.empty_q, kConsumerThreads);
         for (int i = 0; i < kStages; ++i) {
             for (int whose = 0; whose < kWhose; ++whose) dsv::mbarrier_init(&smem.full_k[whose][i], 1);
             dsv::mbarrier_init(&smem.empty_k[i], kWarps);
@@ -547,7 +537,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_fwd_bf16
             dsv::mbarrier_init(&smem.empty_v[i], kWarps);
         }
         for (int i = 0; i < 2; ++i) {
-            dsv::mbarrier_init(&smem.full_lists[i], 1);
+            dsv::mbarrier_init(&smem.full_lists[i], 32);
             dsv::mbarrier_init(&smem.empty_lists[i], 2);
         }
         dsv::mbarrier_init_fence();
@@ -557,11 +547,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm) attn_fwd_bf16
     if (threadIdx.x >= kConsumerThreads) {
         dsv::registers_shrink<kProducerRegisters>();
         if (threadIdx.x < kConsumerThreads + 32) {
-            load<true>(p, smem, &p.map_k, smem.k, smem.full_k, smem.empty_k);
-        } else if (threadIdx.x < kConsumerThreads + 64) {
-            load<false>(p, smem, &p.map_v, smem.v, smem.full_v, smem.empty_v);
-        } else if (threadIdx.x < kConsumerThreads + 96) {
             read_lists(p, smem);
+        } else if (threadIdx.x == kConsumerThreads + 32) {
+            load<true>(p, smem, &p.map_k, smem.k, smem.full_k, smem.empty_k);
+        } else if (threadIdx.x == kConsumerThreads + 64) {
+            load<false>(p, smem, &p.map_v, smem.v, smem.full_v, smem.empty_v);
         }
     } else {
         dsv::registers_grow<kConsumerRegisters>();

@@ -60,6 +60,10 @@ pub const KEYS: &[(&str, &[(&str, &str)])] = &[
                 "optional: further grids [[frames, height, width], ...]; every step takes clips of one grid, eval those of the first",
             ),
             ("clips", "clips of an epoch, for kind = \"procedural\""),
+            (
+                "plays",
+                "optional, for kind = \"procedural\": times a clip shows its scene, each from its start: content comes back from far away",
+            ),
             ("batch_size", "clips of one micro-batch"),
             ("seed", "seed of the shuffle, and of the procedural scenes"),
             ("validation", "clips held out of training for eval"),
@@ -283,6 +287,9 @@ pub struct Data {
     pub buckets: Vec<[usize; 3]>,
     /// Clips of an epoch of [`DataKind::Procedural`].
     pub clips: usize,
+    /// Times a clip of [`DataKind::Procedural`] shows its scene, each from its start; once by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plays: Option<usize>,
     /// Clips of one micro-batch.
     pub batch_size: usize,
     /// Seed of the shuffle and of procedural scenes.
@@ -757,6 +764,7 @@ impl Config {
                 width: 64,
                 buckets: Vec::new(),
                 clips: 4096,
+                plays: None,
                 batch_size: 1,
                 seed: 1,
                 validation: 32,
@@ -1027,6 +1035,14 @@ impl Config {
                     "model.latent_channels is {}, but procedural clips have Haar latents; allowed: 24 (1 level), 192 (2 levels)",
                     model.latent_channels
                 )),
+            }
+            let plays = data.plays.unwrap_or(1);
+            for [frames, ..] in self.grids() {
+                if plays == 0 || frames % plays != 0 {
+                    bad.push(format!(
+                        "data.plays is {plays}, which does not divide the {frames} latent frames of a clip; allowed: their divisors, from 1"
+                    ));
+                }
             }
             if data.clips <= data.validation {
                 bad.push(format!(

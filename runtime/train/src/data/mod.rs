@@ -35,6 +35,13 @@ pub struct Video {
     pub rgb: Vec<u8>,
 }
 
+impl Video {
+    /// The video that shows this one so many times, each from its start.
+    fn played(self, times: usize) -> Video {
+        Video { frames: self.frames * times, rgb: self.rgb.repeat(times), ..self }
+    }
+}
+
 /// One training example.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Clip {
@@ -156,7 +163,7 @@ pub enum DataError {
 }
 
 enum Source {
-    Procedural { seed: u64, clips: usize, levels: u32 },
+    Procedural { seed: u64, clips: usize, plays: usize, levels: u32 },
     Shards(Shards),
 }
 
@@ -196,6 +203,7 @@ impl Dataset {
             DataKind::Procedural => Source::Procedural {
                 seed: config.data.seed,
                 clips: config.data.clips,
+                plays: config.data.plays.unwrap_or(1),
                 levels: config.haar_levels().ok_or_else(|| DataError::Shard {
                     reason: format!("model.latent_channels is {channels}; procedural clips have 24 or 192"),
                     next: "dsv-train run --set model.latent_channels=24".into(),
@@ -328,11 +336,12 @@ impl Dataset {
     fn clip(&self, bucket: usize, index: usize) -> Result<Clip, DataError> {
         match &self.source {
             Source::Shards(s) => s.clip(bucket, index),
-            Source::Procedural { seed, levels, .. } => {
+            Source::Procedural { seed, plays, levels, .. } => {
                 let index = index * self.buckets.len() + bucket;
                 let grid @ [frames, height, width] = self.buckets[bucket].grid;
                 let scene = Scene::new(*seed, index as u64);
-                let video = scene.render(frames << levels, height << levels, width << levels);
+                let video = scene.render((frames << levels) / plays, height << levels, width << levels);
+                let video = video.played(*plays);
                 let caption = scene.caption();
                 Ok(Clip {
                     id: format!("scene-{seed}-{index:06}"),
@@ -508,6 +517,18 @@ mod tests {
         assert_eq!((video.frames, video.height, video.width), (4, 8, 8));
         let index = clip.id.rsplit('-').next().unwrap().parse().unwrap();
         assert_eq!(video, Scene::new(c.data.seed, index).render(4, 8, 8));
+    }
+
+    #[test]
+    fn a_scene_played_twice_is_the_same_from_the_middle_on() {
+        let mut c = tiny(8, 1);
+        c.data.plays = Some(2);
+        let d = Dataset::open(&c).unwrap();
+        let clip = d.train_clip(DataPosition::default()).unwrap();
+        let video = d.codec().decode(&clip.latents, c.latent_shape()).unwrap();
+        let index = clip.id.rsplit('-').next().unwrap().parse().unwrap();
+        let once = Scene::new(c.data.seed, index).render(2, 8, 8);
+        assert_eq!(video.rgb, [once.rgb.clone(), once.rgb].concat());
     }
 
     #[test]
