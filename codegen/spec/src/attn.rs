@@ -489,7 +489,8 @@ impl AttnSpec {
         }
         let (query_group, kv_block) = self.lists.block_size();
         let whole_blocks = block_n >= kv_block && stages >= 2;
-        if schedule != Schedule::Persistent || (groups, consumers, query_group) != (2, 2, 64) || !whole_blocks {
+        if schedule != Schedule::Persistent || (groups, consumers, query_group) != (2, 2, 64) || !whole_blocks
+        {
             return Err(SpecError::new(
                 "groups",
                 groups,

@@ -164,7 +164,7 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
         };
         let (one, two) = match head_dim {
             ..=64 => (persistent(1, 128, 3), persistent(2, 128, 3)),
-            ..=128 => (persistent(1, 128, 2), persistent(2, 128, 3)),
+            65..=128 => (persistent(1, 128, 2), persistent(2, 128, 3)),
             _ => (persistent(1, 64, 2), persistent(2, 64, 2)),
         };
         tiles.insert(0, one);

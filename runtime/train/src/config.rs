@@ -1556,6 +1556,7 @@ mod tests {
         c.dsv.keep_window = Some(0.1);
         c.dsv.cube = Some(CubeChoice::Auto);
         c.data.buckets = vec![[4, 8, 16]];
+        c.data.plays = Some(2);
         c.train.init_weights = Some("w.safetensors".into());
         c.train.init_map = Some("map.toml".into());
         c.device.table = Some("t.json".into());
@@ -1569,6 +1570,20 @@ mod tests {
         }
         assert_eq!(table.len(), KEYS.len() + 1);
         assert_eq!(Config::from_toml(&c.documented_toml(), "p", None, &[]).unwrap(), c);
+    }
+
+    #[test]
+    fn a_scene_is_played_a_whole_number_of_times() {
+        let mut c = Config::preset("tiny").unwrap();
+        c.data.frames = 8;
+        for (plays, ok) in [(1, true), (2, true), (0, false), (3, false)] {
+            c.data.plays = Some(plays);
+            let found = c.validate().err().map(|e| e.to_string()).unwrap_or_default();
+            assert_eq!(
+                !found.contains(&format!("data.plays is {plays}, which does not divide the 8 latent frames")),
+                ok
+            );
+        }
     }
 
     #[test]
