@@ -169,6 +169,10 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
         };
         tiles.insert(0, one);
         tiles.insert(if head_dim == 128 { 0 } else { tiles.len() }, two);
+        if small {
+            // With room for two S.
+            tiles.push(persistent(2, 128, 4));
+        }
     }
     let sparsity = if lists.is_dense() { Sparsity::Percent(0) } else { Sparsity::Any };
     // Where a head does not fit L2, CTAs that walk it together share what they read. Dense ones walk in step anyway.
