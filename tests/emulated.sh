@@ -40,8 +40,9 @@ extremes='^kv_select_fine/(drift|one_giant)/.*_mass4_'
 # A head_dim and ranks that no shipped kernel has.
 dims='^attn_(fwd|bwd|bwd_dq)/dims_no_multiple-d80-(dense|random).*_(m128n128_g1c2s2|m64n128_g1c2s2|m64n64_g1c1s2|m128n64_g1c2s3)x1_grid_'
 ranks='^kv_select(_fine)?/(typical|nan_key)/.*_r(32|48|64)_'
-# Two groups in a CTA at head_dims for which that does not ship.
-pairs='^attn_fwd/((dims_)?no_multiple|counts_differ|last_block_of_one_token|clustered)-d(64|96)-.*_g2c2s[0-9]x1_persistent_'
+# Two groups in a CTA at head_dims for which that does not ship, and persistent CTAs for dQ, which do not.
+pairs='^attn_(fwd|bwd_dq)/((dims_)?no_multiple|counts_differ|last_block_of_one_token|clustered)-d(64|96)-.*_g2c2s[0-9]x1_persistent_'
+pairs+='|^attn_bwd_dq/(no_multiple|counts_differ|clustered)-d128-.*_persistent_'
 awk -v cases="$cases" -v others="$extremes|$dims|$ranks|$pairs" -F/ '
     NR == FNR { shipped[$0]; next }
     $0 ~ others || $0 ~ cases && ($NF in shipped || $1 == "faults" || $1 == "kv_lists" || $1 == "predictor" || $1 == "profile" || $1 == "flow_prepare" || $1 == "adamw_8bit")

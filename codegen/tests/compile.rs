@@ -165,8 +165,8 @@ fn forwards_that_are_not_committed_compile() {
     assert_compile_without_spills(specs.into_iter().map(KernelSpec::Attn).collect());
 }
 
-/// The backward's candidates for shapes that no committed kernel has: every tile of dense attention, and the first guess
-/// with blocks of two tiles. None may spill.
+/// The backward's candidates for shapes that no committed kernel has: every tile of dense attention, the first guess with
+/// blocks of two tiles, and what stays. None may spill.
 #[test]
 fn backwards_that_are_not_committed_compile() {
     let mut specs: Vec<AttnSpec> = Vec::new();
@@ -184,6 +184,13 @@ fn backwards_that_are_not_committed_compile() {
             }
         }
         specs.push(candidates(Dtype::F16, 128, Lists::Dense)[0]);
+        for (query_group, kv_block) in space::SHIPPED_BLOCK_SIZES.into_iter().filter(|_| op == AttnOp::BwdDq)
+        {
+            for head_dim in space::SHIPPED_HEAD_DIMS {
+                let found = candidates(Dtype::Bf16, head_dim, Lists::Blocks { query_group, kv_block });
+                specs.extend(found.into_iter().filter(AttnSpec::is_persistent));
+            }
+        }
     }
     assert_compile_without_spills(specs.into_iter().map(KernelSpec::Attn).collect());
 }

@@ -52,8 +52,9 @@ fn line_of(text: &str, what: &str) -> Option<usize> {
 fn every_shipped_op_has_a_template_and_every_template_an_op() {
     let shipped = COMMITTED_ARCHES.iter().flat_map(|&arch| space::shipped(arch));
     let tried = space::SHIPPED_HEAD_DIMS.into_iter().flat_map(|head_dim| {
-        space::shipped_lists()
-            .flat_map(move |lists| space::candidates(AttnOp::Fwd, Dtype::Bf16, head_dim, lists, Arch::Sm90a))
+        let ops = [AttnOp::Fwd, AttnOp::BwdDq].into_iter();
+        ops.flat_map(move |op| space::shipped_lists().map(move |lists| (op, lists)))
+            .flat_map(move |(op, lists)| space::candidates(op, Dtype::Bf16, head_dim, lists, Arch::Sm90a))
     });
     let named: BTreeSet<String> =
         shipped.chain(tried.map(KernelSpec::Attn)).map(|spec| template_name(&spec).to_owned()).collect();

@@ -419,6 +419,20 @@ impl AttnPlan {
         if self.backward.is_some() { self.workspace.bytes } else { 0 }
     }
 
+    /// CTAs of a kernel that walks the keys of tiles of queries.
+    fn grid_of_queries(&self, kernel: &Kernel) -> [u32; 3] {
+        let p = &self.problem;
+        let AttnTile { block_m, schedule, .. } = tile(kernel);
+        let tiles = p.seqlen_q.div_ceil(block_m as u32);
+        match schedule {
+            Schedule::Persistent => {
+                let all = tiles as u64 * p.num_heads as u64 * p.batch as u64;
+                [all.min(kernel.resident_ctas() as u64) as u32, 1, 1]
+            }
+            Schedule::Grid | Schedule::Ring => [tiles, p.num_heads, p.batch],
+        }
+    }
+
     /// Queues out = softmax(scale Q K^T) V over the listed keys, and LSE.
     ///
     /// # Safety
@@ -436,7 +450,7 @@ impl AttnPlan {
         check.tensors(&[("q", args.q), ("k", args.k), ("v", args.v), ("out", args.out)])?;
         check.words(&[("lse", args.lse), ("error_flag", args.error_flag)])?;
         let (q, kv) = (extent_q(&self.problem), extent_kv(&self.problem));
-        let AttnTile { block_m, block_n, schedule, .. } = tile(kernel);
+        let AttnTile { block_n, .. } = tile(kernel);
         let box_rows = attn_spec(kernel).map_or(block_n, AttnSpec::kv_box_rows);
         let kv_map = |address, layout| match box_rows < block_n {
             true => kv.slab_map(address, layout, box_rows as u32),
@@ -444,14 +458,7 @@ impl AttnPlan {
         };
         stream.bind()?;
         let p = &self.problem;
-        let tiles = p.seqlen_q.div_ceil(block_m as u32);
-        let grid = match schedule {
-            Schedule::Persistent => {
-                let all = tiles as u64 * p.num_heads as u64 * p.batch as u64;
-                [all.min(kernel.resident_ctas() as u64) as u32, 1, 1]
-            }
-            Schedule::Grid | Schedule::Ring => [tiles, p.num_heads, p.batch],
-        };
+        let grid = self.grid_of_queries(kernel);
         let smem_bytes = kernel.facts().smem_bytes;
         if kernel.spec().arch() == Arch::Sm80 {
             let params = AttnFwdViews {
@@ -655,7 +662,7 @@ impl AttnPlan {
         unsafe { kernels.main.launch(stream, kv_tiles, smem_bytes(&kernels.main), &main)? };
         let smem_bytes = smem_bytes(&kernels.ending);
         if ending == AttnOp::BwdDq {
-            let AttnTile { block_m, block_n, .. } = tile(&kernels.ending);
+            let AttnTile { block_n, .. } = tile(&kernels.ending);
             let dq = AttnBwdDq {
                 map_q: main.map_q,
                 map_do: main.map_do,
@@ -669,7 +676,7 @@ impl AttnPlan {
                 error_flag: args.error_flag,
                 sizes: self.sizes,
             };
-            let grid = [p.seqlen_q.div_ceil(block_m as u32), p.num_heads, p.batch];
+            let grid = self.grid_of_queries(&kernels.ending);
             // SAFETY: as above.
             unsafe { kernels.ending.launch(stream, grid, smem_bytes, &dq) }
         } else {

@@ -253,7 +253,7 @@ impl AttnSpec {
         }
         let adds_dq = self.op == AttnOp::Bwd && self.deterministic == Deterministic::No;
         let rings = adds_dq && self.arch == Arch::Sm90a && !self.lists.is_gather() && !self.lists.is_dense();
-        let persists = self.op == AttnOp::Fwd
+        let persists = matches!(self.op, AttnOp::Fwd | AttnOp::BwdDq)
             && self.arch == Arch::Sm90a
             && !self.lists.is_gather()
             && !self.lists.is_dense();
@@ -484,8 +484,8 @@ impl AttnSpec {
     /// What two groups in one CTA ask: each has its consumer.
     fn check_groups(&self) -> Result<(), SpecError> {
         let AttnTile { block_n, groups, consumers, stages, schedule, .. } = self.tile;
-        if self.op != AttnOp::Fwd || self.arch != Arch::Sm90a {
-            return Err(SpecError::new("groups", groups, "1 outside attn_fwd on sm90a"));
+        if !matches!(self.op, AttnOp::Fwd | AttnOp::BwdDq) || self.arch != Arch::Sm90a {
+            return Err(SpecError::new("groups", groups, "1 outside attn_fwd and attn_bwd_dq on sm90a"));
         }
         let (query_group, kv_block) = self.lists.block_size();
         let whole_blocks = block_n >= kv_block && stages >= 2;
@@ -627,7 +627,7 @@ impl AttnSpec {
             _ => 1,
         }
     }
-    /// Whether a persistent forward has room for out beside Q, of which it loads the next while this leaves.
+    /// Whether a persistent kernel has room for out or dQ beside Q, of which it loads the next while this leaves.
     pub fn has_out_apart(&self) -> bool {
         self.is_persistent() && out_apart_fits(self)
     }

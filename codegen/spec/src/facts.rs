@@ -130,7 +130,7 @@ impl Facts {
                     // Whoever walks sets of blocks needs more than one list's place.
                     (1, AttnOp::Fwd) if spec.is_persistent() && small_forward => (3, 128, 32),
                     (1, AttnOp::Fwd) if spec.is_persistent() && spec.head_dim() <= 128 => (2, 216, 40),
-                    (2, AttnOp::Fwd) if spec.is_persistent() => (1, 232, 40),
+                    (2, AttnOp::Fwd | AttnOp::BwdDq) if spec.is_persistent() => (1, 232, 40),
                     (1, AttnOp::Fwd) if small_forward => (3, 136, 24),
                     // 128 registers of O cannot be had while two CTAs share a multiprocessor.
                     (1, AttnOp::Fwd) if spec.head_dim() > 128 => (1, 240, 24),
@@ -255,19 +255,21 @@ pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
     tiles + 2048
 }
 
-/// What a persistent forward has beside out: Q, the rings of K and V, of which that of V has at least three stages with
-/// several groups, and room for barriers and sets of blocks. Nothing aligns by slack.
+/// What a persistent kernel has beside out or dQ: Q (and dO), the rings of K and V, of which the forward's of V has at least three
+/// stages with several groups, and room for barriers and sets of blocks. Nothing aligns by slack.
 fn persistent_smem_bytes(spec: &AttnSpec) -> u32 {
     let AttnTile { block_m, block_n, stages, groups, .. } = spec.tile();
     let row = spec.head_dim().next_multiple_of(limits::SLAB_COLUMNS as u16) as u32 * spec.dtype().bytes();
-    let stages_v = if groups > 1 { stages.max(3) } else { stages };
-    let tiles = block_m as u32 + (stages + stages_v) as u32 * block_n as u32;
+    let forward = spec.op() == AttnOp::Fwd;
+    let stages_v = if forward && groups > 1 { stages.max(3) } else { stages };
+    let tiles = if forward { 1 } else { 2 } * block_m as u32 + (stages + stages_v) as u32 * block_n as u32;
     tiles * row + if groups > 1 { 3072 } else { 1024 }
 }
 
-/// Whether out has room of its own without costing a CTA of the multiprocessor. Of several groups it takes that of V.
+/// Whether out or dQ has room of its own without costing a CTA of the multiprocessor. Out of several groups takes that of V.
 pub(crate) fn out_apart_fits(spec: &AttnSpec) -> bool {
     let row = spec.head_dim().next_multiple_of(limits::SLAB_COLUMNS as u16) as u32 * spec.dtype().bytes();
     let with_out = persistent_smem_bytes(spec) + spec.tile().block_m as u32 * row;
-    spec.tile().groups == 1 && with_out <= limits::SMEM_BYTES_PER_SM / spec.ctas_by_registers() - 1024
+    let in_v = spec.op() == AttnOp::Fwd && spec.tile().groups > 1;
+    !in_v && with_out <= limits::SMEM_BYTES_PER_SM / spec.ctas_by_registers() - 1024
 }

@@ -174,6 +174,19 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
             tiles.push(persistent(2, 128, 4));
         }
     }
+    // The same for dQ; a group's K is read for a tile more, so two groups take four stages.
+    if op == AttnOp::BwdDq && arch == Arch::Sm90a {
+        let persistent = |groups, block_n, stages| AttnTile {
+            groups,
+            schedule: Schedule::Persistent,
+            ..tile(128, block_n, 2, stages)
+        };
+        if head_dim > 128 {
+            tiles.push(persistent(1, 32, 3));
+        } else {
+            tiles.extend([persistent(1, 64, 3), persistent(2, 64, 4)]);
+        }
+    }
     let sparsity = if lists.is_dense() { Sparsity::Percent(0) } else { Sparsity::Any };
     // Where a head does not fit L2, CTAs that walk it together share what they read. Dense ones walk in step anyway.
     if op == AttnOp::Bwd && arch == Arch::Sm90a && !lists.is_gather() && !lists.is_dense() {

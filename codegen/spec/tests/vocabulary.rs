@@ -311,10 +311,11 @@ fn the_vocabulary_reaches_what_comes_later() {
     assert!(what(tile, lists, AttnOp::Fwd) == "cluster");
     let tile = AttnTile { cluster: 1, ..tile };
     assert!(spec(tile, lists, AttnOp::Fwd).is_ok());
-    // Two groups are for CTAs that stay, and these for the forward over blocks.
+    // Two groups are for CTAs that stay, and these for the forward and dQ over blocks.
     assert!(what(AttnTile { schedule: Schedule::Grid, ..tile }, lists, AttnOp::Fwd) == "groups");
     assert!(what(tile, Lists::Blocks { query_group: 64, kv_block: 8 }, AttnOp::Fwd) == "schedule");
-    assert!(what(tile, lists, AttnOp::BwdDq) == "schedule");
+    assert!(what(tile, Lists::Dense, AttnOp::BwdDq) == "sparsity");
+    assert!(what(tile, lists, AttnOp::BwdPost) == "lists");
     let shipped = space::shipped(Arch::Sm90a);
     for op in [
         "kv_select",
