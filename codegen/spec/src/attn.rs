@@ -1,5 +1,5 @@
 use crate::error::SpecError;
-use crate::facts::{attn_smem_bytes, limits, out_apart_fits};
+use crate::facts::{attn_smem_bytes, limits, persistent_smem};
 use crate::types::{Arch, Deterministic, Dtype, tokens};
 use serde::{Deserialize, Serialize};
 
@@ -617,19 +617,9 @@ impl AttnSpec {
     pub const fn is_persistent(&self) -> bool {
         matches!(self.tile.schedule, Schedule::Persistent)
     }
-    /// CTAs that share a multiprocessor as far as registers go: with one consumer two, or three of short tiles at head_dim 64
-    /// in the forward, where O is no more than half of the registers.
-    pub(crate) const fn ctas_by_registers(&self) -> u32 {
-        match (self.tile.consumers, self.op) {
-            (1, AttnOp::Fwd) if self.head_dim == 64 && self.tile.block_n == 64 => 3,
-            (1, AttnOp::Fwd) if self.head_dim > 128 => 1,
-            (1, _) => 2,
-            _ => 1,
-        }
-    }
     /// Whether a persistent kernel has room for out or dQ beside Q, of which it loads the next while this leaves.
     pub fn has_out_apart(&self) -> bool {
-        self.is_persistent() && out_apart_fits(self)
+        self.is_persistent() && persistent_smem(self).1
     }
     /// The tunable shape.
     pub const fn tile(&self) -> AttnTile {

@@ -115,35 +115,7 @@ impl Facts {
             }
             AttnOp::Fwd | AttnOp::Bwd | AttnOp::BwdDq => {
                 let smem_bytes = attn_smem_bytes(spec);
-                // A producer warpgroup hands registers over to the consumers (setmaxnreg moves whole warpgroups). With
-                // one consumer, two or three CTAs share a multiprocessor; with more, one CTA fills it.
-                // Three leave 80 registers a thread at launch: too few to compile a product of more than 64 keys.
-                let small_forward =
-                    spec.op() == AttnOp::Fwd && spec.head_dim() == 64 && spec.tile().block_n == 64;
-                // The producers of single tokens compute an address for every 16 bytes.
-                let by_token = matches!(spec.lists(), Lists::Blocks { kv_block: 1, .. });
-                let gather_backward = spec.lists().is_gather() && spec.op() == AttnOp::Bwd;
-                let (ctas, consumer_registers, producer_registers) = match (consumers, spec.op()) {
-                    (1, AttnOp::Fwd) if by_token && spec.head_dim() > 128 => (1, 224, 56),
-                    (1, _) if by_token => (2, 208, 48),
-                    (2, _) if by_token || gather_backward => (1, 232, 40),
-                    // Whoever walks sets of blocks needs more than one list's place.
-                    (1, AttnOp::Fwd) if spec.is_persistent() && small_forward => (3, 128, 32),
-                    (1, AttnOp::Fwd) if spec.is_persistent() && spec.head_dim() <= 128 => (2, 216, 40),
-                    (2, AttnOp::Fwd | AttnOp::BwdDq) if spec.is_persistent() => (1, 232, 40),
-                    (1, AttnOp::Fwd) if small_forward => (3, 136, 24),
-                    // 128 registers of O cannot be had while two CTAs share a multiprocessor.
-                    (1, AttnOp::Fwd) if spec.head_dim() > 128 => (1, 240, 24),
-                    (1, AttnOp::Bwd) => (2, 224, 32),
-                    // Its tiles leave no room for a second CTA.
-                    (1, AttnOp::BwdDq) if spec.head_dim() > 128 => (1, 240, 24),
-                    (1, _) => (2, 232, 24),
-                    // The backward's producer walks a list and feeds four operands: with 24 registers it spills a
-                    // word or two. At head_dim 128 the consumers cannot spare it 16: wgmma would be serialised.
-                    (2, AttnOp::Bwd) if spec.head_dim() != 128 => (1, 232, 40),
-                    (2, _) => (1, 240, 24),
-                    _ => (1, 160, 32),
-                };
+                let (ctas, consumer_registers, producer_registers) = wgmma_registers(spec);
                 let threads = 128 * (consumers + 1);
                 let by_smem = limits::SMEM_BYTES_PER_SM / (smem_bytes + 1024);
                 Facts {
@@ -174,6 +146,40 @@ impl Facts {
     }
 }
 
+/// CTAs that share a multiprocessor as far as registers go, and the registers a thread of a consumer and of a producer keeps, of a
+/// kernel for wgmma.
+///
+/// A producer warpgroup hands registers over to the consumers (setmaxnreg moves whole warpgroups). With one consumer, two or three
+/// CTAs share a multiprocessor; with more, one CTA fills it.
+fn wgmma_registers(spec: &AttnSpec) -> (u32, u32, u32) {
+    // Three leave 80 registers a thread at launch: too few to compile a product of more than 64 keys.
+    let small_forward = spec.op() == AttnOp::Fwd && spec.head_dim() == 64 && spec.tile().block_n == 64;
+    // The producers of single tokens compute an address for every 16 bytes.
+    let by_token = matches!(spec.lists(), Lists::Blocks { kv_block: 1, .. });
+    let gather_backward = spec.lists().is_gather() && spec.op() == AttnOp::Bwd;
+    match (spec.tile().consumers, spec.op()) {
+        (1, AttnOp::Fwd) if by_token && spec.head_dim() > 128 => (1, 224, 56),
+        (1, _) if by_token => (2, 208, 48),
+        (2, _) if by_token || gather_backward => (1, 232, 40),
+        // Whoever walks sets of blocks needs more than one list's place.
+        (1, AttnOp::Fwd) if spec.is_persistent() && small_forward => (3, 128, 32),
+        (1, AttnOp::Fwd) if spec.is_persistent() && spec.head_dim() <= 128 => (2, 216, 40),
+        (2, AttnOp::Fwd | AttnOp::BwdDq) if spec.is_persistent() => (1, 232, 40),
+        (1, AttnOp::Fwd) if small_forward => (3, 136, 24),
+        // 128 registers of O cannot be had while two CTAs share a multiprocessor.
+        (1, AttnOp::Fwd) if spec.head_dim() > 128 => (1, 240, 24),
+        (1, AttnOp::Bwd) => (2, 224, 32),
+        // Its tiles leave no room for a second CTA.
+        (1, AttnOp::BwdDq) if spec.head_dim() > 128 => (1, 240, 24),
+        (1, _) => (2, 232, 24),
+        // The backward's producer walks a list and feeds four operands: with 24 registers it spills a
+        // word or two. At head_dim 128 the consumers cannot spare it 16: wgmma would be serialised.
+        (2, AttnOp::Bwd) if spec.head_dim() != 128 => (1, 232, 40),
+        (2, _) => (1, 240, 24),
+        _ => (1, 160, 32),
+    }
+}
+
 /// Shared memory of a `kv_select_fine` CTA: for each group 512 bins, whose room later serves two bits for each of two
 /// tiles of 1024 units, and 1024 ids a warp; the groups' searches, counts and brackets; scores that wait to be counted, 32 a
 /// thread, or in their place the scores kept for a group; the groups' masses; the queries' LSE; stored scores; the numbers of
@@ -200,6 +206,9 @@ fn select_fine_smem_bytes(spec: &SelectSpec) -> u32 {
 /// Dynamic shared memory of an attention CTA: the tiles; on sm90a also 1 KB for barriers and row statistics' alignment,
 /// and 1 KB of slack to align the swizzle atoms.
 pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
+    if spec.is_persistent() {
+        return persistent_smem(spec).0;
+    }
     let AttnTile { block_m, block_n, stages, consumers, .. } = spec.tile();
     let (m, n, stages) = (block_m as u32, block_n as u32, stages as u32);
     let (d, bytes) = (spec.head_dim() as u32, spec.dtype().bytes());
@@ -248,28 +257,24 @@ pub(crate) fn attn_smem_bytes(spec: &AttnSpec) -> u32 {
         }
         AttnOp::BwdPrep | AttnOp::BwdPost | AttnOp::BwdPostKv => 0,
     };
-    if spec.is_persistent() {
-        let out = if out_apart_fits(spec) { m * columns * bytes } else { 0 };
-        return persistent_smem_bytes(spec) + out;
-    }
     tiles + 2048
 }
 
-/// What a persistent kernel has beside out or dQ: Q (and dO), the rings of K and V, of which the forward's of V has at least three
-/// stages with several groups, and room for barriers and sets of blocks. Nothing aligns by slack.
-fn persistent_smem_bytes(spec: &AttnSpec) -> u32 {
+/// Shared memory of a persistent kernel, and whether out or dQ has room of its own in it: where that costs no CTA of the
+/// multiprocessor. Out of several groups takes that of V.
+///
+/// Beside it are Q (and dO), the rings of K and V, of which the forward's of V has at least three stages with several groups, and
+/// barriers and sets of blocks. Nothing aligns by slack.
+pub(crate) fn persistent_smem(spec: &AttnSpec) -> (u32, bool) {
     let AttnTile { block_m, block_n, stages, groups, .. } = spec.tile();
     let row = spec.head_dim().next_multiple_of(limits::SLAB_COLUMNS as u16) as u32 * spec.dtype().bytes();
-    let forward = spec.op() == AttnOp::Fwd;
-    let stages_v = if forward && groups > 1 { stages.max(3) } else { stages };
-    let tiles = if forward { 1 } else { 2 } * block_m as u32 + (stages + stages_v) as u32 * block_n as u32;
-    tiles * row + if groups > 1 { 3072 } else { 1024 }
-}
-
-/// Whether out or dQ has room of its own without costing a CTA of the multiprocessor. Out of several groups takes that of V.
-pub(crate) fn out_apart_fits(spec: &AttnSpec) -> bool {
-    let row = spec.head_dim().next_multiple_of(limits::SLAB_COLUMNS as u16) as u32 * spec.dtype().bytes();
-    let with_out = persistent_smem_bytes(spec) + spec.tile().block_m as u32 * row;
-    let in_v = spec.op() == AttnOp::Fwd && spec.tile().groups > 1;
-    !in_v && with_out <= limits::SMEM_BYTES_PER_SM / spec.ctas_by_registers() - 1024
+    let pairs_forward = spec.op() == AttnOp::Fwd && groups > 1;
+    let stages_v = if pairs_forward { stages.max(3) } else { stages };
+    let queries = if spec.op() == AttnOp::Fwd { 1 } else { 2 } * block_m as u32;
+    let without =
+        (queries + (stages + stages_v) as u32 * block_n as u32) * row + if groups > 1 { 3072 } else { 1024 };
+    let with = without + block_m as u32 * row;
+    let (ctas, ..) = wgmma_registers(spec);
+    let apart = !pairs_forward && with <= limits::SMEM_BYTES_PER_SM / ctas - 1024;
+    (if apart { with } else { without }, apart)
 }

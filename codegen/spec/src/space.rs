@@ -82,6 +82,11 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
         cluster: 1,
         schedule: Schedule::Grid,
     };
+    let persistent = |groups, block_n, stages| AttnTile {
+        groups,
+        schedule: Schedule::Persistent,
+        ..tile(128, block_n, 2, stages)
+    };
     let small = head_dim <= 64;
     let tiles: Vec<(u16, u16, u8, u8)> = match op {
         // Two consumers where the group has rows for them: every gathered token then serves twice the queries. One leaves
@@ -157,11 +162,6 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
     // Over lists CTAs that stay are faster than one a tile, and two groups in a CTA share what both list. At head_dim 64 and 96
     // random lists are walked faster a group a CTA.
     if op == AttnOp::Fwd && arch == Arch::Sm90a {
-        let persistent = |groups, block_n, stages| AttnTile {
-            groups,
-            schedule: Schedule::Persistent,
-            ..tile(128, block_n, 2, stages)
-        };
         let (one, two) = match head_dim {
             ..=64 => (persistent(1, 128, 3), persistent(2, 128, 3)),
             65..=128 => (persistent(1, 128, 2), persistent(2, 128, 3)),
@@ -176,11 +176,6 @@ pub fn candidates(op: AttnOp, dtype: Dtype, head_dim: u16, lists: Lists, arch: A
     }
     // The same for dQ; a group's K is read for a tile more, so two groups take four stages.
     if op == AttnOp::BwdDq && arch == Arch::Sm90a {
-        let persistent = |groups, block_n, stages| AttnTile {
-            groups,
-            schedule: Schedule::Persistent,
-            ..tile(128, block_n, 2, stages)
-        };
         if head_dim > 128 {
             tiles.push(persistent(1, 32, 3));
         } else {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Dynamic shared memory a CTA may have, with its static one, bytes.
 pub(crate) const SHARED_LIMIT: u32 = 227 * 1024;
-/// What the device says it has.
+/// What the device says it has: few, so that CTAs that stay take several tiles of a small test.
 pub(crate) const MULTIPROCESSORS: u32 = 3;
 
 /// A kernel and how it is launched.
